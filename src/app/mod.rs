@@ -1,0 +1,1 @@
+//! The program: starts the engines in order, and stops them in order.

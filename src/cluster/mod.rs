@@ -1,0 +1,1 @@
+//! Nodes and leases: who is alive, and who may write what.

@@ -1,0 +1,1 @@
+//! Configuration: `postroad.toml`, `POSTROAD_*` variables and flags.

@@ -1,0 +1,241 @@
+//! A message: a CloudEvents 1.0 event, as a producer hands it in and as the log keeps it.
+
+use std::sync::Arc;
+
+use base64::Engine as _;
+use bytes::Bytes;
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde_json::{Map, Value};
+
+use super::id::{Offset, StreamId};
+use super::name::Topic;
+
+/// A CloudEvent on its way into a stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// CloudEvents `id`, 1 to 1,024 bytes.
+    pub id: String,
+    /// CloudEvents `source`, 1 to 1,024 bytes.
+    pub source: String,
+    /// CloudEvents `type`; absent means the topic.
+    pub kind: Option<String>,
+    /// The topic it is published to.
+    pub topic: Topic,
+    /// The ordering key, on the wire `partitionkey`, at most 512 bytes.
+    pub key: Option<String>,
+    /// CloudEvents `subject`.
+    pub subject: Option<String>,
+    /// CloudEvents `time`.
+    pub time: Option<DateTime<Utc>>,
+    /// CloudEvents `datacontenttype`.
+    pub data_content_type: Option<String>,
+    /// CloudEvents `dataschema`.
+    pub data_schema: Option<String>,
+    /// The payload.
+    pub data: Data,
+    /// Extension attributes other than `partitionkey`: names of `[a-z0-9]`, at most 20 long; strings, booleans, integers.
+    pub extensions: Map<String, Value>,
+}
+
+/// A payload, in the form in which a JSON event carries it. The bytes come out as they went in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Data {
+    /// No payload: the event has neither `data` nor `data_base64`.
+    Absent,
+    /// A JSON value, checked on entry and passed on as raw text.
+    Json(Bytes),
+    /// UTF-8 text, in the event a JSON string.
+    Text(Bytes),
+    /// Any bytes, in the event `data_base64`.
+    Binary(Bytes),
+}
+
+impl Data {
+    /// The payload's bytes; empty when absent.
+    #[must_use]
+    pub fn bytes(&self) -> &Bytes {
+        static EMPTY: Bytes = Bytes::new();
+        match self {
+            Self::Absent => &EMPTY,
+            Self::Json(bytes) | Self::Text(bytes) | Self::Binary(bytes) => bytes,
+        }
+    }
+
+    /// The number that the log's column `data_kind` keeps.
+    #[must_use]
+    pub const fn kind(&self) -> i16 {
+        match self {
+            Self::Absent => 0,
+            Self::Json(_) => 1,
+            Self::Text(_) => 2,
+            Self::Binary(_) => 3,
+        }
+    }
+
+    /// The payload of a log row.
+    ///
+    /// # Errors
+    /// A `data_kind` that no version has written.
+    pub fn from_stored(kind: i16, bytes: Bytes) -> Result<Self, UnknownDataKind> {
+        match kind {
+            0 => Ok(Self::Absent),
+            1 => Ok(Self::Json(bytes)),
+            2 => Ok(Self::Text(bytes)),
+            3 => Ok(Self::Binary(bytes)),
+            kind => Err(UnknownDataKind { kind }),
+        }
+    }
+}
+
+/// A `data_kind` that no version of Postroad has written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the log holds a payload of the unknown kind {kind}")]
+pub struct UnknownDataKind {
+    /// The number found.
+    pub kind: i16,
+}
+
+impl Message {
+    /// The event in CloudEvents' JSON format, one object. Written once per message, shared by all its readers.
+    #[must_use]
+    pub fn to_event_json(&self) -> Bytes {
+        let mut out = Vec::with_capacity(256 + self.data.bytes().len() * 4 / 3);
+        out.extend_from_slice(b"{\"specversion\":\"1.0\",\"id\":");
+        write_string(&mut out, &self.id);
+        write_attribute(&mut out, "source", &self.source);
+        write_attribute(
+            &mut out,
+            "type",
+            self.kind.as_deref().unwrap_or(self.topic.as_str()),
+        );
+        if let Some(subject) = &self.subject {
+            write_attribute(&mut out, "subject", subject);
+        }
+        if let Some(time) = &self.time {
+            write_attribute(
+                &mut out,
+                "time",
+                &time.to_rfc3339_opts(SecondsFormat::AutoSi, true),
+            );
+        }
+        if let Some(content_type) = &self.data_content_type {
+            write_attribute(&mut out, "datacontenttype", content_type);
+        }
+        if let Some(schema) = &self.data_schema {
+            write_attribute(&mut out, "dataschema", schema);
+        }
+        if let Some(key) = &self.key {
+            write_attribute(&mut out, "partitionkey", key);
+        }
+        for (name, value) in &self.extensions {
+            out.push(b',');
+            write_string(&mut out, name);
+            out.push(b':');
+            write_value(&mut out, value);
+        }
+        match &self.data {
+            Data::Absent => {}
+            Data::Json(raw) => {
+                out.extend_from_slice(b",\"data\":");
+                out.extend_from_slice(raw);
+            }
+            Data::Text(text) => {
+                out.extend_from_slice(b",\"data\":");
+                write_string(&mut out, &String::from_utf8_lossy(text));
+            }
+            Data::Binary(bytes) => {
+                out.extend_from_slice(b",\"data_base64\":\"");
+                out.extend_from_slice(
+                    base64::engine::general_purpose::STANDARD
+                        .encode(bytes)
+                        .as_bytes(),
+                );
+                out.push(b'"');
+            }
+        }
+        out.push(b'}');
+        out.into()
+    }
+}
+
+fn write_attribute(out: &mut Vec<u8>, name: &str, value: &str) {
+    out.extend_from_slice(b",\"");
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b"\":");
+    write_string(out, value);
+}
+
+fn write_string(out: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(out, text).expect("a string always serializes into memory");
+}
+
+fn write_value(out: &mut Vec<u8>, value: &Value) {
+    serde_json::to_writer(out, value).expect("a JSON value always serializes into memory");
+}
+
+/// A message in the log, as its readers share it: the event is printed once and never copied per queue.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// The stream that holds it.
+    pub stream: StreamId,
+    /// Its place in the stream.
+    pub offset: Offset,
+    /// Its topic.
+    pub topic: Topic,
+    /// Its ordering key.
+    pub key: Option<Arc<str>>,
+    /// The event in CloudEvents' JSON format.
+    pub event: Bytes,
+    /// When it was appended; never goes back over offsets.
+    pub appended_at: DateTime<Utc>,
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn message(data: Data) -> Message {
+        Message {
+            id: "a\"b".into(),
+            source: "/shop".into(),
+            kind: None,
+            topic: Topic::parse("orders.created").unwrap(),
+            key: Some("k1".into()),
+            subject: None,
+            time: None,
+            data_content_type: Some("application/json".into()),
+            data_schema: None,
+            data,
+            extensions: Map::from_iter([("traceparent".to_owned(), Value::from("00-1"))]),
+        }
+    }
+
+    #[test]
+    fn events_print_as_cloudevents_json() {
+        let head = r#"{"specversion":"1.0","id":"a\"b","source":"/shop","type":"orders.created","datacontenttype":"application/json","partitionkey":"k1","traceparent":"00-1""#;
+        for (data, tail) in [
+            (Data::Absent, "}"),
+            (
+                Data::Json(Bytes::from_static(b"{\"a\": 1.0}")),
+                r#","data":{"a": 1.0}}"#,
+            ),
+            (Data::Json(Bytes::from_static(b"null")), r#","data":null}"#),
+            (
+                Data::Text(Bytes::from_static(b"he said \"x\"")),
+                r#","data":"he said \"x\""}"#,
+            ),
+            (
+                Data::Binary(Bytes::from_static(&[0, 255])),
+                r#","data_base64":"AP8="}"#,
+            ),
+            (Data::Binary(Bytes::new()), r#","data_base64":""}"#),
+        ] {
+            let printed = message(data).to_event_json();
+            assert_eq!(
+                std::str::from_utf8(&printed).unwrap(),
+                format!("{head}{tail}")
+            );
+        }
+    }
+}

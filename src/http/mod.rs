@@ -1,0 +1,1 @@
+//! The HTTP API: routes, wire types, problem details, OpenAPI.

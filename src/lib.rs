@@ -1,0 +1,19 @@
+//! Postroad, a transactional outbox message broker for Postgres: one binary, one Postgres.
+//!
+//! The layers, each using only what stands above it (`tests/tidy.rs` holds them): [`domain`], [`supervisor`], [`store`]; the
+//! engines [`cluster`], [`stream`], [`relay`], [`queue`]; [`http`]; and the program around them, [`app`], [`cli`],
+//! [`config`], [`telemetry`], [`local_postgres`].
+
+pub mod app;
+pub mod cli;
+pub mod cluster;
+pub mod config;
+pub mod domain;
+pub mod http;
+pub mod local_postgres;
+pub mod queue;
+pub mod relay;
+pub mod store;
+pub mod stream;
+pub mod supervisor;
+pub mod telemetry;

@@ -1,0 +1,81 @@
+//! All SQL, and all of sqlx, by table family. Engines call functions of this module and get domain types back.
+
+mod error;
+pub mod migrate;
+
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::{ConnectOptions as _, Connection as _};
+
+pub use error::{Error, Retry};
+
+/// A connection of its own, for what must not share one: a relay's session, a heartbeat, an appender.
+pub type Connection = sqlx::PgConnection;
+
+/// Settings of every session (DESIGN.md, rules that hold everywhere): a role's default of repeatable read gave two
+/// appends one offset.
+const SESSION: [(&str, &str); 5] = [
+    ("default_transaction_isolation", "read committed"),
+    ("synchronous_commit", "on"),
+    ("idle_in_transaction_session_timeout", "60s"),
+    ("timezone", "UTC"),
+    ("application_name", "postroad"),
+];
+
+/// A Postgres database, reached by its URL. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Database {
+    options: PgConnectOptions,
+    pool: PgPool,
+}
+
+impl Database {
+    /// Parses the URL and makes a pool that connects when first used.
+    ///
+    /// # Errors
+    /// A URL that is not one of Postgres.
+    pub fn new(url: &str, pool_size: u32) -> Result<Self, Error> {
+        let options = url
+            .parse::<PgConnectOptions>()
+            .map_err(Error::url)?
+            .options(SESSION)
+            .disable_statement_logging();
+        let pool = PgPoolOptions::new()
+            .max_connections(pool_size)
+            .acquire_timeout(Duration::from_secs(10))
+            .connect_lazy_with(options.clone());
+        Ok(Self { options, pool })
+    }
+
+    /// A connection outside the pool.
+    ///
+    /// # Errors
+    /// The server cannot be reached or refuses.
+    pub async fn connect(&self) -> Result<Connection, Error> {
+        Connection::connect_with(&self.options)
+            .await
+            .map_err(Error::query("connecting"))
+    }
+
+    /// The pool. Statements on it must run in tasks that are never aborted: see DESIGN.md on `Pool::begin`.
+    pub(in crate::store) fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// Where the database is, for logs: host, port and name, never the password.
+    #[must_use]
+    pub fn place(&self) -> String {
+        format!(
+            "{}:{}/{}",
+            self.options.get_host(),
+            self.options.get_port(),
+            self.options.get_database().unwrap_or_default()
+        )
+    }
+
+    /// Closes the pool and waits for its connections to end.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
