@@ -29,6 +29,7 @@ macro_rules! file {
 const BROKER: &[File] = &[
     file!("broker", 20261122000100, "nodes_and_leases"),
     file!("broker", 20261122000200, "streams_and_log"),
+    file!("broker", 20261122000250, "origins"),
 ];
 
 fn migrator(files: &[File], schema: &'static str) -> Migrator {
