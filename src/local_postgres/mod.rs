@@ -1,1 +1,255 @@
-//! A private Postgres server for a run without `DATABASE_URL`, and for the tests.
+//! A private Postgres for who has none: found on the machine, initialised in a data folder, started, kept running,
+//! stopped with the broker.
+//!
+//! It listens on a Unix socket alone, in a folder that only its account may enter, so it needs no password and no port,
+//! and nobody else on the machine reaches it. The data folder is locked while a broker uses it. A broker killed with -9
+//! leaves its server running: the next one adopts it. A server killed with -9 is started again, and recovers from its log.
+//! `initdb` works in a folder beside the final one, which is renamed when whole, so a kill half-way leaves nothing behind.
+
+mod account;
+mod binaries;
+mod folder;
+mod server;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::supervisor::{OnEnd, Supervisor};
+
+pub use account::Account;
+pub use binaries::{Installation, find};
+
+/// The superuser of the private server, and the owner of [`DATABASE`].
+pub const USER: &str = "postroad";
+/// The database that is made with the server.
+pub const DATABASE: &str = "postroad";
+
+/// How to run the private server.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where everything is kept: the lock, the database cluster, its log and, when the path is short enough, its socket.
+    pub data_dir: PathBuf,
+    /// The folder of `postgres` and `initdb`; found by itself when `None`.
+    pub bin_dir: Option<PathBuf>,
+    /// Server parameters beyond Postroad's own, as `-c name=value` would give them.
+    pub parameters: Vec<(String, String)>,
+    /// Whether `initdb` flushes to disk. Tests turn it off.
+    pub sync_initdb: bool,
+    /// How long the server may take to accept connections, crash recovery included.
+    pub start_deadline: Duration,
+}
+
+impl Settings {
+    /// Settings for lasting data in `data_dir`.
+    #[must_use]
+    pub fn new(data_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            data_dir: data_dir.into(),
+            bin_dir: None,
+            parameters: Vec::new(),
+            sync_initdb: true,
+            start_deadline: Duration::from_secs(300),
+        }
+    }
+}
+
+/// Why the private server could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No installation anywhere.
+    #[error(
+        "no Postgres server was found on PATH or in {places}: install one (`make install-postgres`, or your system's package postgresql), \
+         set POSTROAD_POSTGRES_BIN to the folder of `postgres` and `initdb`, or set DATABASE_URL to a running server"
+    )]
+    NotFound {
+        /// The places looked in.
+        places: String,
+    },
+    /// The data folder was made by a major version that is not installed.
+    #[error("the data in {data_dir} is of Postgres {needed}, and only {found} is installed", data_dir = data_dir.display())]
+    Version {
+        /// The data folder.
+        data_dir: PathBuf,
+        /// Major version of the data.
+        needed: String,
+        /// Major versions installed.
+        found: String,
+    },
+    /// Another broker holds the lock.
+    #[error(
+        "another postroad uses the data folder {data_dir}: stop it, or choose another folder with --data-dir",
+        data_dir = data_dir.display()
+    )]
+    Locked {
+        /// The data folder.
+        data_dir: PathBuf,
+    },
+    /// Running as root, and no account to run the server as.
+    #[error("Postgres does not run as root, and neither the user `postgres` nor `nobody` exists")]
+    NoAccount,
+    /// The account that runs the server may not enter a folder on the way to the data.
+    #[error(
+        "the user `{user}`, which runs Postgres when postroad is run by root, may not enter {folder}: choose another --data-dir",
+        folder = folder.display()
+    )]
+    Unreachable {
+        /// Account name.
+        user: String,
+        /// First folder that cannot be entered.
+        folder: PathBuf,
+    },
+    /// The socket's folder belongs to somebody else.
+    #[error("the folder {folder} for the socket belongs to somebody else", folder = folder.display())]
+    Squatted {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Reading or writing a file or folder.
+    #[error("{doing} {path} failed", path = path.display())]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A program of Postgres ended with an error.
+    #[error("{program} failed: {output}")]
+    Program {
+        /// `initdb` or `postgres`.
+        program: &'static str,
+        /// The last lines it wrote.
+        output: String,
+    },
+    /// The server neither accepts connections nor ends.
+    #[error("Postgres did not accept connections within {waited:?}; see {log}", log = log.display())]
+    StartDeadline {
+        /// The deadline.
+        waited: Duration,
+        /// The server's log.
+        log: PathBuf,
+    },
+}
+
+impl Error {
+    fn file(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File {
+            doing,
+            path,
+            source,
+        }
+    }
+}
+
+/// A running private server. It runs until the supervisor it was started under is stopped.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    folder: folder::Folder,
+}
+
+impl Handle {
+    /// The URL of the database [`DATABASE`]. Holds no password.
+    #[must_use]
+    pub fn url(&self) -> String {
+        self.url_of(DATABASE)
+    }
+
+    /// The URL of another database of the server.
+    #[must_use]
+    pub fn url_of(&self, database: &str) -> String {
+        let host = percent_encoding::utf8_percent_encode(
+            &self.folder.socket_dir.to_string_lossy(),
+            URL_QUERY,
+        )
+        .to_string();
+        format!("postgres://{USER}@localhost/{database}?host={host}")
+    }
+
+    /// The folder of the socket `.s.PGSQL.5432`, what `psql -h` takes.
+    #[must_use]
+    pub fn socket_dir(&self) -> &Path {
+        &self.folder.socket_dir
+    }
+
+    /// The database cluster's folder, PGDATA.
+    #[must_use]
+    pub fn cluster_dir(&self) -> &Path {
+        &self.folder.cluster_dir
+    }
+
+    /// The server's log.
+    #[must_use]
+    pub fn log_path(&self) -> &Path {
+        &self.folder.log_path
+    }
+
+    /// The postmaster's process id, if it runs now.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        server::running_pid(&self.folder)
+    }
+}
+
+/// What must be escaped in a value of a URL's query. A slash may stay.
+const URL_QUERY: &percent_encoding::AsciiSet = &percent_encoding::CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'&')
+    .add(b'+')
+    .add(b'<')
+    .add(b'>')
+    .add(b'?')
+    .add(b'=');
+
+/// Where the data goes unless told: the platform's folder for a user's data, or, for root, one that the account which
+/// runs Postgres can enter.
+#[must_use]
+pub fn default_data_dir() -> PathBuf {
+    if account::is_root() {
+        return PathBuf::from("/var/lib/postroad");
+    }
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(base) = variable("XDG_DATA_HOME") {
+        return PathBuf::from(base).join("postroad");
+    }
+    match variable("HOME") {
+        Some(home) if cfg!(target_os = "macos") => {
+            PathBuf::from(home).join("Library/Application Support/postroad")
+        }
+        Some(home) => PathBuf::from(home).join(".local/share/postroad"),
+        None => PathBuf::from("postroad-data"),
+    }
+}
+
+/// Starts (or adopts) the private server and keeps it running until `supervisor` is stopped; then it is shut down, so
+/// stop that supervisor after everything that uses the database. Resolves when the server accepts connections.
+///
+/// # Errors
+/// See [`Error`]. Nothing is left running after an error.
+pub async fn start(settings: Settings, supervisor: &Supervisor) -> Result<Handle, Error> {
+    let account = account::server_account()?;
+    let folder = folder::prepare(&settings, account)?;
+    let installation = binaries::choose(&settings, &folder)?;
+    folder::initialise(&folder, &installation, settings.sync_initdb).await?;
+    let running = server::start(&folder, &installation, &settings).await?;
+    tracing::info!(
+        data = %folder.cluster_dir.display(),
+        version = installation.version,
+        adopted = running.is_adopted(),
+        "local Postgres is running"
+    );
+    let handle = Handle {
+        folder: folder.clone(),
+    };
+    let watch = supervisor.clone();
+    supervisor.spawn("local-postgres", OnEnd::StopProcess, async move {
+        server::keep(running, &folder, &installation, &settings, &watch).await;
+    });
+    Ok(handle)
+}

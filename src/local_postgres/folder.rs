@@ -1,0 +1,218 @@
+//! The data folder: its lock, its parts, and the making of the database cluster in it.
+
+use std::fs::{File, OpenOptions, Permissions, TryLockError};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+
+use tokio::process::Command;
+
+use super::{Account, DATABASE, Error, Installation, Settings, USER};
+
+/// The longest folder that still leaves room for `/.s.PGSQL.5432` in a socket's address (104 bytes on the BSDs).
+const SOCKET_DIR_MAX_BYTES: usize = 86;
+
+/// Where the parts are. Holds the lock while any clone lives.
+#[derive(Debug, Clone)]
+pub(super) struct Folder {
+    pub(super) cluster_dir: PathBuf,
+    pub(super) socket_dir: PathBuf,
+    pub(super) log_path: PathBuf,
+    pub(super) account: Option<Account>,
+    _lock: Arc<File>,
+}
+
+impl Folder {
+    /// The major version that made the cluster; `None` while there is none.
+    pub(super) fn cluster_version(&self) -> Option<String> {
+        std::fs::read_to_string(self.cluster_dir.join("PG_VERSION"))
+            .ok()
+            .map(|text| text.trim().to_owned())
+    }
+
+    /// A command of the installation, run by the account that owns the data, without the caller's PG* variables, and in
+    /// a process group of its own: a Ctrl-C at the terminal must reach the broker first.
+    pub(super) fn command(&self, installation: &Installation, program: &str) -> Command {
+        let mut command = Command::new(installation.bin_dir.join(program));
+        command
+            .current_dir("/")
+            .env_clear()
+            .env("LC_ALL", "C")
+            .env("TZ", "UTC")
+            .env("PATH", "/usr/bin:/bin")
+            .process_group(0)
+            .stdin(Stdio::null());
+        if let Some(account) = &self.account {
+            // The standard library drops the supplementary groups with the user id.
+            command.gid(account.gid).uid(account.uid);
+        }
+        command
+    }
+
+    fn give_to_account(&self, path: &Path) -> Result<(), Error> {
+        if let Some(account) = &self.account {
+            chown(path, Some(account.uid), Some(account.gid))
+                .map_err(Error::file("giving away", path))?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes and locks the data folder.
+pub(super) fn prepare(settings: &Settings, account: Option<Account>) -> Result<Folder, Error> {
+    let asked = &settings.data_dir;
+    std::fs::create_dir_all(asked).map_err(Error::file("making the folder", asked))?;
+    let data_dir = asked
+        .canonicalize()
+        .map_err(Error::file("finding", asked))?;
+    if let Some(account) = &account {
+        check_reachable(&data_dir, account)?;
+    }
+    let lock_path = data_dir.join("lock");
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&lock_path)
+        .map_err(Error::file("opening", &lock_path))?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(Error::Locked { data_dir }),
+        Err(TryLockError::Error(source)) => {
+            return Err(Error::file("locking", &lock_path)(source));
+        }
+    }
+    let mut socket_dir = data_dir.join("run");
+    if socket_dir.as_os_str().len() > SOCKET_DIR_MAX_BYTES {
+        let hash = xxhash_rust::xxh3::xxh3_64(data_dir.as_os_str().as_encoded_bytes());
+        socket_dir = PathBuf::from(format!("/tmp/postroad-{hash:016x}"));
+    }
+    let folder = Folder {
+        cluster_dir: data_dir.join("postgres"),
+        log_path: data_dir.join("postgres.log"),
+        socket_dir,
+        account,
+        _lock: Arc::new(lock),
+    };
+    make_private(&folder)?;
+    Ok(folder)
+}
+
+/// The socket's folder: only the server's account may enter it, which is all the authentication there is.
+fn make_private(folder: &Folder) -> Result<(), Error> {
+    let path = &folder.socket_dir;
+    match std::fs::create_dir(path) {
+        Ok(()) => folder.give_to_account(path)?,
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(Error::file("making the folder", path)(error)),
+    }
+    let found = std::fs::symlink_metadata(path).map_err(Error::file("reading", path))?;
+    let owner = folder
+        .account
+        .as_ref()
+        .map_or_else(|| rustix::process::geteuid().as_raw(), |a| a.uid);
+    if !found.is_dir() || found.uid() != owner {
+        return Err(Error::Squatted {
+            folder: path.clone(),
+        });
+    }
+    std::fs::set_permissions(path, Permissions::from_mode(0o700))
+        .map_err(Error::file("closing", path))
+}
+
+/// Whether the account may enter every folder above the data.
+fn check_reachable(data_dir: &Path, account: &Account) -> Result<(), Error> {
+    for folder in data_dir.ancestors() {
+        let found = folder.metadata().map_err(Error::file("reading", folder))?;
+        let mode = found.mode();
+        let may_enter = if found.uid() == account.uid {
+            mode & 0o100 != 0
+        } else if found.gid() == account.gid {
+            mode & 0o010 != 0
+        } else {
+            mode & 0o001 != 0
+        };
+        if !may_enter {
+            return Err(Error::Unreachable {
+                user: account.name.clone(),
+                folder: folder.to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Makes the database cluster unless it is there.
+pub(super) async fn initialise(
+    folder: &Folder,
+    installation: &Installation,
+    sync: bool,
+) -> Result<(), Error> {
+    if folder.cluster_version().is_some() {
+        return Ok(());
+    }
+    let fresh = folder.cluster_dir.with_extension("new");
+    match std::fs::remove_dir_all(&fresh) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::file("removing", &fresh)(error)),
+    }
+    std::fs::create_dir(&fresh).map_err(Error::file("making the folder", &fresh))?;
+    folder.give_to_account(&fresh)?;
+    // Locale C: bytewise order is what indexes want, and no update of the system can change it beneath the data.
+    let mut initdb = folder.command(installation, "initdb");
+    initdb
+        .arg("--pgdata")
+        .arg(&fresh)
+        .args(["--username", USER, "--encoding", "UTF8", "--locale", "C"])
+        .args(["--auth-local", "trust", "--auth-host", "reject"])
+        .arg("--data-checksums");
+    if !sync {
+        initdb.arg("--no-sync");
+    }
+    run("initdb", &mut initdb).await?;
+    // The server in its single-user mode reads statements from its input: no client program is needed.
+    let statements = fresh.join("create_database.sql");
+    std::fs::write(&statements, format!("create database {DATABASE}\n"))
+        .map_err(Error::file("writing", &statements))?;
+    let input = File::open(&statements).map_err(Error::file("opening", &statements))?;
+    let mut single = folder.command(installation, "postgres");
+    single.arg("--single").arg("-D").arg(&fresh);
+    if !sync {
+        single.arg("-F");
+    }
+    single.arg("postgres").stdin(input);
+    run("postgres --single", &mut single).await?;
+    std::fs::remove_file(&statements).map_err(Error::file("removing", &statements))?;
+    std::fs::rename(&fresh, &folder.cluster_dir)
+        .map_err(Error::file("naming", &folder.cluster_dir))?;
+    if sync {
+        let parent = folder.cluster_dir.parent().unwrap_or(Path::new("/"));
+        File::open(parent)
+            .and_then(|parent| parent.sync_all())
+            .map_err(Error::file("flushing", parent))?;
+    }
+    Ok(())
+}
+
+async fn run(program: &'static str, command: &mut Command) -> Result<(), Error> {
+    let output = command
+        .output()
+        .await
+        .map_err(Error::file("running", Path::new(program)))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    Err(Error::Program {
+        program,
+        output: last_lines(&text, 4),
+    })
+}
+
+/// The last lines of a text, joined into one.
+pub(super) fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+    lines[lines.len().saturating_sub(count)..].join(" | ")
+}

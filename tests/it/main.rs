@@ -1,0 +1,7 @@
+//! The integration tests: one binary, parallel, each test with a database of its own. See `support`.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+
+mod local_postgres;
+mod support;

@@ -1,0 +1,204 @@
+//! Private Postgres servers. A watchdog process, waiting on a pipe whose other end the test process holds, stops the
+//! server and removes its folder when the test process ends, however it ends.
+
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use postroad::local_postgres::{self, Handle, Settings};
+use postroad::supervisor::Supervisor;
+use sqlx::{Connection as _, PgConnection};
+
+use super::{background, finish};
+
+/// Ends the server of a folder and removes the folder, once its input ends.
+const WATCHDOG: &str = r#"
+cat >/dev/null
+pid=$(head -n 1 "$1/postgres/postmaster.pid" 2>/dev/null)
+if [ -n "$pid" ]; then
+    kill -QUIT "$pid" 2>/dev/null
+    tries=0
+    while kill -0 "$pid" 2>/dev/null && [ "$tries" -lt 100 ]; do sleep 0.1; tries=$((tries + 1)); done
+fi
+rm -rf "$1"
+"#;
+
+/// A folder for a server, with its watchdog. The server in it is killed and the folder removed when dropped.
+#[derive(Debug)]
+pub struct Folder {
+    /// Short enough for a socket.
+    pub path: PathBuf,
+    watchdog: Child,
+}
+
+/// A private server. Stopped, and its data removed, when dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    settings: Settings,
+    running: Option<(Supervisor, Handle)>,
+    // After `running`: dropped last.
+    _folder: Folder,
+}
+
+/// Parameters that make a server of a test fast: what it writes does not survive the machine, only the process.
+pub fn fast() -> Vec<(String, String)> {
+    [
+        ("fsync", "off"),
+        ("full_page_writes", "off"),
+        ("max_connections", "400"),
+        ("max_prepared_transactions", "20"),
+        ("shared_buffers", "128MB"),
+        ("max_wal_size", "4GB"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .to_vec()
+}
+
+/// Starts a private server with the fast parameters.
+pub async fn cluster() -> Cluster {
+    cluster_with(&[]).await
+}
+
+/// Starts a private server with further (or other) parameters than the fast ones.
+pub async fn cluster_with(parameters: &[(&str, &str)]) -> Cluster {
+    let folder = Folder::new();
+    let mut settings = folder.settings();
+    for &(name, value) in parameters {
+        settings
+            .parameters
+            .push((name.to_owned(), value.to_owned()));
+    }
+    let mut cluster = Cluster {
+        settings,
+        running: None,
+        _folder: folder,
+    };
+    cluster.start().await;
+    cluster
+}
+
+impl Folder {
+    /// A new empty folder.
+    pub fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        // Not the platform's temporary folder: its path can be too long for a socket.
+        let path = PathBuf::from(format!(
+            "/tmp/postroad-test-{}-{number}",
+            std::process::id()
+        ));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        let path = path.canonicalize().unwrap();
+        let watchdog = Command::new("sh")
+            .args(["-c", WATCHDOG, "watchdog"])
+            .arg(&path)
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { path, watchdog }
+    }
+
+    /// Settings for a fast server in it.
+    pub fn settings(&self) -> Settings {
+        let mut settings = Settings::new(&self.path);
+        settings.sync_initdb = false;
+        settings.parameters = fast();
+        settings
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(self.watchdog.stdin.take());
+        let _ = self.watchdog.wait();
+    }
+}
+
+impl Cluster {
+    fn handle(&self) -> &Handle {
+        &self.running.as_ref().expect("the cluster is stopped").1
+    }
+
+    /// The URL of a database of this server, as its superuser.
+    pub fn url(&self, database: &str) -> String {
+        self.handle().url_of(database)
+    }
+
+    /// The folder of the data, PGDATA.
+    pub fn data_dir(&self) -> PathBuf {
+        self.settings.data_dir.join("postgres")
+    }
+
+    /// The folder of the socket, for `psql -h`.
+    pub fn socket_dir(&self) -> &Path {
+        self.handle().socket_dir()
+    }
+
+    /// The postmaster's process id.
+    pub fn pid(&self) -> Option<i32> {
+        self.handle().pid()
+    }
+
+    /// Makes an empty database and gives its URL.
+    pub async fn create_database(&self, name: &str) -> String {
+        let mut admin = PgConnection::connect(&self.url("postgres")).await.unwrap();
+        sqlx::query(sqlx::AssertSqlSafe(format!("create database {name}")))
+            .execute(&mut admin)
+            .await
+            .unwrap();
+        admin.close().await.unwrap();
+        self.url(name)
+    }
+
+    /// Starts the server again after [`Cluster::stop`]; returns when it accepts connections.
+    pub async fn start(&mut self) {
+        assert!(self.running.is_none(), "the cluster runs already");
+        let settings = self.settings.clone();
+        let started = background().spawn(async move {
+            let supervisor = Supervisor::new();
+            let handle = local_postgres::start(settings, &supervisor).await;
+            (supervisor, handle)
+        });
+        let (supervisor, handle) = started.await.unwrap();
+        self.running = Some((supervisor, handle.unwrap()));
+    }
+
+    /// Stops the server: sessions end, transactions roll back, a checkpoint is written.
+    pub async fn stop(&mut self) {
+        if let Some((supervisor, handle)) = self.running.take() {
+            drop(handle);
+            background()
+                .spawn(async move { supervisor.stop(Duration::from_secs(60)).await })
+                .await
+                .unwrap()
+                .unwrap();
+        }
+    }
+
+    /// Kills the postmaster with -9. It is started again by its keeper, and recovers; wait for it by connecting.
+    pub fn kill(&self) {
+        let pid = self.pid().expect("the server runs");
+        assert!(
+            Command::new("kill")
+                .args(["-9", &pid.to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Some((supervisor, handle)) = self.running.take() {
+            drop(handle);
+            let _ = finish(async move { supervisor.stop(Duration::from_secs(60)).await });
+        }
+    }
+}
