@@ -32,6 +32,15 @@ const BROKER: &[File] = &[
     file!("broker", 20261122000250, "origins"),
 ];
 
+/// The origin side, schema `postroad`.
+const ORIGIN: &[File] = &[
+    file!("origin", 20261122000100, "outbox"),
+    file!("origin", 20261122000200, "publish"),
+];
+
+/// Roles and what they may do; run at the end of every install.
+const GRANTS: &str = include_str!("../../migrations/origin/grants.sql");
+
 fn migrator(files: &[File], schema: &'static str) -> Migrator {
     let migrations = files
         .iter()
@@ -62,4 +71,103 @@ pub async fn broker(database: &Database) -> Result<(), Error> {
         .run(database.pool())
         .await
         .map_err(Error::Migrate)
+}
+
+/// Whether an origin's two roles have their rights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Grants {
+    /// `postroad_producer` and `postroad_relay` are there and have what they need.
+    Given,
+    /// A role is missing and the installing user may not create roles: who installs must be told so.
+    Skipped,
+}
+
+/// Installs an origin's schema, `postroad`, or brings it up to date, and grants the two roles their rights. Safe to call from
+/// several processes at once, and idempotent. Relays do not call it for an origin of another database: `postroad install` does.
+///
+/// # Errors
+/// A migration that failed, or a landed one that was edited; grants refused.
+pub async fn origin(database: &Database) -> Result<Grants, Error> {
+    migrator(ORIGIN, "postroad")
+        .run(database.pool())
+        .await
+        .map_err(Error::Migrate)?;
+    let mut connection = database.connect().await?;
+    sqlx::raw_sql(GRANTS)
+        .execute(&mut connection)
+        .await
+        .map_err(Error::query("granting the roles of an origin their rights"))?;
+    let roles: i64 = sqlx::query_scalar(
+        "select count(*) from pg_catalog.pg_roles where rolname in ('postroad_producer', 'postroad_relay')",
+    )
+    .fetch_one(&mut connection)
+    .await
+    .map_err(Error::query("looking up the roles of an origin"))?;
+    Ok(if roles == 2 {
+        Grants::Given
+    } else {
+        Grants::Skipped
+    })
+}
+
+/// What [`origin`] does as one SQL script, for teams that run their own migrations. Idempotent, and it leaves the same record
+/// behind, so that script and `postroad install` can follow each other.
+#[must_use]
+pub fn origin_sql() -> String {
+    use std::fmt::Write as _;
+    let mut script = String::from(
+        "-- Postroad's outbox: schema, function and grants. Run it as the owner of the database, in psql or by any migration tool.\n\
+         begin;\n\
+         create schema if not exists postroad;\n\
+         create table if not exists postroad.migration (\n    \
+             version bigint primary key,\n    \
+             description text not null,\n    \
+             installed_on timestamptz not null default now(),\n    \
+             success boolean not null,\n    \
+             checksum bytea not null,\n    \
+             execution_time bigint not null\n\
+         );\n",
+    );
+    for migration in migrator(ORIGIN, "postroad").iter() {
+        let mut checksum = String::with_capacity(2 * migration.checksum.len());
+        for byte in migration.checksum.iter() {
+            write!(checksum, "{byte:02x}").expect("writing to a String cannot fail");
+        }
+        write!(
+            script,
+            "\n-- {version} {description}\n\
+             do $postroad_install$\n\
+             begin\n\
+             if exists (select from postroad.migration where version = {version}) then return; end if;\n\
+             execute $postroad_migration$\n{text}$postroad_migration$;\n\
+             insert into postroad.migration (version, description, success, checksum, execution_time)\n    \
+             values ({version}, '{description}', true, '\\x{checksum}', 0);\n\
+             end\n\
+             $postroad_install$;\n",
+            version = migration.version,
+            description = migration.description,
+            text = migration.sql.as_str(),
+        )
+        .expect("writing to a String cannot fail");
+    }
+    script.push('\n');
+    script.push_str(GRANTS);
+    script.push_str("commit;\n");
+    script
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_printed_script_has_every_migration_and_the_grants() {
+        let script = origin_sql();
+        for &(version, _, text) in ORIGIN {
+            assert!(script.contains(&format!("version = {version}")));
+            assert!(script.contains(text));
+        }
+        assert!(script.contains("create role"));
+        assert!(!ORIGIN.iter().any(|(_, _, text)| text.contains("$postroad_")));
+    }
 }

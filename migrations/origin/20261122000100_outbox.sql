@@ -1,0 +1,114 @@
+-- The outbox: what producers insert into, inside their own transactions. Insert-only; its space comes back by TRUNCATE of
+-- whole leaves, so nothing here is ever vacuumed for its dead rows, and a pinned xmin slows nothing down.
+
+-- CACHE 1: a session that keeps numbers in stock would hand them out in another order than the row locks of its key.
+create sequence postroad.outbox_seq as bigint cache 1;
+
+create table postroad.outbox (
+    -- Order inside a relay's step. Never used to find out what is new: a smaller number can commit later.
+    seq bigint not null default nextval('postroad.outbox_seq'),
+    -- The transaction that inserted the row: what the relay finds new rows by. Not granted to producers.
+    xid xid8 not null default pg_current_xact_id(),
+    -- The leaf: 8 of them, 300 seconds each, by the time at which the transaction began. Not granted to producers.
+    bucket smallint not null default (floor(extract(epoch from now()) / 300)::bigint % 8)::smallint,
+    topic text not null,
+    -- The payload, in one of two columns: a bytea literal would eat the backslashes of a text. Neither means absent data, which
+    -- is not the JSON `null`.
+    payload text,
+    payload_bytes bytea,
+    -- Messages of one key keep the order in which their transactions held the key's row lock.
+    key text,
+    -- CloudEvents attributes. `type` absent means the topic; `time` absent means none.
+    type text,
+    id text not null default gen_random_uuid()::text,
+    source text not null default '/postroad/outbox',
+    subject text,
+    -- CloudEvents datacontenttype. Absent: JSON if the payload is a valid JSON text, and bytes otherwise.
+    content_type text,
+    -- CloudEvents dataschema.
+    data_schema text,
+    -- CloudEvents extension attributes: a JSON object of strings, booleans and 32-bit integers.
+    headers jsonb,
+    time timestamptz default now(),
+
+    -- What could not become a message is refused here, so that the producer learns it at once.
+    constraint outbox_topic_is_valid check (
+        octet_length(topic) <= 255 and topic collate "C" ~ '^[A-Za-z0-9_-]+([.][A-Za-z0-9_-]+)*$'
+    ),
+    constraint outbox_payload_is_one check (payload is null or payload_bytes is null),
+    constraint outbox_payload_is_at_most_16_mib check (
+        coalesce(octet_length(payload), 0) <= 16777216 and coalesce(octet_length(payload_bytes), 0) <= 16777216
+    ),
+    constraint outbox_key_is_1_to_512_bytes check (octet_length(key) between 1 and 512),
+    constraint outbox_type_is_1_to_1024_bytes check (octet_length(type) between 1 and 1024),
+    constraint outbox_id_is_1_to_1024_bytes check (octet_length(id) between 1 and 1024),
+    constraint outbox_source_is_1_to_1024_bytes check (octet_length(source) between 1 and 1024),
+    constraint outbox_subject_is_1_to_1024_bytes check (octet_length(subject) between 1 and 1024),
+    constraint outbox_content_type_is_valid check (
+        octet_length(content_type) between 1 and 255 and content_type collate "C" ~ '^[!-~]([ -~]*[!-~])?$'
+    ),
+    constraint outbox_data_schema_is_1_to_1024_bytes check (octet_length(data_schema) between 1 and 1024),
+    constraint outbox_time_has_a_four_digit_year check (
+        time >= timestamptz '0001-01-01 00:00:00+00' and time < timestamptz '10000-01-01 00:00:00+00'
+    ),
+    constraint outbox_headers_are_extension_attributes check (
+        case when headers is null then true
+            when jsonb_typeof(headers) <> 'object' then false
+            else octet_length(headers::text) <= 65536
+                and not jsonb_path_exists(headers, '$.keyvalue() ? (
+                    !(@.key like_regex "^[a-z0-9]{1,20}$")
+                    || @.key like_regex "^(specversion|id|source|type|subject|time|datacontenttype|dataschema|data|partitionkey)$"
+                    || !(@.value.type() == "string" || @.value.type() == "boolean" || @.value.type() == "number")
+                    || (@.value.type() == "number"
+                        && (@.value < -2147483648 || @.value > 2147483647 || @.value.floor() != @.value)))')
+        end
+    )
+) partition by list (bucket);
+
+comment on table postroad.outbox is
+    'Insert messages here, in the transaction that changes what they tell about. Committed: delivered. Rolled back: never seen.';
+
+-- The leaves have no autovacuum: it could only get in the way of the TRUNCATE, and an analyze of a tiny leaf has frozen bad plans.
+create table postroad.outbox_0 partition of postroad.outbox for values in (0) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+create table postroad.outbox_1 partition of postroad.outbox for values in (1) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+create table postroad.outbox_2 partition of postroad.outbox for values in (2) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+create table postroad.outbox_3 partition of postroad.outbox for values in (3) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+create table postroad.outbox_4 partition of postroad.outbox for values in (4) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+create table postroad.outbox_5 partition of postroad.outbox for values in (5) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+create table postroad.outbox_6 partition of postroad.outbox for values in (6) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+create table postroad.outbox_7 partition of postroad.outbox for values in (7) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
+
+-- The one index. Its being valid also tells the relay that a dump has been restored to its end: pg_restore makes indexes last.
+create index outbox_xid on postroad.outbox (xid);
+
+-- The relay's marks. A step that found rows commits one here before it appends them: a position whose mark is missing was made
+-- in a future that this database has lost.
+create table postroad.relay_mark (
+    id uuid primary key,
+    made_at timestamptz not null default clock_timestamp()
+) with (autovacuum_enabled = false);
+
+-- Called by a relay that found this database gone back in time (restored, failed over, crashed with transactions not yet
+-- flushed). Rows that were restored from elsewhere can carry transaction ids that this cluster has not handed out yet, or has
+-- handed out to a transaction that is still running: no snapshot would show them for a long time. They get the id of this
+-- transaction instead. A row that this statement can see and whose id its snapshot cannot is such a row, and no other is: an
+-- ordinary row is seen exactly when its id is. It also moves the sequence past the highest number in use, with room for the
+-- numbers that are handed out meanwhile.
+-- Owned by whoever installs it, since a relay's role may not update: fixed search_path, no parameters.
+create function postroad.relay_restamp() returns bigint
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    restamped bigint;
+    highest bigint;
+begin
+    update postroad.outbox set xid = pg_current_xact_id()
+        where xid >= pg_snapshot_xmin(pg_current_snapshot()) and not pg_visible_in_snapshot(xid, pg_current_snapshot());
+    get diagnostics restamped = row_count;
+    select max(seq) into highest from postroad.outbox;
+    if highest >= (select case when is_called then last_value + 1 else last_value end from postroad.outbox_seq) then
+        perform setval('postroad.outbox_seq', highest + 10000);
+    end if;
+    return restamped;
+end
+$$;
+revoke all on function postroad.relay_restamp() from public;
