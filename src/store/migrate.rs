@@ -168,6 +168,10 @@ mod tests {
             assert!(script.contains(text));
         }
         assert!(script.contains("create role"));
-        assert!(!ORIGIN.iter().any(|(_, _, text)| text.contains("$postroad_")));
+        assert!(
+            !ORIGIN
+                .iter()
+                .any(|(_, _, text)| text.contains("$postroad_"))
+        );
     }
 }
