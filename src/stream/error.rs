@@ -1,0 +1,106 @@
+//! What the stream engine answers when it cannot do what was asked.
+
+use crate::domain::id::{Offset, StreamId};
+use crate::domain::name::{StreamName, TopicPattern};
+use crate::store;
+
+/// Why a stream could not be declared, described, read or deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No stream has this name or number.
+    #[error("there is no stream `{stream}`")]
+    NotFound {
+        /// The name asked for, or the number.
+        stream: String,
+    },
+    /// Another stream owns topics that the pattern matches.
+    #[error("pattern `{pattern}` overlaps `{other_pattern}` of stream `{other_stream}`")]
+    Overlap {
+        /// The pattern that was refused.
+        pattern: TopicPattern,
+        /// The stream in the way.
+        other_stream: StreamName,
+        /// Its pattern.
+        other_pattern: TopicPattern,
+    },
+    /// Settings that break a rule.
+    #[error("the settings are not valid")]
+    Settings(#[source] super::SettingsError),
+    /// Queues read the stream.
+    #[error("stream `{name}` has queues")]
+    HasQueues {
+        /// The stream.
+        name: StreamName,
+    },
+    /// `main` takes what no other stream claims, so it is always there.
+    #[error("stream `main` cannot be deleted")]
+    MainIsKept,
+    /// The engine has ended.
+    #[error("the stream engine is stopping")]
+    Stopping,
+    /// The database could not do it.
+    #[error("the database could not be used")]
+    Store(#[from] store::Error),
+}
+
+/// Why an append was refused, or that nobody knows whether it was.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// Ids were used before for other content within the window; nothing was appended.
+    #[error("{} ids were already used for other messages", items.len())]
+    IdConflict {
+        /// The items in conflict, in the order sent.
+        items: Vec<ConflictItem>,
+    },
+    /// The member's lease has another epoch or holder; nothing was appended.
+    #[error("the lease was taken over")]
+    Fenced,
+    /// The origin's latest position is another than the member's `from`; nothing was appended.
+    #[error("the origin's position is {found}")]
+    PositionMoved {
+        /// The latest position number.
+        found: i64,
+    },
+    /// It may or may not have been appended. The appender goes on finding out; a repeat with the same ids is safe.
+    #[error("the outcome of the append is not known")]
+    OutcomeUnknown,
+    /// The database could not be used in time; nothing was appended.
+    #[error("the database could not be used")]
+    Unavailable(#[source] Option<store::Error>),
+    /// More waits to be appended than the bounds allow; nothing was appended.
+    #[error("too much waits to be appended")]
+    Overloaded,
+    /// The member is beyond the limit of one append; nothing was appended.
+    #[error("{bytes} bytes in {count} messages are more than one append takes")]
+    TooLarge {
+        /// Messages in the member.
+        count: usize,
+        /// Bytes in the member.
+        bytes: usize,
+    },
+    /// A message cannot be stored; nothing was appended.
+    #[error("message {index} cannot be stored: {reason}")]
+    Invalid {
+        /// Its place in the member, from 0.
+        index: usize,
+        /// The rule that it breaks.
+        reason: &'static str,
+    },
+    /// The database refuses the statement, whenever it is tried; nothing was appended.
+    #[error("the database refuses the append")]
+    Refused(#[source] store::Error),
+    /// The engine has ended; nothing was appended.
+    #[error("the stream engine is stopping")]
+    Stopping,
+}
+
+/// A message whose id stands for another message already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConflictItem {
+    /// Its place in the member, from 0.
+    pub index: usize,
+    /// The stream of the first use.
+    pub stream: StreamId,
+    /// The offset of the first use; `Offset(0)` when the first use is in the same member.
+    pub offset: Offset,
+}

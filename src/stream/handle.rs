@@ -1,0 +1,198 @@
+//! The way into the stream engine. Every call goes through a bounded channel to a task that is never aborted, so that a
+//! caller may drop any of these futures at any time.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use super::appender::{self, Pending};
+use super::cache::Cache;
+use super::catalogue::{self, Watermarks};
+use super::request::{Batch, Member, Page, Placed, Read, Scan, Scanned};
+use super::settings::{Declared, Description, Settings};
+use super::tail::Tails;
+use super::{AppendError, Error, reader};
+use crate::domain::id::{Offset, StreamId};
+use crate::domain::message::Entry;
+use crate::domain::name::StreamName;
+
+/// The stream engine of this process. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What the handles and the tasks share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) appends: appender::Inbox,
+    pub(super) reads: mpsc::Sender<reader::Job>,
+    pub(super) catalogue: mpsc::Sender<catalogue::Job>,
+    pub(super) tails: Tails,
+    pub(super) cache: Cache,
+    pub(super) watermarks: Watermarks,
+}
+
+impl Handle {
+    /// Declares a stream: creates it, or changes its settings. A message published after the answer goes where the patterns
+    /// say.
+    ///
+    /// # Errors
+    /// [`Error::Settings`], [`Error::Overlap`], or the database's.
+    pub async fn declare(
+        &self,
+        name: StreamName,
+        settings: Settings,
+    ) -> Result<(Description, Declared), Error> {
+        settings.validate(&name).map_err(Error::Settings)?;
+        self.catalogue(|reply| catalogue::Job::Declare {
+            name,
+            settings,
+            reply,
+        })
+        .await
+    }
+
+    /// Describes a stream.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database's.
+    pub async fn describe(&self, name: &StreamName) -> Result<Description, Error> {
+        let name = name.clone();
+        self.catalogue(|reply| catalogue::Job::Describe { name, reply })
+            .await
+    }
+
+    /// Describes all streams, by name.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn list(&self) -> Result<Vec<Description>, Error> {
+        self.catalogue(|reply| catalogue::Job::List { reply }).await
+    }
+
+    /// Deletes a stream with its messages. Its topics fall to `main` from then on.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::HasQueues`], [`Error::MainIsKept`], or the database's.
+    pub async fn delete(&self, name: &StreamName) -> Result<(), Error> {
+        let name = name.clone();
+        self.catalogue(|reply| catalogue::Job::Delete { name, reply })
+            .await
+    }
+
+    /// Appends a member with the next group commit. Queued at the first poll; resolves after the commit, after the wait
+    /// bound of the options at the latest. Dropping the future does not undo it.
+    ///
+    /// # Errors
+    /// All of [`AppendError`] but [`AppendError::OutcomeUnknown`] mean that nothing of it was appended.
+    pub fn append(
+        &self,
+        member: Member,
+    ) -> impl Future<Output = Result<Vec<Placed>, AppendError>> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        async move { Pending::append(&shared.appends, member).await }
+    }
+
+    /// Reads a page, payloads included. Recent entries come from memory.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn read(&self, read: Read) -> Result<Page, Error> {
+        if let Some(page) = self.shared.cache.read(&read) {
+            return Ok(page);
+        }
+        self.ask(|reply| reader::Job::Read { read, reply }).await
+    }
+
+    /// Scans for what matches without reading payloads. Closed partitions none of whose topics match are skipped.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn scan(&self, scan: Scan) -> Result<Scanned, Error> {
+        self.ask(|reply| reader::Job::Scan { scan, reply }).await
+    }
+
+    /// Fetches entries by offset, in offset order; those that retention dropped are absent. Recent ones come from memory.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn fetch(
+        &self,
+        stream: StreamId,
+        offsets: Vec<Offset>,
+    ) -> Result<Vec<Arc<Entry>>, Error> {
+        let (mut found, missing) = self.shared.cache.fetch(stream, offsets);
+        if !missing.is_empty() {
+            let read = self
+                .ask(|reply| reader::Job::Fetch {
+                    stream,
+                    offsets: missing,
+                    reply,
+                })
+                .await?;
+            found.extend(read);
+            found.sort_by_key(|entry| entry.offset);
+        }
+        Ok(found)
+    }
+
+    /// Says for each (source, id) whether some stream's log has it. Reads the log once per call: for a re-relay, in chunks
+    /// as large as memory allows, and for nothing that happens often.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn find_present(&self, ids: Vec<(String, String)>) -> Result<Vec<bool>, Error> {
+        self.ask(|reply| reader::Job::FindPresent { ids, reply })
+            .await
+    }
+
+    /// What is appended to the stream from now on, by whatever node. A receiver that lags catches up by read or scan.
+    #[must_use]
+    pub fn tail(&self, stream: StreamId) -> broadcast::Receiver<Arc<Batch>> {
+        self.shared.tails.subscribe(stream)
+    }
+
+    /// The last offset that the tail has passed on. Rises after the batch went out.
+    #[must_use]
+    pub fn last_offset(&self, stream: StreamId) -> watch::Receiver<Offset> {
+        self.shared.tails.last_offset(stream)
+    }
+
+    /// The last offset appended before `at`; `Offset(0)`, or the last one dropped, when none was.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database's.
+    pub async fn offset_at(&self, stream: StreamId, at: DateTime<Utc>) -> Result<Offset, Error> {
+        self.ask(|reply| reader::Job::OffsetAt { stream, at, reply })
+            .await
+    }
+
+    /// Tells the engine that every queue of the stream has settled what it matches up to this offset. Until told, nothing of
+    /// the stream is dropped; with no queues, tell it `Offset(i64::MAX)`.
+    pub fn set_watermark(&self, stream: StreamId, watermark: Offset) {
+        self.shared.watermarks.set(stream, watermark);
+    }
+
+    async fn ask<T>(
+        &self,
+        job: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> reader::Job,
+    ) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.shared.reads.send(job(reply)).await;
+        sent.map_err(|_| Error::Stopping)?;
+        answer.await.map_err(|_| Error::Stopping)?
+    }
+
+    async fn catalogue<T>(
+        &self,
+        job: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> catalogue::Job,
+    ) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.shared.catalogue.send(job(reply)).await;
+        sent.map_err(|_| Error::Stopping)?;
+        answer.await.map_err(|_| Error::Stopping)?
+    }
+}

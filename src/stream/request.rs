@@ -1,0 +1,152 @@
+//! What the other engines ask of the log, and what they get.
+
+use std::sync::Arc;
+
+use crate::domain::id::{Fence, Offset, OriginId, StreamId};
+use crate::domain::message::{Entry, Message};
+use crate::domain::name::{Topic, TopicPattern};
+
+/// One caller's share of a group commit: appended whole or not at all.
+#[derive(Debug, Clone)]
+pub enum Member {
+    /// Messages published over HTTP.
+    Publish {
+        /// In the order in which they get their offsets.
+        messages: Vec<Message>,
+        /// Deduplicate by (stream, source, id) within the window: the same content again is a duplicate with the first
+        /// offset, other content refuses the whole member.
+        check_ids: bool,
+    },
+    /// Outbox rows of one origin. Its latest position number must be `from`, its lease must be held at the fence's epoch.
+    Relay {
+        /// In the order in which they get their offsets.
+        messages: Vec<Message>,
+        /// The origin.
+        origin: OriginId,
+        /// The relay's lease.
+        fence: Fence,
+        /// The number of the position that the rows follow; 0 before the first.
+        from: i64,
+        /// The number of the position after them.
+        to: i64,
+        /// That position, JSON text.
+        position: String,
+        /// Rows between the two positions that cannot become messages.
+        rejected: Vec<Rejected>,
+    },
+}
+
+impl Member {
+    /// The messages.
+    #[must_use]
+    pub fn messages(&self) -> &[Message] {
+        match self {
+            Self::Publish { messages, .. } | Self::Relay { messages, .. } => messages,
+        }
+    }
+}
+
+/// An outbox row that cannot become a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejected {
+    /// Its number in the outbox.
+    pub seq: i64,
+    /// Why, as one clause.
+    pub reason: String,
+    /// The row as a JSON object.
+    pub outbox_row: String,
+}
+
+/// Where a message went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placed {
+    /// The stream that owns its topic.
+    pub stream: StreamId,
+    /// Its offset: of the first use, for a duplicate.
+    pub offset: Offset,
+    /// Whether its id was used before for the same content.
+    pub duplicate: bool,
+}
+
+/// A page of a stream, with payloads.
+#[derive(Debug, Clone)]
+pub struct Read {
+    /// The stream.
+    pub stream: StreamId,
+    /// Entries after this offset.
+    pub after: Offset,
+    /// Up to this offset; `None` is the end of the stream when the read starts.
+    pub through: Option<Offset>,
+    /// Only topics that match one of these; `None` is all.
+    pub topics: Option<Arc<[TopicPattern]>>,
+    /// Only this ordering key.
+    pub key: Option<String>,
+    /// At most so many entries.
+    pub max_messages: usize,
+    /// At most so many bytes of events, but always one entry if there is one.
+    pub max_bytes: usize,
+}
+
+/// The entries of a page, in offset order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Page {
+    /// What matched.
+    pub entries: Vec<Arc<Entry>>,
+    /// All up to here was examined: the next page starts after it.
+    pub through: Offset,
+}
+
+/// A look at what matches, without payloads.
+#[derive(Debug, Clone)]
+pub struct Scan {
+    /// The stream.
+    pub stream: StreamId,
+    /// Messages after this offset.
+    pub after: Offset,
+    /// Only topics that match one of these; empty matches all.
+    pub topics: Vec<TopicPattern>,
+    /// At most so many items.
+    pub max_items: usize,
+}
+
+/// What a scan found, in offset order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scanned {
+    /// What matched.
+    pub items: Vec<ScanItem>,
+    /// All up to here was examined: the next scan starts after it. Equal to the scan's `after` at the end of the stream.
+    pub through: Offset,
+}
+
+/// A message without its payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScanItem {
+    /// Its place.
+    pub offset: Offset,
+    /// Its topic.
+    pub topic: Topic,
+    /// xxh3-64 of its key, see [`key_hash`].
+    pub key_hash: Option<i64>,
+    /// Bytes of its event, about.
+    pub bytes: usize,
+}
+
+/// What was appended to one stream by one commit, or read from the log after another node appended it. Batches of a stream
+/// follow one another without a gap.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// The stream.
+    pub stream: StreamId,
+    /// The first offset.
+    pub first: Offset,
+    /// The last offset.
+    pub last: Offset,
+    /// The entries from first to last; fewer only when retention dropped them before this node read them.
+    pub entries: Vec<Arc<Entry>>,
+}
+
+/// The hash of an ordering key as the log keeps it.
+#[must_use]
+pub fn key_hash(key: &str) -> i64 {
+    xxhash_rust::xxh3::xxh3_64(key.as_bytes()).cast_signed()
+}

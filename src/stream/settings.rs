@@ -1,0 +1,175 @@
+//! What people declare about a stream, and what they are told about it.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use crate::domain::id::{Offset, StreamId};
+use crate::domain::name::{StreamName, TopicPattern};
+
+/// The most patterns that one stream can own.
+pub const PATTERN_MAX_COUNT: usize = 1_000;
+/// How long settled messages are kept unless declared otherwise (PROTOCOL.md, Parameters).
+pub const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 86_400);
+/// How long unsettled messages are kept unless declared otherwise (PROTOCOL.md, Parameters).
+pub const DEFAULT_HARD_LIMIT: Duration = Duration::from_secs(14 * 86_400);
+
+/// A stream's settings, as declared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// The topics that the stream owns. `main` has none: it takes what is left.
+    pub patterns: Vec<TopicPattern>,
+    /// How long its messages are kept.
+    pub retention: Retention,
+}
+
+/// How long messages are kept. Space comes back a partition at a time, so a message can live somewhat longer, never shorter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// The least age at which a message goes that every queue has settled.
+    pub settled: Duration,
+    /// The age at which a message goes whether settled or not; `None` is unlimited.
+    pub unsettled: Option<Duration>,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            settled: DEFAULT_RETENTION,
+            unsettled: Some(DEFAULT_HARD_LIMIT),
+        }
+    }
+}
+
+/// The rule that settings break.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SettingsError {
+    /// Two patterns of the same stream match the same topic.
+    #[error("pattern `{pattern}` overlaps `{other}` of the same stream")]
+    PatternsOverlap {
+        /// The later pattern.
+        pattern: TopicPattern,
+        /// The earlier pattern.
+        other: TopicPattern,
+    },
+    /// More patterns than a stream can own.
+    #[error("{count} patterns, at most {PATTERN_MAX_COUNT} are allowed")]
+    TooManyPatterns {
+        /// Patterns declared.
+        count: usize,
+    },
+    /// A stream other than `main` without a pattern would never hold a message.
+    #[error("at least one pattern is needed")]
+    NoPatterns,
+    /// `main` takes what no other stream claims.
+    #[error("stream `main` owns no patterns: it takes what no other stream claims")]
+    PatternsOfMain,
+    /// The hard limit would drop messages before the retention of settled ones.
+    #[error("the limit for unsettled messages is shorter than the retention of settled ones")]
+    LimitBelowRetention,
+    /// A retention of nothing, or of more than a hundred years.
+    #[error("a retention is at least 1 second and at most 100 years")]
+    OutOfRange,
+}
+
+impl Settings {
+    /// Checks the rules that concern this stream alone; that patterns of streams are disjoint is checked by the declare.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn validate(&self, name: &StreamName) -> Result<(), SettingsError> {
+        let is_main = *name == StreamName::main();
+        if is_main && !self.patterns.is_empty() {
+            return Err(SettingsError::PatternsOfMain);
+        }
+        if !is_main && self.patterns.is_empty() {
+            return Err(SettingsError::NoPatterns);
+        }
+        if self.patterns.len() > PATTERN_MAX_COUNT {
+            return Err(SettingsError::TooManyPatterns {
+                count: self.patterns.len(),
+            });
+        }
+        for (place, pattern) in self.patterns.iter().enumerate() {
+            if let Some(other) = self.patterns[..place].iter().find(|p| p.overlaps(pattern)) {
+                return Err(SettingsError::PatternsOverlap {
+                    pattern: pattern.clone(),
+                    other: other.clone(),
+                });
+            }
+        }
+        let allowed = Duration::from_secs(1)..=Duration::from_secs(100 * 366 * 86_400);
+        let Retention { settled, unsettled } = self.retention;
+        if !allowed.contains(&settled) || unsettled.is_some_and(|limit| !allowed.contains(&limit)) {
+            return Err(SettingsError::OutOfRange);
+        }
+        if unsettled.is_some_and(|limit| limit < settled) {
+            return Err(SettingsError::LimitBelowRetention);
+        }
+        Ok(())
+    }
+}
+
+/// What a declare did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Declared {
+    /// The stream is new.
+    Created,
+    /// It was there with these settings.
+    Unchanged,
+    /// It was there with other settings, which these have replaced.
+    Changed,
+}
+
+/// A stream as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Its number.
+    pub id: StreamId,
+    /// Its name.
+    pub name: StreamName,
+    /// The topics that it owns.
+    pub patterns: Vec<TopicPattern>,
+    /// How long its messages are kept.
+    pub retention: Retention,
+    /// The first offset still there; one past `last_offset` when all are gone.
+    pub first_offset: Offset,
+    /// The last offset given out; `Offset(0)` before the first message.
+    pub last_offset: Offset,
+    /// Bytes on disk of its messages, about.
+    pub message_bytes: u64,
+    /// When it was created.
+    pub created_at: DateTime<Utc>,
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn check(name: &str, patterns: &[&str], settled: u64, unsettled: Option<u64>) -> String {
+        Settings {
+            patterns: patterns
+                .iter()
+                .map(|p| TopicPattern::parse(p).unwrap())
+                .collect(),
+            retention: Retention {
+                settled: Duration::from_secs(settled),
+                unsettled: unsettled.map(Duration::from_secs),
+            },
+        }
+        .validate(&StreamName::parse(name).unwrap())
+        .map_or_else(|error| error.to_string(), |()| "valid".to_owned())
+    }
+
+    #[test]
+    fn settings_name_the_rule_they_break() {
+        assert_eq!(check("orders", &["orders.>"], 60, None), "valid");
+        assert_eq!(check("main", &[], 60, Some(60)), "valid");
+        assert!(check("main", &["a"], 60, None).contains("owns no patterns"));
+        assert!(check("orders", &[], 60, None).contains("at least one pattern"));
+        assert!(check("orders", &["a.*", "a.b"], 60, None).contains("`a.b` overlaps `a.*`"));
+        assert!(check("orders", &["a"], 60, Some(59)).contains("shorter"));
+        assert!(check("orders", &["a"], 0, None).contains("at least 1 second"));
+    }
+}
