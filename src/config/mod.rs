@@ -1,1 +1,121 @@
-//! Configuration: `postroad.toml`, `POSTROAD_*` variables and flags.
+//! Configuration: flags, then `POSTROAD_*` variables, then `postroad.toml`, then defaults; the first that says something
+//! counts. Every key stands once, in [`KEYS`], and has the same name in the file (`bind`), the environment
+//! (`POSTROAD_BIND`) and on the command line (`--bind`). All that is wrong is reported at once, each by its key, its
+//! value and what is allowed.
+
+mod fault;
+mod keys;
+mod load;
+mod origin;
+mod render;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use crate::domain::name::{QueueName, StreamName};
+
+pub use fault::{Error, Fault};
+pub use keys::{KEYS, Key};
+pub use load::{Environment, Flags, load};
+pub use origin::{Origin, UrlFrom};
+pub use render::{effective, markdown_table};
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// A declared stream or queue: the name, and the body that `PUT /v1/streams/{stream}` or `PUT /v1/queues/{queue}` takes.
+pub type Declared<Name> = (Name, Map<String, Value>);
+
+/// Everything that can be configured. What each field means stands in [`KEYS`], and so in docs/configuration.md.
+#[derive(Clone)]
+pub struct Config {
+    /// `bind`
+    pub bind: SocketAddr,
+    /// `advertise_url`
+    pub advertise_url: Option<String>,
+    /// `database_url`, or what `database_url_file` holds
+    pub database_url: Option<String>,
+    /// `data_dir`
+    pub data_dir: Option<PathBuf>,
+    /// `postgres_bin`
+    pub postgres_bin: Option<PathBuf>,
+    /// `database_pool_size`
+    pub database_pool_size: u32,
+    /// `allow_unsafe_postgres`
+    pub allow_unsafe_postgres: bool,
+    /// `log_format`
+    pub log_format: LogFormat,
+    /// `log_level`
+    pub log_level: String,
+    /// `node_ttl_seconds`
+    pub node_ttl: Duration,
+    /// `node_heartbeat_seconds`
+    pub node_heartbeat: Duration,
+    /// `outbox_grace_seconds`
+    pub outbox_grace: Duration,
+    /// `shutdown_seconds`
+    pub shutdown: Duration,
+    /// `[origins.<name>]`
+    pub origins: Vec<Origin>,
+    /// `[streams.<name>]`
+    pub streams: Vec<Declared<StreamName>>,
+    /// `[queues.<name>]`
+    pub queues: Vec<Declared<QueueName>>,
+    /// What is odd and not wrong, for the log: a variable that is no key.
+    pub warnings: Vec<String>,
+    /// Where each key's value came from, by the order of [`KEYS`].
+    sources: Vec<String>,
+}
+
+impl std::fmt::Debug for Config {
+    /// As [`effective`]: without passwords.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&effective(self))
+    }
+}
+
+impl Default for Config {
+    /// The defaults of every key, with no file and no variable read.
+    fn default() -> Self {
+        let mut config = Self::blank();
+        for key in KEYS {
+            key.set_default(&mut config);
+        }
+        config
+    }
+}
+
+impl Config {
+    /// The state before the first key is set.
+    fn blank() -> Self {
+        Self {
+            bind: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise_url: None,
+            database_url: None,
+            data_dir: None,
+            postgres_bin: None,
+            database_pool_size: 1,
+            allow_unsafe_postgres: false,
+            log_format: LogFormat::Text,
+            log_level: String::new(),
+            node_ttl: Duration::ZERO,
+            node_heartbeat: Duration::ZERO,
+            outbox_grace: Duration::ZERO,
+            shutdown: Duration::ZERO,
+            origins: Vec::new(),
+            streams: Vec::new(),
+            queues: Vec::new(),
+            warnings: Vec::new(),
+            sources: vec!["default".to_owned(); KEYS.len()],
+        }
+    }
+}

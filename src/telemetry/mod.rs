@@ -1,1 +1,27 @@
-//! Logs and metrics.
+//! Logs: lines to standard error, as text or JSON. No payload, key, password or URL with one is ever logged.
+
+use std::io::IsTerminal as _;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, LogFormat};
+
+/// Whether the text is a filter: a level, or directives.
+#[must_use]
+pub fn is_filter(text: &str) -> bool {
+    EnvFilter::try_new(text).is_ok()
+}
+
+/// Sends the process's log lines to standard error. The first call in a process counts.
+pub fn start(config: &Config) {
+    let filter = EnvFilter::try_new(&config.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    // Set already, by a test or an embedding program: theirs stays.
+    let _ = match config.log_format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+}

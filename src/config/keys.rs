@@ -1,0 +1,218 @@
+//! The one table of keys.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Config, LogFormat};
+
+/// A key of the configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// The name in `postroad.toml`.
+    pub name: &'static str,
+    /// The default as text; empty when there is none.
+    pub default: &'static str,
+    /// What a value may be, as a clause after "must be".
+    pub allowed: &'static str,
+    /// What it is for.
+    pub about: &'static str,
+    /// Whether the value can hold a password: then it is never shown.
+    pub is_secret: bool,
+    set: fn(&mut Config, &str) -> Option<()>,
+}
+
+impl Key {
+    /// The name as an environment variable.
+    #[must_use]
+    pub fn variable(&self) -> String {
+        format!("POSTROAD_{}", self.name.to_uppercase())
+    }
+
+    /// The name as a flag, without the dashes before it.
+    #[must_use]
+    pub fn flag(&self) -> String {
+        self.name.replace('_', "-")
+    }
+
+    /// Takes a value; `None` when it is not one of those allowed.
+    pub(super) fn set(&self, config: &mut Config, text: &str) -> Option<()> {
+        (self.set)(config, text)
+    }
+
+    pub(super) fn set_default(&self, config: &mut Config) {
+        if !self.default.is_empty() {
+            self.set(config, self.default)
+                .expect("a test sets every default");
+        }
+    }
+}
+
+const fn key(
+    name: &'static str,
+    default: &'static str,
+    allowed: &'static str,
+    about: &'static str,
+    set: fn(&mut Config, &str) -> Option<()>,
+) -> Key {
+    Key {
+        name,
+        default,
+        allowed,
+        about,
+        is_secret: false,
+        set,
+    }
+}
+
+fn within<T: std::str::FromStr + PartialOrd>(text: &str, least: T, most: T) -> Option<T> {
+    let value: T = text.parse().ok()?;
+    (value >= least && value <= most).then_some(value)
+}
+
+/// Seconds, with a fraction if need be.
+fn seconds(text: &str, least: f64, most: f64) -> Option<Duration> {
+    within(text, least, most).map(Duration::from_secs_f64)
+}
+
+fn boolean(text: &str) -> Option<bool> {
+    match text {
+        "true" | "1" => Some(true),
+        "false" | "0" => Some(false),
+        _ => None,
+    }
+}
+
+fn path(text: &str) -> Option<PathBuf> {
+    (!text.is_empty()).then(|| PathBuf::from(text))
+}
+
+fn http_url(text: &str) -> Option<String> {
+    let url = reqwest::Url::parse(text).ok()?;
+    (matches!(url.scheme(), "http" | "https") && url.has_host())
+        .then(|| text.trim_end_matches('/').to_owned())
+}
+
+pub(super) fn postgres_url(text: &str) -> Option<String> {
+    let url = reqwest::Url::parse(text).ok()?;
+    matches!(url.scheme(), "postgres" | "postgresql").then(|| text.to_owned())
+}
+
+/// All keys, in the order of the documentation.
+pub const KEYS: &[Key] = &[
+    key(
+        "bind",
+        "127.0.0.1:7070",
+        "an address and port, like 127.0.0.1:7070, [::1]:7070 or 0.0.0.0:7070; port 0 takes a free one",
+        "Where the HTTP API listens.",
+        |c, t| t.parse::<SocketAddr>().ok().map(|v| c.bind = v),
+    ),
+    key(
+        "advertise_url",
+        "",
+        "an http or https URL",
+        "The URL at which other nodes reach this one. Without it, `http://` and the address listened on.",
+        |c, t| http_url(t).map(|v| c.advertise_url = Some(v)),
+    ),
+    Key {
+        is_secret: true,
+        ..key(
+            "database_url",
+            "",
+            "a URL like postgres://user:password@host:5432/database; with a password not in the file, but in a variable or by database_url_file",
+            "The broker's Postgres. `DATABASE_URL` is read too. Without any, a private local Postgres is started.",
+            |c, t| postgres_url(t).map(|v| c.database_url = Some(v)),
+        )
+    },
+    key(
+        "database_url_file",
+        "",
+        "the path of a file that holds nothing but the URL",
+        "Read instead of `database_url`: a mounted secret.",
+        |c, t| {
+            let text = std::fs::read_to_string(path(t)?).ok()?;
+            postgres_url(text.trim()).map(|v| c.database_url = Some(v))
+        },
+    ),
+    key(
+        "data_dir",
+        "",
+        "a path",
+        "The folder of the local Postgres. Without it, the platform's folder for data (`~/.local/share/postroad`, \
+         `~/Library/Application Support/postroad`), for root `/var/lib/postroad`.",
+        |c, t| path(t).map(|v| c.data_dir = Some(v)),
+    ),
+    key(
+        "postgres_bin",
+        "",
+        "the path of a folder",
+        "The folder of `postgres` and `initdb`, when they are not found by themselves.",
+        |c, t| path(t).map(|v| c.postgres_bin = Some(v)),
+    ),
+    key(
+        "database_pool_size",
+        "16",
+        "a whole number from 4 to 1000",
+        "Most pooled connections to the broker's Postgres; the appender, the heartbeat and each relay have their own besides.",
+        |c, t| within(t, 4, 1000).map(|v| c.database_pool_size = v),
+    ),
+    key(
+        "allow_unsafe_postgres",
+        "false",
+        "true or false",
+        "Run on a Postgres with `fsync`, `full_page_writes` or `synchronous_commit` off, which can lose acknowledged messages.",
+        |c, t| boolean(t).map(|v| c.allow_unsafe_postgres = v),
+    ),
+    key(
+        "log_format",
+        "text",
+        "text or json",
+        "How log lines are written, to standard error.",
+        |c, t| {
+            c.log_format = match t {
+                "text" => LogFormat::Text,
+                "json" => LogFormat::Json,
+                _ => return None,
+            };
+            Some(())
+        },
+    ),
+    key(
+        "log_level",
+        "info",
+        "a level (error, warn, info, debug, trace) or directives like info,postroad::relay=debug",
+        "What is logged.",
+        |c, t| {
+            let is_valid = !t.is_empty() && crate::telemetry::is_filter(t);
+            is_valid.then(|| t.clone_into(&mut c.log_level))
+        },
+    ),
+    key(
+        "node_ttl_seconds",
+        "10",
+        "seconds from 2 to 300",
+        "A node that has not renewed its row for so long is dead, and others take over what it held.",
+        |c, t| seconds(t, 2.0, 300.0).map(|v| c.node_ttl = v),
+    ),
+    key(
+        "node_heartbeat_seconds",
+        "1",
+        "seconds from 0.1 to 60, at most a third of node_ttl_seconds",
+        "How often a node renews its row.",
+        |c, t| seconds(t, 0.1, 60.0).map(|v| c.node_heartbeat = v),
+    ),
+    key(
+        "outbox_grace_seconds",
+        "600",
+        "seconds from 1 to 86400",
+        "How long relayed rows stay in an outbox: what makes a failover of the broker's database repairable.",
+        |c, t| seconds(t, 1.0, 86_400.0).map(|v| c.outbox_grace = v),
+    ),
+    key(
+        "shutdown_seconds",
+        "25",
+        "seconds from 1 to 600",
+        "How long a stop may take in all before the process ends regardless.",
+        |c, t| seconds(t, 1.0, 600.0).map(|v| c.shutdown = v),
+    ),
+];

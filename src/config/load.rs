@@ -1,0 +1,415 @@
+//! Puts the layers together.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::{Config, Declared, Error, Fault, KEYS, Key, fault::unknown, origin};
+
+/// The file that is read when none is named.
+const DEFAULT_FILE: &str = "postroad.toml";
+/// The tables of the file.
+const TABLES: [&str; 3] = ["origins", "streams", "queues"];
+
+/// What the command line said.
+#[derive(Debug, Clone, Default)]
+pub struct Flags {
+    /// `--config`.
+    pub file: Option<PathBuf>,
+    /// Values by the key's name.
+    pub values: BTreeMap<&'static str, String>,
+}
+
+/// The environment's variables, given as a value so that tests need not change the process.
+#[derive(Debug, Clone, Default)]
+pub struct Environment(BTreeMap<String, String>);
+
+impl Environment {
+    /// The process's own. Variables that are not UTF-8 are left out.
+    #[must_use]
+    pub fn of_process() -> Self {
+        let utf8 = std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        });
+        Self(utf8.collect())
+    }
+
+    /// A variable's value; one set to nothing is not set.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    }
+}
+
+impl<const N: usize> From<[(&str, &str); N]> for Environment {
+    fn from(variables: [(&str, &str); N]) -> Self {
+        let owned = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Self(owned.into_iter().collect())
+    }
+}
+
+struct Loader<'a> {
+    environment: &'a Environment,
+    config: Config,
+    faults: Vec<Fault>,
+}
+
+/// Reads the file, the variables and the flags.
+///
+/// # Errors
+/// The file cannot be read or is not TOML; or everything that is wrong in any layer.
+pub fn load(flags: &Flags, environment: &Environment) -> Result<Config, Error> {
+    let mut loader = Loader {
+        environment,
+        config: Config::default(),
+        faults: Vec::new(),
+    };
+    loader.file(flags)?;
+    loader.variables();
+    for (place, key) in KEYS.iter().enumerate() {
+        if let Some(text) = flags.values.get(key.name) {
+            loader.set(place, key, text, &format!("--{}", key.flag()));
+        }
+    }
+    loader.check_together();
+    if loader.faults.is_empty() {
+        Ok(loader.config)
+    } else {
+        Err(Error::Invalid(loader.faults))
+    }
+}
+
+impl Loader<'_> {
+    fn set(&mut self, place: usize, key: &Key, text: &str, source: &str) {
+        if key.set(&mut self.config, text).is_some() {
+            source.clone_into(&mut self.config.sources[place]);
+            return;
+        }
+        let value = if key.is_secret { "…" } else { text };
+        self.fault(
+            source,
+            key.name,
+            format!("is `{value}`, and must be {}", key.allowed),
+        );
+    }
+
+    fn fault(&mut self, source: &str, key: &str, what: String) {
+        self.faults.push(Fault {
+            source: source.to_owned(),
+            key: key.to_owned(),
+            what,
+        });
+    }
+
+    fn file(&mut self, flags: &Flags) -> Result<(), Error> {
+        let named = flags
+            .file
+            .clone()
+            .or_else(|| self.environment.get("POSTROAD_CONFIG").map(PathBuf::from));
+        let path = named.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
+        let shown = path.display().to_string();
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(());
+            }
+            Err(source) => {
+                return Err(Error::Read {
+                    path: shown,
+                    source,
+                });
+            }
+        };
+        let table: toml::Table = toml::from_str(&text).map_err(|error| Error::Syntax {
+            path: shown.clone(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        for (name, value) in &table {
+            self.file_entry(&shown, name, value);
+        }
+        Ok(())
+    }
+
+    fn file_entry(&mut self, file: &str, name: &str, value: &toml::Value) {
+        if TABLES.contains(&name) {
+            match value.as_table() {
+                Some(entries) => self.file_table(file, name, entries),
+                None => self.fault(
+                    file,
+                    name,
+                    format!("must be written as tables, like [{name}.some-name]"),
+                ),
+            }
+            return;
+        }
+        let Some((place, key)) = KEYS.iter().enumerate().find(|(_, key)| key.name == name) else {
+            let known = KEYS.iter().map(|key| key.name).chain(TABLES);
+            let what = unknown(name, known);
+            return self.fault(file, name, what);
+        };
+        let text = match value {
+            toml::Value::String(text) => text.clone(),
+            toml::Value::Integer(number) => number.to_string(),
+            toml::Value::Float(number) => number.to_string(),
+            toml::Value::Boolean(value) => value.to_string(),
+            other => {
+                let what = format!(
+                    "is of type {}, and must be {}",
+                    other.type_str(),
+                    key.allowed
+                );
+                return self.fault(file, name, what);
+            }
+        };
+        let has_password = || reqwest::Url::parse(&text).is_ok_and(|url| url.password().is_some());
+        if key.is_secret && has_password() {
+            let what = format!("holds a password, and must be {}", key.allowed);
+            return self.fault(file, name, what);
+        }
+        self.set(place, key, &text, file);
+    }
+
+    fn file_table(&mut self, file: &str, kind: &str, entries: &toml::Table) {
+        for (name, value) in entries {
+            let key = format!("{kind}.{name}");
+            let Some(table) = value.as_table() else {
+                self.fault(file, &key, format!("must be a table, [{key}]"));
+                continue;
+            };
+            match kind {
+                "origins" => match origin::read(file, name, table, self.environment) {
+                    Ok(origin) => self.config.origins.push(origin),
+                    Err(fault) => self.faults.push(fault),
+                },
+                "streams" => match declared(name, table) {
+                    Ok(stream) => self.config.streams.push(stream),
+                    Err(what) => self.fault(file, &key, what),
+                },
+                _ => match declared(name, table) {
+                    Ok(queue) => self.config.queues.push(queue),
+                    Err(what) => self.fault(file, &key, what),
+                },
+            }
+        }
+    }
+
+    fn variables(&mut self) {
+        for (place, key) in KEYS.iter().enumerate() {
+            let mut names = vec![key.variable()];
+            if key.name == "database_url" {
+                names.push("DATABASE_URL".to_owned());
+            }
+            let found = names
+                .into_iter()
+                .find_map(|name| Some((self.environment.get(&name)?.to_owned(), name)));
+            if let Some((text, name)) = found {
+                self.set(place, key, &text, &name);
+            }
+        }
+        // Not a fault: Kubernetes makes variables of the names of services, and one may be named postroad.
+        let known: Vec<String> = KEYS
+            .iter()
+            .map(Key::variable)
+            .chain(["POSTROAD_CONFIG".to_owned()])
+            .collect();
+        for name in self.environment.0.keys() {
+            if name.starts_with("POSTROAD_") && !known.contains(name) && !self.is_origins(name) {
+                let what = unknown(name, known.iter().map(String::as_str));
+                self.config
+                    .warnings
+                    .push(format!("the environment variable {name} {what}"));
+            }
+        }
+    }
+
+    fn is_origins(&self, variable: &str) -> bool {
+        self.config.origins.iter().any(
+            |origin| matches!(&origin.url_from, super::UrlFrom::Variable(name) if name == variable),
+        )
+    }
+
+    fn check_together(&mut self) {
+        let Config {
+            node_ttl,
+            node_heartbeat,
+            ..
+        } = self.config;
+        if node_heartbeat * 3 > node_ttl && self.faults.is_empty() {
+            let what = format!(
+                "is {}, and must be at most a third of node_ttl_seconds, which is {}: a late heartbeat would be a death",
+                node_heartbeat.as_secs_f64(),
+                node_ttl.as_secs_f64()
+            );
+            self.fault("configuration", "node_heartbeat_seconds", what);
+        }
+    }
+}
+
+/// A declared stream or queue. Its body is checked by what checks the API's.
+fn declared<Name>(name: &str, table: &toml::Table) -> Result<Declared<Name>, String>
+where
+    Name: std::str::FromStr<Err = crate::domain::name::Error>,
+{
+    let name: Name = name
+        .parse()
+        .map_err(|error: crate::domain::name::Error| error.to_string())?;
+    match json(&toml::Value::Table(table.clone())) {
+        Value::Object(body) => Ok((name, body)),
+        _ => Ok((name, Map::new())),
+    }
+}
+
+fn json(value: &toml::Value) -> Value {
+    match value {
+        toml::Value::String(text) => Value::from(text.as_str()),
+        toml::Value::Integer(number) => Value::from(*number),
+        toml::Value::Float(number) => Value::from(*number),
+        toml::Value::Boolean(value) => Value::from(*value),
+        // In the API a time is text.
+        toml::Value::Datetime(time) => Value::from(time.to_string()),
+        toml::Value::Array(values) => values.iter().map(json).collect(),
+        toml::Value::Table(table) => Value::Object(
+            table
+                .iter()
+                .map(|(name, value)| (name.clone(), json(value)))
+                .collect(),
+        ),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn with_file(text: &str, environment: &Environment) -> Result<Config, Error> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        let flags = Flags {
+            file: Some(file.path().to_owned()),
+            ..Flags::default()
+        };
+        load(&flags, environment)
+    }
+
+    fn fault(text: &str) -> String {
+        match with_file(text, &Environment::default()).unwrap_err() {
+            Error::Invalid(faults) => faults
+                .iter()
+                .map(|fault| format!("`{}` {}", fault.key, fault.what))
+                .collect::<Vec<_>>()
+                .join("\n"),
+            other => other.to_string(),
+        }
+    }
+
+    #[test]
+    fn every_default_is_allowed() {
+        let config = Config::default();
+        assert_eq!(config.bind.port(), 7070);
+        assert_eq!(config.outbox_grace.as_secs(), 600);
+    }
+
+    #[test]
+    fn flags_beat_variables_beat_the_file_beats_defaults() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(
+            file,
+            "bind = '127.0.0.1:1'\nlog_level = 'warn'\nshutdown_seconds = 3"
+        )
+        .unwrap();
+        let environment = Environment::from([
+            ("POSTROAD_BIND", "127.0.0.1:2"),
+            ("POSTROAD_LOG_LEVEL", "debug"),
+            ("POSTROAD_CONFIG", file.path().to_str().unwrap()),
+        ]);
+        let mut flags = Flags::default();
+        flags.values.insert("bind", "127.0.0.1:3".to_owned());
+        let config = load(&flags, &environment).unwrap();
+        assert_eq!(config.bind.port(), 3);
+        assert_eq!(config.log_level, "debug");
+        assert_eq!(config.shutdown.as_secs(), 3);
+        assert_eq!(config.database_pool_size, 16);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_what_is_allowed() {
+        for (text, expected) in [
+            (
+                "bind = 'here'",
+                "`bind` is `here`, and must be an address and port",
+            ),
+            ("bnd = 'x'", "`bnd` is not a key; did you mean `bind`?"),
+            (
+                "log_format = 'xml'",
+                "`log_format` is `xml`, and must be text or json",
+            ),
+            ("log_level = 'loud=='", "`log_level` is `loud==`"),
+            (
+                "outbox_grace_seconds = 0",
+                "`outbox_grace_seconds` is `0`, and must be seconds from 1",
+            ),
+            ("bind = ['a']", "`bind` is of type array"),
+            (
+                "node_ttl_seconds = 2",
+                "at most a third of node_ttl_seconds, which is 2",
+            ),
+            (
+                "streams = 1",
+                "`streams` must be written as tables, like [streams.some-name]",
+            ),
+            ("[streams.'a b']", "`streams.a b` has the character ` `"),
+            ("[origins.shop]", "`origins.shop` needs one of url_env"),
+            (
+                "[origins.local]\nurl_env = 'X'",
+                "is the broker's own database",
+            ),
+            (
+                "[origins.shop]\nurl = 'postgres://x'",
+                "`origins.shop.url` is not taken from the file",
+            ),
+            ("[origins.shop]\nurl_evn = 'X'", "did you mean `url_env`?"),
+            (
+                "[origins.shop]\nurl_env = 'NOT_SET'",
+                "names the variable NOT_SET, which is not set",
+            ),
+            ("bind", "is not valid TOML"),
+        ] {
+            let found = fault(text);
+            assert!(found.contains(expected), "{text}: {found}");
+        }
+        let two = fault("bind = 'x'\nlog_format = 'y'");
+        assert_eq!(two.lines().count(), 2, "{two}");
+    }
+
+    #[test]
+    fn a_password_is_neither_taken_from_the_file_nor_shown() {
+        let found = fault("database_url = 'postgres://u:secret@h/d'");
+        assert!(found.contains("holds a password") && !found.contains("secret"));
+        let environment = Environment::from([("DATABASE_URL", "mysql://u:secret@h/d")]);
+        let error = load(&Flags::default(), &environment).unwrap_err();
+        let text = format!("{error} {error:?}");
+        assert!(text.contains("DATABASE_URL: `database_url`") && !text.contains("secret"));
+    }
+
+    #[test]
+    fn declarations_and_origins_are_read() {
+        let environment =
+            Environment::from([("SHOP_URL", "postgres://u:p@h/d"), ("POSTROAD_BNID", "1")]);
+        let text = "[origins.shop]\nurl_env = 'SHOP_URL'\n\
+                    [streams.orders]\npatterns = ['orders.>']\n\
+                    [queues.billing]\nstream = 'orders'\nmax_attempts = 3";
+        let config = with_file(text, &environment).unwrap();
+        assert_eq!(config.origins[0].url, "postgres://u:p@h/d");
+        assert!(!format!("{config:?}").contains("u:p"));
+        assert_eq!(config.streams[0].1["patterns"][0], "orders.>");
+        assert_eq!(config.queues[0].1["max_attempts"], 3);
+        assert!(config.warnings[0].contains("POSTROAD_BIND"));
+    }
+}

@@ -1,0 +1,96 @@
+//! Origins beyond `local`: a name, and where the URL stands. The URL itself is never part of the configuration file,
+//! so that no password is.
+
+use std::path::PathBuf;
+
+use super::{Fault, fault::unknown, keys::postgres_url, load::Environment};
+use crate::domain::name::OriginName;
+
+/// Where an origin's URL is read from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UrlFrom {
+    /// An environment variable of this name.
+    Variable(String),
+    /// A file that holds nothing else.
+    File(PathBuf),
+}
+
+/// An origin of the configuration.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// Its name.
+    pub name: OriginName,
+    /// Where the URL stands.
+    pub url_from: UrlFrom,
+    /// The URL as read at start. Can hold a password: not shown.
+    pub url: String,
+}
+
+impl std::fmt::Debug for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Origin")
+            .field("name", &self.name)
+            .field("url_from", &self.url_from)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads `[origins.<name>]`.
+pub(super) fn read(
+    file: &str,
+    name: &str,
+    table: &toml::Table,
+    environment: &Environment,
+) -> Result<Origin, Fault> {
+    let fault = |key: &str, what: String| Fault {
+        source: file.to_owned(),
+        key: format!("origins.{name}{key}"),
+        what,
+    };
+    let parsed = OriginName::parse(name).map_err(|error| fault("", error.to_string()))?;
+    if parsed == OriginName::local() {
+        return Err(fault(
+            "",
+            "is the broker's own database, which is always an origin".to_owned(),
+        ));
+    }
+    let known = ["url_env", "url_file"];
+    if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
+        let what = if key == "url" {
+            "is not taken from the file, which would hold the password: name a variable with url_env, or a file with url_file".to_owned()
+        } else {
+            unknown(key, known.into_iter())
+        };
+        return Err(fault(&format!(".{key}"), what));
+    }
+    let text = |key: &str| table.get(key).and_then(toml::Value::as_str);
+    let (url_from, key, found) = match (text("url_env"), text("url_file")) {
+        (Some(variable), None) => {
+            let found = environment.get(variable).map(ToOwned::to_owned);
+            let found =
+                found.ok_or_else(|| format!("names the variable {variable}, which is not set"));
+            (UrlFrom::Variable(variable.to_owned()), ".url_env", found)
+        }
+        (None, Some(path)) => {
+            let found = std::fs::read_to_string(path)
+                .map(|text| text.trim().to_owned())
+                .map_err(|error| format!("names the file {path}, which cannot be read: {error}"));
+            (UrlFrom::File(PathBuf::from(path)), ".url_file", found)
+        }
+        _ => {
+            let what = "needs one of url_env, the name of a variable, and url_file, the path of a file, as text";
+            return Err(fault("", what.to_owned()));
+        }
+    };
+    let url = found.map_err(|what| fault(key, what))?;
+    let url = postgres_url(&url).ok_or_else(|| {
+        let what =
+            "leads to something that is no URL like postgres://user:password@host:5432/database";
+        fault(key, what.to_owned())
+    })?;
+    Ok(Origin {
+        name: parsed,
+        url_from,
+        url,
+    })
+}

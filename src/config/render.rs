@@ -1,0 +1,130 @@
+//! The configuration for people: the table of the documentation, and what is in effect.
+
+use std::fmt::Write as _;
+
+use super::{Config, KEYS, LogFormat, UrlFrom};
+
+/// The table of docs/configuration.md.
+#[must_use]
+pub fn markdown_table() -> String {
+    let mut text = String::from(
+        "| in the file | variable | flag | default | must be | what it is for |\n| --- | --- | --- | --- | --- | --- |\n",
+    );
+    for key in KEYS {
+        let default = match key.default {
+            "" => String::new(),
+            default => format!("`{default}`"),
+        };
+        let _ = writeln!(
+            text,
+            "| `{}` | `{}` | `--{}` | {default} | {} | {} |",
+            key.name,
+            key.variable(),
+            key.flag(),
+            key.allowed,
+            key.about
+        );
+    }
+    text
+}
+
+/// What is in effect, as a file could say it, each line with where it came from. Shows no password.
+#[must_use]
+pub fn effective(config: &Config) -> String {
+    let mut text = String::new();
+    for (key, source) in KEYS.iter().zip(&config.sources) {
+        let value = value(config, key.name);
+        let _ = match value {
+            Some(value) => writeln!(text, "{} = {value}  # {source}", key.name),
+            None => writeln!(text, "# {} is not set", key.name),
+        };
+    }
+    for origin in &config.origins {
+        let from = match &origin.url_from {
+            UrlFrom::Variable(name) => format!("url_env = {name:?}"),
+            UrlFrom::File(path) => format!("url_file = {:?}", path.display().to_string()),
+        };
+        let _ = writeln!(text, "\n[origins.{:?}]\n{from}", origin.name.as_str());
+    }
+    let tables = [
+        ("streams", names(&config.streams)),
+        ("queues", names(&config.queues)),
+    ];
+    for (kind, names) in tables {
+        if !names.is_empty() {
+            let _ = writeln!(text, "\n# declared {kind}: {}", names.join(", "));
+        }
+    }
+    text
+}
+
+fn names<Name: ToString>(declared: &[super::Declared<Name>]) -> Vec<String> {
+    declared.iter().map(|(name, _)| name.to_string()).collect()
+}
+
+fn value(config: &Config, name: &str) -> Option<String> {
+    let quoted = |text: &str| format!("{text:?}");
+    let path = |path: &std::path::PathBuf| quoted(&path.display().to_string());
+    match name {
+        "bind" => Some(quoted(&config.bind.to_string())),
+        "advertise_url" => config.advertise_url.as_deref().map(quoted),
+        "database_url" => config
+            .database_url
+            .as_deref()
+            .map(|url| quoted(&without_password(url))),
+        "data_dir" => config.data_dir.as_ref().map(path),
+        "postgres_bin" => config.postgres_bin.as_ref().map(path),
+        "database_pool_size" => Some(config.database_pool_size.to_string()),
+        "allow_unsafe_postgres" => Some(config.allow_unsafe_postgres.to_string()),
+        "log_format" => Some(quoted(match config.log_format {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        })),
+        "log_level" => Some(quoted(&config.log_level)),
+        "node_ttl_seconds" => Some(config.node_ttl.as_secs_f64().to_string()),
+        "node_heartbeat_seconds" => Some(config.node_heartbeat.as_secs_f64().to_string()),
+        "outbox_grace_seconds" => Some(config.outbox_grace.as_secs_f64().to_string()),
+        "shutdown_seconds" => Some(config.shutdown.as_secs_f64().to_string()),
+        _ => None,
+    }
+}
+
+/// The URL with its password, if any, made dots.
+fn without_password(url: &str) -> String {
+    let Ok(mut url) = reqwest::Url::parse(url) else {
+        return "…".to_owned();
+    };
+    if url.password().is_some() {
+        let _ = url.set_password(Some("..."));
+    }
+    let has_secret = url.query_pairs().any(|(name, _)| name.contains("password"));
+    if has_secret {
+        url.set_query(None);
+    }
+    url.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_effective_configuration_shows_every_key_and_no_password() {
+        let config = Config {
+            database_url: Some("postgres://u:secret@h/d?password=secret".to_owned()),
+            ..Config::default()
+        };
+        let text = effective(&config);
+        for key in KEYS {
+            assert!(text.contains(key.name), "{}", key.name);
+            let is_shown = value(&config, key.name).is_some();
+            assert_eq!(
+                is_shown,
+                !key.default.is_empty() || key.name == "database_url",
+                "{}",
+                key.name
+            );
+        }
+        assert!(!text.contains("secret"), "{text}");
+    }
+}
