@@ -3,6 +3,7 @@
 pub mod cluster;
 mod error;
 pub mod migrate;
+pub mod shop;
 
 use std::time::Duration;
 
