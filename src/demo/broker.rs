@@ -63,7 +63,8 @@ impl Broker {
     /// Starts a broker on the database and waits until it is ready.
     pub(super) async fn start(options: &Options, url: &str) -> Result<Self, Error> {
         let address = free_address(options.listen)?;
-        let log_path = std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
+        let log_path =
+            std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
         let child = spawn(address, url, &log_path)?;
         let broker = Self {
             api: Api::new(format!("http://{address}"))?,
@@ -83,7 +84,10 @@ impl Broker {
 
     /// What it is, in a clause.
     pub(super) fn describe(&self) -> String {
-        format!("a process of its own, which logs to {}", self.log_path.display())
+        format!(
+            "a process of its own, which logs to {}",
+            self.log_path.display()
+        )
     }
 
     /// Kills it with SIGKILL and waits until it is gone.
@@ -130,7 +134,10 @@ impl Broker {
         if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
-        if tokio::time::timeout(STOP_DEADLINE, child.wait()).await.is_err() {
+        if tokio::time::timeout(STOP_DEADLINE, child.wait())
+            .await
+            .is_err()
+        {
             let _ = child.kill().await;
         }
     }

@@ -11,7 +11,11 @@ use super::producer::Shop;
 ///
 /// # Errors
 /// The broker did not start again.
-pub(super) async fn run(broker: Arc<Broker>, shop: Arc<Shop>, kills: u64) -> Result<(), broker::Error> {
+pub(super) async fn run(
+    broker: Arc<Broker>,
+    shop: Arc<Shop>,
+    kills: u64,
+) -> Result<(), broker::Error> {
     for number in 1..=kills {
         let due = number * shop.orders / (kills + 1);
         while shop.next.load(Ordering::Relaxed) < due {

@@ -141,7 +141,9 @@ pub async fn run(options: Options) -> Result<Report, Error> {
 }
 
 async fn run_with(options: &Options, postgres: &Supervisor) -> Result<Report, Error> {
-    println!("Postroad demo: a shop, its orders, and two services that must hear of every one of them\n");
+    println!(
+        "Postroad demo: a shop, its orders, and two services that must hear of every one of them\n"
+    );
     let (url, local) = match &options.database_url {
         Some(url) => (url.clone(), None),
         None => {
@@ -165,9 +167,13 @@ async fn run_with(options: &Options, postgres: &Supervisor) -> Result<Report, Er
     let broker = Arc::new(Broker::start(options, &url).await?);
     let result = run_shop(options, &database, &broker).await;
     if let Ok(report) = &result {
-        println!("\nReconciliation, read from the shop's tables, the stream's table and the consumers' own records\n");
+        println!(
+            "\nReconciliation, read from the shop's tables, the stream's table and the consumers' own records\n"
+        );
         println!("{}", report.to_text());
-        println!("  Time is taken by one monotonic clock, from just before the producer sends COMMIT until a consumer has read");
+        println!(
+            "  Time is taken by one monotonic clock, from just before the producer sends COMMIT until a consumer has read"
+        );
         println!("  the answer with the order in it for the first time.\n");
         println!("{}\n", report.verdict());
         print_next_steps(options, &url, local.as_ref(), &broker);
@@ -357,21 +363,23 @@ async fn play(
     let run = cast.shop.run;
     let (broker, shop, kills) = (Arc::clone(broker), Arc::clone(&cast.shop), options.kills);
     let (failed, kills_done) = (cast.failed_tx.clone(), cast.kills_done.clone());
-    cast.supervisor.spawn("killer", OnEnd::Ordinary, async move {
-        if let Err(error) = killer::run(broker, shop, kills).await {
-            let _ = failed.send(error.into()).await;
-        }
-        kills_done.cancel();
-    });
+    cast.supervisor
+        .spawn("killer", OnEnd::Ordinary, async move {
+            if let Err(error) = killer::run(broker, shop, kills).await {
+                let _ = failed.send(error.into()).await;
+            }
+            kills_done.cancel();
+        });
     let mut display = Display::new(Arc::clone(&cast.progress), cast.shop.started);
     let watched = watch(&mut cast, &mut display).await;
     cast.shop.enough.cancel();
     cast.consumers_stop.cancel();
     // Consumers that still have something to say must not wait for a full channel.
     let mut said = cast.said;
-    cast.supervisor.spawn("late-words", OnEnd::Ordinary, async move {
-        while said.recv().await.is_some() {}
-    });
+    cast.supervisor
+        .spawn("late-words", OnEnd::Ordinary, async move {
+            while said.recv().await.is_some() {}
+        });
     drop(cast.placed);
     if cast.supervisor.stop(Duration::from_secs(30)).await.is_err() {
         return Err(Error::TaskEnded);
@@ -455,10 +463,14 @@ fn print_next_steps(
     };
     let base = broker.base();
     if !options.serve {
-        println!("Run it again with --serve to keep the broker running and try it by hand. The data is kept.");
+        println!(
+            "Run it again with --serve to keep the broker running and try it by hand. The data is kept."
+        );
         return;
     }
-    println!("The broker keeps running until Ctrl-C. In another terminal, send a message by a transaction:\n");
+    println!(
+        "The broker keeps running until Ctrl-C. In another terminal, send a message by a transaction:\n"
+    );
     println!(
         "  {psql} -c \"insert into postroad.outbox (topic, payload) values ('shop.orders.created', '{{\\\"order\\\": 1}}')\"\n"
     );

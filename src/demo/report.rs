@@ -55,28 +55,55 @@ impl Report {
         let stream = &self.stream;
         line("", &["orders".into()]);
         line("committed", &[signed(stream.committed)]);
-        line(
-            "rolled back on purpose",
-            &[thousands(self.rolled_back)],
-        );
+        line("rolled back on purpose", &[thousands(self.rolled_back)]);
         line("messages in the stream", &[signed(stream.in_stream)]);
-        line("  lost: committed, not in the stream", &[signed(stream.lost)]);
-        line("  in the stream, but never committed", &[signed(stream.phantoms)]);
+        line(
+            "  lost: committed, not in the stream",
+            &[signed(stream.lost)],
+        );
+        line(
+            "  in the stream, but never committed",
+            &[signed(stream.phantoms)],
+        );
         line("  twice in the stream", &[signed(stream.duplicated)]);
-        line("  out of order within a product", &[signed(stream.out_of_order)]);
+        line(
+            "  out of order within a product",
+            &[signed(stream.out_of_order)],
+        );
         line("", &[]);
         let both = |figure: fn(&QueueFigures) -> i64| {
-            self.queues.iter().map(|queue| signed(figure(queue))).collect::<Vec<_>>()
+            self.queues
+                .iter()
+                .map(|queue| signed(figure(queue)))
+                .collect::<Vec<_>>()
         };
         line("", &Service::ALL.map(|service| service.queue().to_owned()));
         line("delivered", &both(|queue| queue.delivered));
-        line("  lost: committed, never delivered", &both(|queue| queue.lost));
+        line(
+            "  lost: committed, never delivered",
+            &both(|queue| queue.lost),
+        );
         line("acknowledged", &both(|queue| queue.acknowledged));
-        line("  delivered again after the ack was answered", &both(|queue| queue.redelivered_after_ack));
-        line("refused by the consumer, to come again", &both(|queue| queue.nacked));
-        line("deliveries beyond an order's first", &both(|queue| queue.redelivered));
-        line("commit to receipt, median", &self.latencies.map(|(p50, _)| milliseconds(p50)));
-        line("commit to receipt, 99th percentile", &self.latencies.map(|(_, p99)| milliseconds(p99)));
+        line(
+            "  delivered again after the ack was answered",
+            &both(|queue| queue.redelivered_after_ack),
+        );
+        line(
+            "refused by the consumer, to come again",
+            &both(|queue| queue.nacked),
+        );
+        line(
+            "deliveries beyond an order's first",
+            &both(|queue| queue.redelivered),
+        );
+        line(
+            "commit to receipt, median",
+            &self.latencies.map(|(p50, _)| milliseconds(p50)),
+        );
+        line(
+            "commit to receipt, 99th percentile",
+            &self.latencies.map(|(_, p99)| milliseconds(p99)),
+        );
         out
     }
 
@@ -84,7 +111,8 @@ impl Report {
     #[must_use]
     pub fn verdict(&self) -> String {
         if !self.is_clean() {
-            return "FAILED: the figures above that should be 0 and are not show what went wrong.".into();
+            return "FAILED: the figures above that should be 0 and are not show what went wrong."
+                .into();
         }
         let mut text =
             "Nothing lost, nothing twice in the stream, every product's orders in the order of their commits".to_owned();
@@ -126,8 +154,7 @@ impl Latencies {
 
     /// Median and 99th percentile of one service, in microseconds; zeros without a delivery.
     pub(super) fn percentiles(&self, service: Service) -> (u64, u64) {
-        let mut histogram =
-            Histogram::<u64>::new(3).expect("three significant digits are allowed");
+        let mut histogram = Histogram::<u64>::new(3).expect("three significant digits are allowed");
         for (order, received) in &self.received[service as usize] {
             if let Some(committed) = self.committed.get(order) {
                 let micros = received.saturating_duration_since(*committed).as_micros();
@@ -156,7 +183,9 @@ mod tests {
             ("duplicated", |report| report.stream.duplicated = 1),
             ("out of order", |report| report.stream.out_of_order = 1),
             ("never delivered", |report| report.queues[1].lost = 1),
-            ("after ack", |report| report.queues[0].redelivered_after_ack = 1),
+            ("after ack", |report| {
+                report.queues[0].redelivered_after_ack = 1
+            }),
             ("several", |report| report.stream.lost = 12_345),
         ];
         assert!(Report::default().is_clean());

@@ -149,16 +149,14 @@ pub async fn place(
         .execute(&mut *transaction)
         .await
         .map_err(failed())?;
-    sqlx::query(
-        "insert into shop.orders (id, product, version, quantity) values ($1, $2, $3, $4)",
-    )
-    .bind(order.id)
-    .bind(order.product)
-    .bind(version)
-    .bind(order.quantity)
-    .execute(&mut *transaction)
-    .await
-    .map_err(failed())?;
+    sqlx::query("insert into shop.orders (id, product, version, quantity) values ($1, $2, $3, $4)")
+        .bind(order.id)
+        .bind(order.product)
+        .bind(version)
+        .bind(order.quantity)
+        .execute(&mut *transaction)
+        .await
+        .map_err(failed())?;
     let payload = serde_json::json!({
         "run": order.run,
         "order": order.id,
