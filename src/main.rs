@@ -1,1 +1,7 @@
-fn main() {}
+//! The program `postroad`. See `postroad --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    postroad::cli::main()
+}

@@ -109,6 +109,12 @@ impl Supervisor {
         self.stop.is_cancelled()
     }
 
+    /// The names of the tasks that run now, of this supervisor and all that share its root.
+    #[must_use]
+    pub fn running(&self) -> Vec<String> {
+        lock(&self.running).clone()
+    }
+
     /// Resolves when some task panicked or ended early: the process must stop. Cancel-safe.
     pub async fn failed(&self) {
         self.failed.cancelled().await;

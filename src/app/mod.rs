@@ -1,1 +1,221 @@
-//! The program: starts the engines in order, and stops them in order.
+//! The program: starts the engines in order, and stops them in the opposite one, each step with a deadline.
+//!
+//! The socket is bound first: a port that is taken is known at once, and a node that holds the socket of an address knows
+//! that no former process of that address lives. Requests that come before the start is done wait in the socket's backlog.
+
+mod database;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+
+use crate::cluster;
+use crate::config::Config;
+use crate::local_postgres;
+use crate::store::{self, Database};
+use crate::supervisor::Supervisor;
+
+/// How long the private Postgres may take to stop.
+const POSTGRES_STOP: Duration = Duration::from_secs(30);
+
+/// Why the broker did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address is taken or not ours.
+    #[error("listening on {address} failed")]
+    Bind {
+        /// The address asked for.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No private Postgres.
+    #[error("the local Postgres did not start")]
+    LocalPostgres(#[from] local_postgres::Error),
+    /// The database is there and not fit.
+    #[error("the database {place} cannot be used: {reason}")]
+    Refused {
+        /// Host, port and name.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The database failed.
+    #[error("the database failed")]
+    Store(#[from] store::Error),
+    /// The node could not be registered.
+    #[error("the node did not start")]
+    Cluster(#[from] cluster::Error),
+}
+
+/// Parts that had not stopped when their time was over.
+#[derive(Debug, thiserror::Error)]
+#[error("these had not stopped in time: {}", .0.join(", "))]
+pub struct NotStopped(pub Vec<String>);
+
+/// The supervisors of a broker, one per step of the stop.
+#[derive(Debug)]
+struct Steps {
+    root: Supervisor,
+    postgres: Supervisor,
+    cluster: Supervisor,
+}
+
+impl Steps {
+    fn new() -> Self {
+        let root = Supervisor::new();
+        Self {
+            postgres: root.child(),
+            cluster: root.child(),
+            root,
+        }
+    }
+
+    /// Stops what runs, in order. The engines share `time`; the private Postgres has its own.
+    async fn stop(&self, database: Option<&Database>, time: Duration) -> Result<(), NotStopped> {
+        let deadline = tokio::time::Instant::now() + time;
+        let mut late = Vec::new();
+        for step in [&self.cluster] {
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            if let Err(names) = step.stop(left).await {
+                late = names;
+            }
+        }
+        if let Some(database) = database {
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            // The pool's close only waits; dropped, nothing is left half-done.
+            if tokio::time::timeout(left, database.close()).await.is_err() {
+                late.push("the pool's connections".to_owned());
+            }
+        }
+        if let Err(names) = self.postgres.stop(POSTGRES_STOP).await {
+            late = names;
+        }
+        if late.is_empty() {
+            Ok(())
+        } else {
+            Err(NotStopped(late))
+        }
+    }
+}
+
+/// A running broker.
+#[derive(Debug)]
+pub struct Broker {
+    /// Where it listens.
+    pub address: SocketAddr,
+    url: String,
+    database: Database,
+    shutdown: Duration,
+    steps: Steps,
+}
+
+impl Broker {
+    /// Starts everything. Resolves when requests are answered. While the database is not up it waits, however long.
+    ///
+    /// # Errors
+    /// See [`Error`]. What was started before is stopped again.
+    pub async fn start(config: Config) -> Result<Self, Error> {
+        let steps = Steps::new();
+        match assemble(&config, &steps).await {
+            Ok(parts) => Ok(Self {
+                address: parts.address,
+                url: parts.url,
+                database: parts.database,
+                shutdown: config.shutdown,
+                steps,
+            }),
+            Err(error) => {
+                // What could not start has nothing to finish; what did stops by itself.
+                let _ = steps.stop(None, config.shutdown).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The base URL of its API.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Resolves when a part failed, so that the process must stop. Cancel-safe.
+    pub async fn failed(&self) {
+        self.steps.root.failed().await;
+    }
+
+    /// A view of the tasks that run.
+    #[must_use]
+    pub fn tasks(&self) -> Supervisor {
+        self.steps.root.clone()
+    }
+
+    /// Stops in order: readiness off, no new requests, long polls answer, relays and queues finish and flush, leases are
+    /// released, the pool closes, the private Postgres stops. In all at most `shutdown_seconds`, and 30 s for the Postgres.
+    ///
+    /// # Errors
+    /// The tasks that had not ended in time; they are left running.
+    pub async fn stop(self) -> Result<(), NotStopped> {
+        self.steps.stop(Some(&self.database), self.shutdown).await
+    }
+}
+
+/// What a start gives.
+struct Parts {
+    address: SocketAddr,
+    url: String,
+    database: Database,
+}
+
+async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
+    let listener = TcpListener::bind(config.bind)
+        .await
+        .and_then(|listener| Ok((listener.local_addr()?, listener)))
+        .map_err(|source| Error::Bind {
+            address: config.bind,
+            source,
+        });
+    let (address, _listener) = listener?;
+    let url = format!("http://{address}");
+    let database = open_database(config, steps).await?;
+    database::prepare(&database).await?;
+    let mut registry = Registry::default();
+    let _cluster = cluster::start(
+        cluster::Options {
+            address: config.advertise_url.clone().unwrap_or_else(|| url.clone()),
+            ttl: config.node_ttl,
+            heartbeat: config.node_heartbeat,
+            allow_unsafe_postgres: config.allow_unsafe_postgres,
+        },
+        database.clone(),
+        &steps.cluster,
+        &mut registry,
+    )
+    .await?;
+    Ok(Parts {
+        address,
+        url,
+        database,
+    })
+}
+
+/// The configured database, or a private one.
+async fn open_database(config: &Config, steps: &Steps) -> Result<Database, Error> {
+    let url = match &config.database_url {
+        Some(url) => url.clone(),
+        None => {
+            let data_dir = config
+                .data_dir
+                .clone()
+                .unwrap_or_else(local_postgres::default_data_dir);
+            let mut settings = local_postgres::Settings::new(data_dir);
+            settings.bin_dir.clone_from(&config.postgres_bin);
+            let server = local_postgres::start(settings, &steps.postgres).await?;
+            server.url()
+        }
+    };
+    Ok(Database::new(&url, config.database_pool_size)?)
+}

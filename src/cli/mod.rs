@@ -1,1 +1,137 @@
-//! The command line.
+//! The command line. Each command's work is elsewhere; here it is parsed, started and ended with an exit status:
+//! 0 done, 1 failed, 2 the command line or the configuration is wrong.
+
+mod flags;
+mod healthcheck;
+mod install;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{self, Config, Environment};
+use crate::telemetry;
+
+use flags::ConfigFlags;
+
+/// A transactional outbox message broker for Postgres.
+#[derive(Debug, Parser)]
+#[command(name = "postroad", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the broker; without a database URL, on a private local Postgres
+    Serve(ConfigFlags),
+    /// Install the outbox's schema in a database, or print it as SQL
+    Install(install::Install),
+    /// Look at the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Ask a running broker whether it is ready; exit status 0 if so
+    Healthcheck(healthcheck::Healthcheck),
+    /// Print the version
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Read the configuration and say what is wrong with it
+    Check(ConfigFlags),
+    /// Print what is in effect, and where each value came from; passwords are left out
+    Print(ConfigFlags),
+}
+
+/// Parses the process's arguments, runs the command and gives the exit status.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: starting the runtime failed: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(run(cli.command));
+    // A task that outlived its deadline must not keep the process.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(command: Command) -> ExitCode {
+    match command {
+        Command::Serve(flags) => with_config(&flags, serve::run).await,
+        Command::Install(install) => ended(install.run().await),
+        Command::Config(ConfigCommand::Check(flags)) => {
+            with_config(&flags, async |config| {
+                for warning in &config.warnings {
+                    println!("warning: {warning}");
+                }
+                println!("the configuration is valid");
+                Ok(())
+            })
+            .await
+        }
+        Command::Config(ConfigCommand::Print(flags)) => {
+            with_config(&flags, async |config| {
+                print!("{}", config::effective(&config));
+                Ok(())
+            })
+            .await
+        }
+        Command::Healthcheck(healthcheck) => ended(healthcheck.run().await),
+        Command::Version => {
+            println!("postroad {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+async fn with_config(
+    flags: &ConfigFlags,
+    run: impl AsyncFnOnce(Config) -> anyhow::Result<()>,
+) -> ExitCode {
+    match config::load(&flags.0, &Environment::of_process()) {
+        Ok(config) => {
+            telemetry::start(&config);
+            ended(run(config).await)
+        }
+        Err(error) => {
+            print_error(&error.into());
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn ended(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            print_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One line, causes after colons.
+fn print_error(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

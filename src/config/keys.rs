@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use super::{Config, LogFormat};
 
+const SWITCH: &str = "true or false";
+
 /// A key of the configuration.
 #[derive(Debug, Clone, Copy)]
 pub struct Key {
@@ -33,6 +35,12 @@ impl Key {
     #[must_use]
     pub fn flag(&self) -> String {
         self.name.replace('_', "-")
+    }
+
+    /// Whether it is on or off, so that the flag alone turns it on.
+    #[must_use]
+    pub fn is_switch(&self) -> bool {
+        self.allowed == SWITCH
     }
 
     /// Takes a value; `None` when it is not one of those allowed.
@@ -102,8 +110,8 @@ pub(super) fn postgres_url(text: &str) -> Option<String> {
 pub const KEYS: &[Key] = &[
     key(
         "bind",
-        "127.0.0.1:7070",
-        "an address and port, like 127.0.0.1:7070, [::1]:7070 or 0.0.0.0:7070; port 0 takes a free one",
+        "127.0.0.1:8080",
+        "an address and port, like 127.0.0.1:8080, [::1]:8080 or 0.0.0.0:8080; port 0 takes a free one",
         "Where the HTTP API listens.",
         |c, t| t.parse::<SocketAddr>().ok().map(|v| c.bind = v),
     ),
@@ -159,7 +167,7 @@ pub const KEYS: &[Key] = &[
     key(
         "allow_unsafe_postgres",
         "false",
-        "true or false",
+        SWITCH,
         "Run on a Postgres with `fsync`, `full_page_writes` or `synchronous_commit` off, which can lose acknowledged messages.",
         |c, t| boolean(t).map(|v| c.allow_unsafe_postgres = v),
     ),

@@ -312,7 +312,7 @@ mod tests {
     #[test]
     fn every_default_is_allowed() {
         let config = Config::default();
-        assert_eq!(config.bind.port(), 7070);
+        assert_eq!(config.bind.port(), 8080);
         assert_eq!(config.outbox_grace.as_secs(), 600);
     }
 

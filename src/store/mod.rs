@@ -3,7 +3,7 @@
 pub mod cluster;
 mod error;
 pub mod migrate;
-pub mod shop;
+pub mod server;
 
 use std::time::Duration;
 

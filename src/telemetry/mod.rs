@@ -14,7 +14,9 @@ pub fn is_filter(text: &str) -> bool {
 
 /// Sends the process's log lines to standard error. The first call in a process counts.
 pub fn start(config: &Config) {
-    let filter = EnvFilter::try_new(&config.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
+    // The driver repeats the server's notices, such as "already exists, skipping"; what is configured comes after and wins.
+    let filter = EnvFilter::try_new(format!("sqlx=warn,{}", config.log_level))
+        .unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -1,0 +1,87 @@
+//! The way to a database that is up, fit and migrated.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use super::Error;
+use crate::store::migrate::{self, Grants};
+use crate::store::{Database, Retry, server};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How often a wait that goes on is mentioned.
+const MENTION_EVERY: Duration = Duration::from_secs(60);
+
+/// Waits until the database answers, checks it, and brings its schemas up to date.
+pub(super) async fn prepare(database: &Database) -> Result<(), Error> {
+    wait_until_up(database).await?;
+    // The server can still go away in between; what was done is done again then.
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match migrate_all(database).await {
+            Ok(grants) => {
+                if grants == Grants::Skipped {
+                    tracing::warn!(
+                        database = %database.place(),
+                        "the roles postroad_producer and postroad_relay are missing, and this user may not create them; \
+                         services that use other roles cannot write to the outbox"
+                    );
+                }
+                return Ok(());
+            }
+            Err(error) if error.retry() == Retry::Never => return Err(error.into()),
+            Err(error) if pause > LONGEST_PAUSE => return Err(error.into()),
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "migrating failed; trying again in {pause:?}");
+                sleep(pause).await;
+                pause *= 2;
+            }
+        }
+    }
+}
+
+async fn migrate_all(database: &Database) -> Result<Grants, crate::store::Error> {
+    migrate::broker(database).await?;
+    migrate::origin(database).await
+}
+
+async fn wait_until_up(database: &Database) -> Result<(), Error> {
+    let place = database.place();
+    let mut pause = FIRST_PAUSE;
+    let mut mentioned: Option<Instant> = None;
+    loop {
+        match server::look(database).await {
+            Ok(server) => {
+                if mentioned.is_some() {
+                    tracing::info!(database = %place, "the database is up");
+                }
+                return match server.refusal() {
+                    Some(reason) => Err(Error::Refused { place, reason }),
+                    None => Ok(()),
+                };
+            }
+            Err(error) if error.retry() == Retry::Never => return Err(error.into()),
+            Err(error) => {
+                if mentioned.is_none_or(|at| at.elapsed() >= MENTION_EVERY) {
+                    tracing::warn!(database = %place, error = %chain(&error), "waiting for the database");
+                    mentioned = Some(Instant::now());
+                }
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
