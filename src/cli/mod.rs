@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{self, Config, Environment};
-use crate::telemetry;
+use crate::{demo, telemetry};
 
 use flags::ConfigFlags;
 
@@ -27,6 +27,8 @@ struct Cli {
 enum Command {
     /// Run the broker; without a database URL, on a private local Postgres
     Serve(ConfigFlags),
+    /// Run a small shop through the broker, and prove that no message was lost, repeated or put out of order
+    Demo(demo::Options),
     /// Install the outbox's schema in a database, or print it as SQL
     Install(install::Install),
     /// Look at the configuration
@@ -69,6 +71,11 @@ pub fn main() -> ExitCode {
 async fn run(command: Command) -> ExitCode {
     match command {
         Command::Serve(flags) => with_config(&flags, serve::run).await,
+        Command::Demo(options) => match demo::run(options).await {
+            Ok(report) if report.is_clean() => ExitCode::SUCCESS,
+            Ok(_) => ExitCode::FAILURE,
+            Err(error) => ended(Err(error.into())),
+        },
         Command::Install(install) => ended(install.run().await),
         Command::Config(ConfigCommand::Check(flags)) => {
             with_config(&flags, async |config| {

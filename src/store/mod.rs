@@ -4,6 +4,7 @@ pub mod cluster;
 mod error;
 pub mod migrate;
 pub mod server;
+pub mod shop;
 
 use std::time::Duration;
 

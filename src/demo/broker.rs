@@ -1,0 +1,180 @@
+//! The broker of the demo: part of this process, or, when it is to be killed, a process of its own.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
+
+use super::Options;
+use super::api::Api;
+
+const START_DEADLINE: Duration = Duration::from_secs(60);
+const STOP_DEADLINE: Duration = Duration::from_secs(20);
+
+/// A broker that the demo started.
+#[derive(Debug)]
+pub(super) struct Broker {
+    api: Api,
+    address: SocketAddr,
+    url: String,
+    log_path: PathBuf,
+    child: Mutex<Child>,
+}
+
+/// Why the broker did not start, or could not be killed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No port to listen on.
+    #[error("no free port at {address}")]
+    Port {
+        /// The address wanted.
+        address: SocketAddr,
+        /// Why it cannot be had.
+        #[source]
+        source: io::Error,
+    },
+    /// The operating system refused.
+    #[error("{doing} the broker's process failed")]
+    Process {
+        /// What was being done.
+        doing: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The HTTP client.
+    #[error("making an HTTP client failed")]
+    Client(#[from] reqwest::Error),
+    /// It ended, or was not ready in time.
+    #[error("it was not ready within {waited:?}; see {log}", log = log.display())]
+    NotReady {
+        /// How long it was waited for.
+        waited: Duration,
+        /// What the broker wrote.
+        log: PathBuf,
+    },
+}
+
+impl Broker {
+    /// Starts a broker on the database and waits until it is ready.
+    pub(super) async fn start(options: &Options, url: &str) -> Result<Self, Error> {
+        let address = free_address(options.listen)?;
+        let log_path =
+            std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
+        let child = spawn(address, url, &log_path)?;
+        let broker = Self {
+            api: Api::new(format!("http://{address}"))?,
+            address,
+            url: url.to_owned(),
+            log_path,
+            child: Mutex::new(child),
+        };
+        broker.wait_until_ready().await?;
+        Ok(broker)
+    }
+
+    /// The root of its URLs.
+    pub(super) fn base(&self) -> String {
+        self.api.base().to_owned()
+    }
+
+    /// What it is, in a clause.
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "a process of its own, which logs to {}",
+            self.log_path.display()
+        )
+    }
+
+    /// Kills it with SIGKILL and waits until it is gone.
+    pub(super) async fn kill(&self) -> Result<(), Error> {
+        self.child
+            .lock()
+            .await
+            .kill()
+            .await
+            .map_err(failed("killing"))
+    }
+
+    /// Starts it again at the same address and waits until it is ready.
+    pub(super) async fn start_again(&self) -> Result<(), Error> {
+        *self.child.lock().await = spawn(self.address, &self.url, &self.log_path)?;
+        self.wait_until_ready().await
+    }
+
+    async fn wait_until_ready(&self) -> Result<(), Error> {
+        let since = Instant::now();
+        while !self.api.is_ready().await {
+            let ended = self
+                .child
+                .lock()
+                .await
+                .try_wait()
+                .map_err(failed("watching"))?
+                .is_some();
+            if ended || since.elapsed() > START_DEADLINE {
+                return Err(Error::NotReady {
+                    waited: since.elapsed(),
+                    log: self.log_path.clone(),
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Stops it in order.
+    pub(super) async fn stop(&self) {
+        let mut child = self.child.lock().await;
+        let pid = child.id().and_then(|id| i32::try_from(id).ok());
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        if tokio::time::timeout(STOP_DEADLINE, child.wait())
+            .await
+            .is_err()
+        {
+            let _ = child.kill().await;
+        }
+    }
+}
+
+/// The wanted address, or one with a free port if that one is taken.
+fn free_address(wanted: SocketAddr) -> Result<SocketAddr, Error> {
+    let bind = |address: SocketAddr| std::net::TcpListener::bind(address)?.local_addr();
+    bind(wanted)
+        .or_else(|_| bind(SocketAddr::new(wanted.ip(), 0)))
+        .map_err(|source| Error::Port {
+            address: wanted,
+            source,
+        })
+}
+
+fn spawn(address: SocketAddr, url: &str, log_path: &PathBuf) -> Result<Child, Error> {
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(log_path)
+        .map_err(failed("opening the log of"))?;
+    let program = std::env::current_exe().map_err(failed("finding"))?;
+    Command::new(program)
+        .args(["serve", "--bind", &address.to_string()])
+        // Not an argument: everybody on the machine can read those, and the URL may hold a password.
+        .env("POSTROAD_DATABASE_URL", url)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().map_err(failed("opening the log of"))?)
+        .stderr(log)
+        // Ctrl-C reaches the demo alone, which then stops the broker in order.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed("starting"))
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Process { doing, source }
+}

@@ -1,0 +1,42 @@
+//! Kills the broker on the way: `kill -9`, no goodbye, and starts it again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::broker::{self, Broker};
+use super::producer::Shop;
+
+/// Kills the broker `kills` times, spread over the orders, and ends once the last one is ready again.
+///
+/// # Errors
+/// The broker did not start again.
+pub(super) async fn run(
+    broker: Arc<Broker>,
+    shop: Arc<Shop>,
+    kills: u64,
+) -> Result<(), broker::Error> {
+    for number in 1..=kills {
+        let due = number * shop.orders / (kills + 1);
+        while shop.next.load(Ordering::Relaxed) < due {
+            let is_over = shop.seconds.is_some_and(|limit| {
+                shop.started.elapsed() >= limit.mul_f64(number as f64 / (kills + 1) as f64)
+            });
+            if is_over || shop.enough.is_cancelled() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if shop.enough.is_cancelled() {
+            break;
+        }
+        broker.kill().await?;
+        shop.progress.kills.fetch_add(1, Ordering::Relaxed);
+        // Long enough for orders to pile up without a broker.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        broker.start_again().await?;
+        // Work a little between two kills, or the later ones only meet a broker that starts.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    Ok(())
+}

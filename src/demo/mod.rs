@@ -1,0 +1,513 @@
+//! `postroad demo`: a real run of a small shop, and the proof that nothing was lost on the way.
+//!
+//! Producers place orders, each in one transaction with its message; two services consume them over HTTP; at the end the
+//! tables and the consumers' own records are compared. Nothing here is a shortcut into the broker: producers speak SQL,
+//! consumers speak HTTP, and with `--kills` the broker is a process of its own that is killed on the way.
+
+mod api;
+mod broker;
+mod consumer;
+mod killer;
+mod producer;
+mod progress;
+mod random;
+mod report;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use self::api::Api;
+use self::broker::Broker;
+use self::consumer::{Consumer, Said, Service};
+use self::producer::{Placed, Shop};
+use self::progress::{Display, Progress, thousands};
+use self::random::Random;
+use self::report::Latencies;
+pub use self::report::Report;
+use crate::local_postgres;
+use crate::store::shop::{self, End};
+use crate::store::{self, Database};
+use crate::supervisor::{OnEnd, Supervisor};
+
+const STREAM: &str = "shop";
+const STREAM_TOPICS: &str = "shop.>";
+const QUEUE_TOPICS: &str = "shop.orders.*";
+/// How long the consumers may go without anything new, while orders are missing, before the run is given up.
+const STALLED_AFTER: Duration = Duration::from_secs(60);
+/// How long the consumers go on once everything has arrived, to see whether anything comes twice.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What to run.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Orders to place, rolled back ones included
+    #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub orders: u64,
+    /// Place orders for so many seconds at most
+    #[arg(long)]
+    pub seconds: Option<u64>,
+    /// Orders per second, all producers together; 0 places them as fast as the database takes them
+    #[arg(long, default_value_t = 500)]
+    pub rate: u32,
+    /// Producers, each with a connection of its own
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub producers: u64,
+    /// Consumers of each of the two queues
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub consumers: u64,
+    /// Kill the broker (kill -9) so many times during the run, and start it again each time
+    #[arg(long, default_value_t = 0)]
+    pub kills: u64,
+    /// The seed of every random choice
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Keep the broker running afterwards, until Ctrl-C
+    #[arg(long)]
+    pub serve: bool,
+    /// Use this Postgres instead of a private one. The demo makes a schema `shop` in it
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+    /// Where the private Postgres keeps its data
+    #[arg(long, env = "POSTROAD_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Where the broker listens; a free port of 127.0.0.1 is used if this one is taken
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    pub listen: std::net::SocketAddr,
+}
+
+/// Why the demo could not be run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No private Postgres.
+    #[error("the private Postgres did not start")]
+    LocalPostgres(#[from] local_postgres::Error),
+    /// The shop's own tables.
+    #[error("the demo's database failed")]
+    Store(#[from] store::Error),
+    /// The broker did not start, or not again.
+    #[error("the broker did not start")]
+    Broker(#[from] broker::Error),
+    /// A call to the broker that ought to succeed.
+    #[error("the broker refused a call")]
+    Api(#[from] api::Error),
+    /// A consumer gave up.
+    #[error("a consumer stopped")]
+    Consumer(#[from] consumer::Error),
+    /// The HTTP client.
+    #[error("making an HTTP client failed")]
+    Client(#[from] reqwest::Error),
+    /// Somebody else's tables are in the way.
+    #[error(
+        "the database has a schema `shop` that the demo did not make: drop it, or give the demo another --database-url"
+    )]
+    SchemaTaken,
+    /// Somebody else's queue is in the way.
+    #[error(
+        "the broker has a queue `{queue}` on the stream `{stream}`, which the demo did not make: delete it, or give the demo another --database-url"
+    )]
+    QueueTaken {
+        /// The queue's name.
+        queue: &'static str,
+        /// The stream it reads.
+        stream: String,
+    },
+    /// No handler for Ctrl-C.
+    #[error("listening for signals failed")]
+    Signal(#[source] std::io::Error),
+    /// A consumer or a producer ended without a word.
+    #[error("a task of the demo ended before it was told to")]
+    TaskEnded,
+}
+
+/// Runs the demo, printing to standard output. With `serve` it returns only after Ctrl-C.
+///
+/// # Errors
+/// The run could not be finished. A run that was, and found something wrong, returns a report that is not clean.
+pub async fn run(options: Options) -> Result<Report, Error> {
+    let postgres = Supervisor::new();
+    let result = run_with(&options, &postgres).await;
+    // After everything that uses it; a private server that does not stop in time is adopted by the next run.
+    if postgres.stop(Duration::from_secs(30)).await.is_err() {
+        eprintln!("the private Postgres is still stopping");
+    }
+    result
+}
+
+async fn run_with(options: &Options, postgres: &Supervisor) -> Result<Report, Error> {
+    println!(
+        "Postroad demo: a shop, its orders, and two services that must hear of every one of them\n"
+    );
+    let (url, local) = match &options.database_url {
+        Some(url) => (url.clone(), None),
+        None => {
+            let data_dir = options
+                .data_dir
+                .clone()
+                .unwrap_or_else(local_postgres::default_data_dir);
+            let settings = local_postgres::Settings::new(data_dir);
+            let server = local_postgres::start(settings, postgres).await?;
+            (server.url(), Some(server))
+        }
+    };
+    let database = Database::new(&url, 4)?;
+    match &local {
+        Some(server) => println!(
+            "  Postgres   a private server; its data stays in {}",
+            server.cluster_dir().display()
+        ),
+        None => println!("  Postgres   {}", database.place()),
+    }
+    let broker = Arc::new(Broker::start(options, &url).await?);
+    let result = run_shop(options, &database, &broker).await;
+    if let Ok(report) = &result {
+        println!(
+            "\nReconciliation, read from the shop's tables, the stream's table and the consumers' own records\n"
+        );
+        println!("{}", report.to_text());
+        println!(
+            "  Time is taken by one monotonic clock, from just before the producer sends COMMIT until a consumer has read"
+        );
+        println!("  the answer with the order in it for the first time.\n");
+        println!("{}\n", report.verdict());
+        print_next_steps(options, &url, local.as_ref(), &broker);
+        if options.serve {
+            Interrupt::new()?.received().await;
+            println!("\nStopping.");
+        }
+    }
+    broker.stop().await;
+    database.close().await;
+    result
+}
+
+/// Everything between the broker's start and the figures.
+async fn run_shop(
+    options: &Options,
+    database: &Database,
+    broker: &Arc<Broker>,
+) -> Result<Report, Error> {
+    let api = Api::new(broker.base())?;
+    println!("  Broker     {}, {}", api.base(), broker.describe());
+    let mut connection = database.connect().await?;
+    if !shop::create(&mut connection, producer::PRODUCTS).await? {
+        return Err(Error::SchemaTaken);
+    }
+    declare(&api).await?;
+    let before = shop::last_offset(&mut connection, STREAM).await?;
+    println!(
+        "  Producers  {}, in transactions: lock and update a stock row, insert an order, insert a message",
+        options.producers
+    );
+    println!(
+        "  Consumers  {consumers} of billing, {consumers} of shipping, over HTTP; shipping refuses some orders at first\n",
+        consumers = options.consumers
+    );
+
+    let mut figures = play(options, database, broker, &api).await?;
+    figures.report.stream =
+        shop::reconcile_stream(&mut connection, figures.run, STREAM, before).await?;
+    for service in Service::ALL {
+        figures.report.queues[service as usize] =
+            shop::reconcile_queue(&mut connection, service.queue()).await?;
+    }
+    Ok(figures.report)
+}
+
+/// The demo's stream, and its queues made anew: what an earlier run left in them is not part of this one.
+async fn declare(api: &Api) -> Result<(), Error> {
+    api.declare_stream(STREAM, &[STREAM_TOPICS]).await?;
+    for service in Service::ALL {
+        let queue = service.queue();
+        match api.stream_of_queue(queue).await? {
+            None => {}
+            Some(stream) if stream == STREAM => api.delete_queue(queue).await?,
+            Some(stream) => return Err(Error::QueueTaken { queue, stream }),
+        }
+        api.declare_queue(queue, STREAM, QUEUE_TOPICS).await?;
+    }
+    Ok(())
+}
+
+struct Figures {
+    run: Uuid,
+    report: Report,
+}
+
+/// The tasks of one run, and the channels they report through.
+struct Cast {
+    supervisor: Supervisor,
+    shop: Arc<Shop>,
+    progress: Arc<Progress>,
+    placed: mpsc::Receiver<Placed>,
+    said: mpsc::Receiver<Said>,
+    failed: mpsc::Receiver<Error>,
+    failed_tx: mpsc::Sender<Error>,
+    consumers_stop: CancellationToken,
+    kills_done: CancellationToken,
+}
+
+async fn cast(options: &Options, database: &Database, api: &Api) -> Result<Cast, Error> {
+    let supervisor = Supervisor::new();
+    let progress = Arc::new(Progress::default());
+    let consumers_stop = CancellationToken::new();
+    let (failed_tx, failed) = mpsc::channel(16);
+    let (said_tx, said) = mpsc::channel(1_000);
+    let (placed_tx, placed) = mpsc::channel(1_000);
+    for service in Service::ALL {
+        for number in 1..=options.consumers {
+            let name = format!("{}-{number}", service.queue());
+            let consumer = Consumer {
+                service,
+                name: name.clone(),
+                api: api.clone(),
+                connection: database.connect().await?,
+                said: said_tx.clone(),
+                progress: Arc::clone(&progress),
+                stop: consumers_stop.clone(),
+            };
+            let failed = failed_tx.clone();
+            supervisor.spawn(name, OnEnd::Ordinary, async move {
+                if let Err(error) = consumer.run().await {
+                    let _ = failed.send(error.into()).await;
+                }
+            });
+        }
+    }
+    let shop = Arc::new(Shop {
+        database: database.clone(),
+        run: Uuid::now_v7(),
+        started: Instant::now(),
+        orders: options.orders,
+        seconds: options.seconds.map(Duration::from_secs),
+        rate: options.rate,
+        next: AtomicU64::new(0),
+        progress: Arc::clone(&progress),
+        enough: CancellationToken::new(),
+    });
+    for number in 0..options.producers {
+        let connection = shop.database.connect().await?;
+        let shop = Arc::clone(&shop);
+        let random = Random::new(options.seed, number);
+        let placed = placed_tx.clone();
+        let failed = failed_tx.clone();
+        supervisor.spawn(format!("producer-{number}"), OnEnd::Ordinary, async move {
+            if let Err(error) = producer::run(shop, connection, random, placed).await {
+                let _ = failed.send(error.into()).await;
+            }
+        });
+    }
+    Ok(Cast {
+        supervisor,
+        shop,
+        progress,
+        placed,
+        said,
+        failed,
+        failed_tx,
+        consumers_stop,
+        kills_done: CancellationToken::new(),
+    })
+}
+
+/// What the demo has been told so far.
+#[derive(Default)]
+struct Told {
+    latencies: Latencies,
+    committed: HashSet<Uuid>,
+    acknowledged: [HashSet<Uuid>; 2],
+    rolled_back: u64,
+}
+
+impl Told {
+    fn placed(&mut self, placed: &Placed) {
+        match placed.end {
+            End::RollBack => self.rolled_back += 1,
+            End::Commit => {
+                self.latencies.committed(placed.order, placed.at);
+                self.committed.insert(placed.order);
+            }
+        }
+    }
+
+    fn said(&mut self, said: &Said) {
+        match *said {
+            Said::Received { service, order, at } => self.latencies.received(service, order, at),
+            Said::Acknowledged { service, order } => {
+                self.acknowledged[service as usize].insert(order);
+            }
+        }
+    }
+
+    /// Whether both queues have acknowledged as many orders as were committed. Which ones they are, the tables tell.
+    fn is_all_acknowledged(&self) -> bool {
+        self.acknowledged
+            .iter()
+            .all(|acknowledged| acknowledged.len() >= self.committed.len())
+    }
+}
+
+async fn play(
+    options: &Options,
+    database: &Database,
+    broker: &Arc<Broker>,
+    api: &Api,
+) -> Result<Figures, Error> {
+    let mut cast = cast(options, database, api).await?;
+    let run = cast.shop.run;
+    let (broker, shop, kills) = (Arc::clone(broker), Arc::clone(&cast.shop), options.kills);
+    let (failed, kills_done) = (cast.failed_tx.clone(), cast.kills_done.clone());
+    cast.supervisor
+        .spawn("killer", OnEnd::Ordinary, async move {
+            if let Err(error) = killer::run(broker, shop, kills).await {
+                let _ = failed.send(error.into()).await;
+            }
+            kills_done.cancel();
+        });
+    let mut display = Display::new(Arc::clone(&cast.progress), cast.shop.started);
+    let watched = watch(&mut cast, &mut display).await;
+    cast.shop.enough.cancel();
+    cast.consumers_stop.cancel();
+    // Consumers that still have something to say must not wait for a full channel.
+    let mut said = cast.said;
+    cast.supervisor
+        .spawn("late-words", OnEnd::Ordinary, async move {
+            while said.recv().await.is_some() {}
+        });
+    drop(cast.placed);
+    if cast.supervisor.stop(Duration::from_secs(30)).await.is_err() {
+        return Err(Error::TaskEnded);
+    }
+    display.end();
+    let told = watched?;
+    let report = Report {
+        rolled_back: told.rolled_back,
+        latencies: Service::ALL.map(|service| told.latencies.percentiles(service)),
+        kills: cast.progress.kills.load(Ordering::Relaxed),
+        ..Report::default()
+    };
+    Ok(Figures { run, report })
+}
+
+/// Shows the run until everything placed is acknowledged, or nothing moves any more.
+async fn watch(cast: &mut Cast, display: &mut Display) -> Result<Told, Error> {
+    let mut interrupt = Interrupt::new()?;
+    let mut told = Told::default();
+    let mut tick = tokio::time::interval(Display::EVERY);
+    let mut moved = Instant::now();
+    let mut producing = true;
+    let mut complete_since: Option<Instant> = None;
+    loop {
+        tokio::select! {
+            placed = cast.placed.recv(), if producing => match placed {
+                Some(placed) => {
+                    moved = Instant::now();
+                    told.placed(&placed);
+                }
+                None => producing = false,
+            },
+            Some(said) = cast.said.recv() => {
+                moved = Instant::now();
+                told.said(&said);
+            }
+            Some(error) = cast.failed.recv() => return Err(error),
+            _ = tick.tick() => display.tick(),
+            () = interrupt.received() => {
+                if cast.shop.enough.is_cancelled() {
+                    display.note("Interrupted again: not waiting for the consumers.");
+                    return Ok(told);
+                }
+                display.note("Interrupted: no more orders, waiting for the consumers.");
+                cast.shop.enough.cancel();
+            }
+        }
+        if !cast.kills_done.is_cancelled() {
+            continue;
+        }
+        if !producing && told.is_all_acknowledged() {
+            if complete_since.get_or_insert_with(Instant::now).elapsed() >= LINGER {
+                return Ok(told);
+            }
+        } else if !producing && moved.elapsed() >= STALLED_AFTER {
+            display.note(&format!(
+                "Nothing has arrived for {} s: giving up on what is missing.",
+                STALLED_AFTER.as_secs()
+            ));
+            return Ok(told);
+        }
+    }
+}
+
+fn print_next_steps(
+    options: &Options,
+    url: &str,
+    local: Option<&local_postgres::Handle>,
+    broker: &Broker,
+) {
+    let psql = match local {
+        Some(server) => format!(
+            "psql -h {} -U {} {}",
+            server.socket_dir().display(),
+            local_postgres::USER,
+            local_postgres::DATABASE
+        ),
+        // The password stays where it came from.
+        None if options.database_url.is_some() && !url.contains('@') => format!("psql '{url}'"),
+        None => "psql \"$DATABASE_URL\"".to_owned(),
+    };
+    let base = broker.base();
+    if !options.serve {
+        println!(
+            "Run it again with --serve to keep the broker running and try it by hand. The data is kept."
+        );
+        return;
+    }
+    println!(
+        "The broker keeps running until Ctrl-C. In another terminal, send a message by a transaction:\n"
+    );
+    println!(
+        "  {psql} -c \"insert into postroad.outbox (topic, payload) values ('shop.orders.created', '{{\\\"order\\\": 1}}')\"\n"
+    );
+    println!("receive it:\n");
+    println!(
+        "  curl -s {base}/v1/queues/billing/receive -H 'content-type: application/json' -d '{{\"wait_seconds\": 5}}'\n"
+    );
+    println!("and acknowledge it with the receipt from the answer:\n");
+    println!(
+        "  curl -s {base}/v1/queues/billing/ack -H 'content-type: application/json' -d '{{\"deliveries\": [{{\"receipt\": \"…\"}}]}}'\n"
+    );
+    println!("See how the queue does, read the stream from its start, browse the API:\n");
+    println!("  curl -s {base}/v1/queues/billing");
+    println!("  curl -s '{base}/v1/streams/shop/messages?max_messages=3'");
+    println!("  {base}/docs");
+}
+
+/// Ctrl-C and SIGTERM.
+struct Interrupt {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Interrupt {
+    fn new() -> Result<Self, Error> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).map_err(Error::Signal)?,
+            terminate: signal(SignalKind::terminate()).map_err(Error::Signal)?,
+        })
+    }
+
+    /// Resolves at the next of the two. Cancel-safe.
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
