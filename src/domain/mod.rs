@@ -6,3 +6,6 @@ pub mod id;
 pub mod json;
 pub mod message;
 pub mod name;
+pub mod policy;
+pub mod queue;
+pub mod receipt;

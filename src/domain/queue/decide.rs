@@ -1,0 +1,327 @@
+//! What the queue decides by itself: which messages go out, which time is up, what the scan found.
+
+use std::collections::BTreeSet;
+
+use super::record::{End, Record, SettledAs, to_ranges};
+use super::{At, EmptyReason, Entry, Failure, Letter, Queue, Receive, State, TIMED_OUT};
+use crate::domain::id::Offset;
+
+/// A message decided to go out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Handed {
+    /// The message.
+    pub offset: Offset,
+    /// The number of the delivery.
+    pub delivery: u32,
+    /// The number of the attempt.
+    pub attempt: u32,
+    /// Until when it is held.
+    pub deadline: At,
+}
+
+/// What a receive got.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Taken {
+    /// The messages, by offset.
+    pub handed: Vec<Handed>,
+    /// A ready message stopped the walk since it is not loaded.
+    pub needs_load: bool,
+}
+
+impl Queue {
+    /// A message of a matching topic was found at `offset`; everything before it was looked at.
+    pub fn found(&mut self, offset: Offset) {
+        let Offset(offset) = offset;
+        if offset <= self.scanned {
+            return;
+        }
+        if !self.is_ahead(offset) && !self.entries.contains_key(&offset) {
+            self.fresh.insert(offset as u64);
+        }
+        self.scanned = offset;
+    }
+
+    /// Everything up to `through` was looked at.
+    pub fn looked_through(&mut self, through: Offset) {
+        self.scanned = self.scanned.max(through.0);
+    }
+
+    /// The lowest offsets that are ready to go out, at most `count`.
+    #[must_use]
+    pub fn ready(&self, count: usize) -> Vec<Offset> {
+        let mut fresh = self.fresh.iter().map(|offset| offset as i64).peekable();
+        let mut again = self.again.iter().copied().peekable();
+        let mut ready = Vec::new();
+        while ready.len() < count {
+            let next = match (fresh.peek(), again.peek()) {
+                (Some(a), Some(b)) if a < b => fresh.next(),
+                (Some(_), None) => fresh.next(),
+                (_, Some(_)) => again.next(),
+                (None, None) => None,
+            };
+            match next {
+                Some(offset) => ready.push(Offset(offset)),
+                None => break,
+            }
+        }
+        ready
+    }
+
+    /// Whether something is ready and may go out.
+    #[must_use]
+    pub fn has_ready(&self) -> bool {
+        (!self.fresh.is_empty() || !self.again.is_empty()) && !self.is_full()
+    }
+
+    /// Whether as many deliveries are live as the settings allow.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.deadlines.len() >= self.settings.max_in_flight as usize
+    }
+
+    /// Why a receive gets nothing.
+    #[must_use]
+    pub fn empty_reason(&self) -> EmptyReason {
+        if self.is_full() {
+            EmptyReason::InFlightFull
+        } else if self.delays.is_empty() {
+            EmptyReason::Empty
+        } else {
+            EmptyReason::Delayed
+        }
+    }
+
+    /// When the next live delivery's time is up.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<At> {
+        self.deadlines.first().map(|&(at, _)| at)
+    }
+
+    /// When the next delayed message falls due.
+    #[must_use]
+    pub fn next_due(&self) -> Option<At> {
+        self.delays.first().map(|&(at, _)| at)
+    }
+
+    /// Hands out what is ready, in offset order: at most `count` messages and `bytes` bytes, but always one. `size`
+    /// tells a message's bytes, or None when it is not loaded yet, which ends the walk.
+    pub fn hand_out(
+        &mut self,
+        now: At,
+        visible: std::time::Duration,
+        receive: &Receive,
+        limits: (usize, u64),
+        size: &dyn Fn(Offset) -> Option<u64>,
+    ) -> Taken {
+        let (count, bytes) = limits;
+        let room = (self.settings.max_in_flight as usize).saturating_sub(self.deadlines.len());
+        let count = count.min(room);
+        let visible = self.settings.max_hold.map_or(visible, |hold| hold.min(visible));
+        let deadline = now.plus(visible);
+        let mut taken = Taken::default();
+        let (mut first, mut again, mut total) = (Vec::new(), Vec::new(), 0u64);
+        // Those that go alone are passed over when others are under way, and there may be many of them.
+        let looked_at = count.saturating_add(100);
+        for offset in self.ready(looked_at) {
+            if taken.handed.len() >= count {
+                break;
+            }
+            let entry = self.entries.get(&offset.0);
+            let alone = entry.is_some_and(Entry::goes_alone);
+            if alone && !taken.handed.is_empty() {
+                continue;
+            }
+            let Some(size) = size(offset) else {
+                taken.needs_load = true;
+                break;
+            };
+            total = total.saturating_add(size);
+            if total > bytes && !taken.handed.is_empty() {
+                break;
+            }
+            let (delivery, attempt) =
+                entry.map_or((1, 1), |entry| (entry.delivery.saturating_add(1), entry.attempts + 1));
+            match entry {
+                Some(_) => again.push((offset.0, delivery)),
+                None => first.push(offset.0),
+            }
+            taken.handed.push(Handed {
+                offset,
+                delivery,
+                attempt,
+                deadline,
+            });
+            if alone {
+                break;
+            }
+        }
+        if !taken.handed.is_empty() {
+            let last = first.last().copied();
+            self.commit(Record::Delivered {
+                at: now,
+                deadline,
+                receive: receive.clone(),
+                first: to_ranges(first),
+                again,
+            });
+            if let Some(last) = last {
+                self.journal_scan(Offset(last));
+            }
+        }
+        taken
+    }
+
+    /// The live deliveries of an earlier receive under this id, with the same numbers.
+    #[must_use]
+    pub fn replay(&self, receive_id: &str) -> Vec<Handed> {
+        let Some(offsets) = self.receives.get(receive_id) else {
+            return Vec::new();
+        };
+        offsets
+            .iter()
+            .filter_map(|&offset| {
+                let entry = self.entries.get(&offset)?;
+                match entry.state {
+                    State::Live { deadline } => Some(Handed {
+                        offset: Offset(offset),
+                        delivery: entry.delivery,
+                        attempt: entry.attempt(),
+                        deadline,
+                    }),
+                    State::Ended { .. } => None,
+                }
+            })
+            .collect()
+    }
+
+    /// Lets time pass: delays that fell due are ready again, and deliveries whose deadline is at or before
+    /// `expire_through` have run out. The caller moves `expire_through` only while Postgres is known to answer, so
+    /// that nobody is charged for an outage.
+    pub fn advance(&mut self, now: At, expire_through: At) {
+        while let Some(&(due, offset)) = self.delays.first()
+            && due <= now
+        {
+            self.delays.pop_first();
+            self.again.insert(offset);
+        }
+        let over: BTreeSet<i64> = self
+            .deadlines
+            .iter()
+            .take_while(|(deadline, _)| *deadline <= expire_through.min(now))
+            .map(|&(_, offset)| offset)
+            .collect();
+        for &offset in &over {
+            self.expire(offset, now);
+        }
+        if !over.is_empty() {
+            self.advance(now, At(i64::MIN));
+        }
+    }
+
+    fn expire(&mut self, offset: i64, now: At) {
+        let Some(entry) = self.entries.get(&offset) else {
+            return;
+        };
+        let attempts = entry.attempts + 1;
+        if attempts >= self.settings.max_attempts {
+            let failure = Failure {
+                at: now,
+                reason: TIMED_OUT.to_owned(),
+            };
+            return self.die(offset, attempts, "out_of_attempts", failure, now);
+        }
+        let releases = entry.releases;
+        // At once twice, since a consumer that died is the likely cause; then by policy.
+        let due = if attempts <= 2 {
+            now
+        } else {
+            now.plus(self.retry_delay(attempts))
+        };
+        self.commit(Record::Ended {
+            offset,
+            end: End::TimedOut,
+            at: now,
+            due,
+            attempts,
+            releases,
+            reason: None,
+        });
+    }
+
+    pub(super) fn retry_delay(&mut self, attempts: u32) -> std::time::Duration {
+        let random = self.random.next_unit();
+        self.settings.retry.delay(attempts, random)
+    }
+
+    /// Settles a message as dead, with its letter.
+    pub(super) fn die(
+        &mut self,
+        offset: i64,
+        attempts: u32,
+        cause: &'static str,
+        failure: Failure,
+        now: At,
+    ) {
+        let Some(entry) = self.entries.get(&offset) else {
+            return;
+        };
+        let delivery = entry.delivery;
+        let mut failures = entry.failures.clone();
+        failures.push(failure);
+        self.pending.letters.push(Letter {
+            offset: Offset(offset),
+            delivery,
+            attempts,
+            cause,
+            failures,
+            died_at: now,
+        });
+        self.commit(Record::Dead { offset, delivery });
+    }
+
+    /// These messages are no longer in the log: settled as a gap. Receipts for them are `gone`.
+    pub fn lose(&mut self, offsets: Vec<Offset>) {
+        let mut offsets: Vec<i64> = offsets
+            .into_iter()
+            .map(|offset| offset.0)
+            .filter(|offset| {
+                self.fresh.contains(*offset as u64) || self.entries.contains_key(offset)
+            })
+            .collect();
+        offsets.sort_unstable();
+        offsets.dedup();
+        if !offsets.is_empty() {
+            self.commit(Record::Settled {
+                kind: SettledAs::Gap,
+                ranges: to_ranges(offsets),
+            });
+        }
+    }
+
+    /// Live deadlines move by an outage: the consumers could not settle while Postgres was away.
+    pub fn shift(&mut self, by: std::time::Duration) {
+        let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
+        if by > 0 && !self.deadlines.is_empty() {
+            self.commit(Record::Shifted { by });
+        }
+    }
+
+    /// Records the scan position: up to `through`, or as far as the scan came. What matched and was not handed out
+    /// goes with it.
+    pub fn journal_scan(&mut self, through: Offset) {
+        let through = through.0.min(self.scanned);
+        if through <= self.journaled {
+            return;
+        }
+        let from = (self.journaled + 1) as u64;
+        let matched: Vec<i64> = self
+            .fresh
+            .range(from..=through as u64)
+            .map(|offset| offset as i64)
+            .collect();
+        self.commit(Record::Scanned {
+            through,
+            matched: to_ranges(matched),
+        });
+    }
+}

@@ -1,0 +1,267 @@
+//! The queue as a pure state machine: what is ready, live, delayed and settled, and what each verb does to it.
+//!
+//! Every durable change is a [`Record`]: a method decides, builds the record and applies it by the same `apply` that
+//! replays the journal, so that a recovered queue cannot differ from the one that was lost. What is not durable (messages
+//! found by the scan since the last `Scanned` record) is found again by scanning on from [`Queue::journaled_through`].
+//!
+//! A message that matches and was never handed out is in `fresh`; one that was, and is not settled, has an `Entry`;
+//! everything else at or below the scan position is settled. Settled messages above the journaled scan position are in
+//! `ahead`, so that the scan after a restart does not take them for fresh. Fresh messages may therefore be handed out in
+//! any order, which ordering by key and priorities need.
+
+mod checkpoint;
+mod decide;
+mod record;
+mod state;
+mod verbs;
+
+#[cfg(test)]
+mod model;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use roaring::RoaringTreemap;
+
+use super::id::{Generation, Offset, QueueId};
+use super::policy::Settings;
+
+pub use decide::{Handed, Taken};
+pub use record::{Decode, End, Record, SettledAs, decode, encode};
+pub use verbs::{Item, Outcome, Verb};
+
+/// A moment by the database's clock: milliseconds since the Unix epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct At(pub i64);
+
+impl At {
+    /// This moment plus a duration, to the millisecond.
+    #[must_use]
+    pub fn plus(self, duration: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)),
+        )
+    }
+
+    /// How long from `earlier` to this moment; zero if it is not later.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+}
+
+impl From<DateTime<Utc>> for At {
+    fn from(time: DateTime<Utc>) -> Self {
+        Self(time.timestamp_millis())
+    }
+}
+
+impl From<At> for DateTime<Utc> {
+    fn from(at: At) -> Self {
+        DateTime::from_timestamp_millis(at.0).unwrap_or(DateTime::<Utc>::MAX_UTC)
+    }
+}
+
+/// Why a receive got nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EmptyReason {
+    /// Nothing is unsettled but what is live.
+    Empty,
+    /// A person paused the queue.
+    Paused,
+    /// As many deliveries are live as the queue allows.
+    InFlightFull,
+    /// What is there waits for an earlier message of its key.
+    WaitingForKeys,
+    /// What is there is held back by a delay.
+    Delayed,
+}
+
+/// Who received, and under which id.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Receive {
+    /// The consumer's name.
+    pub consumer: Option<String>,
+    /// The receive's id, for a repeat.
+    pub receive_id: Option<String>,
+}
+
+/// How an attempt failed; the last few are kept for the dead letter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// When.
+    pub at: At,
+    /// `timed_out`, or the consumer's reason.
+    pub reason: String,
+}
+
+/// Failures kept per message.
+pub const FAILURES_KEPT: usize = 5;
+/// The reason of an attempt whose time ran out.
+pub const TIMED_OUT: &str = "timed_out";
+
+/// A message that was handed out and is not settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    /// The number of its last delivery.
+    delivery: u32,
+    /// Attempts that ended and count. While live, the attempt under way is this plus one.
+    attempts: u32,
+    releases: u32,
+    /// Whether an attempt ever ran out of time: from its third attempt on, it goes out alone.
+    timed_out: bool,
+    /// When the last delivery began.
+    since: At,
+    state: State,
+    receive: Option<Arc<Receive>>,
+    failures: Vec<Failure>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Live { deadline: At },
+    Ended { end: End, due: At },
+}
+
+impl Entry {
+    fn attempt(&self) -> u32 {
+        match self.state {
+            State::Live { .. } => self.attempts + 1,
+            State::Ended { .. } => self.attempts.max(1),
+        }
+    }
+
+    /// A poison message must take no innocents with it.
+    fn goes_alone(&self) -> bool {
+        self.timed_out && self.attempts >= 2
+    }
+}
+
+/// A message out of attempts or rejected, as the dead letters keep it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Letter {
+    /// The message.
+    pub offset: Offset,
+    /// Its last delivery.
+    pub delivery: u32,
+    /// Attempts made.
+    pub attempts: u32,
+    /// Why it died: `rejected`, `out_of_attempts`.
+    pub cause: &'static str,
+    /// How its last attempts failed.
+    pub failures: Vec<Failure>,
+    /// When.
+    pub died_at: At,
+}
+
+/// What one round of the state machine wants written, in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// The journal's records.
+    pub records: Vec<Record>,
+    /// Dead letters to be copied.
+    pub letters: Vec<Letter>,
+    /// Dead letters to be removed, since their last delivery was acked after all.
+    pub removed_letters: Vec<Offset>,
+}
+
+impl Batch {
+    /// Whether there is nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+}
+
+/// A live delivery, for the in-flight list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveDelivery {
+    /// The message.
+    pub offset: Offset,
+    /// The number of the delivery.
+    pub delivery: u32,
+    /// The number of the attempt.
+    pub attempt: u32,
+    /// When it began.
+    pub since: At,
+    /// When its time is up.
+    pub deadline: At,
+    /// Who has it.
+    pub receive: Option<Arc<Receive>>,
+}
+
+/// The numbers of a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Never handed out.
+    pub fresh: u64,
+    /// Handed out before, and due again.
+    pub again: u64,
+    /// Handed out and live.
+    pub live: u64,
+    /// Held back by a delay.
+    pub delayed: u64,
+    /// Dead letters of this generation that are still there.
+    pub dead: u64,
+}
+
+/// The state machine of one queue in one generation.
+#[derive(Debug, Clone)]
+pub struct Queue {
+    id: QueueId,
+    generation: Generation,
+    settings: Settings,
+    random: Random,
+    /// Every message at or below was looked at.
+    scanned: i64,
+    /// As `scanned`, as far as the journal knows.
+    journaled: i64,
+    fresh: RoaringTreemap,
+    entries: BTreeMap<i64, Entry>,
+    ahead: RoaringTreemap,
+    /// Handed out once, and lost to retention's hard limit.
+    lost: RoaringTreemap,
+    /// Dead letters: offset and last delivery.
+    dead: BTreeMap<i64, u32>,
+    /// Offsets before this one are not the queue's.
+    start: i64,
+
+    // Derived from the entries.
+    deadlines: BTreeSet<(At, i64)>,
+    delays: BTreeSet<(At, i64)>,
+    again: BTreeSet<i64>,
+    receives: HashMap<String, BTreeSet<i64>>,
+
+    pending: Batch,
+}
+
+/// Uniform numbers for the jitter. Not for secrets.
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    /// From a seed.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number, 0 to 1 (splitmix64).
+    pub fn next_unit(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// The id of a dead letter, unique in its queue and known without a look-up.
+#[must_use]
+pub fn dead_letter_id(generation: Generation, offset: Offset) -> String {
+    format!("{generation}-{offset}")
+}

@@ -1,0 +1,536 @@
+//! The journal's records and their binary form.
+//!
+//! A blob is a version byte and records, each a tag, a length and a body of varints and strings. Offsets are written as
+//! differences. A reader refuses a version or a tag that it does not know: skipping a record would forget a decision.
+
+use super::{At, Receive};
+use crate::domain::receipt::{read_varint, write_varint};
+
+const VERSION: u8 = 1;
+/// A record that stands for more offsets than this was not written by Postroad.
+const OFFSETS_MAX: u64 = 100_000_000;
+
+/// How a delivery ended without settling its message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The consumer gave it back as failed.
+    Nacked,
+    /// The consumer gave it back as not begun.
+    Released,
+    /// Its time ran out.
+    TimedOut,
+    /// The answer never reached the wire.
+    Unwritten,
+}
+
+/// How a message was settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SettledAs {
+    /// By an ack.
+    Acked,
+    /// By a person.
+    Deleted,
+    /// By retention's hard limit.
+    Gap,
+}
+
+/// One durable change of a queue. Ranges are (first, last), both included, ascending.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Record {
+    /// Messages were handed out.
+    Delivered {
+        /// When.
+        at: At,
+        /// Until when they are held.
+        deadline: At,
+        /// Who received them.
+        receive: Receive,
+        /// Those never handed out before: their delivery has the number 1.
+        first: Vec<(i64, i64)>,
+        /// Those handed out before: offset and number of the delivery.
+        again: Vec<(i64, u32)>,
+    },
+    /// Messages were settled.
+    Settled {
+        /// How.
+        kind: SettledAs,
+        /// Which.
+        ranges: Vec<(i64, i64)>,
+    },
+    /// A message became a dead letter.
+    Dead {
+        /// Which.
+        offset: i64,
+        /// Its last delivery.
+        delivery: u32,
+    },
+    /// A dead letter was removed.
+    LetterRemoved {
+        /// Whose.
+        offset: i64,
+    },
+    /// A delivery ended and its message waits.
+    Ended {
+        /// The message.
+        offset: i64,
+        /// How it ended.
+        end: End,
+        /// When.
+        at: At,
+        /// When the message is ready again.
+        due: At,
+        /// Attempts that count, this one included if it does.
+        attempts: u32,
+        /// Releases so far.
+        releases: u32,
+        /// The consumer's reason.
+        reason: Option<String>,
+    },
+    /// A deadline moved; a delivery that had timed out lives again.
+    Extended {
+        /// The message.
+        offset: i64,
+        /// The deadline.
+        deadline: At,
+        /// Attempts that ended and count.
+        attempts: u32,
+    },
+    /// All live deadlines moved by this many milliseconds: Postgres was away.
+    Shifted {
+        /// Milliseconds.
+        by: i64,
+    },
+    /// The stream was looked at up to here; of what was not looked at before, these match and were not handed out.
+    Scanned {
+        /// The scan position.
+        through: i64,
+        /// What is fresh.
+        matched: Vec<(i64, i64)>,
+    },
+}
+
+/// Bytes that no known version of Postroad has written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} in the queue's stored state")]
+pub struct Decode {
+    /// What was found.
+    pub what: &'static str,
+}
+
+/// Ascending offsets as ranges.
+pub(super) fn to_ranges(offsets: Vec<i64>) -> Vec<(i64, i64)> {
+    let mut offsets = offsets;
+    offsets.sort_unstable();
+    offsets.dedup();
+    let mut ranges: Vec<(i64, i64)> = Vec::new();
+    for offset in offsets {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == offset => *last = offset,
+            _ => ranges.push((offset, offset)),
+        }
+    }
+    ranges
+}
+
+/// Writes records as one blob.
+#[must_use]
+pub fn encode(records: &[Record]) -> Vec<u8> {
+    let mut out = vec![VERSION];
+    let mut body = Vec::new();
+    for record in records {
+        body.clear();
+        let tag = write_record(&mut Writer(&mut body), record);
+        out.push(tag);
+        write_varint(&mut out, body.len() as u64);
+        out.extend_from_slice(&body);
+    }
+    out
+}
+
+/// Reads a blob.
+///
+/// # Errors
+/// What is not a blob of a known version.
+pub fn decode(bytes: &[u8]) -> Result<Vec<Record>, Decode> {
+    let mut from = Reader(bytes);
+    if from.byte()? != VERSION {
+        return Err(Decode {
+            what: "an unknown version of the journal",
+        });
+    }
+    let mut records = Vec::new();
+    while !from.0.is_empty() {
+        let tag = from.byte()?;
+        let length = from.length()?;
+        let (body, rest) = from.0.split_at(length);
+        from.0 = rest;
+        let mut body = Reader(body);
+        records.push(read_record(tag, &mut body)?);
+        body.end()?;
+    }
+    Ok(records)
+}
+
+fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
+    match record {
+        Record::Delivered {
+            at,
+            deadline,
+            receive,
+            first,
+            again,
+        } => {
+            to.signed(at.0);
+            to.signed(deadline.0);
+            to.receive(receive);
+            to.ranges(first);
+            to.number(again.len() as u64);
+            let mut last = 0i64;
+            for &(offset, delivery) in again {
+                to.signed(offset.wrapping_sub(last));
+                to.number(u64::from(delivery));
+                last = offset;
+            }
+            1
+        }
+        Record::Settled { kind, ranges } => {
+            to.0.push(match kind {
+                SettledAs::Acked => 0,
+                SettledAs::Deleted => 1,
+                SettledAs::Gap => 2,
+            });
+            to.ranges(ranges);
+            2
+        }
+        Record::Dead { offset, delivery } => {
+            to.signed(*offset);
+            to.number(u64::from(*delivery));
+            3
+        }
+        Record::LetterRemoved { offset } => {
+            to.signed(*offset);
+            4
+        }
+        Record::Ended {
+            offset,
+            end,
+            at,
+            due,
+            attempts,
+            releases,
+            reason,
+        } => {
+            to.signed(*offset);
+            to.0.push(end.code());
+            to.signed(at.0);
+            to.signed(due.0.wrapping_sub(at.0));
+            to.number(u64::from(*attempts));
+            to.number(u64::from(*releases));
+            to.text(reason.as_deref());
+            5
+        }
+        Record::Extended {
+            offset,
+            deadline,
+            attempts,
+        } => {
+            to.signed(*offset);
+            to.signed(deadline.0);
+            to.number(u64::from(*attempts));
+            6
+        }
+        Record::Shifted { by } => {
+            to.signed(*by);
+            7
+        }
+        Record::Scanned { through, matched } => {
+            to.signed(*through);
+            to.ranges(matched);
+            8
+        }
+    }
+}
+
+fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
+    Ok(match tag {
+        1 => {
+            let (at, deadline) = (At(from.signed()?), At(from.signed()?));
+            let receive = from.receive()?;
+            let first = from.ranges()?;
+            let count = from.length_of_list()?;
+            let mut again = Vec::with_capacity(count);
+            let mut last = 0i64;
+            for _ in 0..count {
+                last = last.wrapping_add(from.signed()?);
+                again.push((last, from.small()?));
+            }
+            Record::Delivered {
+                at,
+                deadline,
+                receive,
+                first,
+                again,
+            }
+        }
+        2 => Record::Settled {
+            kind: match from.byte()? {
+                0 => SettledAs::Acked,
+                1 => SettledAs::Deleted,
+                2 => SettledAs::Gap,
+                _ => return Err(Decode { what: "an unknown kind of settlement" }),
+            },
+            ranges: from.ranges()?,
+        },
+        3 => Record::Dead {
+            offset: from.signed()?,
+            delivery: from.small()?,
+        },
+        4 => Record::LetterRemoved {
+            offset: from.signed()?,
+        },
+        5 => {
+            let offset = from.signed()?;
+            let end = End::of(from.byte()?)?;
+            let at = At(from.signed()?);
+            Record::Ended {
+                offset,
+                end,
+                at,
+                due: At(at.0.wrapping_add(from.signed()?)),
+                attempts: from.small()?,
+                releases: from.small()?,
+                reason: from.text()?,
+            }
+        }
+        6 => Record::Extended {
+            offset: from.signed()?,
+            deadline: At(from.signed()?),
+            attempts: from.small()?,
+        },
+        7 => Record::Shifted { by: from.signed()? },
+        8 => Record::Scanned {
+            through: from.signed()?,
+            matched: from.ranges()?,
+        },
+        _ => return Err(Decode { what: "an unknown record" }),
+    })
+}
+
+impl End {
+    pub(super) const fn code(self) -> u8 {
+        match self {
+            Self::Nacked => 0,
+            Self::Released => 1,
+            Self::TimedOut => 2,
+            Self::Unwritten => 3,
+        }
+    }
+
+    pub(super) const fn of(code: u8) -> Result<Self, Decode> {
+        match code {
+            0 => Ok(Self::Nacked),
+            1 => Ok(Self::Released),
+            2 => Ok(Self::TimedOut),
+            3 => Ok(Self::Unwritten),
+            _ => Err(Decode { what: "an unknown end of a delivery" }),
+        }
+    }
+}
+
+/// Writes the parts that records and checkpoints are made of.
+pub(super) struct Writer<'a>(pub(super) &'a mut Vec<u8>);
+
+impl Writer<'_> {
+    pub(super) fn number(&mut self, value: u64) {
+        write_varint(self.0, value);
+    }
+
+    /// Zigzag: small numbers of either sign are short.
+    pub(super) fn signed(&mut self, value: i64) {
+        write_varint(self.0, ((value << 1) ^ (value >> 63)) as u64);
+    }
+
+    pub(super) fn text(&mut self, text: Option<&str>) {
+        match text {
+            None => self.number(0),
+            Some(text) => {
+                self.number(text.len() as u64 + 1);
+                self.0.extend_from_slice(text.as_bytes());
+            }
+        }
+    }
+
+    pub(super) fn receive(&mut self, receive: &Receive) {
+        self.text(receive.consumer.as_deref());
+        self.text(receive.receive_id.as_deref());
+    }
+
+    pub(super) fn ranges(&mut self, ranges: &[(i64, i64)]) {
+        self.number(ranges.len() as u64);
+        let mut last = 0i64;
+        for &(from, through) in ranges {
+            self.signed(from.wrapping_sub(last));
+            self.number(through.wrapping_sub(from) as u64);
+            last = through;
+        }
+    }
+}
+
+/// Reads the parts that records and checkpoints are made of. Never panics, and allocates no more than it was given.
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
+
+const CUT: Decode = Decode { what: "a value cut short" };
+
+impl<'a> Reader<'a> {
+    pub(super) fn byte(&mut self) -> Result<u8, Decode> {
+        let (&byte, rest) = self.0.split_first().ok_or(CUT)?;
+        self.0 = rest;
+        Ok(byte)
+    }
+
+    pub(super) fn number(&mut self) -> Result<u64, Decode> {
+        read_varint(&mut self.0).ok_or(CUT)
+    }
+
+    pub(super) fn small(&mut self) -> Result<u32, Decode> {
+        u32::try_from(self.number()?).map_err(|_| Decode { what: "a count out of range" })
+    }
+
+    pub(super) fn signed(&mut self) -> Result<i64, Decode> {
+        let value = self.number()?;
+        Ok(((value >> 1) as i64) ^ -((value & 1) as i64))
+    }
+
+    /// The length of a part that follows.
+    pub(super) fn length(&mut self) -> Result<usize, Decode> {
+        match usize::try_from(self.number()?) {
+            Ok(length) if length <= self.0.len() => Ok(length),
+            _ => Err(CUT),
+        }
+    }
+
+    /// The length of a list: each of its items takes a byte at least.
+    pub(super) fn length_of_list(&mut self) -> Result<usize, Decode> {
+        self.length()
+    }
+
+    pub(super) fn bytes(&mut self, length: usize) -> Result<&'a [u8], Decode> {
+        let (bytes, rest) = self.0.split_at_checked(length).ok_or(CUT)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+
+    pub(super) fn text(&mut self) -> Result<Option<String>, Decode> {
+        let length = self.number()?;
+        if length == 0 {
+            return Ok(None);
+        }
+        let length = usize::try_from(length - 1).map_err(|_| CUT)?;
+        let bytes = self.bytes(length)?;
+        match std::str::from_utf8(bytes) {
+            Ok(text) => Ok(Some(text.to_owned())),
+            Err(_) => Err(Decode { what: "a text that is not UTF-8" }),
+        }
+    }
+
+    pub(super) fn receive(&mut self) -> Result<Receive, Decode> {
+        Ok(Receive {
+            consumer: self.text()?,
+            receive_id: self.text()?,
+        })
+    }
+
+    pub(super) fn ranges(&mut self) -> Result<Vec<(i64, i64)>, Decode> {
+        let out_of_range = Decode { what: "a range out of range" };
+        let count = self.length_of_list()?;
+        let mut ranges = Vec::with_capacity(count);
+        let (mut last, mut total) = (0i64, 0u64);
+        for _ in 0..count {
+            let from = last.checked_add(self.signed()?).ok_or(out_of_range.clone())?;
+            let length = self.number()?;
+            total = total.saturating_add(length);
+            if total > OFFSETS_MAX || from < 0 {
+                return Err(out_of_range);
+            }
+            last = from.checked_add(length as i64).ok_or(out_of_range.clone())?;
+            ranges.push((from, last));
+        }
+        Ok(ranges)
+    }
+
+    pub(super) fn end(&self) -> Result<(), Decode> {
+        match self.0.is_empty() {
+            true => Ok(()),
+            false => Err(Decode { what: "more than was expected" }),
+        }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+pub(super) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    prop_compose! {
+        fn ranges()(parts in proptest::collection::vec((1..50i64, 0..20i64), 0..6)) -> Vec<(i64, i64)> {
+            let mut at = 0;
+            parts.into_iter().map(|(gap, length)| {
+                let from = at + gap + 1;
+                at = from + length;
+                (from, at)
+            }).collect()
+        }
+    }
+
+    fn text() -> impl Strategy<Value = Option<String>> {
+        proptest::option::of(".{0,20}")
+    }
+
+    fn record() -> impl Strategy<Value = Record> {
+        let at = || any::<i32>().prop_map(|at| At(i64::from(at)));
+        prop_oneof![
+            (at(), at(), text(), text(), ranges(), proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5))
+                .prop_map(|(at, deadline, consumer, receive_id, first, again)| Record::Delivered {
+                    at, deadline, receive: Receive { consumer, receive_id }, first, again,
+                }),
+            (0..3u8, ranges()).prop_map(|(kind, ranges)| Record::Settled {
+                kind: [SettledAs::Acked, SettledAs::Deleted, SettledAs::Gap][usize::from(kind)],
+                ranges,
+            }),
+            (0..1_000i64, any::<u32>()).prop_map(|(offset, delivery)| Record::Dead { offset, delivery }),
+            (0..1_000i64).prop_map(|offset| Record::LetterRemoved { offset }),
+            (0..1_000i64, 0..4u8, at(), at(), any::<u32>(), any::<u32>(), text()).prop_map(
+                |(offset, end, at, due, attempts, releases, reason)| Record::Ended {
+                    offset, end: End::of(end).unwrap(), at, due, attempts, releases, reason,
+                }
+            ),
+            (0..1_000i64, at(), any::<u32>()).prop_map(|(offset, deadline, attempts)| Record::Extended { offset, deadline, attempts }),
+            any::<i64>().prop_map(|by| Record::Shifted { by }),
+            (0..1_000i64, ranges()).prop_map(|(through, matched)| Record::Scanned { through, matched }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn records_round_trip(records in proptest::collection::vec(record(), 0..8)) {
+            prop_assert_eq!(decode(&encode(&records)).unwrap(), records);
+        }
+
+        #[test]
+        fn no_bytes_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), known: bool) {
+            if known && let Some(first) = bytes.first_mut() {
+                *first = VERSION;
+            }
+            let _ = decode(&bytes);
+        }
+
+        #[test]
+        fn changed_blobs_do_not_panic(records in proptest::collection::vec(record(), 1..4), place: prop::sample::Index, byte: u8) {
+            let mut bytes = encode(&records);
+            let place = place.index(bytes.len());
+            bytes[place] = byte;
+            let _ = decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! The state and how records change it: the one place where it changes durably.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use roaring::RoaringTreemap;
+
+use super::record::{End, Record, SettledAs};
+use super::{At, Batch, Counts, Entry, FAILURES_KEPT, Failure, LiveDelivery, Queue, Random, Receive, State};
+use crate::domain::id::{Generation, Offset, QueueId};
+use crate::domain::policy::Settings;
+
+impl Queue {
+    /// A queue that has seen nothing. `start` is the first offset it can deliver.
+    #[must_use]
+    pub fn new(
+        id: QueueId,
+        generation: Generation,
+        start: Offset,
+        settings: Settings,
+        random: Random,
+    ) -> Self {
+        Self {
+            id,
+            generation,
+            settings,
+            random,
+            scanned: start.0 - 1,
+            journaled: start.0 - 1,
+            fresh: RoaringTreemap::new(),
+            entries: BTreeMap::new(),
+            ahead: RoaringTreemap::new(),
+            lost: RoaringTreemap::new(),
+            dead: BTreeMap::new(),
+            start: start.0,
+            deadlines: BTreeSet::new(),
+            delays: BTreeSet::new(),
+            again: BTreeSet::new(),
+            receives: HashMap::new(),
+            pending: Batch::default(),
+        }
+    }
+
+    /// The queue's number.
+    #[must_use]
+    pub fn id(&self) -> QueueId {
+        self.id
+    }
+
+    /// The queue's incarnation.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// What the queue was told to do.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Changes what the queue does from now on.
+    pub fn change_settings(&mut self, settings: Settings) {
+        self.settings = settings;
+    }
+
+    /// Every message at or below was looked at.
+    #[must_use]
+    pub fn scanned_through(&self) -> Offset {
+        Offset(self.scanned)
+    }
+
+    /// As [`Queue::scanned_through`], as far as the journal knows: where the scan goes on after a restart.
+    #[must_use]
+    pub fn journaled_through(&self) -> Offset {
+        Offset(self.journaled)
+    }
+
+    /// Everything that matches at or below is settled.
+    #[must_use]
+    pub fn watermark(&self) -> Offset {
+        Offset(self.oldest_unsettled().map_or(self.scanned, |oldest| oldest.0 - 1))
+    }
+
+    /// The lowest unsettled offset among those looked at.
+    #[must_use]
+    pub fn oldest_unsettled(&self) -> Option<Offset> {
+        let fresh = self.fresh.min().map(|offset| offset as i64);
+        let entry = self.entries.keys().next().copied();
+        match (fresh, entry) {
+            (Some(a), Some(b)) => Some(Offset(a.min(b))),
+            (a, b) => a.or(b).map(Offset),
+        }
+    }
+
+    /// The queue's numbers.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        Counts {
+            fresh: self.fresh.len(),
+            again: self.again.len() as u64,
+            live: self.deadlines.len() as u64,
+            delayed: self.delays.len() as u64,
+            dead: self.dead.len() as u64,
+        }
+    }
+
+    /// The live deliveries after an offset, by offset.
+    pub fn live(&self, after: Offset) -> impl Iterator<Item = LiveDelivery> + '_ {
+        self.entries
+            .range(after.0.saturating_add(1)..)
+            .filter_map(|(&offset, entry)| match entry.state {
+                State::Live { deadline } => Some(LiveDelivery {
+                    offset: Offset(offset),
+                    delivery: entry.delivery,
+                    attempt: entry.attempt(),
+                    since: entry.since,
+                    deadline,
+                    receive: entry.receive.clone(),
+                }),
+                State::Ended { .. } => None,
+            })
+    }
+
+    /// What is to be written since the last call.
+    pub fn take_batch(&mut self) -> Batch {
+        std::mem::take(&mut self.pending)
+    }
+
+    /// Whether [`Queue::take_batch`] would give something.
+    #[must_use]
+    pub fn has_batch(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Decides durably: applies the record and puts it up for the journal.
+    pub(super) fn commit(&mut self, record: Record) {
+        self.apply(&record);
+        self.pending.records.push(record);
+    }
+
+    /// Changes the state as the record says. Total: a record that does not fit the state changes what it can.
+    pub fn apply(&mut self, record: &Record) {
+        match record {
+            Record::Delivered {
+                at,
+                deadline,
+                receive,
+                first,
+                again,
+            } => {
+                let receive = (*receive != Receive::default()).then(|| Arc::new(receive.clone()));
+                for &(from, through) in first {
+                    for offset in from..=through {
+                        self.apply_delivery(offset, 1, *at, *deadline, receive.as_ref());
+                    }
+                }
+                for &(offset, delivery) in again {
+                    self.apply_delivery(offset, delivery, *at, *deadline, receive.as_ref());
+                }
+            }
+            Record::Settled { kind, ranges } => {
+                for &(from, through) in ranges {
+                    for offset in from..=through {
+                        self.apply_settled(offset, *kind);
+                    }
+                }
+            }
+            Record::Dead { offset, delivery } => {
+                self.apply_settled(*offset, SettledAs::Deleted);
+                self.dead.insert(*offset, *delivery);
+            }
+            Record::LetterRemoved { offset } => {
+                self.dead.remove(offset);
+            }
+            Record::Ended { .. } => self.apply_ended(record),
+            Record::Extended {
+                offset,
+                deadline,
+                attempts,
+            } => {
+                if let Some(mut entry) = self.detach(*offset) {
+                    entry.state = State::Live {
+                        deadline: *deadline,
+                    };
+                    entry.attempts = *attempts;
+                    self.attach(*offset, entry);
+                }
+            }
+            Record::Shifted { by } => self.apply_shifted(*by),
+            Record::Scanned { through, matched } => {
+                for &(from, last) in matched {
+                    for offset in from..=last {
+                        if !self.entries.contains_key(&offset) && !self.is_ahead(offset) {
+                            self.fresh.insert(offset as u64);
+                        }
+                    }
+                }
+                self.journaled = self.journaled.max(*through);
+                self.scanned = self.scanned.max(*through);
+                if self.journaled >= 0 {
+                    self.ahead.remove_range(..=self.journaled as u64);
+                }
+            }
+        }
+    }
+
+    pub(super) fn is_ahead(&self, offset: i64) -> bool {
+        self.ahead.contains(offset as u64)
+    }
+
+    fn apply_delivery(
+        &mut self,
+        offset: i64,
+        delivery: u32,
+        at: At,
+        deadline: At,
+        receive: Option<&Arc<Receive>>,
+    ) {
+        self.fresh.remove(offset as u64);
+        let before = self.detach(offset);
+        let entry = Entry {
+            delivery,
+            since: at,
+            state: State::Live { deadline },
+            receive: receive.map(Arc::clone),
+            attempts: before.as_ref().map_or(0, |entry| entry.attempts),
+            releases: before.as_ref().map_or(0, |entry| entry.releases),
+            timed_out: before.as_ref().is_some_and(|entry| entry.timed_out),
+            failures: before.map(|entry| entry.failures).unwrap_or_default(),
+        };
+        self.attach(offset, entry);
+    }
+
+    fn apply_settled(&mut self, offset: i64, kind: SettledAs) {
+        self.fresh.remove(offset as u64);
+        let entry = self.detach(offset);
+        if kind == SettledAs::Gap && entry.is_some() {
+            self.lost.insert(offset as u64);
+        }
+        if offset > self.journaled {
+            self.ahead.insert(offset as u64);
+        }
+    }
+
+    fn apply_ended(&mut self, record: &Record) {
+        let Record::Ended {
+            offset,
+            end,
+            at,
+            due,
+            attempts,
+            releases,
+            reason,
+        } = record
+        else {
+            return;
+        };
+        let Some(mut entry) = self.detach(*offset) else {
+            return;
+        };
+        entry.state = State::Ended {
+            end: *end,
+            due: *due,
+        };
+        entry.attempts = *attempts;
+        entry.releases = *releases;
+        let reason = match end {
+            End::TimedOut => {
+                entry.timed_out = true;
+                Some(TIMED_OUT.to_owned())
+            }
+            End::Nacked => Some(reason.clone().unwrap_or_else(|| "nacked".to_owned())),
+            End::Released | End::Unwritten => None,
+        };
+        if let Some(reason) = reason {
+            entry.note_failure(Failure { at: *at, reason });
+        }
+        self.attach(*offset, entry);
+    }
+
+    fn apply_shifted(&mut self, by: i64) {
+        let live: Vec<i64> = self.deadlines.iter().map(|&(_, offset)| offset).collect();
+        self.deadlines.clear();
+        for offset in live {
+            if let Some(entry) = self.entries.get_mut(&offset)
+                && let State::Live { deadline } = &mut entry.state
+            {
+                deadline.0 = deadline.0.saturating_add(by);
+                entry.since.0 = entry.since.0.saturating_add(by);
+                self.deadlines.insert((*deadline, offset));
+            }
+        }
+    }
+
+    /// Takes an entry out, with everything derived from it.
+    pub(super) fn detach(&mut self, offset: i64) -> Option<Entry> {
+        let entry = self.entries.remove(&offset)?;
+        match entry.state {
+            State::Live { deadline } => {
+                self.deadlines.remove(&(deadline, offset));
+            }
+            State::Ended { due, .. } => {
+                self.delays.remove(&(due, offset));
+                self.again.remove(&offset);
+            }
+        }
+        if let Some(id) = entry.receive.as_ref().and_then(|receive| receive.receive_id.as_ref())
+            && let Some(offsets) = self.receives.get_mut(id)
+        {
+            offsets.remove(&offset);
+            if offsets.is_empty() {
+                self.receives.remove(id);
+            }
+        }
+        Some(entry)
+    }
+
+    /// Puts an entry in, with everything derived from it. An ended one waits in `delays` until time is passed in.
+    pub(super) fn attach(&mut self, offset: i64, entry: Entry) {
+        match entry.state {
+            State::Live { deadline } => {
+                self.deadlines.insert((deadline, offset));
+                if let Some(id) =
+                    entry.receive.as_ref().and_then(|receive| receive.receive_id.as_ref())
+                {
+                    self.receives.entry(id.clone()).or_default().insert(offset);
+                }
+            }
+            State::Ended { due, .. } => {
+                self.delays.insert((due, offset));
+            }
+        }
+        self.entries.insert(offset, entry);
+    }
+}
+
+impl Entry {
+    fn note_failure(&mut self, failure: Failure) {
+        if self.failures.len() == FAILURES_KEPT {
+            self.failures.remove(0);
+        }
+        self.failures.push(failure);
+    }
+}
+
+use super::TIMED_OUT;

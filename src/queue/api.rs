@@ -1,0 +1,257 @@
+//! What the queue engine takes and answers. The HTTP layer gives these their wire form.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use crate::domain::id::{Generation, Offset, QueueId, StreamId};
+use crate::domain::message::Entry;
+use crate::domain::name::{QueueName, StreamName, TopicPattern};
+use crate::domain::policy::{Fault, Settings, Start};
+use crate::domain::queue::EmptyReason;
+use crate::store;
+
+use super::handout::Handout;
+
+/// Most messages of one receive, and most receipts of one verb request.
+pub const BATCH_MAX: usize = 1_000;
+/// Longest wait of a receive.
+pub const WAIT_MAX: Duration = Duration::from_secs(50);
+
+/// What a queue is to be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Declaration {
+    /// The stream it reads. Cannot be changed.
+    pub stream: StreamName,
+    /// The topics it takes, 1 to 100 patterns. A change holds from the scan position on.
+    pub topics: Vec<TopicPattern>,
+    /// Where it starts. Used when the queue is made, and kept from then on.
+    pub start: Start,
+    /// Everything else. A change holds at once.
+    pub settings: Settings,
+}
+
+/// What a declare did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Declared {
+    /// The queue is new.
+    Created,
+    /// The queue was already so.
+    Unchanged,
+    /// The queue is changed.
+    Changed,
+}
+
+/// A queue as it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Description {
+    /// Its number, never used again.
+    pub id: QueueId,
+    /// Its name.
+    pub name: QueueName,
+    /// The number of its stream.
+    pub stream_id: StreamId,
+    /// What it was declared to be.
+    pub declaration: Declaration,
+    /// The incarnation; receipts of another are `gone`.
+    pub generation: Generation,
+    /// The offset that the start came to: the first message that the queue can deliver.
+    pub start_offset: Offset,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// Its numbers now; None while its state is being recovered.
+    pub status: Option<Status>,
+}
+
+/// The numbers of a queue at one moment.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Status {
+    /// Unsettled messages among those up to `scanned_through`.
+    pub depth: u64,
+    /// Of these, handed out and live.
+    pub in_flight: u64,
+    /// Of these, held back by a delay.
+    pub delayed: u64,
+    /// Of these, ready to go out.
+    pub ready: u64,
+    /// Of all times in this generation, and not removed since: dead letters.
+    pub dead_letters: u64,
+    /// Long polls that wait.
+    pub waiters: u64,
+    /// Everything that matches up to here is settled.
+    pub watermark: Offset,
+    /// How far the stream was looked at for matching messages.
+    pub scanned_through: Offset,
+    /// The lowest unsettled offset among those looked at.
+    pub oldest_unsettled: Option<Offset>,
+    /// When the message of `oldest_unsettled` was appended, if it is known without a read of the log.
+    pub oldest_unsettled_at: Option<DateTime<Utc>>,
+    /// Whether the queue stands still since Postgres cannot be reached.
+    pub standing_still: bool,
+}
+
+/// A long poll.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceiveRequest {
+    /// Most messages, 1 to 1,000.
+    pub max_messages: u32,
+    /// Most bytes of events; one message is always handed out, however large.
+    pub max_bytes: u64,
+    /// How long to wait for the first message, at most 50 s.
+    pub wait: Duration,
+    /// Held for this long; the queue's own time without.
+    pub visibility_timeout: Option<Duration>,
+    /// Who receives, at most 255 bytes: for the in-flight list.
+    pub consumer: Option<String>,
+    /// A receive repeated under the same id, at most 255 bytes, gets the same deliveries while they live.
+    pub receive_id: Option<String>,
+}
+
+impl Default for ReceiveRequest {
+    fn default() -> Self {
+        Self {
+            max_messages: 10,
+            max_bytes: 4 * 1024 * 1024,
+            wait: Duration::from_secs(20),
+            visibility_timeout: None,
+            consumer: None,
+            receive_id: None,
+        }
+    }
+}
+
+/// The answer to a receive.
+#[derive(Debug)]
+pub struct Received {
+    /// The messages, by offset.
+    pub deliveries: Vec<Delivery>,
+    /// Why there are none.
+    pub reason: Option<EmptyReason>,
+    /// When a delayed message falls due or a live one expires, if there are no deliveries.
+    pub next_due_at: Option<DateTime<Utc>>,
+    /// Call [`Handout::written`] once the answer is on the wire; dropped without it, the deliveries are released and
+    /// not charged.
+    pub handout: Handout,
+}
+
+/// One message handed out.
+#[derive(Debug, Clone)]
+pub struct Delivery {
+    /// What it is settled by.
+    pub receipt: String,
+    /// The number of the delivery, ever rising per message.
+    pub delivery: u32,
+    /// The number of the attempt: deliveries that count.
+    pub attempt: u32,
+    /// The message.
+    pub entry: Arc<Entry>,
+    /// Until when it is held for this consumer.
+    pub visible_until: DateTime<Utc>,
+}
+
+/// What is done to deliveries.
+pub use crate::domain::queue::{Outcome, Verb};
+
+/// One receipt of a verb request.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VerbItem {
+    /// The receipt, as it was handed out.
+    pub receipt: String,
+    /// For nack and release: not before this much time, at most 12 h.
+    pub delay: Option<Duration>,
+    /// For extend: held for this long from now on, 1 s to 12 h; the queue's visibility timeout without.
+    pub extend_by: Option<Duration>,
+    /// For nack and reject: why, at most 1,024 bytes.
+    pub reason: Option<String>,
+}
+
+/// Which live deliveries to list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InFlightFilter {
+    /// Of this consumer only.
+    pub consumer: Option<String>,
+    /// Of offsets after this one.
+    pub after: Offset,
+    /// At most this many, 1 to 1,000.
+    pub limit: usize,
+}
+
+/// A live delivery, as the in-flight list shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InFlight {
+    /// The message.
+    pub offset: Offset,
+    /// The number of the delivery.
+    pub delivery: u32,
+    /// The number of the attempt.
+    pub attempt: u32,
+    /// Who received it, if the receive said so.
+    pub consumer: Option<String>,
+    /// When it was handed out.
+    pub delivered_at: DateTime<Utc>,
+    /// Until when it is held.
+    pub visible_until: DateTime<Utc>,
+}
+
+/// Why a request to a queue was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No queue of this name.
+    #[error("there is no queue `{queue}`")]
+    NotFound {
+        /// The name asked for.
+        queue: QueueName,
+    },
+    /// No stream of this name.
+    #[error("there is no stream `{stream}`")]
+    StreamNotFound {
+        /// The name asked for.
+        stream: StreamName,
+    },
+    /// The queue reads another stream, and that cannot be changed.
+    #[error("the queue `{queue}` reads the stream `{stream}`, which cannot be changed")]
+    StreamChange {
+        /// The queue.
+        queue: QueueName,
+        /// The stream it reads.
+        stream: StreamName,
+    },
+    /// The node has as many queues as it can hold.
+    #[error("there are {limit} queues already, which is the most")]
+    TooManyQueues {
+        /// The bound.
+        limit: usize,
+    },
+    /// A value of the declaration or of the request is out of its range.
+    #[error(transparent)]
+    Invalid(#[from] Fault),
+    /// As many deliveries are live as the queue allows, and the receive did not want to wait. Answer 429.
+    #[error("the queue has {limit} deliveries in flight, which is its limit")]
+    InFlightFull {
+        /// The limit.
+        limit: u32,
+    },
+    /// As many long polls wait as the queue allows. Answer 429.
+    #[error("{limit} receives wait for this queue already, which is the most")]
+    TooManyWaiters {
+        /// The limit.
+        limit: usize,
+    },
+    /// The write was sent and its outcome is not known yet. The same request again is safe. Answer 503.
+    #[error("the outcome of the write is not known yet; the same request again is safe")]
+    OutcomeUnknown,
+    /// The queue is not served at the moment: its state is being recovered, its slot is held elsewhere, or Postgres
+    /// cannot be reached. Answer 503.
+    #[error("the queue is not served at the moment: {why}")]
+    Unavailable {
+        /// One clause.
+        why: &'static str,
+    },
+    /// The process stops. Answer 503.
+    #[error("the broker is stopping")]
+    Stopping,
+    /// A statement failed.
+    #[error("reading or writing the queue's tables failed")]
+    Store(#[from] store::Error),
+}
