@@ -194,7 +194,12 @@ impl Settings {
         )?;
         if let Some(hold) = &self.max_hold {
             let week = Duration::from_secs(7 * 24 * 60 * 60);
-            within("max_hold_seconds", hold, (&shortest, &week), "from 1 to 604800")?;
+            within(
+                "max_hold_seconds",
+                hold,
+                (&shortest, &week),
+                "from 1 to 604800",
+            )?;
         }
         if self.ordering == Ordering::Key {
             return Err(Fault {
@@ -216,13 +221,28 @@ impl RetryPolicy {
                 jitter,
             } => {
                 let none = Duration::ZERO;
-                within("retry.initial_seconds", initial, (&none, &DELAY_MAX), "from 0 to 43200")?;
+                within(
+                    "retry.initial_seconds",
+                    initial,
+                    (&none, &DELAY_MAX),
+                    "from 0 to 43200",
+                )?;
                 within("retry.factor", factor, (&1.0, &10.0), "from 1 to 10")?;
-                within("retry.cap_seconds", cap, (&none, &DELAY_MAX), "from 0 to 43200")?;
+                within(
+                    "retry.cap_seconds",
+                    cap,
+                    (&none, &DELAY_MAX),
+                    "from 0 to 43200",
+                )?;
                 within("retry.jitter", jitter, (&0.0, &1.0), "from 0 to 1")
             }
             Self::List { delays } => {
-                within("retry.delays_seconds", &delays.len(), (&1, &100), "a list of 1 to 100")?;
+                within(
+                    "retry.delays_seconds",
+                    &delays.len(),
+                    (&1, &100),
+                    "a list of 1 to 100",
+                )?;
                 match delays.iter().any(|delay| *delay > DELAY_MAX) {
                     true => Err(Fault {
                         field: "retry.delays_seconds",
@@ -325,7 +345,10 @@ mod tests {
             (u32::MAX, 0.5, 900.0),
         ] {
             let delay = policy.delay(attempt, random).as_secs_f64();
-            assert!((delay - seconds).abs() < 1e-6, "{attempt} {random}: {delay}");
+            assert!(
+                (delay - seconds).abs() < 1e-6,
+                "{attempt} {random}: {delay}"
+            );
         }
         let list = RetryPolicy::List {
             delays: vec![Duration::from_secs(5), Duration::from_secs(7)],
@@ -356,6 +379,9 @@ mod tests {
             visibility_timeout: Duration::from_millis(999),
             ..Settings::default()
         };
-        assert_eq!(short.check().unwrap_err().field, "visibility_timeout_seconds");
+        assert_eq!(
+            short.check().unwrap_err().field,
+            "visibility_timeout_seconds"
+        );
     }
 }

@@ -141,7 +141,11 @@ mod tests {
         for place in 0..text.len() {
             let mut changed = text.clone().into_bytes();
             changed[place] = if changed[place] == b'A' { b'B' } else { b'A' };
-            assert_eq!(key.open(std::str::from_utf8(&changed).unwrap()), None, "{place}");
+            assert_eq!(
+                key.open(std::str::from_utf8(&changed).unwrap()),
+                None,
+                "{place}"
+            );
         }
         for text in ["", "A", "é", "AAAAAAAAAAAAAAAAAAAAAAAAAAAA"] {
             assert_eq!(key.open(text), None);

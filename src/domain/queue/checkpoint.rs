@@ -41,7 +41,11 @@ impl Queue {
     fn write_receives(&self, to: &mut Writer<'_>) {
         let mut numbers: HashMap<*const Receive, u64> = HashMap::new();
         let mut receives: Vec<&Receive> = Vec::new();
-        for receive in self.entries.values().filter_map(|entry| entry.receive.as_ref()) {
+        for receive in self
+            .entries
+            .values()
+            .filter_map(|entry| entry.receive.as_ref())
+        {
             numbers.entry(Arc::as_ptr(receive)).or_insert_with(|| {
                 receives.push(receive);
                 receives.len() as u64
@@ -197,7 +201,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn read(bytes: &[u8]) -> Result<Queue, Decode> {
-        Queue::from_checkpoint(bytes, QueueId(1), Generation(1), Settings::default(), Random::new(1))
+        Queue::from_checkpoint(
+            bytes,
+            QueueId(1),
+            Generation(1),
+            Settings::default(),
+            Random::new(1),
+        )
     }
 
     proptest! {

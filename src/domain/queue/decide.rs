@@ -116,7 +116,10 @@ impl Queue {
         let (count, bytes) = limits;
         let room = (self.settings.max_in_flight as usize).saturating_sub(self.deadlines.len());
         let count = count.min(room);
-        let visible = self.settings.max_hold.map_or(visible, |hold| hold.min(visible));
+        let visible = self
+            .settings
+            .max_hold
+            .map_or(visible, |hold| hold.min(visible));
         let deadline = now.plus(visible);
         let mut taken = Taken::default();
         let (mut first, mut again, mut total) = (Vec::new(), Vec::new(), 0u64);
@@ -139,8 +142,9 @@ impl Queue {
             if total > bytes && !taken.handed.is_empty() {
                 break;
             }
-            let (delivery, attempt) =
-                entry.map_or((1, 1), |entry| (entry.delivery.saturating_add(1), entry.attempts + 1));
+            let (delivery, attempt) = entry.map_or((1, 1), |entry| {
+                (entry.delivery.saturating_add(1), entry.attempts + 1)
+            });
             match entry {
                 Some(_) => again.push((offset.0, delivery)),
                 None => first.push(offset.0),
@@ -314,9 +318,10 @@ impl Queue {
             return;
         }
         let from = (self.journaled + 1) as u64;
-        let matched: Vec<i64> = self
-            .fresh
-            .range(from..=through as u64)
+        let mut matched = self.fresh.iter();
+        matched.advance_to(from);
+        let matched: Vec<i64> = matched
+            .take_while(|&offset| offset <= through as u64)
             .map(|offset| offset as i64)
             .collect();
         self.commit(Record::Scanned {

@@ -15,9 +15,6 @@ mod record;
 mod state;
 mod verbs;
 
-#[cfg(test)]
-mod model;
-
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;

@@ -277,7 +277,11 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
                 0 => SettledAs::Acked,
                 1 => SettledAs::Deleted,
                 2 => SettledAs::Gap,
-                _ => return Err(Decode { what: "an unknown kind of settlement" }),
+                _ => {
+                    return Err(Decode {
+                        what: "an unknown kind of settlement",
+                    });
+                }
             },
             ranges: from.ranges()?,
         },
@@ -312,7 +316,11 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
             through: from.signed()?,
             matched: from.ranges()?,
         },
-        _ => return Err(Decode { what: "an unknown record" }),
+        _ => {
+            return Err(Decode {
+                what: "an unknown record",
+            });
+        }
     })
 }
 
@@ -332,7 +340,9 @@ impl End {
             1 => Ok(Self::Released),
             2 => Ok(Self::TimedOut),
             3 => Ok(Self::Unwritten),
-            _ => Err(Decode { what: "an unknown end of a delivery" }),
+            _ => Err(Decode {
+                what: "an unknown end of a delivery",
+            }),
         }
     }
 }
@@ -379,7 +389,9 @@ impl Writer<'_> {
 /// Reads the parts that records and checkpoints are made of. Never panics, and allocates no more than it was given.
 pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
-const CUT: Decode = Decode { what: "a value cut short" };
+const CUT: Decode = Decode {
+    what: "a value cut short",
+};
 
 impl<'a> Reader<'a> {
     pub(super) fn byte(&mut self) -> Result<u8, Decode> {
@@ -393,7 +405,9 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn small(&mut self) -> Result<u32, Decode> {
-        u32::try_from(self.number()?).map_err(|_| Decode { what: "a count out of range" })
+        u32::try_from(self.number()?).map_err(|_| Decode {
+            what: "a count out of range",
+        })
     }
 
     pub(super) fn signed(&mut self) -> Result<i64, Decode> {
@@ -429,7 +443,9 @@ impl<'a> Reader<'a> {
         let bytes = self.bytes(length)?;
         match std::str::from_utf8(bytes) {
             Ok(text) => Ok(Some(text.to_owned())),
-            Err(_) => Err(Decode { what: "a text that is not UTF-8" }),
+            Err(_) => Err(Decode {
+                what: "a text that is not UTF-8",
+            }),
         }
     }
 
@@ -441,18 +457,24 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn ranges(&mut self) -> Result<Vec<(i64, i64)>, Decode> {
-        let out_of_range = Decode { what: "a range out of range" };
+        let out_of_range = Decode {
+            what: "a range out of range",
+        };
         let count = self.length_of_list()?;
         let mut ranges = Vec::with_capacity(count);
         let (mut last, mut total) = (0i64, 0u64);
         for _ in 0..count {
-            let from = last.checked_add(self.signed()?).ok_or(out_of_range.clone())?;
+            let from = last
+                .checked_add(self.signed()?)
+                .ok_or(out_of_range.clone())?;
             let length = self.number()?;
             total = total.saturating_add(length);
             if total > OFFSETS_MAX || from < 0 {
                 return Err(out_of_range);
             }
-            last = from.checked_add(length as i64).ok_or(out_of_range.clone())?;
+            last = from
+                .checked_add(length as i64)
+                .ok_or(out_of_range.clone())?;
             ranges.push((from, last));
         }
         Ok(ranges)
@@ -461,7 +483,9 @@ impl<'a> Reader<'a> {
     pub(super) fn end(&self) -> Result<(), Decode> {
         match self.0.is_empty() {
             true => Ok(()),
-            false => Err(Decode { what: "more than was expected" }),
+            false => Err(Decode {
+                what: "more than was expected",
+            }),
         }
     }
 }
@@ -490,24 +514,63 @@ pub(super) mod tests {
     fn record() -> impl Strategy<Value = Record> {
         let at = || any::<i32>().prop_map(|at| At(i64::from(at)));
         prop_oneof![
-            (at(), at(), text(), text(), ranges(), proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5))
-                .prop_map(|(at, deadline, consumer, receive_id, first, again)| Record::Delivered {
-                    at, deadline, receive: Receive { consumer, receive_id }, first, again,
+            (
+                at(),
+                at(),
+                text(),
+                text(),
+                ranges(),
+                proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5)
+            )
+                .prop_map(|(at, deadline, consumer, receive_id, first, again)| {
+                    Record::Delivered {
+                        at,
+                        deadline,
+                        receive: Receive {
+                            consumer,
+                            receive_id,
+                        },
+                        first,
+                        again,
+                    }
                 }),
             (0..3u8, ranges()).prop_map(|(kind, ranges)| Record::Settled {
                 kind: [SettledAs::Acked, SettledAs::Deleted, SettledAs::Gap][usize::from(kind)],
                 ranges,
             }),
-            (0..1_000i64, any::<u32>()).prop_map(|(offset, delivery)| Record::Dead { offset, delivery }),
+            (0..1_000i64, any::<u32>())
+                .prop_map(|(offset, delivery)| Record::Dead { offset, delivery }),
             (0..1_000i64).prop_map(|offset| Record::LetterRemoved { offset }),
-            (0..1_000i64, 0..4u8, at(), at(), any::<u32>(), any::<u32>(), text()).prop_map(
-                |(offset, end, at, due, attempts, releases, reason)| Record::Ended {
-                    offset, end: End::of(end).unwrap(), at, due, attempts, releases, reason,
+            (
+                0..1_000i64,
+                0..4u8,
+                at(),
+                at(),
+                any::<u32>(),
+                any::<u32>(),
+                text()
+            )
+                .prop_map(|(offset, end, at, due, attempts, releases, reason)| {
+                    Record::Ended {
+                        offset,
+                        end: End::of(end).unwrap(),
+                        at,
+                        due,
+                        attempts,
+                        releases,
+                        reason,
+                    }
+                }),
+            (0..1_000i64, at(), any::<u32>()).prop_map(|(offset, deadline, attempts)| {
+                Record::Extended {
+                    offset,
+                    deadline,
+                    attempts,
                 }
-            ),
-            (0..1_000i64, at(), any::<u32>()).prop_map(|(offset, deadline, attempts)| Record::Extended { offset, deadline, attempts }),
+            }),
             any::<i64>().prop_map(|by| Record::Shifted { by }),
-            (0..1_000i64, ranges()).prop_map(|(through, matched)| Record::Scanned { through, matched }),
+            (0..1_000i64, ranges())
+                .prop_map(|(through, matched)| Record::Scanned { through, matched }),
         ]
     }
 

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use roaring::RoaringTreemap;
 
 use super::record::{End, Record, SettledAs};
-use super::{At, Batch, Counts, Entry, FAILURES_KEPT, Failure, LiveDelivery, Queue, Random, Receive, State};
+use super::{
+    At, Batch, Counts, Entry, FAILURES_KEPT, Failure, LiveDelivery, Queue, Random, Receive, State,
+};
 use crate::domain::id::{Generation, Offset, QueueId};
 use crate::domain::policy::Settings;
 
@@ -79,7 +81,10 @@ impl Queue {
     /// Everything that matches at or below is settled.
     #[must_use]
     pub fn watermark(&self) -> Offset {
-        Offset(self.oldest_unsettled().map_or(self.scanned, |oldest| oldest.0 - 1))
+        Offset(
+            self.oldest_unsettled()
+                .map_or(self.scanned, |oldest| oldest.0 - 1),
+        )
     }
 
     /// The lowest unsettled offset among those looked at.
@@ -305,7 +310,10 @@ impl Queue {
                 self.again.remove(&offset);
             }
         }
-        if let Some(id) = entry.receive.as_ref().and_then(|receive| receive.receive_id.as_ref())
+        if let Some(id) = entry
+            .receive
+            .as_ref()
+            .and_then(|receive| receive.receive_id.as_ref())
             && let Some(offsets) = self.receives.get_mut(id)
         {
             offsets.remove(&offset);
@@ -321,8 +329,10 @@ impl Queue {
         match entry.state {
             State::Live { deadline } => {
                 self.deadlines.insert((deadline, offset));
-                if let Some(id) =
-                    entry.receive.as_ref().and_then(|receive| receive.receive_id.as_ref())
+                if let Some(id) = entry
+                    .receive
+                    .as_ref()
+                    .and_then(|receive| receive.receive_id.as_ref())
                 {
                     self.receives.entry(id.clone()).or_default().insert(offset);
                 }

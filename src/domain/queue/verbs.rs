@@ -162,7 +162,12 @@ impl Queue {
                 self.nack(offset, attempts, item, now)
             }
             // The attempt was charged when its time ran out.
-            (State::Ended { end: End::TimedOut, .. }, Verb::Nack) => {
+            (
+                State::Ended {
+                    end: End::TimedOut, ..
+                },
+                Verb::Nack,
+            ) => {
                 let attempts = entry.attempts;
                 self.nack(offset, attempts, item, now)
             }
@@ -170,7 +175,12 @@ impl Queue {
                 let attempts = entry.attempts;
                 self.release(offset, attempts, End::Released, item.delay, now)
             }
-            (State::Ended { end: End::TimedOut, .. }, Verb::Release) => {
+            (
+                State::Ended {
+                    end: End::TimedOut, ..
+                },
+                Verb::Release,
+            ) => {
                 let attempts = entry.attempts.saturating_sub(1);
                 self.release(offset, attempts, End::Released, item.delay, now)
             }
@@ -178,16 +188,25 @@ impl Queue {
                 let attempts = entry.attempts;
                 self.extend(offset, attempts, item, now)
             }
-            (State::Ended { end: End::TimedOut, .. }, Verb::Extend) => {
+            (
+                State::Ended {
+                    end: End::TimedOut, ..
+                },
+                Verb::Extend,
+            ) => {
                 let attempts = entry.attempts.saturating_sub(1);
                 self.extend(offset, attempts, item, now)
             }
-            (State::Ended { end: End::Nacked, due }, Verb::Nack | Verb::Release) => {
-                Outcome::Nacked {
-                    due_at: Some(due),
-                    dead_letter: None,
-                }
-            }
+            (
+                State::Ended {
+                    end: End::Nacked,
+                    due,
+                },
+                Verb::Nack | Verb::Release,
+            ) => Outcome::Nacked {
+                due_at: Some(due),
+                dead_letter: None,
+            },
             (State::Ended { due, .. }, Verb::Nack | Verb::Release) => Outcome::Released {
                 due_at: Some(due),
                 dead_letter: None,
@@ -205,7 +224,9 @@ impl Queue {
             if verb == Verb::Ack && receipt.delivery == last {
                 self.pending.removed_letters.push(receipt.offset);
                 // A letter of this very batch is not to be written first and removed after.
-                self.pending.letters.retain(|letter| letter.offset != receipt.offset);
+                self.pending
+                    .letters
+                    .retain(|letter| letter.offset != receipt.offset);
                 self.commit(Record::LetterRemoved { offset });
                 return Outcome::Acked;
             }
@@ -213,7 +234,10 @@ impl Queue {
                 dead_letter: dead_letter_id(self.generation, receipt.offset),
             };
         }
-        let settled = acked.contains(&offset) || self.is_ahead(offset) || (offset >= self.start && offset <= self.journaled
+        let settled = acked.contains(&offset)
+            || self.is_ahead(offset)
+            || (offset >= self.start
+                && offset <= self.journaled
                 && !self.fresh.contains(offset as u64));
         if settled {
             Outcome::AlreadySettled
@@ -225,7 +249,13 @@ impl Queue {
     fn nack(&mut self, offset: i64, attempts: u32, item: &Item, now: At) -> Outcome {
         if attempts >= self.settings.max_attempts {
             let reason = item.reason.clone().unwrap_or_else(|| "nacked".to_owned());
-            self.die(offset, attempts, "out_of_attempts", Failure { at: now, reason }, now);
+            self.die(
+                offset,
+                attempts,
+                "out_of_attempts",
+                Failure { at: now, reason },
+                now,
+            );
             return Outcome::Nacked {
                 due_at: None,
                 dead_letter: Some(dead_letter_id(self.generation, Offset(offset))),
@@ -342,7 +372,13 @@ impl Queue {
     fn reject(&mut self, offset: i64, item: &Item, now: At) -> Outcome {
         let attempts = self.entries.get(&offset).map_or(1, super::Entry::attempt);
         let reason = item.reason.clone().unwrap_or_else(|| "rejected".to_owned());
-        self.die(offset, attempts, "rejected", Failure { at: now, reason }, now);
+        self.die(
+            offset,
+            attempts,
+            "rejected",
+            Failure { at: now, reason },
+            now,
+        );
         Outcome::Rejected {
             dead_letter: dead_letter_id(self.generation, Offset(offset)),
         }

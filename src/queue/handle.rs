@@ -1,0 +1,351 @@
+//! The way into the queue engine.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::api::{
+    BATCH_MAX, Declaration, Declared, Description, Error, InFlight, InFlightFilter, ReceiveRequest,
+    Received, Status, VerbItem, WAIT_MAX,
+};
+use super::metrics::Metrics;
+use crate::domain::name::QueueName;
+use crate::domain::policy::{
+    CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
+};
+use crate::domain::queue::{Item, Outcome, Verb};
+use crate::domain::receipt::Key;
+
+/// The queues of this process. Cheap to clone. Every future can be dropped at any time.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    pub(in crate::queue) shared: Arc<Shared>,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// What is asked of one queue's task.
+#[derive(Debug)]
+pub(in crate::queue) enum Command {
+    Receive {
+        request: ReceiveRequest,
+        reply: Reply<Received>,
+    },
+    Settle {
+        verb: Verb,
+        items: Vec<Item>,
+        reply: Reply<Vec<Outcome>>,
+    },
+    InFlight {
+        filter: InFlightFilter,
+        reply: Reply<Vec<InFlight>>,
+    },
+    Status {
+        reply: oneshot::Sender<Status>,
+    },
+    /// The declaration changed.
+    Change(Box<Declaration>),
+    /// Write a checkpoint if something before this turn of the journal is not folded into one.
+    Fold {
+        before_turn: i64,
+    },
+    /// End: the queue is deleted or its slot is lost. Nothing more is written.
+    End,
+}
+
+/// What is asked of the engine's own task.
+#[derive(Debug)]
+pub(in crate::queue) enum Job {
+    Declare {
+        name: QueueName,
+        declaration: Box<Declaration>,
+        reply: Reply<(Description, Declared)>,
+    },
+    Delete {
+        name: QueueName,
+        reply: Reply<()>,
+    },
+}
+
+/// One queue, as the handles find it.
+#[derive(Debug, Clone)]
+pub(in crate::queue) struct Known {
+    pub(in crate::queue) description: Description,
+    /// None while the queue's state is not at hand.
+    pub(in crate::queue) mailbox: Option<mpsc::Sender<Command>>,
+}
+
+/// What the handles and the tasks share.
+#[derive(Debug)]
+pub(in crate::queue) struct Shared {
+    pub(in crate::queue) queues: RwLock<HashMap<QueueName, Known>>,
+    pub(in crate::queue) jobs: mpsc::Sender<Job>,
+    pub(in crate::queue) key: Key,
+    pub(in crate::queue) outcome_wait: Duration,
+    pub(in crate::queue) metrics: Metrics,
+}
+
+impl Shared {
+    fn find(&self, queue: &QueueName) -> Result<Known, Error> {
+        let queues = self.queues.read().unwrap_or_else(PoisonError::into_inner);
+        queues.get(queue).cloned().ok_or_else(|| Error::NotFound {
+            queue: queue.clone(),
+        })
+    }
+
+    fn mailbox(&self, queue: &QueueName) -> Result<mpsc::Sender<Command>, Error> {
+        self.find(queue)?.mailbox.ok_or(Error::Unavailable {
+            why: "its state is being recovered",
+        })
+    }
+}
+
+impl Handle {
+    /// Declares a queue: makes it, fixing where it starts, or changes it. A message published after the answer is
+    /// delivered if it matches.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::StreamNotFound`], [`Error::StreamChange`], [`Error::TooManyQueues`], or the
+    /// database's.
+    pub async fn declare(
+        &self,
+        name: QueueName,
+        declaration: Declaration,
+    ) -> Result<(Description, Declared), Error> {
+        declaration.settings.check()?;
+        let count = declaration.topics.len();
+        if count == 0 || count > PATTERNS_MAX {
+            return Err(invalid("topics", "must be a list of 1 to 100 patterns"));
+        }
+        let declaration = Box::new(declaration);
+        self.ask(|reply| Job::Declare {
+            name,
+            declaration,
+            reply,
+        })
+        .await
+    }
+
+    /// Deletes a queue. Its receipts are `unknown` from then on, its dead letters are gone with it.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database's.
+    pub async fn delete(&self, name: &QueueName) -> Result<(), Error> {
+        let name = name.clone();
+        self.ask(|reply| Job::Delete { name, reply }).await
+    }
+
+    /// Describes a queue, with its numbers now.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub async fn describe(&self, name: &QueueName) -> Result<Description, Error> {
+        Ok(with_status(self.shared.find(name)?).await)
+    }
+
+    /// Describes all queues, by name.
+    ///
+    /// # Errors
+    /// None today; the signature leaves room for queues that other nodes own.
+    pub async fn list(&self) -> Result<Vec<Description>, Error> {
+        let mut known: Vec<Known> = {
+            let queues = self.shared.queues.read();
+            let queues = queues.unwrap_or_else(PoisonError::into_inner);
+            queues.values().cloned().collect()
+        };
+        known.sort_by(|a, b| a.description.name.cmp(&b.description.name));
+        let mut descriptions = Vec::with_capacity(known.len());
+        for known in known {
+            descriptions.push(with_status(known).await);
+        }
+        Ok(descriptions)
+    }
+
+    /// Receives, waiting if need be. Answered after the deliveries are journaled and committed. Dropping the future
+    /// takes the waiter away: nothing is handed out to it, and what was already decided is released.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Invalid`], [`Error::InFlightFull`] with a wait of zero,
+    /// [`Error::TooManyWaiters`], [`Error::Unavailable`], [`Error::OutcomeUnknown`], [`Error::Stopping`].
+    pub async fn receive(
+        &self,
+        queue: &QueueName,
+        request: ReceiveRequest,
+    ) -> Result<Received, Error> {
+        check_receive(&request)?;
+        let bound = request.wait + self.shared.outcome_wait;
+        let mailbox = self.shared.mailbox(queue)?;
+        self.shared.metrics.receives.inc();
+        send(&mailbox, bound, |reply| Command::Receive { request, reply }).await
+    }
+
+    /// Settles deliveries by their receipts, evaluated as one request in offset order and answered in the order sent,
+    /// after the commit. Repeating it is safe.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Invalid`], [`Error::Unavailable`], [`Error::OutcomeUnknown`],
+    /// [`Error::Stopping`].
+    pub async fn settle(
+        &self,
+        queue: &QueueName,
+        verb: Verb,
+        items: Vec<VerbItem>,
+    ) -> Result<Vec<Outcome>, Error> {
+        check_items(&items)?;
+        let items = items
+            .into_iter()
+            .map(|item| Item {
+                receipt: self.shared.key.open(&item.receipt),
+                delay: item.delay,
+                extend_by: item.extend_by,
+                reason: item.reason,
+            })
+            .collect();
+        let mailbox = self.shared.mailbox(queue)?;
+        send(&mailbox, self.shared.outcome_wait, |reply| {
+            Command::Settle { verb, items, reply }
+        })
+        .await
+    }
+
+    /// Lists live deliveries by offset.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Unavailable`], [`Error::Stopping`].
+    pub async fn in_flight(
+        &self,
+        queue: &QueueName,
+        filter: InFlightFilter,
+    ) -> Result<Vec<InFlight>, Error> {
+        let mailbox = self.shared.mailbox(queue)?;
+        send(&mailbox, self.shared.outcome_wait, |reply| {
+            Command::InFlight { filter, reply }
+        })
+        .await
+    }
+
+    async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.shared.jobs.send(job(reply)).await;
+        sent.map_err(|_| Error::Stopping)?;
+        match tokio::time::timeout(self.shared.outcome_wait, answer).await {
+            Ok(answer) => answer.map_err(|_| Error::Stopping)?,
+            Err(_) => Err(Error::OutcomeUnknown),
+        }
+    }
+}
+
+/// Sends a command and waits for its answer, at most `bound`.
+async fn send<T>(
+    mailbox: &mpsc::Sender<Command>,
+    bound: Duration,
+    command: impl FnOnce(Reply<T>) -> Command,
+) -> Result<T, Error> {
+    const ENDED: Error = Error::Unavailable {
+        why: "it ended while the request waited",
+    };
+    let (reply, answer) = oneshot::channel();
+    let exchange = async {
+        mailbox.send(command(reply)).await.map_err(|_| ENDED)?;
+        answer.await.unwrap_or(Err(ENDED))
+    };
+    match tokio::time::timeout(bound, exchange).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Error::OutcomeUnknown),
+    }
+}
+
+async fn with_status(known: Known) -> Description {
+    let mut description = known.description;
+    if let Some(mailbox) = known.mailbox {
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            mailbox.send(Command::Status { reply }).await.ok()?;
+            answer.await.ok()
+        };
+        description.status = tokio::time::timeout(Duration::from_secs(5), asked)
+            .await
+            .ok()
+            .flatten();
+    }
+    description
+}
+
+fn invalid(field: &'static str, reason: &str) -> Error {
+    Error::Invalid(Fault {
+        field,
+        reason: reason.to_owned(),
+    })
+}
+
+fn check_receive(request: &ReceiveRequest) -> Result<(), Error> {
+    let (shortest, longest) = VISIBILITY_TIMEOUT_RANGE;
+    if request.max_messages == 0 || request.max_messages as usize > BATCH_MAX {
+        return Err(invalid("max_messages", "must be from 1 to 1000"));
+    }
+    if request.max_bytes == 0 {
+        return Err(invalid("max_bytes", "must be at least 1"));
+    }
+    if request.wait > WAIT_MAX {
+        return Err(invalid("wait_seconds", "must be from 0 to 50"));
+    }
+    if request
+        .visibility_timeout
+        .is_some_and(|timeout| timeout < shortest || timeout > longest)
+    {
+        return Err(invalid(
+            "visibility_timeout_seconds",
+            "must be from 1 to 43200",
+        ));
+    }
+    for (field, text) in [
+        ("consumer", &request.consumer),
+        ("receive_id", &request.receive_id),
+    ] {
+        if text
+            .as_ref()
+            .is_some_and(|text| text.len() > CONSUMER_MAX_BYTES)
+        {
+            return Err(invalid(field, "must be at most 255 bytes long"));
+        }
+    }
+    Ok(())
+}
+
+fn check_items(items: &[VerbItem]) -> Result<(), Error> {
+    let (shortest, longest) = VISIBILITY_TIMEOUT_RANGE;
+    if items.is_empty() || items.len() > BATCH_MAX {
+        return Err(invalid("deliveries", "must be a list of 1 to 1000"));
+    }
+    for item in items {
+        if item.delay.is_some_and(|delay| delay > DELAY_MAX) {
+            return Err(invalid("delay_seconds", "must be from 0 to 43200"));
+        }
+        if item
+            .extend_by
+            .is_some_and(|by| by < shortest || by > longest)
+        {
+            return Err(invalid(
+                "visibility_timeout_seconds",
+                "must be from 1 to 43200",
+            ));
+        }
+        if item
+            .reason
+            .as_ref()
+            .is_some_and(|reason| reason.len() > REASON_MAX_BYTES)
+        {
+            return Err(invalid("reason", "must be at most 1024 bytes long"));
+        }
+        if item
+            .reason
+            .as_ref()
+            .is_some_and(|reason| reason.contains('\0'))
+        {
+            return Err(invalid("reason", "must not contain the character U+0000"));
+        }
+    }
+    Ok(())
+}

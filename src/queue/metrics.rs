@@ -1,0 +1,118 @@
+//! What the queue engine counts. A queue's own gauges are read at scrape time from the queues' descriptions.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// Counters and gauges of all queues of this process.
+#[derive(Debug, Clone)]
+pub(in crate::queue) struct Metrics {
+    pub(in crate::queue) receives: Counter,
+    pub(in crate::queue) deliveries: Counter,
+    pub(in crate::queue) settled: Counter,
+    pub(in crate::queue) expired: Counter,
+    pub(in crate::queue) unwritten: Counter,
+    pub(in crate::queue) dead_letters: Counter,
+    pub(in crate::queue) lost: Counter,
+    pub(in crate::queue) incidents: Counter,
+    pub(in crate::queue) groups: Counter,
+    pub(in crate::queue) group_repeats: Counter,
+    pub(in crate::queue) group_seconds: Histogram,
+    pub(in crate::queue) fenced: Counter,
+    pub(in crate::queue) queues: Gauge,
+    pub(in crate::queue) standing: Gauge,
+}
+
+impl Metrics {
+    pub(in crate::queue) fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            receives: Counter::default(),
+            deliveries: Counter::default(),
+            settled: Counter::default(),
+            expired: Counter::default(),
+            unwritten: Counter::default(),
+            dead_letters: Counter::default(),
+            lost: Counter::default(),
+            incidents: Counter::default(),
+            groups: Counter::default(),
+            group_repeats: Counter::default(),
+            group_seconds: Histogram::new(exponential_buckets(0.000_25, 2.0, 16)),
+            fenced: Counter::default(),
+            queues: Gauge::default(),
+            standing: Gauge::default(),
+        };
+        metrics.register(registry);
+        metrics
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        for (name, help, counter) in [
+            ("postroad_queue_receives", "Receives", &self.receives),
+            (
+                "postroad_queue_deliveries",
+                "Messages handed out",
+                &self.deliveries,
+            ),
+            ("postroad_queue_settled", "Messages acked", &self.settled),
+            (
+                "postroad_queue_expired",
+                "Deliveries whose time ran out",
+                &self.expired,
+            ),
+            (
+                "postroad_queue_unwritten",
+                "Deliveries taken back since their answer was never written",
+                &self.unwritten,
+            ),
+            (
+                "postroad_queue_dead_letters",
+                "Messages rejected or out of attempts",
+                &self.dead_letters,
+            ),
+            (
+                "postroad_queue_lost",
+                "Unsettled messages that retention's hard limit dropped",
+                &self.lost,
+            ),
+            (
+                "postroad_queue_incidents",
+                "Receipts of deliveries that were never issued",
+                &self.incidents,
+            ),
+            (
+                "postroad_queue_journal_groups",
+                "Group commits of the settlement writer",
+                &self.groups,
+            ),
+            (
+                "postroad_queue_journal_group_repeats",
+                "Group commits sent again since their outcome was not known",
+                &self.group_repeats,
+            ),
+            (
+                "postroad_queue_journal_fenced",
+                "Journal writes refused since the slot was taken over",
+                &self.fenced,
+            ),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+        registry.register_with_unit(
+            "postroad_queue_journal_group_duration",
+            "How long a group commit took",
+            Unit::Seconds,
+            self.group_seconds.clone(),
+        );
+        registry.register(
+            "postroad_queues",
+            "Queues owned by this process",
+            self.queues.clone(),
+        );
+        registry.register(
+            "postroad_queues_standing_still",
+            "1 while the queues stand still since Postgres cannot be reached",
+            self.standing.clone(),
+        );
+    }
+}
