@@ -62,7 +62,7 @@ pub enum Error {
 impl Broker {
     /// Starts a broker on the database and waits until it is ready.
     pub(super) async fn start(options: &Options, url: &str) -> Result<Self, Error> {
-        let address = free_address(options.listen)?;
+        let address = free_address(options.bind)?;
         let log_path =
             std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
         let child = spawn(address, url, &log_path)?;

@@ -79,7 +79,7 @@ pub struct Options {
     pub data_dir: Option<PathBuf>,
     /// Where the broker listens; a free port of 127.0.0.1 is used if this one is taken
     #[arg(long, default_value = "127.0.0.1:8080")]
-    pub listen: std::net::SocketAddr,
+    pub bind: std::net::SocketAddr,
 }
 
 /// Why the demo could not be run to its end.
