@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,30 @@ use tokio::sync::Mutex;
 
 use super::Options;
 use super::api::Api;
+use crate::app;
+use crate::config::Config;
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
-const STOP_DEADLINE: Duration = Duration::from_secs(20);
+/// Longer than `serve` gives itself.
+const STOP_DEADLINE: Duration = Duration::from_secs(40);
 
 /// A broker that the demo started.
 #[derive(Debug)]
 pub(super) struct Broker {
     api: Api,
+    running: Running,
+}
+
+#[derive(Debug)]
+enum Running {
+    /// In this process; taken out to be stopped.
+    Inside(Mutex<Option<Box<app::Broker>>>),
+    Process(Process),
+}
+
+/// `postroad serve` as a child.
+#[derive(Debug)]
+struct Process {
     address: SocketAddr,
     url: String,
     log_path: PathBuf,
@@ -46,6 +62,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The part of this process.
+    #[error("the broker in this process did not start")]
+    Inside(#[from] app::Error),
     /// The HTTP client.
     #[error("making an HTTP client failed")]
     Client(#[from] reqwest::Error),
@@ -63,64 +82,81 @@ impl Broker {
     /// Starts a broker on the database and waits until it is ready.
     pub(super) async fn start(options: &Options, url: &str) -> Result<Self, Error> {
         let address = free_address(options.bind)?;
+        if options.kills == 0 {
+            let mut config = Config::default();
+            config.bind = address;
+            config.database_url = Some(url.to_owned());
+            let broker = Box::pin(app::Broker::start(config)).await?;
+            return Ok(Self {
+                api: Api::new(broker.url().to_owned())?,
+                running: Running::Inside(Mutex::new(Some(Box::new(broker)))),
+            });
+        }
         let log_path =
             std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
-        let child = spawn(address, url, &log_path)?;
         let broker = Self {
             api: Api::new(format!("http://{address}"))?,
-            address,
-            url: url.to_owned(),
-            log_path,
-            child: Mutex::new(child),
+            running: Running::Process(Process {
+                address,
+                url: url.to_owned(),
+                child: Mutex::new(spawn(address, url, &log_path)?),
+                log_path,
+            }),
         };
         broker.wait_until_ready().await?;
         Ok(broker)
     }
 
     /// The root of its URLs.
-    pub(super) fn base(&self) -> String {
-        self.api.base().to_owned()
+    pub(super) fn base(&self) -> &str {
+        self.api.base()
     }
 
     /// What it is, in a clause.
     pub(super) fn describe(&self) -> String {
-        format!(
-            "a process of its own, which logs to {}",
-            self.log_path.display()
-        )
+        match &self.running {
+            Running::Inside(_) => "in this process".into(),
+            Running::Process(process) => format!(
+                "a process of its own, which logs to {}",
+                process.log_path.display()
+            ),
+        }
     }
 
-    /// Kills it with SIGKILL and waits until it is gone.
+    /// Kills it with SIGKILL and waits until it is gone. A broker inside this process stays.
     pub(super) async fn kill(&self) -> Result<(), Error> {
-        self.child
-            .lock()
-            .await
-            .kill()
-            .await
-            .map_err(failed("killing"))
+        match &self.running {
+            Running::Inside(_) => Ok(()),
+            Running::Process(process) => process
+                .child
+                .lock()
+                .await
+                .kill()
+                .await
+                .map_err(failed("killing")),
+        }
     }
 
     /// Starts it again at the same address and waits until it is ready.
     pub(super) async fn start_again(&self) -> Result<(), Error> {
-        *self.child.lock().await = spawn(self.address, &self.url, &self.log_path)?;
+        if let Running::Process(process) = &self.running {
+            *process.child.lock().await = spawn(process.address, &process.url, &process.log_path)?;
+        }
         self.wait_until_ready().await
     }
 
     async fn wait_until_ready(&self) -> Result<(), Error> {
         let since = Instant::now();
         while !self.api.is_ready().await {
-            let ended = self
-                .child
-                .lock()
-                .await
-                .try_wait()
-                .map_err(failed("watching"))?
-                .is_some();
-            if ended || since.elapsed() > START_DEADLINE {
-                return Err(Error::NotReady {
-                    waited: since.elapsed(),
-                    log: self.log_path.clone(),
-                });
+            if let Running::Process(process) = &self.running {
+                let mut child = process.child.lock().await;
+                let ended = child.try_wait().map_err(failed("watching"))?.is_some();
+                if ended || since.elapsed() > START_DEADLINE {
+                    return Err(Error::NotReady {
+                        waited: since.elapsed(),
+                        log: process.log_path.clone(),
+                    });
+                }
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -129,6 +165,21 @@ impl Broker {
 
     /// Stops it in order.
     pub(super) async fn stop(&self) {
+        match &self.running {
+            Running::Inside(broker) => {
+                if let Some(broker) = broker.lock().await.take()
+                    && let Err(late) = broker.stop().await
+                {
+                    eprintln!("the broker did not stop in order: {late}");
+                }
+            }
+            Running::Process(process) => process.stop().await,
+        }
+    }
+}
+
+impl Process {
+    async fn stop(&self) {
         let mut child = self.child.lock().await;
         let pid = child.id().and_then(|id| i32::try_from(id).ok());
         if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
@@ -154,7 +205,7 @@ fn free_address(wanted: SocketAddr) -> Result<SocketAddr, Error> {
         })
 }
 
-fn spawn(address: SocketAddr, url: &str, log_path: &PathBuf) -> Result<Child, Error> {
+fn spawn(address: SocketAddr, url: &str, log_path: &Path) -> Result<Child, Error> {
     let log = std::fs::File::options()
         .create(true)
         .append(true)

@@ -27,14 +27,16 @@ use self::api::Api;
 use self::broker::Broker;
 use self::consumer::{Consumer, Said, Service};
 use self::producer::{Placed, Shop};
-use self::progress::{Display, Progress, thousands};
+use self::progress::{Display, Progress};
 use self::random::Random;
 use self::report::Latencies;
 pub use self::report::Report;
+use crate::config::Config;
 use crate::local_postgres;
 use crate::store::shop::{self, End};
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
+use crate::telemetry;
 
 const STREAM: &str = "shop";
 const STREAM_TOPICS: &str = "shop.>";
@@ -131,6 +133,10 @@ pub enum Error {
 /// # Errors
 /// The run could not be finished. A run that was, and found something wrong, returns a report that is not clean.
 pub async fn run(options: Options) -> Result<Report, Error> {
+    // The broker in this process says what is wrong, and nothing else.
+    let mut log = Config::default();
+    "warn".clone_into(&mut log.log_level);
+    telemetry::start(&log);
     let postgres = Supervisor::new();
     let result = run_with(&options, &postgres).await;
     // After everything that uses it; a private server that does not stop in time is adopted by the next run.
@@ -193,7 +199,7 @@ async fn run_shop(
     database: &Database,
     broker: &Arc<Broker>,
 ) -> Result<Report, Error> {
-    let api = Api::new(broker.base())?;
+    let api = Api::new(broker.base().to_owned())?;
     println!("  Broker     {}, {}", api.base(), broker.describe());
     let mut connection = database.connect().await?;
     if !shop::create(&mut connection, producer::PRODUCTS).await? {

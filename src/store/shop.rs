@@ -4,7 +4,7 @@
 use sqlx::Connection as _;
 use uuid::Uuid;
 
-use super::{Connection, Database, Error};
+use super::{Connection, Error};
 
 /// What the schema's comment says when a demo made it.
 const MARK: &str = "made by postroad demo";
