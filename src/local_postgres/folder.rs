@@ -43,6 +43,10 @@ impl Folder {
             .env("PATH", "/usr/bin:/bin")
             .process_group(0)
             .stdin(Stdio::null());
+        // Where an installation unpacked without root has its libraries.
+        if let Some(libraries) = std::env::var_os("LD_LIBRARY_PATH") {
+            command.env("LD_LIBRARY_PATH", libraries);
+        }
         if let Some(account) = &self.account {
             // The standard library drops the supplementary groups with the user id.
             command.gid(account.gid).uid(account.uid);

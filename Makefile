@@ -1,0 +1,56 @@
+# `make` lists the commands. Postgres is found, or installed, by those that need it; DATABASE_URL is used when it is set.
+
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Runs what follows with a Postgres at hand.
+WITH_POSTGRES = scripts/ensure-compiler.sh; postgres=$$(scripts/ensure-postgres.sh); eval "$$postgres";
+# Arguments for the demo: make demo ARGS="--orders 20000 --producers 8"
+ARGS ?=
+
+.PHONY: help
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
+		|| grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: ## Run a small shop through the broker and count what was lost (nothing)
+	@$(WITH_POSTGRES) cargo run --release --quiet -- demo $(ARGS)
+
+.PHONY: run
+run: ## Run the broker, on a private local Postgres unless DATABASE_URL is set
+	@$(WITH_POSTGRES) cargo run --release --quiet -- serve $(ARGS)
+
+.PHONY: test
+test: ## Run all tests
+	@$(WITH_POSTGRES) cargo test $(ARGS)
+
+.PHONY: check
+check: ## Run what has to pass before a change lands: format, lints, docs, tests, drift, dependencies
+	cargo fmt --all --check
+	cargo clippy --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --quiet
+	@$(MAKE) --no-print-directory test
+	@if command -v cargo-deny >/dev/null; then cargo deny --log-level error check bans licenses sources; else echo "cargo-deny is not installed: skipped"; fi
+	@if command -v cargo-machete >/dev/null; then cargo machete; else echo "cargo-machete is not installed: skipped"; fi
+
+.PHONY: fmt
+fmt: ## Format the code
+	cargo fmt --all
+
+.PHONY: golden
+golden: ## Rewrite what tests compare with: openapi.yaml, tests/it/golden, the table of docs/configuration.md
+	@$(WITH_POSTGRES) UPDATE_GOLDEN=1 cargo test --test it golden
+
+.PHONY: openapi
+openapi: ## Rewrite openapi.yaml from the code
+	cargo run --quiet -- openapi > openapi.yaml.new && mv openapi.yaml.new openapi.yaml
+
+.PHONY: install-postgres
+install-postgres: ## Find a Postgres server, or install one
+	@scripts/ensure-postgres.sh >/dev/null && echo "a Postgres server is at hand"
+
+.PHONY: docker
+docker: ## Build the image postroad
+	docker build --tag postroad .

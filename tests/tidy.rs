@@ -1,0 +1,361 @@
+//! The rules of the tree that no compiler holds: which layer may use which, what lives in one place only, how long a file
+//! may be, how it may not be named. Each check is shown to find its fault.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// What each module may use of the crate. A module not listed here is a fault, and so is an edge that is not drawn.
+const EDGES: &[(&str, &[&str])] = &[
+    ("domain", &[]),
+    ("supervisor", &[]),
+    ("store", &["domain"]),
+    ("cluster", &["domain", "supervisor", "store"]),
+    ("stream", &["domain", "supervisor", "store", "cluster"]),
+    (
+        "relay",
+        &["domain", "supervisor", "store", "cluster", "stream"],
+    ),
+    (
+        "queue",
+        &["domain", "supervisor", "store", "cluster", "stream"],
+    ),
+    (
+        "http",
+        &[
+            "domain",
+            "supervisor",
+            "store",
+            "cluster",
+            "stream",
+            "relay",
+            "queue",
+        ],
+    ),
+    ("telemetry", &["config"]),
+    ("config", &["domain", "telemetry"]),
+    ("local_postgres", &["supervisor"]),
+    (
+        "app",
+        &[
+            "domain",
+            "supervisor",
+            "store",
+            "cluster",
+            "stream",
+            "relay",
+            "queue",
+            "http",
+            "config",
+            "local_postgres",
+        ],
+    ),
+    ("demo", &["domain", "supervisor", "store", "local_postgres"]),
+    (
+        "cli",
+        &["app", "config", "demo", "http", "store", "telemetry"],
+    ),
+];
+
+/// Words that may stand only in certain modules, with the reason.
+const PLACES: &[(&str, &[&str], &str)] = &[
+    ("sqlx::", &["store"], "all SQL is in the store"),
+    ("axum::", &["http", "app"], "the wire has one layer"),
+    (
+        "tokio::spawn",
+        &["supervisor"],
+        "a task that nobody waits for is lost at the stop",
+    ),
+    (
+        "task::spawn",
+        &["supervisor"],
+        "a task that nobody waits for is lost at the stop",
+    ),
+    (
+        "spawn_blocking",
+        &["supervisor"],
+        "a task that nobody waits for is lost at the stop",
+    ),
+    (
+        "thread::spawn",
+        &["supervisor"],
+        "a task that nobody waits for is lost at the stop",
+    ),
+    ("JoinSet", &["supervisor"], "dropping it aborts its tasks"),
+];
+
+/// What the domain may not know: I/O and clocks.
+const NOT_IN_DOMAIN: &[&str] = &[
+    "tokio",
+    "std::fs",
+    "std::net",
+    "std::env",
+    "Instant",
+    "SystemTime",
+    "::now()",
+];
+
+/// Names for drawers.
+const NAMES: &[&str] = &[
+    "utils", "util", "common", "helpers", "types", "manager", "service", "misc",
+];
+
+const LINES_MAX: usize = 1_000;
+
+/// A file's code: path from the root of the tree, and text without comments and without its test module.
+struct Source {
+    path: String,
+    code: String,
+    lines: usize,
+}
+
+impl Source {
+    fn new(path: &str, text: &str) -> Self {
+        let code = text
+            .split("#[cfg(test)]\nmod ")
+            .next()
+            .unwrap_or_default()
+            .split("#[cfg(test)]\n#[")
+            .next()
+            .unwrap_or_default();
+        let code: Vec<&str> = code
+            .lines()
+            .map(|line| match line.trim_start().starts_with("//") {
+                true => "",
+                false => line.split(" // ").next().unwrap_or_default(),
+            })
+            .collect();
+        Self {
+            path: path.to_owned(),
+            code: code.join("\n"),
+            lines: text.lines().count(),
+        }
+    }
+
+    /// The module of the crate that the file belongs to; `None` for what is above all layers.
+    fn module(&self) -> Option<&str> {
+        let inside = self.path.strip_prefix("src/")?;
+        let module = inside.split('/').next().unwrap_or(inside);
+        let module = module.strip_suffix(".rs").unwrap_or(module);
+        (!matches!(module, "main" | "lib")).then_some(module)
+    }
+
+    /// The modules of the crate that the code names.
+    fn uses(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for (at, _) in self.code.match_indices("crate::") {
+            let before = self.code[..at].chars().next_back();
+            if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
+                continue;
+            }
+            let rest = &self.code[at + "crate::".len()..];
+            match rest.strip_prefix('{') {
+                Some(group) => found.extend(group_names(group)),
+                None => found.push(first_name(rest)),
+            }
+        }
+        found.retain(|name| !name.is_empty());
+        found
+    }
+}
+
+fn first_name(text: &str) -> String {
+    text.chars()
+        .take_while(|c| c.is_alphanumeric() || *c == '_')
+        .collect()
+}
+
+/// The first name of each path of a `{a::b, c::{d, e}}` group, given from behind its opening brace.
+fn group_names(group: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut depth = 0;
+    let mut start = 0;
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            ',' | '}' if depth == 0 => {
+                names.push(first_name(group[start..at].trim_start()));
+                if c == '}' {
+                    break;
+                }
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    names
+}
+
+fn edge_faults(sources: &[Source]) -> Vec<String> {
+    let edges: BTreeMap<&str, &[&str]> = EDGES.iter().copied().collect();
+    let mut faults = Vec::new();
+    for source in sources {
+        let Some(module) = source.module() else {
+            continue;
+        };
+        let Some(allowed) = edges.get(module) else {
+            faults.push(format!(
+                "{}: the module {module} has no place in the table of edges",
+                source.path
+            ));
+            continue;
+        };
+        for used in source.uses() {
+            if used != module && !allowed.contains(&used.as_str()) {
+                faults.push(format!("{}: {module} may not use {used}", source.path));
+            }
+        }
+    }
+    faults
+}
+
+fn has_word(code: &str, word: &str) -> bool {
+    let is_part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    code.match_indices(word).any(|(at, _)| {
+        let is_open = word.ends_with(':') || !is_part(code[at + word.len()..].chars().next());
+        is_open && !is_part(code[..at].chars().next_back())
+    })
+}
+
+fn place_faults(sources: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for source in sources {
+        let Some(module) = source.module() else {
+            continue;
+        };
+        for (word, places, why) in PLACES {
+            if !places.contains(&module) && has_word(&source.code, word) {
+                faults.push(format!(
+                    "{}: {word} belongs in {}: {why}",
+                    source.path,
+                    places.join(", ")
+                ));
+            }
+        }
+        if module == "domain" {
+            for word in NOT_IN_DOMAIN {
+                if source.code.contains(word) {
+                    faults.push(format!(
+                        "{}: the domain knows nothing of {word}",
+                        source.path
+                    ));
+                }
+            }
+        }
+    }
+    faults
+}
+
+fn shape_faults(sources: &[Source]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for source in sources {
+        if source.lines > LINES_MAX {
+            faults.push(format!(
+                "{}: {} lines, at most {LINES_MAX}: split it by noun",
+                source.path, source.lines
+            ));
+        }
+        let is_drawer = |part: &str| NAMES.contains(&part.trim_end_matches(".rs"));
+        if source.path.split('/').any(is_drawer) {
+            faults.push(format!(
+                "{}: a name for a drawer; name what is in it",
+                source.path
+            ));
+        }
+    }
+    faults
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn files(folder: &Path, ending: &str, found: &mut Vec<PathBuf>) {
+    let entries = std::fs::read_dir(folder).expect("the folder is part of the tree");
+    for entry in entries {
+        let path = entry.expect("the folder can be read").path();
+        if path.is_dir() {
+            files(&path, ending, found);
+        } else if path.extension().is_some_and(|e| e == ending) {
+            found.push(path);
+        }
+    }
+}
+
+fn sources() -> Vec<Source> {
+    let mut paths = Vec::new();
+    for folder in ["src", "tests"] {
+        files(&root().join(folder), "rs", &mut paths);
+    }
+    paths.sort();
+    paths
+        .iter()
+        .map(|path| {
+            let text = std::fs::read_to_string(path).expect("a source file is text");
+            let path = path.strip_prefix(root()).expect("found below the root");
+            Source::new(&path.to_string_lossy(), &text)
+        })
+        .collect()
+}
+
+fn check(faults: &[String]) {
+    assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
+}
+
+#[test]
+fn layers_use_only_what_stands_above_them() {
+    check(&edge_faults(&sources()));
+}
+
+#[test]
+fn what_belongs_in_one_place_is_there() {
+    check(&place_faults(&sources()));
+}
+
+#[test]
+fn files_are_short_and_named_for_what_they_hold() {
+    check(&shape_faults(&sources()));
+}
+
+#[test]
+fn every_check_finds_its_fault() {
+    let planted = |path: &str, text: &str| {
+        let source = [Source::new(path, text)];
+        let mut faults = edge_faults(&source);
+        faults.extend(place_faults(&source));
+        faults.extend(shape_faults(&source));
+        faults
+    };
+    for (path, text) in [
+        ("src/domain/a.rs", "use crate::store;"),
+        ("src/queue/a.rs", "use crate::{domain::id, relay::Handle};"),
+        ("src/queue/a.rs", "fn f() { crate::http::f(); }"),
+        ("src/cluster/a.rs", "use crate::{store::{a, b}, stream};"),
+        ("src/drawer/a.rs", ""),
+        ("src/queue/a.rs", "use sqlx::Row;"),
+        ("src/relay/a.rs", "fn f() { tokio::spawn(g()); }"),
+        ("src/domain/a.rs", "fn f() { Utc::now(); }"),
+        ("src/http/utils.rs", ""),
+        ("src/http/a.rs", &"\n".repeat(LINES_MAX + 1)),
+    ] {
+        assert_eq!(planted(path, text).len(), 1, "{path}: {text:.60}");
+    }
+    for (path, text) in [
+        (
+            "src/queue/a.rs",
+            "use crate::{domain::{id, name}, store::queue};",
+        ),
+        (
+            "src/queue/a.rs",
+            "/// Not crate::http.\nuse crate::queue::b; // nor sqlx",
+        ),
+        ("src/store/a.rs", "use sqlx::Row;"),
+        (
+            "src/relay/a.rs",
+            "#[cfg(test)]\nmod tests { fn f() { tokio::spawn(g()); } }",
+        ),
+        ("src/main.rs", "postroad::cli::main()"),
+    ] {
+        assert_eq!(planted(path, text), Vec::<String>::new(), "{text}");
+    }
+}
