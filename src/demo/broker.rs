@@ -29,7 +29,7 @@ pub(super) struct Broker {
 enum Running {
     /// In this process; taken out to be stopped.
     Inside(Mutex<Option<Box<app::Broker>>>),
-    Process(Process),
+    Process(Box<Process>),
 }
 
 /// `postroad serve` as a child.
@@ -96,12 +96,12 @@ impl Broker {
             std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
         let broker = Self {
             api: Api::new(format!("http://{address}"))?,
-            running: Running::Process(Process {
+            running: Running::Process(Box::new(Process {
                 address,
                 url: url.to_owned(),
                 child: Mutex::new(spawn(address, url, &log_path)?),
                 log_path,
-            }),
+            })),
         };
         broker.wait_until_ready().await?;
         Ok(broker)

@@ -20,7 +20,7 @@ impl Random {
 
     /// A number from 0 to `below` - 1.
     pub(super) const fn below(&mut self, below: u32) -> u32 {
-        ((self.next() >> 32) * below as u64 >> 32) as u32
+        (((self.next() >> 32) * below as u64) >> 32) as u32
     }
 
     /// True in about one of `n` calls.

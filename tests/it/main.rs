@@ -3,5 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod demo;
 mod local_postgres;
 mod support;
