@@ -1,1 +1,215 @@
-//! Relays: one task per origin, from committed outbox rows into streams, exactly once and in order.
+//! Relays: one supervised task per origin moves what producers commit to its outbox into the streams, exactly once and in order.
+//!
+//! The mechanism is in the parts: `window` for what newly became visible, `position` for what is remembered, `rerelay`
+//! for an origin that went back in time, `rotation` for the outbox's space, `row` for what a row becomes, and `task` for the
+//! loop around them. The failure story is the same everywhere: a step that did not end well drops its session with the
+//! origin and everything it knew, and the next one begins from the position that the broker's database holds.
+
+mod handle;
+mod metrics;
+mod position;
+mod rejected;
+mod rerelay;
+mod rotation;
+mod row;
+mod status;
+mod task;
+mod window;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::sync::{mpsc, watch};
+
+use crate::domain::name::OriginName;
+use crate::store::origin::{LEAF_COUNT, LEAF_PERIOD};
+use crate::store::{self, Database};
+use crate::supervisor::{OnEnd, Supervisor};
+use crate::{cluster, stream};
+
+pub use handle::{Correction, Handle, RejectedError};
+pub use rejected::{REJECTED_PAGE_MAX, RejectedPage};
+pub use status::{Blocked, State, Status};
+
+/// The longest grace: a leaf is filled again after a cycle, and the leaves beside the one that is filled are left alone.
+pub const GRACE_MAX: Duration = Duration::from_secs(LEAF_PERIOD.as_secs() * (LEAF_COUNT as u64 - 3));
+
+/// An origin from the configuration.
+#[derive(Clone)]
+pub struct OriginOptions {
+    /// Its name, which is its identity: under another name it is another origin, and all that its outbox holds is relayed.
+    pub name: OriginName,
+    /// Its URL; `None` is the broker's own database.
+    pub url: Option<String>,
+}
+
+// The URL has a password in it.
+impl fmt::Debug for OriginOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OriginOptions")
+            .field("name", &self.name)
+            .field("has_url", &self.url.is_some())
+            .finish()
+    }
+}
+
+/// How relays work.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The origins, each name once.
+    pub origins: Vec<OriginOptions>,
+    /// How long outbox rows stay after the position passed them, which is what makes a failover of the broker's database
+    /// repairable. At most [`GRACE_MAX`].
+    pub grace: Duration,
+    /// The pause between steps while producers are at work.
+    pub poll_min: Duration,
+    /// The pause between steps of an idle origin.
+    pub poll_max: Duration,
+    /// The most rows in one append.
+    pub page_rows: usize,
+    /// The most bytes of payload in one append, but always one row.
+    pub page_bytes: usize,
+    /// The most rows of a large window whose places are known at a time, about 24 bytes each.
+    pub manifest_rows: usize,
+    /// The longest pause before an origin in trouble is tried again.
+    pub retry_max: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            origins: vec![OriginOptions {
+                name: OriginName::local(),
+                url: None,
+            }],
+            grace: Duration::from_secs(600),
+            poll_min: Duration::from_millis(2),
+            poll_max: Duration::from_millis(100),
+            page_rows: 1_000,
+            page_bytes: 4 << 20,
+            manifest_rows: 200_000,
+            retry_max: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why the relays could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Two origins have one name.
+    #[error("the origin `{name}` is configured twice")]
+    Duplicate {
+        /// The name.
+        name: OriginName,
+    },
+    /// Two origins are the broker's own database: its outbox would be relayed twice.
+    #[error("the origins `{first}` and `{second}` are both the broker's own database")]
+    TwoLocal {
+        /// One.
+        first: OriginName,
+        /// The other.
+        second: OriginName,
+    },
+    /// The grace is longer than the outbox's leaves allow.
+    #[error("the outbox grace is {grace:?}, at most {GRACE_MAX:?} is allowed")]
+    GraceTooLong {
+        /// The grace.
+        grace: Duration,
+    },
+    /// An origin's URL cannot be read.
+    #[error("the URL of the origin `{name}` is not valid")]
+    Url {
+        /// The origin.
+        name: OriginName,
+        /// What is wrong with it.
+        #[source]
+        source: store::Error,
+    },
+    /// The broker's database could not do it.
+    #[error("the database could not be used")]
+    Store(#[from] store::Error),
+}
+
+fn check(options: &Options) -> Result<(), Error> {
+    if options.grace > GRACE_MAX {
+        return Err(Error::GraceTooLong {
+            grace: options.grace,
+        });
+    }
+    for (index, origin) in options.origins.iter().enumerate() {
+        for other in &options.origins[..index] {
+            if other.name == origin.name {
+                return Err(Error::Duplicate {
+                    name: origin.name.clone(),
+                });
+            }
+            if other.url.is_none() && origin.url.is_none() {
+                return Err(Error::TwoLocal {
+                    first: other.name.clone(),
+                    second: origin.name.clone(),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Starts a relay per origin. An origin that cannot be reached does not fail the start: its status says so. The broker's own
+/// outbox must be installed (`store::migrate::origin`).
+///
+/// # Errors
+/// All of [`Error`].
+pub async fn start(
+    options: Options,
+    db: Database,
+    stream: stream::Handle,
+    cluster: cluster::Handle,
+    supervisor: &Supervisor,
+    registry: &mut Registry,
+) -> Result<Handle, Error> {
+    check(&options)?;
+    let options = Arc::new(options);
+    let mut statuses = Vec::new();
+    for origin in &options.origins {
+        let id = store::relay::insert_origin(&db, &origin.name).await?;
+        let source = match &origin.url {
+            None => db.clone(),
+            Some(url) => Database::new(url, 1).map_err(|source| Error::Url {
+                name: origin.name.clone(),
+                source,
+            })?,
+        };
+        let status = Status::new(origin.name.clone(), id, source.place(), cluster.now());
+        let (status, watched) = watch::channel(status);
+        statuses.push(watched);
+        let relay = task::Relay {
+            name: origin.name.clone(),
+            id,
+            is_local: origin.url.is_none(),
+            source,
+            broker: db.clone(),
+            stream: stream.clone(),
+            cluster: cluster.clone(),
+            supervisor: supervisor.clone(),
+            options: Arc::clone(&options),
+            status,
+        };
+        supervisor.spawn(
+            format!("relay/{}", origin.name),
+            OnEnd::StopProcess,
+            relay.run(),
+        );
+    }
+    let (jobs, inbox) = mpsc::channel(64);
+    let desk = rejected::Desk {
+        broker: db,
+        stream,
+        supervisor: supervisor.clone(),
+    };
+    supervisor.spawn("relay/rejected", OnEnd::StopProcess, desk.run(inbox));
+    let handle = Handle::new(statuses, jobs);
+    metrics::register(registry, &handle, cluster);
+    Ok(handle)
+}

@@ -1,0 +1,155 @@
+//! The way to the relays: what they do, and the rows that they could not relay.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::rejected::{Job, RejectedPage};
+use super::status::Status;
+use crate::domain::id::OriginId;
+use crate::domain::name::{OriginName, Topic};
+use crate::store;
+use crate::stream::{AppendError, Placed};
+
+/// The relays of this process. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    statuses: Arc<[watch::Receiver<Status>]>,
+    jobs: mpsc::Sender<Job>,
+}
+
+/// What a person changes about a rejected row before it is sent on. What is `None` stays as it was.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Correction {
+    /// Another topic.
+    pub topic: Option<Topic>,
+    /// Another payload, as text.
+    pub payload: Option<String>,
+}
+
+/// Why rejected rows could not be listed, or one not sent on.
+#[derive(Debug, thiserror::Error)]
+pub enum RejectedError {
+    /// No origin of this process has the name.
+    #[error("there is no origin `{name}`")]
+    OriginNotFound {
+        /// The name asked for.
+        name: OriginName,
+    },
+    /// The origin has no such rejected row.
+    #[error("the origin has no rejected row {id}")]
+    NotFound {
+        /// The number asked for.
+        id: i64,
+    },
+    /// It was sent on before.
+    #[error("the rejected row {id} was sent on already")]
+    AlreadyResent {
+        /// The number asked for.
+        id: i64,
+    },
+    /// Its payload was too large to be kept; it is still in the outbox.
+    #[error("the payload of the rejected row {id} was too large to be kept: insert the row again")]
+    NotKept {
+        /// The number asked for.
+        id: i64,
+    },
+    /// The corrected row cannot become a message either.
+    #[error("the row still cannot become a message: {reason}")]
+    StillInvalid {
+        /// Why.
+        reason: String,
+    },
+    /// The stream refused it.
+    #[error("the message could not be appended")]
+    Append(#[source] AppendError),
+    /// The engine has ended.
+    #[error("the relays are stopping")]
+    Stopping,
+    /// The database could not do it.
+    #[error("the database could not be used")]
+    Store(#[from] store::Error),
+}
+
+impl Handle {
+    pub(super) fn new(statuses: Vec<watch::Receiver<Status>>, jobs: mpsc::Sender<Job>) -> Self {
+        Self {
+            statuses: statuses.into(),
+            jobs,
+        }
+    }
+
+    /// Every origin, in the configuration's order.
+    #[must_use]
+    pub fn origins(&self) -> Vec<Status> {
+        let statuses = self.statuses.iter();
+        statuses.map(|status| status.borrow().clone()).collect()
+    }
+
+    /// An origin's status, to wait for a change of.
+    #[must_use]
+    pub fn watch(&self, name: &OriginName) -> Option<watch::Receiver<Status>> {
+        let mut statuses = self.statuses.iter();
+        statuses
+            .find(|status| status.borrow().name == *name)
+            .cloned()
+    }
+
+    /// The rejected rows of an origin after number `after` (0 for the first page), oldest first, at most
+    /// [`REJECTED_PAGE_MAX`](super::REJECTED_PAGE_MAX).
+    ///
+    /// # Errors
+    /// [`RejectedError::OriginNotFound`], or the database's.
+    pub async fn rejected(
+        &self,
+        name: &OriginName,
+        after: i64,
+        limit: u32,
+    ) -> Result<RejectedPage, RejectedError> {
+        let origin = self.find(name)?;
+        self.ask(|reply| Job::List {
+            origin,
+            after,
+            limit,
+            reply,
+        })
+        .await
+    }
+
+    /// Sends a rejected row on, corrected or as it is. Safe to repeat within the deduplication window: its id is looked up.
+    ///
+    /// # Errors
+    /// All of [`RejectedError`].
+    pub async fn resend_rejected(
+        &self,
+        name: &OriginName,
+        id: i64,
+        correction: Correction,
+    ) -> Result<Placed, RejectedError> {
+        let origin = self.find(name)?;
+        self.ask(|reply| Job::Resend {
+            origin,
+            id,
+            correction,
+            reply,
+        })
+        .await
+    }
+
+    fn find(&self, name: &OriginName) -> Result<OriginId, RejectedError> {
+        match self.watch(name) {
+            Some(status) => Ok(status.borrow().id),
+            None => Err(RejectedError::OriginNotFound { name: name.clone() }),
+        }
+    }
+
+    async fn ask<T>(
+        &self,
+        job: impl FnOnce(oneshot::Sender<Result<T, RejectedError>>) -> Job,
+    ) -> Result<T, RejectedError> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.jobs.send(job(reply)).await;
+        sent.map_err(|_| RejectedError::Stopping)?;
+        answer.await.map_err(|_| RejectedError::Stopping)?
+    }
+}

@@ -1,0 +1,87 @@
+//! How far a relay got, as the append records it.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// A snapshot that shows nothing: the last one of a relay that has not begun. Transaction ids begin at 3.
+pub(super) const NOTHING: &str = "3:3:";
+
+/// A relay's position: everything that `snapshot` shows is in the streams, but for what `window` says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Position {
+    /// Of Postgres' type pg_snapshot, in its text form.
+    pub(super) snapshot: String,
+    /// A window that is not at its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) window: Option<Window>,
+    /// The mark left in the origin after the snapshot was taken and before the position was stored. None in the broker's
+    /// own database, where storing the position flushes the same log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) mark: Option<Uuid>,
+    /// The cluster that the snapshot is of: in another one it means nothing.
+    pub(super) system_identifier: String,
+    /// The cluster's timeline, for people who read the position after a failover. The mark decides.
+    pub(super) timeline: i32,
+}
+
+/// The rows that the position's snapshot shows and `since` does not, in the order of seq; those after `after_seq` are still to come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Window {
+    pub(super) since: String,
+    pub(super) after_seq: i64,
+    /// A re-relay: rows that a stream has already are dropped, by (source, id).
+    #[serde(default)]
+    pub(super) is_rerelay: bool,
+}
+
+impl Position {
+    /// Its JSON text.
+    pub(super) fn to_text(&self) -> String {
+        serde_json::to_string(self).expect("a position always serializes")
+    }
+
+    /// The same position with all of its window passed, or up to a seq.
+    pub(super) fn passed(&self, through: Option<i64>) -> Self {
+        let window = through.and_then(|after_seq| {
+            let window = self.window.clone()?;
+            Some(Window {
+                after_seq,
+                ..window
+            })
+        });
+        Self {
+            window,
+            ..self.clone()
+        }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_stored_as_json() {
+        let mut position = Position {
+            snapshot: "10:20:12".into(),
+            window: None,
+            mark: None,
+            system_identifier: "7".into(),
+            timeline: 1,
+        };
+        let text = r#"{"snapshot":"10:20:12","system_identifier":"7","timeline":1}"#;
+        assert_eq!(position.to_text(), text);
+        assert_eq!(serde_json::from_str::<Position>(text).unwrap(), position);
+        position.window = Some(Window {
+            since: NOTHING.into(),
+            after_seq: 5,
+            is_rerelay: true,
+        });
+        position.mark = Some(Uuid::nil());
+        let read: Position = serde_json::from_str(&position.to_text()).unwrap();
+        assert_eq!(read, position);
+        assert_eq!(read.passed(None).window, None);
+        assert_eq!(read.passed(Some(9)).window.unwrap().after_seq, 9);
+    }
+}

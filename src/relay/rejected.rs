@@ -1,0 +1,130 @@
+//! The desk of rejected rows: lists them, and sends one on when a person says so. A task of its own, so that a caller who goes
+//! away leaves nothing half done.
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::handle::{Correction, RejectedError};
+use super::row;
+use crate::domain::id::OriginId;
+use crate::store::relay::RejectedRow;
+use crate::store::{self, Database};
+use crate::stream::{self, Member, Placed};
+use crate::supervisor::Supervisor;
+
+/// The most rejected rows in one page.
+pub const REJECTED_PAGE_MAX: u32 = 1_000;
+
+/// A page of rejected rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RejectedPage {
+    /// The rows, oldest first.
+    pub rows: Vec<RejectedRow>,
+    /// Where the next page starts; none at the end.
+    pub next_after: Option<i64>,
+}
+
+#[derive(Debug)]
+pub(super) enum Job {
+    List {
+        origin: OriginId,
+        after: i64,
+        limit: u32,
+        reply: oneshot::Sender<Result<RejectedPage, RejectedError>>,
+    },
+    Resend {
+        origin: OriginId,
+        id: i64,
+        correction: Correction,
+        reply: oneshot::Sender<Result<Placed, RejectedError>>,
+    },
+}
+
+pub(super) struct Desk {
+    pub(super) broker: Database,
+    pub(super) stream: stream::Handle,
+    pub(super) supervisor: Supervisor,
+}
+
+impl Desk {
+    pub(super) async fn run(self, mut inbox: mpsc::Receiver<Job>) {
+        loop {
+            let job = tokio::select! {
+                job = inbox.recv() => job,
+                () = self.supervisor.stopping() => None,
+            };
+            // Without a job: told to stop, or every handle is gone, and then there is nothing to do until then.
+            match job {
+                // A caller that went away does not read the answer.
+                Some(Job::List {
+                    origin,
+                    after,
+                    limit,
+                    reply,
+                }) => {
+                    let _ = reply.send(self.list(origin, after, limit).await);
+                }
+                Some(Job::Resend {
+                    origin,
+                    id,
+                    correction,
+                    reply,
+                }) => {
+                    let _ = reply.send(self.resend(origin, id, correction).await);
+                }
+                None => return self.supervisor.stopping().await,
+            }
+        }
+    }
+
+    async fn list(
+        &self,
+        origin: OriginId,
+        after: i64,
+        limit: u32,
+    ) -> Result<RejectedPage, RejectedError> {
+        let limit = limit.clamp(1, REJECTED_PAGE_MAX);
+        let rows = store::relay::list_rejected(&self.broker, origin, after, limit).await?;
+        let is_full = rows.len() == limit as usize;
+        let next_after = rows.last().filter(|_| is_full).map(|row| row.id);
+        Ok(RejectedPage { rows, next_after })
+    }
+
+    /// Appends first and marks then: if the process dies in between, the repeat finds the id and appends nothing.
+    async fn resend(
+        &self,
+        origin: OriginId,
+        id: i64,
+        correction: Correction,
+    ) -> Result<Placed, RejectedError> {
+        let found = store::relay::find_rejected(&self.broker, origin, id).await?;
+        let found = found.ok_or(RejectedError::NotFound { id })?;
+        if found.resent_at.is_some() {
+            return Err(RejectedError::AlreadyResent { id });
+        }
+        let mut outbox_row =
+            row::from_copy(&found.outbox_row).ok_or(RejectedError::NotKept { id })?;
+        if let Some(topic) = correction.topic {
+            outbox_row.topic = Some(topic.to_string());
+        }
+        if let Some(payload) = correction.payload {
+            outbox_row.payload = Some(payload);
+            outbox_row.payload_bytes = None;
+        }
+        let message = row::to_message(outbox_row).map_err(|rejected| {
+            RejectedError::StillInvalid {
+                reason: rejected.reason,
+            }
+        })?;
+        let member = Member::Publish {
+            messages: vec![message],
+            check_ids: true,
+        };
+        let placed = self.stream.append(member).await;
+        let placed = placed.map_err(RejectedError::Append)?;
+        store::relay::mark_resent(&self.broker, origin, id).await?;
+        placed
+            .first()
+            .copied()
+            .ok_or(RejectedError::NotFound { id })
+    }
+}

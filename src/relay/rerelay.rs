@@ -1,0 +1,51 @@
+//! An origin that went back in time: restored, failed over to a standby that lacked the end, or crashed with transactions whose
+//! ends were not flushed and whose ids it then hands out again. The stored snapshot says "seen" of ids that now belong to
+//! others, so it is worth nothing: everything that the outbox holds is read through one new snapshot, and what the streams
+//! have is dropped by (source, id). What the grace keeps in the outbox is what this can repair.
+//!
+//! It begins with a position that says so, stored before the first row: a crash in the middle goes on where it was, and a
+//! second step back in time begins it again. An origin seen for the first time goes the same way without the looking up.
+
+use super::position::{NOTHING, Window};
+use super::status::State;
+use super::task::{Run, Trouble};
+use crate::store;
+
+impl Run<'_> {
+    /// Reads all of the outbox again. Returns how many rows that was.
+    pub(super) async fn rerelay(&mut self, why: &'static str) -> Result<usize, Trouble> {
+        let relay = self.relay;
+        let is_first = self.number == 0;
+        relay.set_state(State::Rerelaying, Some(why.to_owned()));
+        if is_first {
+            tracing::info!(origin = %relay.name, "relaying all that the outbox holds: {why}");
+        } else {
+            tracing::warn!(origin = %relay.name, position = self.number, "the origin went back in time, reading all of its outbox again: {why}");
+            relay
+                .status
+                .send_modify(|status| status.rerelay_count += 1);
+            // Before anything else: the rotation would take the old snapshots at their word.
+            let forgotten =
+                store::relay::delete_history(&relay.broker, relay.id, &self.fence).await;
+            if !forgotten.map_err(Trouble::Broker)? {
+                return Err(Trouble::LeaseLost);
+            }
+        }
+        let restamped = self.session.restamp().await.map_err(Trouble::Origin)?;
+        if restamped > 0 {
+            tracing::warn!(origin = %relay.name, restamped, "rows had transaction ids that this cluster has not handed out");
+        }
+        // After the restamp has committed: this snapshot shows every row that is there.
+        let opening = self.session.open_window(NOTHING, None, 0, 0);
+        let opened = opening.await.map_err(Trouble::Origin)?;
+        self.check_session(&opened.identity)?;
+        let mut position = self.mark(opened.identity).await?;
+        position.window = Some(Window {
+            since: NOTHING.to_owned(),
+            after_seq: i64::MIN,
+            is_rerelay: !is_first,
+        });
+        self.append(position.clone(), Vec::new()).await?;
+        self.relay_window(position).await
+    }
+}

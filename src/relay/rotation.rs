@@ -1,0 +1,162 @@
+//! Upkeep beside the steps: the outbox's leaves are emptied once every row in them was passed a grace ago, and the journals and
+//! marks that appends leave behind are folded. Nothing here waits for a lock: what cannot be had stays for the next time.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+
+use super::position::Position;
+use super::status::Blocked;
+use super::task::{Run, Trouble};
+use crate::store;
+use crate::store::origin::Emptied;
+
+/// Appends between two folds of the journal of positions.
+const JOURNAL_FOLD_APPENDS: i64 = 2_000;
+/// Marks between two folds of an origin's marks.
+const MARK_FOLD_COUNT: u32 = 2_000;
+/// Positions noted per grace.
+const HISTORY_PER_GRACE: u32 = 8;
+/// The longest pause between two looks for leaves to empty.
+const ROTATION_INTERVAL_MAX: Duration = Duration::from_secs(10);
+
+/// What upkeep remembers between its turns.
+pub(super) struct Rotation {
+    folded_number: i64,
+    pub(super) mark_count: u32,
+    noted: Option<(i64, Instant)>,
+    rotated_at: Option<Instant>,
+    blocked: BTreeMap<i16, (DateTime<Utc>, Option<i32>)>,
+}
+
+impl Rotation {
+    pub(super) fn new(number: i64) -> Self {
+        Self {
+            folded_number: number,
+            // Unknown how many there are: the first fold comes early.
+            mark_count: MARK_FOLD_COUNT / 2,
+            noted: None,
+            rotated_at: None,
+            blocked: BTreeMap::new(),
+        }
+    }
+}
+
+impl Run<'_> {
+    /// One turn, between two windows.
+    pub(super) async fn upkeep(&mut self) -> Result<(), Trouble> {
+        let Some(position) = self.position.clone().filter(|p| p.window.is_none()) else {
+            return Ok(());
+        };
+        self.note_history(&position).await?;
+        self.fold_journal().await?;
+        self.fold_marks(&position).await?;
+        self.rotate().await
+    }
+
+    async fn note_history(&mut self, position: &Position) -> Result<(), Trouble> {
+        let grace = self.relay.options.grace;
+        let is_due = match self.rotation.noted {
+            Some((number, at)) => {
+                number != self.number && at.elapsed() >= grace / HISTORY_PER_GRACE
+            }
+            None => true,
+        };
+        if !is_due {
+            return Ok(());
+        }
+        let text = position.to_text();
+        let noted = store::relay::note_history(
+            &self.relay.broker,
+            self.relay.id,
+            &self.fence,
+            self.number,
+            &text,
+            grace,
+        );
+        noted.await.map_err(Trouble::Broker)?;
+        self.rotation.noted = Some((self.number, Instant::now()));
+        Ok(())
+    }
+
+    async fn fold_journal(&mut self) -> Result<(), Trouble> {
+        if self.number - self.rotation.folded_number < JOURNAL_FOLD_APPENDS {
+            return Ok(());
+        }
+        let folded = store::relay::fold_journal(&self.relay.broker).await;
+        // Held by a reader: at the next turn again.
+        if folded.map_err(Trouble::Broker)? {
+            self.rotation.folded_number = self.number;
+        }
+        Ok(())
+    }
+
+    async fn fold_marks(&mut self, position: &Position) -> Result<(), Trouble> {
+        let Some(mark) = position.mark else {
+            return Ok(());
+        };
+        if self.rotation.mark_count < MARK_FOLD_COUNT {
+            return Ok(());
+        }
+        let folded = self.session.fold_marks(mark).await;
+        if folded.map_err(Trouble::Origin)? {
+            self.rotation.mark_count = 0;
+        }
+        Ok(())
+    }
+
+    async fn rotate(&mut self) -> Result<(), Trouble> {
+        let grace = self.relay.options.grace;
+        let interval = (grace / HISTORY_PER_GRACE).min(ROTATION_INTERVAL_MAX);
+        let is_due = self
+            .rotation
+            .rotated_at
+            .is_none_or(|at| at.elapsed() >= interval);
+        if !is_due {
+            return Ok(());
+        }
+        self.rotation.rotated_at = Some(Instant::now());
+        let finding = store::relay::find_passed_position(&self.relay.broker, self.relay.id, grace);
+        let Some(text) = finding.await.map_err(Trouble::Broker)? else {
+            return Ok(());
+        };
+        let passed: Position = serde_json::from_str(&text).map_err(Trouble::Position)?;
+        let leaves = self.session.find_idle_leaves().await;
+        let leaves = leaves.map_err(Trouble::Origin)?;
+        let now = self.relay.cluster.now();
+        self.rotation
+            .blocked
+            .retain(|leaf, _| leaves.contains(leaf));
+        let mut emptied_count = 0;
+        for leaf in leaves {
+            let emptying = self.session.empty_leaf(leaf, &passed.snapshot);
+            match emptying.await.map_err(Trouble::Origin)? {
+                Emptied::Yes => {
+                    emptied_count += 1;
+                    self.rotation.blocked.remove(&leaf);
+                }
+                Emptied::NotYet => {
+                    self.rotation.blocked.remove(&leaf);
+                }
+                Emptied::Blocked(pid) => {
+                    let since = self.rotation.blocked.entry(leaf).or_insert((now, pid));
+                    since.1 = pid;
+                }
+            }
+        }
+        let longest = self.rotation.blocked.iter().min_by_key(|(_, (at, _))| *at);
+        let blocked = longest.map(|(leaf, &(since, pid))| Blocked {
+            leaf: format!("postroad.outbox_{leaf}"),
+            pid,
+            since,
+        });
+        self.relay.status.send_if_modified(|status| {
+            let is_news = emptied_count > 0 || status.blocked != blocked;
+            status.emptied_count += emptied_count;
+            status.blocked = blocked;
+            is_news
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,344 @@
+//! An outbox row becomes a message, or says why it cannot. The outbox's constraints refuse nearly all that fails here while the
+//! producer still listens; what arrives all the same must not stop the rows behind it.
+
+use base64::Engine as _;
+use bytes::Bytes;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+
+use crate::domain::message::{Data, Message};
+use crate::domain::name::Topic;
+use crate::store::origin::OutboxRow;
+use crate::stream::Rejected;
+
+/// The largest payload (PROTOCOL.md, Parameters: cap).
+const PAYLOAD_MAX_BYTES: usize = 16 << 20;
+const HEADERS_MAX_BYTES: usize = 64 << 10;
+const KEY_MAX_BYTES: usize = 512;
+const ATTRIBUTE_MAX_BYTES: usize = 1_024;
+const CONTENT_TYPE_MAX_BYTES: usize = 255;
+/// A payload larger than this is named, not copied, in the list of rejected rows.
+const COPY_MAX_BYTES: usize = 1 << 20;
+
+/// Attribute names that have a column of their own, or that CloudEvents keeps for itself.
+const RESERVED: [&str; 10] = [
+    "specversion",
+    "id",
+    "source",
+    "type",
+    "subject",
+    "time",
+    "datacontenttype",
+    "dataschema",
+    "data",
+    "partitionkey",
+];
+
+/// The message of a row.
+pub(super) fn to_message(row: OutboxRow) -> Result<Message, Box<Rejected>> {
+    match check(&row) {
+        Ok((topic, extensions)) => {
+            let data = to_data(row.payload, row.payload_bytes, row.content_type.as_deref());
+            Ok(Message {
+                // Both are there: checked.
+                id: row.id.unwrap_or_default(),
+                source: row.source.unwrap_or_default(),
+                kind: row.kind,
+                topic,
+                key: row.key,
+                subject: row.subject,
+                time: row.time,
+                data_content_type: row.content_type,
+                data_schema: row.data_schema,
+                data,
+                extensions,
+            })
+        }
+        Err(reason) => Err(Box::new(Rejected {
+            seq: row.seq,
+            reason,
+            outbox_row: copy(&row).to_string(),
+        })),
+    }
+}
+
+fn check(row: &OutboxRow) -> Result<(Topic, Map<String, Value>), String> {
+    let topic = Topic::parse(row.topic.as_deref().unwrap_or_default())
+        .map_err(|error| format!("the topic {error}"))?;
+    check_length("key", row.key.as_deref(), KEY_MAX_BYTES)?;
+    check_length(
+        "id",
+        Some(row.id.as_deref().unwrap_or_default()),
+        ATTRIBUTE_MAX_BYTES,
+    )?;
+    check_length(
+        "source",
+        Some(row.source.as_deref().unwrap_or_default()),
+        ATTRIBUTE_MAX_BYTES,
+    )?;
+    check_length("type", row.kind.as_deref(), ATTRIBUTE_MAX_BYTES)?;
+    check_length("subject", row.subject.as_deref(), ATTRIBUTE_MAX_BYTES)?;
+    check_length("data_schema", row.data_schema.as_deref(), ATTRIBUTE_MAX_BYTES)?;
+    check_length(
+        "content_type",
+        row.content_type.as_deref(),
+        CONTENT_TYPE_MAX_BYTES,
+    )?;
+    if let Some(content_type) = &row.content_type
+        && !content_type.bytes().all(|byte| (b' '..=b'~').contains(&byte))
+    {
+        return Err("the content_type has a character that is not printable ASCII".to_owned());
+    }
+    if row.payload.is_some() && row.payload_bytes.is_some() {
+        return Err("payload and payload_bytes are both given".to_owned());
+    }
+    let size = row.payload.as_ref().map_or(0, String::len)
+        + row.payload_bytes.as_ref().map_or(0, Vec::len);
+    if size > PAYLOAD_MAX_BYTES {
+        return Err(format!(
+            "the payload is {size} bytes long, at most {PAYLOAD_MAX_BYTES} are allowed"
+        ));
+    }
+    if !row.time_is_valid {
+        return Err("the time is not in the years 1 to 9999".to_owned());
+    }
+    let extensions = to_extensions(row.headers.as_deref())?;
+    Ok((topic, extensions))
+}
+
+fn check_length(name: &str, value: Option<&str>, limit: usize) -> Result<(), String> {
+    match value.map(str::len) {
+        Some(0) => Err(format!("the {name} is empty")),
+        Some(length) if length > limit => Err(format!(
+            "the {name} is {length} bytes long, at most {limit} are allowed"
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn to_extensions(headers: Option<&str>) -> Result<Map<String, Value>, String> {
+    let Some(headers) = headers else {
+        return Ok(Map::new());
+    };
+    if headers.len() > 2 * HEADERS_MAX_BYTES {
+        return Err(format!(
+            "the headers are {} bytes long, at most {HEADERS_MAX_BYTES} are allowed",
+            headers.len()
+        ));
+    }
+    let Ok(Value::Object(mut extensions)) = serde_json::from_str(headers) else {
+        return Err("the headers are not a JSON object".to_owned());
+    };
+    for (name, value) in &mut extensions {
+        let is_name = (1..=20).contains(&name.len())
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+        if !is_name {
+            return Err(format!(
+                "the header `{name}` has a name that is not 1 to 20 of a-z 0-9"
+            ));
+        }
+        if RESERVED.contains(&name.as_str()) {
+            return Err(format!("the header `{name}` has a column of its own"));
+        }
+        match to_integer(value) {
+            Some(integer) => *value = Value::from(integer),
+            None if value.is_string() || value.is_boolean() => {}
+            None => {
+                return Err(format!(
+                    "the header `{name}` is not a string, a boolean or a 32-bit integer"
+                ));
+            }
+        }
+    }
+    Ok(extensions)
+}
+
+/// The 32-bit integer that a JSON number stands for; jsonb keeps `1.0` as it was written.
+fn to_integer(value: &Value) -> Option<i32> {
+    if let Some(integer) = value.as_i64() {
+        return i32::try_from(integer).ok();
+    }
+    let number = value.as_f64()?;
+    let in_range = (f64::from(i32::MIN)..=f64::from(i32::MAX)).contains(&number);
+    #[expect(clippy::cast_possible_truncation, reason = "in range and integral")]
+    (in_range && number.fract() == 0.0).then_some(number as i32)
+}
+
+/// What a payload is, by its column and its content type. JSON is checked here once, and passes as it was written; what is declared
+/// JSON (or nothing) and is not valid JSON goes out as bytes.
+fn to_data(text: Option<String>, bytes: Option<Vec<u8>>, content_type: Option<&str>) -> Data {
+    match (text, bytes) {
+        (Some(text), _) => match content_type {
+            Some(content_type) if !is_json(content_type) => Data::Text(text.into()),
+            _ => json_or_binary(text.into()),
+        },
+        (None, Some(bytes)) => match content_type {
+            Some(content_type) if is_json(content_type) => json_or_binary(bytes.into()),
+            _ => Data::Binary(bytes.into()),
+        },
+        (None, None) => Data::Absent,
+    }
+}
+
+fn json_or_binary(bytes: Bytes) -> Data {
+    if serde_json::from_slice::<&RawValue>(&bytes).is_ok() {
+        Data::Json(bytes)
+    } else {
+        Data::Binary(bytes)
+    }
+}
+
+/// `application/json`, `application/problem+json; charset=utf-8` …
+fn is_json(content_type: &str) -> bool {
+    let media_type = content_type.split(';').next().unwrap_or_default().trim();
+    media_type.split_once('/').is_some_and(|(_, subtype)| {
+        let subtype = subtype.to_ascii_lowercase();
+        subtype == "json" || subtype.ends_with("+json")
+    })
+}
+
+/// The row as JSON, for the list of rejected rows.
+fn copy(row: &OutboxRow) -> Value {
+    let mut copy = json!({
+        "seq": row.seq,
+        "topic": row.topic,
+        "key": row.key,
+        "type": row.kind,
+        "id": row.id,
+        "source": row.source,
+        "subject": row.subject,
+        "content_type": row.content_type,
+        "data_schema": row.data_schema,
+        "headers": row.headers,
+        "time": row.time,
+    });
+    let size = row.payload.as_ref().map_or(0, String::len)
+        + row.payload_bytes.as_ref().map_or(0, Vec::len);
+    if size > COPY_MAX_BYTES {
+        copy["payload_left_in_outbox_bytes"] = size.into();
+        return copy;
+    }
+    if let Some(payload) = &row.payload {
+        copy["payload"] = payload.as_str().into();
+    }
+    if let Some(bytes) = &row.payload_bytes {
+        let encoded = base64::engine::general_purpose::STANDARD.encode(bytes);
+        copy["payload_bytes"] = encoded.into();
+    }
+    copy
+}
+
+/// The row that [`copy`] wrote.
+pub(super) fn from_copy(copy: &str) -> Option<OutboxRow> {
+    let copy: Value = serde_json::from_str(copy).ok()?;
+    let text = |name: &str| copy.get(name).and_then(Value::as_str).map(str::to_owned);
+    if copy.get("payload_left_in_outbox_bytes").is_some() {
+        return None;
+    }
+    let bytes = match text("payload_bytes") {
+        Some(encoded) => Some(
+            base64::engine::general_purpose::STANDARD
+                .decode(encoded)
+                .ok()?,
+        ),
+        None => None,
+    };
+    Some(OutboxRow {
+        seq: copy.get("seq")?.as_i64()?,
+        topic: text("topic"),
+        payload: text("payload"),
+        payload_bytes: bytes,
+        key: text("key"),
+        kind: text("type"),
+        id: text("id"),
+        source: text("source"),
+        subject: text("subject"),
+        content_type: text("content_type"),
+        data_schema: text("data_schema"),
+        headers: text("headers"),
+        time: text("time").and_then(|time| time.parse().ok()),
+        time_is_valid: true,
+    })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn row() -> OutboxRow {
+        OutboxRow {
+            seq: 7,
+            topic: Some("orders.created".into()),
+            id: Some("a".into()),
+            source: Some("/shop".into()),
+            time_is_valid: true,
+            ..OutboxRow::default()
+        }
+    }
+
+    #[test]
+    fn payloads_become_data() {
+        let text = |text: &str| Some(text.to_owned());
+        let bytes = |bytes: &[u8]| Some(bytes.to_vec());
+        for (payload, payload_bytes, content_type, data) in [
+            (None, None, None, Data::Absent),
+            (text("{\"a\": 1}"), None, None, Data::Json("{\"a\": 1}".into())),
+            (text("null"), None, None, Data::Json("null".into())),
+            (text("{"), None, None, Data::Binary("{".into())),
+            (text(""), None, None, Data::Binary("".into())),
+            (text("{"), None, Some("application/json"), Data::Binary("{".into())),
+            (text("1"), None, Some("application/A+JSON; charset=utf-8"), Data::Json("1".into())),
+            (text("<a/>"), None, Some("application/xml"), Data::Text("<a/>".into())),
+            (text(""), None, Some("text/plain"), Data::Text("".into())),
+            (None, bytes(b"1"), None, Data::Binary("1".into())),
+            (None, bytes(b"1"), Some("application/json"), Data::Json("1".into())),
+            (None, bytes(b"\xff"), Some("application/json"), Data::Binary(Bytes::from_static(b"\xff"))),
+            (None, bytes(b""), Some("text/plain"), Data::Binary("".into())),
+        ] {
+            let found = to_data(payload.clone(), payload_bytes, content_type);
+            assert_eq!(found, data, "{payload:?} {content_type:?}");
+        }
+        let deep = "[".repeat(100_000) + &"]".repeat(100_000);
+        assert!(matches!(to_data(Some(deep), None, None), Data::Json(_)));
+    }
+
+    #[test]
+    fn rows_that_cannot_become_messages_say_why_and_can_be_read_back() {
+        let check = |change: &dyn Fn(&mut OutboxRow), reason: &str| {
+            let mut row = row();
+            change(&mut row);
+            row.payload_bytes = row.payload_bytes.or(Some(vec![0, 255]));
+            let rejected = to_message(row.clone()).unwrap_err();
+            assert!(rejected.reason.contains(reason), "{}", rejected.reason);
+            assert_eq!(from_copy(&rejected.outbox_row).unwrap(), row);
+        };
+        check(&|row| row.topic = None, "the topic must not be empty");
+        check(&|row| row.topic = Some("a..b".into()), "has the token ``");
+        check(&|row| row.key = Some("k".repeat(513)), "the key is 513 bytes");
+        check(&|row| row.id = Some(String::new()), "the id is empty");
+        check(&|row| row.headers = Some("[]".into()), "not a JSON object");
+        check(&|row| row.headers = Some("{\"A\":1}".into()), "`A`");
+        check(&|row| row.headers = Some("{\"id\":\"1\"}".into()), "`id`");
+        check(&|row| row.headers = Some("{\"a\":1.5}".into()), "`a`");
+        check(&|row| row.payload = Some("1".into()), "both given");
+        let large = OutboxRow {
+            payload: Some("x".repeat(PAYLOAD_MAX_BYTES + 1)),
+            ..row()
+        };
+        let rejected = to_message(large).unwrap_err();
+        assert!(rejected.outbox_row.len() < 1_000);
+        assert_eq!(from_copy(&rejected.outbox_row), None);
+    }
+
+    #[test]
+    fn headers_become_extensions() {
+        let mut row = row();
+        row.headers = Some("{\"a\": 1.0, \"b\": true, \"c\": \"x\", \"d\": -2147483648}".into());
+        let message = to_message(row).unwrap();
+        let printed = Value::Object(message.extensions).to_string();
+        assert_eq!(printed, r#"{"a":1,"b":true,"c":"x","d":-2147483648}"#);
+    }
+}

@@ -1,0 +1,150 @@
+//! What a relay says about itself: the API, the metrics and the tests read the same value.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use crate::domain::id::OriginId;
+use crate::domain::name::OriginName;
+
+/// What a relay is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Another node relays this origin, or this one is about to.
+    Waiting,
+    /// Finding its position and its origin.
+    Connecting,
+    /// Moving what producers commit.
+    Running,
+    /// The origin went back in time (or is new): all that its outbox holds is read again, and what streams have is dropped.
+    Rerelaying,
+    /// The URL points at a standby. It is asked again until it is promoted.
+    Standby,
+    /// The origin does not answer. It is tried again.
+    Unreachable,
+    /// The origin has no outbox: `postroad install` is to be run there. It is asked again.
+    NotInstalled,
+    /// The origin refuses what a relay needs (rights, a wrong password). It is asked again.
+    Refused,
+    /// The broker's own database is away, or refuses the append. It is tried again.
+    BrokerUnavailable,
+    /// The process is ending.
+    Stopped,
+}
+
+impl State {
+    /// All of them, for the metrics.
+    pub const ALL: [Self; 10] = [
+        Self::Waiting,
+        Self::Connecting,
+        Self::Running,
+        Self::Rerelaying,
+        Self::Standby,
+        Self::Unreachable,
+        Self::NotInstalled,
+        Self::Refused,
+        Self::BrokerUnavailable,
+        Self::Stopped,
+    ];
+
+    /// Its name in the API and the metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Connecting => "connecting",
+            Self::Running => "running",
+            Self::Rerelaying => "re-relaying",
+            Self::Standby => "standby",
+            Self::Unreachable => "unreachable",
+            Self::NotInstalled => "not_installed",
+            Self::Refused => "refused",
+            Self::BrokerUnavailable => "broker_unavailable",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// A leaf of an outbox that could not be emptied since somebody holds a lock on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocked {
+    /// The leaf, `postroad.outbox_3`.
+    pub leaf: String,
+    /// The session that holds it; none is a prepared transaction.
+    pub pid: Option<i32>,
+    /// Since when, by the database's clock.
+    pub since: DateTime<Utc>,
+}
+
+/// An origin as its relay sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Status {
+    /// Its name.
+    pub name: OriginName,
+    /// Its number.
+    pub id: OriginId,
+    /// Host, port and database; never a user or a password.
+    pub place: String,
+    /// What the relay is doing.
+    pub state: State,
+    /// Why, if something is wrong.
+    pub detail: Option<String>,
+    /// Since when it is in this state.
+    pub state_since: DateTime<Utc>,
+    /// The number of the position stored last; rises with each append.
+    pub position: i64,
+    /// Everything committed in the origin before then is in the streams; none until that is known.
+    pub relayed_through: Option<DateTime<Utc>>,
+    /// Rows known to be committed and not yet relayed.
+    pub lag_rows: u64,
+    /// Messages relayed by this process.
+    pub relayed_count: u64,
+    /// Rows that could not become messages and have not been sent on.
+    pub rejected_count: u64,
+    /// Times that this process read all of the outbox again.
+    pub rerelay_count: u64,
+    /// Windows opened by this process.
+    pub step_count: u64,
+    /// How long the last window took to open.
+    pub step_time: Duration,
+    /// Leaves emptied by this process.
+    pub emptied_count: u64,
+    /// A leaf that cannot be emptied, the one blocked longest.
+    pub blocked: Option<Blocked>,
+}
+
+impl Status {
+    pub(super) fn new(
+        name: OriginName,
+        id: OriginId,
+        place: String,
+        now: DateTime<Utc>,
+    ) -> Self {
+        Self {
+            name,
+            id,
+            place,
+            state: State::Waiting,
+            detail: None,
+            state_since: now,
+            position: 0,
+            relayed_through: None,
+            lag_rows: 0,
+            relayed_count: 0,
+            rejected_count: 0,
+            rerelay_count: 0,
+            step_count: 0,
+            step_time: Duration::ZERO,
+            emptied_count: 0,
+            blocked: None,
+        }
+    }
+
+    /// For how long the relay has not been sure that everything is relayed: a fraction of a second while all is well. None
+    /// until the first window.
+    #[must_use]
+    pub fn lag(&self, now: DateTime<Utc>) -> Option<Duration> {
+        let through = self.relayed_through?;
+        Some((now - through).to_std().unwrap_or_default())
+    }
+}

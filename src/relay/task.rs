@@ -1,0 +1,426 @@
+//! The loop of one origin's relay: hold the lease, learn the position, connect, then step after step until something is
+//! amiss. Whatever it is, the session is dropped and the loop begins again from the stored position: nothing that was only in
+//! memory outlives a session, since a snapshot without a mark behind it says nothing about a server that restarted.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::position::Position;
+use super::rotation::Rotation;
+use super::status::{State, Status};
+use super::{Options, row};
+use crate::domain::id::{Fence, OriginId};
+use crate::domain::message::Message;
+use crate::domain::name::OriginName;
+use crate::store::origin::{OutboxRow, Session};
+use crate::store::relay::Recovered;
+use crate::store::{self, Database, Retry};
+use crate::stream::{self, AppendError, Member, Rejected};
+use crate::{cluster, supervisor};
+
+/// How often folds, history and rotation are looked at.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// The first pause after trouble.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+
+/// One origin's relay.
+pub(super) struct Relay {
+    pub(super) name: OriginName,
+    pub(super) id: OriginId,
+    /// The origin is the broker's own database: storing the position flushes the log that the rows are in.
+    pub(super) is_local: bool,
+    pub(super) source: Database,
+    pub(super) broker: Database,
+    pub(super) stream: stream::Handle,
+    pub(super) cluster: cluster::Handle,
+    pub(super) supervisor: supervisor::Supervisor,
+    pub(super) options: Arc<Options>,
+    pub(super) status: watch::Sender<Status>,
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error("the process is ending")]
+    Stopping,
+    #[error("the relay's lease was taken over")]
+    LeaseLost,
+    /// Something that reading the position again puts right.
+    #[error("{0}")]
+    Reload(&'static str),
+    #[error("the origin is a standby")]
+    Standby,
+    #[error("the origin has no outbox: run `postroad install` there")]
+    NotInstalled,
+    #[error("the origin could not be used")]
+    Origin(#[source] store::Error),
+    #[error("the broker's database could not be used")]
+    Broker(#[source] store::Error),
+    #[error("the stream did not take the rows")]
+    Append(#[source] AppendError),
+    /// Never guessed around.
+    #[error("the stored position cannot be read")]
+    Position(#[source] serde_json::Error),
+}
+
+impl From<AppendError> for Trouble {
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Fenced => Self::LeaseLost,
+            AppendError::Stopping => Self::Stopping,
+            AppendError::PositionMoved { .. } => Self::Reload("the stored position is another"),
+            AppendError::OutcomeUnknown => {
+                Self::Reload("nobody knows yet whether the rows were appended")
+            }
+            other => Self::Append(other),
+        }
+    }
+}
+
+impl Trouble {
+    fn state(&self) -> State {
+        match self {
+            Self::Stopping => State::Stopped,
+            Self::LeaseLost => State::Waiting,
+            Self::Reload(_) => State::Connecting,
+            Self::Standby => State::Standby,
+            Self::NotInstalled => State::NotInstalled,
+            Self::Origin(error) if error.retry() == Retry::Never => State::Refused,
+            Self::Origin(_) => State::Unreachable,
+            Self::Broker(_) | Self::Append(_) | Self::Position(_) => State::BrokerUnavailable,
+        }
+    }
+
+    /// The chain in one line.
+    fn describe(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
+
+/// What a session with the origin knows.
+pub(super) struct Run<'a> {
+    pub(super) relay: &'a Relay,
+    pub(super) fence: Fence,
+    pub(super) session: Session,
+    /// The backend that answered first: behind a pooler the session can change under the relay.
+    pub(super) backend_pid: Option<i32>,
+    /// The stored position and its number.
+    pub(super) number: i64,
+    pub(super) position: Option<Position>,
+    /// A later snapshot after which nothing was found. Good for this session only: no mark stands behind it.
+    pub(super) cursor: Option<String>,
+    pub(super) rotation: Rotation,
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stepped {
+    /// Rows that left the outbox's window.
+    pub(super) rows: usize,
+}
+
+impl Relay {
+    pub(super) async fn run(self) {
+        let mut lease = self.cluster.hold(self.id.lease_name());
+        let mut retry = RETRY_MIN;
+        loop {
+            let fence = lease.borrow_and_update().clone();
+            let trouble = match fence {
+                Some(fence) => self.hold_session(&fence, &lease, &mut retry).await,
+                None => Trouble::LeaseLost,
+            };
+            self.note(&trouble);
+            match trouble {
+                Trouble::Stopping => break,
+                Trouble::LeaseLost if lease.borrow().is_none() => {
+                    tokio::select! {
+                        changed = lease.changed() => if changed.is_err() {
+                            self.supervisor.stopping().await;
+                        },
+                        () = self.supervisor.stopping() => {}
+                    }
+                    if self.supervisor.is_stopping() {
+                        self.note(&Trouble::Stopping);
+                        break;
+                    }
+                }
+                _ => {
+                    tokio::select! {
+                        () = tokio::time::sleep(jittered(retry)) => {}
+                        () = self.supervisor.stopping() => {}
+                    }
+                    retry = (retry * 2).min(self.options.retry_max);
+                }
+            }
+        }
+        self.cluster.release(&self.id.lease_name());
+    }
+
+    fn note(&self, trouble: &Trouble) {
+        let state = trouble.state();
+        let detail = match trouble {
+            Trouble::Stopping | Trouble::LeaseLost => None,
+            other => Some(other.describe()),
+        };
+        let (old, _) = self.state();
+        match (&detail, old == state) {
+            (Some(detail), false) => {
+                tracing::warn!(origin = %self.name, state = state.as_str(), detail, "relay paused");
+            }
+            (Some(detail), true) => {
+                tracing::debug!(origin = %self.name, state = state.as_str(), detail, "relay still paused");
+            }
+            (None, _) => {
+                tracing::info!(origin = %self.name, state = state.as_str(), "relay paused");
+            }
+        }
+        self.set_state(state, detail);
+    }
+
+    fn state(&self) -> (State, Option<String>) {
+        let status = self.status.borrow();
+        (status.state, status.detail.clone())
+    }
+
+    pub(super) fn set_state(&self, state: State, detail: Option<String>) {
+        let now = self.cluster.now();
+        self.status.send_if_modified(|status| {
+            let is_new = status.state != state;
+            if is_new {
+                status.state = state;
+                status.state_since = now;
+            }
+            let is_news = is_new || status.detail != detail;
+            status.detail = detail;
+            is_news
+        });
+    }
+
+    /// Relays under the lease until something is amiss, and returns what.
+    async fn hold_session(
+        &self,
+        fence: &Fence,
+        lease: &watch::Receiver<Option<Fence>>,
+        retry: &mut Duration,
+    ) -> Trouble {
+        let mut run = match self.begin(fence).await {
+            Ok(run) => run,
+            Err(trouble) => return self.told(trouble, fence),
+        };
+        let trouble = run.steps(lease.clone(), retry).await;
+        self.told(trouble, fence)
+    }
+
+    /// A refused write: the lease has another epoch, which the cluster must hear of.
+    fn told(&self, trouble: Trouble, fence: &Fence) -> Trouble {
+        if matches!(trouble, Trouble::LeaseLost) {
+            self.cluster.fenced(fence);
+        }
+        trouble
+    }
+
+    async fn begin(&self, fence: &Fence) -> Result<Run<'_>, Trouble> {
+        if self.supervisor.is_stopping() {
+            return Err(Trouble::Stopping);
+        }
+        if matches!(self.state().0, State::Waiting) {
+            self.set_state(State::Connecting, None);
+        }
+        let recovered = store::relay::recover_position(&self.broker, self.id, fence).await;
+        let stored = match recovered.map_err(Trouble::Broker)? {
+            Recovered::Position(stored) => stored,
+            Recovered::Fenced => return Err(Trouble::LeaseLost),
+        };
+        let position = match stored.text.as_deref().map(serde_json::from_str) {
+            Some(Ok(position)) => Some(position),
+            Some(Err(error)) => return Err(Trouble::Position(error)),
+            None => None,
+        };
+        let mut session = Session::open(&self.source).await.map_err(Trouble::Origin)?;
+        if !session.is_installed().await.map_err(Trouble::Origin)? {
+            return Err(Trouble::NotInstalled);
+        }
+        let rejected = store::relay::count_rejected(&self.broker, self.id).await;
+        let rejected = rejected.map_err(Trouble::Broker)?;
+        self.status.send_modify(|status| {
+            status.position = stored.number;
+            status.rejected_count = rejected;
+        });
+        Ok(Run {
+            relay: self,
+            fence: fence.clone(),
+            session,
+            backend_pid: None,
+            number: stored.number,
+            position,
+            cursor: None,
+            rotation: Rotation::new(stored.number),
+        })
+    }
+}
+
+impl Run<'_> {
+    async fn steps(
+        &mut self,
+        mut lease: watch::Receiver<Option<Fence>>,
+        retry: &mut Duration,
+    ) -> Trouble {
+        let options = &self.relay.options;
+        let mut pause = options.poll_min;
+        let mut upkeep_at = Instant::now();
+        loop {
+            if self.relay.supervisor.is_stopping() {
+                return Trouble::Stopping;
+            }
+            if lease.borrow_and_update().as_ref() != Some(&self.fence) {
+                return Trouble::LeaseLost;
+            }
+            let stepped = match self.step().await {
+                Ok(stepped) => stepped,
+                Err(trouble) => return trouble,
+            };
+            *retry = RETRY_MIN;
+            self.relay.set_state(State::Running, None);
+            if Instant::now() >= upkeep_at {
+                if let Err(trouble) = self.upkeep().await {
+                    return trouble;
+                }
+                upkeep_at = Instant::now() + UPKEEP_INTERVAL;
+            }
+            pause = match stepped.rows {
+                0 => (pause * 2).min(options.poll_max),
+                rows if rows * 2 >= options.page_rows => continue,
+                _ => options.poll_min,
+            };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.relay.supervisor.stopping() => {}
+                _ = lease.changed() => {}
+            }
+        }
+    }
+
+    /// Appends rows and stores the position after them, from the stored one: one commit, or nothing.
+    pub(super) async fn append(
+        &mut self,
+        position: Position,
+        rows: Vec<OutboxRow>,
+    ) -> Result<(), Trouble> {
+        let prepared = self.prepare(position, rows).await?;
+        let placed = self.relay.stream.append(prepared.member).await;
+        self.settle(prepared.position, prepared.count, prepared.rejected, placed)
+    }
+
+    /// Turns rows into a member that follows the stored position.
+    pub(super) async fn prepare(
+        &self,
+        position: Position,
+        rows: Vec<OutboxRow>,
+    ) -> Result<Prepared, Trouble> {
+        let count = rows.len();
+        let (messages, rejected) = convert(rows);
+        let rejected = self.without_listed(&position, rejected).await?;
+        let rejected_count = rejected.len();
+        let member = Member::Relay {
+            messages,
+            origin: self.relay.id,
+            fence: self.fence.clone(),
+            from: self.number,
+            to: self.number + 1,
+            position: position.to_text(),
+            rejected,
+        };
+        Ok(Prepared {
+            member,
+            position,
+            count,
+            rejected: rejected_count,
+        })
+    }
+
+    /// Takes note of an append's outcome.
+    pub(super) fn settle(
+        &mut self,
+        position: Position,
+        count: usize,
+        rejected: usize,
+        placed: Result<Vec<stream::Placed>, AppendError>,
+    ) -> Result<(), Trouble> {
+        let placed = placed?;
+        self.number += 1;
+        self.position = Some(position);
+        self.cursor = None;
+        let number = self.number;
+        self.relay.status.send_modify(|status| {
+            status.position = number;
+            status.relayed_count += placed.len() as u64;
+            status.rejected_count += rejected as u64;
+            status.lag_rows = status.lag_rows.saturating_sub(count as u64);
+        });
+        if rejected > 0 {
+            tracing::warn!(origin = %self.relay.name, rejected, "outbox rows cannot become messages: see the list of rejected rows");
+        }
+        Ok(())
+    }
+
+    /// In a re-relay, leaves out the rejected rows that are listed already.
+    async fn without_listed(
+        &self,
+        position: &Position,
+        rejected: Vec<Rejected>,
+    ) -> Result<Vec<Rejected>, Trouble> {
+        let previous = self.position.as_ref().and_then(|p| p.window.as_ref());
+        let window = position.window.as_ref().or(previous);
+        if rejected.is_empty() || !window.is_some_and(|window| window.is_rerelay) {
+            return Ok(rejected);
+        }
+        let rows = rejected
+            .iter()
+            .map(|row| (row.seq, row.outbox_row.clone()))
+            .collect();
+        let listed =
+            store::relay::find_listed_rejected(&self.relay.broker, self.relay.id, rows).await;
+        let listed = listed.map_err(Trouble::Broker)?;
+        let unlisted = rejected
+            .into_iter()
+            .zip(listed)
+            .filter_map(|(row, is_listed)| (!is_listed).then_some(row));
+        Ok(unlisted.collect())
+    }
+}
+
+/// A member on its way, and what its success means.
+pub(super) struct Prepared {
+    pub(super) member: Member,
+    pub(super) position: Position,
+    pub(super) count: usize,
+    pub(super) rejected: usize,
+}
+
+fn convert(rows: Vec<OutboxRow>) -> (Vec<Message>, Vec<Rejected>) {
+    let mut messages = Vec::with_capacity(rows.len());
+    let mut rejected = Vec::new();
+    for row in rows {
+        match row::to_message(row) {
+            Ok(message) => messages.push(message),
+            Err(row) => rejected.push(*row),
+        }
+    }
+    (messages, rejected)
+}
+
+/// Between half of the pause and all of it, so that relays that lost one server do not come back to it as one.
+fn jittered(pause: Duration) -> Duration {
+    let random = uuid::Uuid::new_v4().as_u128() % 1_000;
+    let thousandths = 500 + u32::try_from(random).unwrap_or_default() / 2;
+    pause * thousandths / 1_000
+}

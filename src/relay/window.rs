@@ -1,0 +1,349 @@
+//! A step: what became visible between two snapshots, in the order of seq. A small window comes with the statement that opens
+//! it. A large one is read as a manifest of places in chunks, then page by page by place, the next page while the last one
+//! is being appended; the position inside the window is the last seq, so that memory is bounded and a crash resumes there.
+
+use std::time::Instant;
+
+use uuid::Uuid;
+
+use super::position::{NOTHING, Position, Window};
+use super::task::{Prepared, Run, Stepped, Trouble};
+use crate::store::origin::{Identity, Place};
+
+/// In a re-relay the ids of a chunk are in memory too, and the streams' log is read once per chunk.
+const RERELAY_CHUNK_ROWS: usize = 50_000;
+
+/// A part of a window's manifest.
+struct Chunk {
+    /// What is to be relayed, by seq.
+    places: Vec<Place>,
+    /// Everything up to here was looked at.
+    through: i64,
+    /// The window ends here.
+    is_last: bool,
+}
+
+impl Run<'_> {
+    /// Opens the next window and relays it.
+    pub(super) async fn step(&mut self) -> Result<Stepped, Trouble> {
+        let options = &self.relay.options;
+        let now = self.relay.cluster.now();
+        let started = Instant::now();
+        let (last, mark, is_between_windows) = match &self.position {
+            Some(position) => (
+                self.cursor.as_deref().unwrap_or(&position.snapshot),
+                position.mark,
+                position.window.is_none(),
+            ),
+            None => (NOTHING, None, false),
+        };
+        // The rows after a window that is not finished, or of an origin not seen before, are read below.
+        let max_rows = if is_between_windows {
+            options.page_rows
+        } else {
+            0
+        };
+        let opening = self
+            .session
+            .open_window(last, mark, max_rows, options.page_bytes);
+        let opened = opening.await.map_err(Trouble::Origin)?;
+        let last = last.to_owned();
+        let identity = opened.identity;
+        self.check_session(&identity)?;
+        self.relay.status.send_modify(|status| {
+            status.step_count += 1;
+            status.step_time = started.elapsed();
+        });
+        let rows = match self.position.clone() {
+            None => self.rerelay("its outbox was never relayed").await?,
+            Some(position) if went_back(&position, &identity).is_some() => {
+                let why = went_back(&position, &identity).unwrap_or_default();
+                self.rerelay(why).await?
+            }
+            Some(position) if position.window.is_some() => self.relay_window(position).await?,
+            Some(_) if opened.rows.is_empty() => {
+                self.cursor = Some(identity.snapshot);
+                0
+            }
+            Some(_) => {
+                let count = opened.rows.len();
+                let mut position = self.mark(identity).await?;
+                if opened.is_whole {
+                    self.relay
+                        .status
+                        .send_modify(|status| status.lag_rows = count as u64);
+                    self.append(position, opened.rows).await?;
+                    count
+                } else {
+                    drop(opened.rows);
+                    position.window = Some(Window {
+                        since: last,
+                        after_seq: i64::MIN,
+                        is_rerelay: false,
+                    });
+                    self.relay_window(position).await?
+                }
+            }
+        };
+        self.relay.status.send_modify(|status| {
+            status.lag_rows = 0;
+            status.relayed_through = Some(now);
+        });
+        Ok(Stepped { rows })
+    }
+
+    /// What must hold whatever the position is.
+    pub(super) fn check_session(&mut self, identity: &Identity) -> Result<(), Trouble> {
+        if identity.in_recovery {
+            return Err(Trouble::Standby);
+        }
+        if *self.backend_pid.get_or_insert(identity.backend_pid) != identity.backend_pid {
+            return Err(Trouble::Reload("another session of the origin answered"));
+        }
+        Ok(())
+    }
+
+    /// Leaves a mark, and makes the position that it stands behind. The order is the point: the snapshot was taken before, so once
+    /// the mark is flushed so is every commit that the snapshot shows, and its own transaction id keeps all those before the
+    /// snapshot's xmax from being handed out again; the position is stored after.
+    pub(super) async fn mark(&mut self, identity: Identity) -> Result<Position, Trouble> {
+        let mark = if self.relay.is_local {
+            None
+        } else {
+            let mark = Uuid::now_v7();
+            let marked = self.session.insert_mark(mark).await;
+            marked.map_err(Trouble::Origin)?;
+            self.rotation.mark_count += 1;
+            Some(mark)
+        };
+        Ok(Position {
+            snapshot: identity.snapshot,
+            window: None,
+            mark,
+            system_identifier: identity.system_identifier,
+            timeline: identity.timeline,
+        })
+    }
+
+    /// Relays what is left of the position's window. Returns how many rows that was.
+    pub(super) async fn relay_window(&mut self, position: Position) -> Result<usize, Trouble> {
+        let Some(window) = position.window.clone() else {
+            return Ok(0);
+        };
+        let counting =
+            self.session
+                .count_window(&window.since, &position.snapshot, window.after_seq);
+        let count = counting.await.map_err(Trouble::Origin)?;
+        self.relay
+            .status
+            .send_modify(|status| status.lag_rows = count);
+        let mut after = window.after_seq;
+        loop {
+            let chunk = self.read_chunk(&position, &window, after).await?;
+            let pages = cut(
+                &chunk.places,
+                self.relay.options.page_rows,
+                self.relay.options.page_bytes,
+            );
+            let is_done = self.relay_pages(&position, &chunk, &pages).await?;
+            if !is_done {
+                // A row was not where the manifest saw it: look again, after what was appended.
+                let stored = self.position.as_ref().and_then(|p| p.window.as_ref());
+                after = stored.map_or(window.after_seq, |stored| stored.after_seq);
+                continue;
+            }
+            if chunk.is_last {
+                return Ok(usize::try_from(count).unwrap_or(usize::MAX));
+            }
+            after = chunk.through;
+        }
+    }
+
+    async fn read_chunk(
+        &mut self,
+        position: &Position,
+        window: &Window,
+        after: i64,
+    ) -> Result<Chunk, Trouble> {
+        if !window.is_rerelay {
+            let limit = self.relay.options.manifest_rows.max(2);
+            let reading =
+                self.session
+                    .read_manifest(&window.since, &position.snapshot, after, limit);
+            let mut places = reading.await.map_err(Trouble::Origin)?;
+            let is_last = places.len() < limit;
+            if !is_last {
+                leave_last_seq(&mut places, |place| place.seq);
+            }
+            return Ok(Chunk {
+                through: places.last().map_or(after, |place| place.seq),
+                places,
+                is_last,
+            });
+        }
+        let limit = RERELAY_CHUNK_ROWS;
+        let reading =
+            self.session
+                .read_manifest_ids(&window.since, &position.snapshot, after, limit);
+        let mut found = reading.await.map_err(Trouble::Origin)?;
+        let is_last = found.len() < limit;
+        if !is_last {
+            leave_last_seq(&mut found, |(place, _)| place.seq);
+        }
+        let through = found.last().map_or(after, |(place, _)| place.seq);
+        let (places, ids): (Vec<Place>, Vec<_>) = found.into_iter().unzip();
+        let looked_up = self.relay.stream.find_present(ids).await;
+        let present = looked_up.map_err(|error| match error {
+            crate::stream::Error::Store(error) => Trouble::Broker(error),
+            _ => Trouble::Stopping,
+        })?;
+        let missing = places
+            .into_iter()
+            .zip(present)
+            .filter_map(|(place, is_present)| (!is_present).then_some(place));
+        Ok(Chunk {
+            places: missing.collect(),
+            through,
+            is_last,
+        })
+    }
+
+    /// Appends a chunk's pages, reading each while the one before is appended. Returns false when a row was not in its place.
+    async fn relay_pages(
+        &mut self,
+        position: &Position,
+        chunk: &Chunk,
+        pages: &[&[Place]],
+    ) -> Result<bool, Trouble> {
+        let mut in_flight: Option<Prepared> = None;
+        let mut is_whole = true;
+        for (index, page) in pages.iter().enumerate() {
+            let reading = self.session.read_places(page);
+            let rows = match in_flight.take() {
+                None => reading.await,
+                Some(prepared) => {
+                    let append = self.relay.stream.append(prepared.member);
+                    let (placed, rows) = tokio::join!(append, reading);
+                    self.settle(prepared.position, prepared.count, prepared.rejected, placed)?;
+                    rows
+                }
+            };
+            if self.relay.supervisor.is_stopping() {
+                return Err(Trouble::Stopping);
+            }
+            let rows = rows.map_err(Trouble::Origin)?;
+            if rows.len() != page.len() {
+                is_whole = false;
+                break;
+            }
+            let is_end = index + 1 == pages.len();
+            let last = page.last().map_or(chunk.through, |place| place.seq);
+            let passed = match (is_end, chunk.is_last) {
+                (true, true) => None,
+                (true, false) => Some(chunk.through),
+                (false, _) => Some(last),
+            };
+            in_flight = Some(self.prepare(position.passed(passed), rows).await?);
+        }
+        if let Some(prepared) = in_flight {
+            let placed = self.relay.stream.append(prepared.member).await;
+            self.settle(prepared.position, prepared.count, prepared.rejected, placed)?;
+        }
+        // A window that ends with rows that the streams have, or without any, is closed all the same.
+        if is_whole && chunk.is_last && pages.is_empty() {
+            self.append(position.passed(None), Vec::new()).await?;
+        }
+        Ok(is_whole)
+    }
+}
+
+/// Why the position is not one of this origin's past, if it is not.
+fn went_back(position: &Position, identity: &Identity) -> Option<&'static str> {
+    if position.system_identifier != identity.system_identifier {
+        Some("it is another cluster than before")
+    } else if !identity.has_mark {
+        Some("it has lost the mark of the last position")
+    } else if identity.is_ahead {
+        Some("the last position is from its future")
+    } else {
+        None
+    }
+}
+
+/// Takes the last seq off a full chunk: a row with the same one (nobody may write it, but nothing forbids it) can lie
+/// beyond the limit, and the position inside a window is a seq.
+fn leave_last_seq<T>(chunk: &mut Vec<T>, seq: impl Fn(&T) -> i64) {
+    let Some(last) = chunk.last().map(&seq) else {
+        return;
+    };
+    let kept = chunk.partition_point(|item| seq(item) < last);
+    // All of one seq: cutting it is the only way on.
+    if kept > 0 {
+        chunk.truncate(kept);
+    }
+}
+
+/// Cuts places into pages, bounded by rows and by bytes, never between equal seqs.
+fn cut(places: &[Place], max_rows: usize, max_bytes: usize) -> Vec<&[Place]> {
+    let mut pages = Vec::new();
+    let mut rest = places;
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let mut end = 0;
+        for place in rest {
+            bytes += place.bytes as usize;
+            if end > 0 && (end >= max_rows || bytes > max_bytes) && place.seq != rest[end - 1].seq
+            {
+                break;
+            }
+            end += 1;
+        }
+        let (page, after) = rest.split_at(end);
+        pages.push(page);
+        rest = after;
+    }
+    pages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(seq: i64, bytes: u32) -> Place {
+        Place {
+            seq,
+            leaf: 0,
+            block: 0,
+            line: 1,
+            bytes,
+        }
+    }
+
+    #[test]
+    fn pages_are_bounded_and_never_cut_a_seq() {
+        let check = |places: &[(i64, u32)], expected: &[usize]| {
+            let places: Vec<Place> = places.iter().map(|&(s, b)| place(s, b)).collect();
+            let pages: Vec<usize> = cut(&places, 3, 100).iter().map(|p| p.len()).collect();
+            assert_eq!(pages, expected, "{places:?}");
+        };
+        check(&[], &[]);
+        check(&[(1, 0), (2, 0), (3, 0)], &[3]);
+        check(&[(1, 0), (2, 0), (3, 0), (4, 0)], &[3, 1]);
+        check(&[(1, 60), (2, 60), (3, 500), (4, 40)], &[1, 1, 1, 1]);
+        check(&[(1, 40), (2, 60), (3, 1)], &[2, 1]);
+        check(&[(1, 0), (2, 0), (3, 0), (3, 0), (3, 0), (4, 0)], &[5, 1]);
+    }
+
+    #[test]
+    fn a_full_chunk_leaves_its_last_seq() {
+        let check = |seqs: &[i64], left: &[i64]| {
+            let mut chunk = seqs.to_vec();
+            leave_last_seq(&mut chunk, |seq| *seq);
+            assert_eq!(chunk, left);
+        };
+        check(&[], &[]);
+        check(&[1, 2, 3], &[1, 2]);
+        check(&[1, 2, 3, 3], &[1, 2]);
+        check(&[3, 3], &[3, 3]);
+    }
+}

@@ -1,0 +1,517 @@
+//! An origin, as its relay's session sees it: schema `postroad` in a database that is the broker's own or somebody else's.
+//!
+//! Every function is one statement or one transaction on a connection of the relay's own, bounded in time: a session whose
+//! statement failed or did not end is dropped with its connection, which is safe since reads, marks and truncations can all be
+//! repeated. A statement's snapshot matters in each of them; the header of its text says why it is the right one.
+
+use std::future::Future;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt as _;
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Connection as _, Row as _};
+use uuid::Uuid;
+
+use super::{Connection, Database, Error};
+
+/// The leaves of an outbox, part of its schema.
+pub const LEAF_COUNT: i16 = 8;
+/// The time for which one leaf is filled, part of the outbox's schema.
+pub const LEAF_PERIOD: Duration = Duration::from_secs(300);
+
+/// Longer than any statement of a relay that makes progress; a host that went away without a word answers nothing.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(120);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// On top of what every session of Postroad sets. A plan made while a leaf was small froze a sequential scan: 150 ms a step
+/// instead of 0.3. A role's statement timeout would end the manifest of a large window, and its read only default a mark.
+const SESSION: [(&str, &str); 8] = [
+    ("enable_seqscan", "off"),
+    ("plan_cache_mode", "force_custom_plan"),
+    ("jit", "off"),
+    ("max_parallel_workers_per_gather", "0"),
+    ("work_mem", "64MB"),
+    ("statement_timeout", "0"),
+    ("default_transaction_read_only", "off"),
+    ("application_name", "postroad relay"),
+];
+
+/// A relay's connection to its origin.
+#[derive(Debug)]
+pub struct Session {
+    connection: Connection,
+}
+
+/// Who the origin is at the moment of a window's snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// A standby: its snapshots have no list of transactions in progress.
+    pub in_recovery: bool,
+    /// The cluster's identifier, made by initdb.
+    pub system_identifier: String,
+    /// The timeline of its log; rises when a standby is promoted.
+    pub timeline: i32,
+    /// The backend that answered: a pooler in between can change it.
+    pub backend_pid: i32,
+    /// Whether the mark asked for exists (or none was asked for).
+    pub has_mark: bool,
+    /// Whether the last snapshot is from this cluster's future.
+    pub is_ahead: bool,
+    /// The new snapshot.
+    pub snapshot: String,
+    /// The origin's clock.
+    pub read_at: DateTime<Utc>,
+}
+
+/// An opened window.
+#[derive(Debug)]
+pub struct Opened {
+    /// The origin's identity and the window's end.
+    pub identity: Identity,
+    /// Its rows by seq, or the first of them that came when it is large.
+    pub rows: Vec<OutboxRow>,
+    /// Whether `rows` is all of it, payloads included.
+    pub is_whole: bool,
+}
+
+/// A row of an outbox. What the outbox's constraints promise is checked by the relay: they can have been bypassed.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[expect(missing_docs, reason = "the columns, as the outbox documents them")]
+pub struct OutboxRow {
+    pub seq: i64,
+    pub topic: Option<String>,
+    pub payload: Option<String>,
+    pub payload_bytes: Option<Vec<u8>>,
+    pub key: Option<String>,
+    pub kind: Option<String>,
+    pub id: Option<String>,
+    pub source: Option<String>,
+    pub subject: Option<String>,
+    pub content_type: Option<String>,
+    pub data_schema: Option<String>,
+    pub headers: Option<String>,
+    pub time: Option<DateTime<Utc>>,
+    pub time_is_valid: bool,
+}
+
+/// Where a row of a large window lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The row's number: checked when it is read by place.
+    pub seq: i64,
+    /// The leaf.
+    pub leaf: i16,
+    /// The block of its ctid.
+    pub block: u32,
+    /// The line of its ctid.
+    pub line: u16,
+    /// Bytes of its payload.
+    pub bytes: u32,
+}
+
+/// How an attempt to empty a leaf ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Emptied {
+    /// Its space is back.
+    Yes,
+    /// It has rows that are not passed for long enough.
+    NotYet,
+    /// Another session holds a lock on it: its process id, unless a prepared transaction holds it.
+    Blocked(Option<i32>),
+}
+
+async fn bounded<T>(
+    doing: &'static str,
+    limit: Duration,
+    statement: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, Error> {
+    let done = tokio::time::timeout(limit, statement).await;
+    let timed_out = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+    done.unwrap_or_else(|_| Err(timed_out()))
+        .map_err(Error::query(doing))
+}
+
+fn statement<T>(
+    doing: &'static str,
+    future: impl Future<Output = Result<T, sqlx::Error>>,
+) -> impl Future<Output = Result<T, Error>> {
+    bounded(doing, STATEMENT_TIMEOUT, future)
+}
+
+impl Session {
+    /// Connects, with the settings of a relay's session.
+    ///
+    /// # Errors
+    /// The origin cannot be reached within 10 s, or refuses.
+    pub async fn open(database: &Database) -> Result<Self, Error> {
+        let options = database.options.clone().options(SESSION);
+        let connecting = Connection::connect_with(&options);
+        let connection = bounded("connecting to the origin", CONNECT_TIMEOUT, connecting).await?;
+        Ok(Self { connection })
+    }
+
+    /// Whether the outbox is there and whole. Its index is what pg_restore makes last, so an outbox that is still being
+    /// restored does not pass for one that is empty.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn is_installed(&mut self) -> Result<bool, Error> {
+        statement(
+            "looking for the outbox",
+            sqlx::query_scalar(
+                "select exists (select from pg_catalog.pg_index where indexrelid = to_regclass('postroad.outbox_xid') and indisvalid)
+                    and to_regclass('postroad.relay_mark') is not null",
+            )
+            .fetch_one(&mut self.connection),
+        )
+        .await
+    }
+
+    /// Opens a window after the snapshot `last`, and reads it if it is small: up to `max_rows` rows and `max_bytes` bytes.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn open_window(
+        &mut self,
+        last: &str,
+        mark: Option<Uuid>,
+        max_rows: usize,
+        max_bytes: usize,
+    ) -> Result<Opened, Error> {
+        const DOING: &str = "opening a window of the outbox";
+        let reading = sqlx::query(include_str!("sql/open_outbox_window.sql"))
+            .bind(last)
+            .bind(mark)
+            .bind(i64::try_from(max_rows).unwrap_or(i64::MAX))
+            .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
+            .fetch_all(&mut self.connection);
+        let found = statement(DOING, reading).await?;
+        read_opened(&found, max_rows).map_err(Error::query(DOING))
+    }
+
+    /// The places of a window's first `limit` rows after seq `after`, by seq.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn read_manifest(
+        &mut self,
+        since: &str,
+        snapshot: &str,
+        after: i64,
+        limit: usize,
+    ) -> Result<Vec<Place>, Error> {
+        statement("reading the manifest of a window", async {
+            let mut rows = sqlx::query(include_str!("sql/read_outbox_manifest.sql"))
+                .bind(since)
+                .bind(snapshot)
+                .bind(after)
+                .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+                .fetch(&mut self.connection);
+            let mut places = Vec::new();
+            while let Some(row) = rows.try_next().await? {
+                places.push(read_place(&row)?);
+            }
+            Ok(places)
+        })
+        .await
+    }
+
+    /// [`Session::read_manifest`] with each row's (source, id).
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn read_manifest_ids(
+        &mut self,
+        since: &str,
+        snapshot: &str,
+        after: i64,
+        limit: usize,
+    ) -> Result<Vec<(Place, (String, String))>, Error> {
+        statement("reading the manifest of a re-relay", async {
+            let mut rows = sqlx::query(include_str!("sql/read_outbox_manifest_ids.sql"))
+                .bind(since)
+                .bind(snapshot)
+                .bind(after)
+                .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+                .fetch(&mut self.connection);
+            let mut places = Vec::new();
+            while let Some(row) = rows.try_next().await? {
+                let source: Option<String> = row.try_get("source")?;
+                let id: Option<String> = row.try_get("id")?;
+                let ids = (source.unwrap_or_default(), id.unwrap_or_default());
+                places.push((read_place(&row)?, ids));
+            }
+            Ok(places)
+        })
+        .await
+    }
+
+    /// How many rows of a window there are after seq `after`.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn count_window(
+        &mut self,
+        since: &str,
+        snapshot: &str,
+        after: i64,
+    ) -> Result<u64, Error> {
+        let counting = sqlx::query_scalar(include_str!("sql/count_outbox_window.sql"))
+            .bind(since)
+            .bind(snapshot)
+            .bind(after)
+            .fetch_one(&mut self.connection);
+        let count: i64 = statement("counting a window of the outbox", counting).await?;
+        Ok(count.unsigned_abs())
+    }
+
+    /// The rows at these places, by seq. Fewer, when a row is not where the manifest saw it (VACUUM FULL, a person): the
+    /// manifest must be read again.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn read_places(&mut self, places: &[Place]) -> Result<Vec<OutboxRow>, Error> {
+        const DOING: &str = "reading a page of the outbox";
+        let mut rows = Vec::with_capacity(places.len());
+        for leaf in 0..LEAF_COUNT {
+            let of_leaf = || places.iter().filter(|place| place.leaf == leaf);
+            let ctids: Vec<String> = of_leaf()
+                .map(|place| format!("({},{})", place.block, place.line))
+                .collect();
+            if ctids.is_empty() {
+                continue;
+            }
+            let seqs: std::collections::HashSet<i64> = of_leaf().map(|place| place.seq).collect();
+            // The leaf is one of eight names of the schema, each with a statement of its own.
+            let text = format!(
+                "select seq, topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema,
+                    headers::text as headers,
+                    case when time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00' then time end as time,
+                    coalesce(time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00', true) as time_is_valid
+                from postroad.outbox_{leaf} where ctid = any($1::text[]::tid[])"
+            );
+            let reading = sqlx::query(AssertSqlSafe(text))
+                .bind(ctids)
+                .fetch_all(&mut self.connection);
+            for row in statement(DOING, reading).await? {
+                let row = read_row(&row).map_err(Error::query(DOING))?;
+                if seqs.contains(&row.seq) {
+                    rows.push(row);
+                }
+            }
+        }
+        rows.sort_by_key(|row| row.seq);
+        Ok(rows)
+    }
+
+    /// Leaves a mark. Committed when this returns, and with it everything that an earlier snapshot showed: the log is one.
+    ///
+    /// # Errors
+    /// The statement failed: the mark may or may not be there, which is harmless.
+    pub async fn insert_mark(&mut self, mark: Uuid) -> Result<(), Error> {
+        let inserting = sqlx::query("insert into postroad.relay_mark (id) values ($1)")
+            .bind(mark)
+            .execute(&mut self.connection);
+        statement("leaving a mark in the origin", inserting).await?;
+        Ok(())
+    }
+
+    /// Empties the table of marks but for the one of the stored position, in one transaction. Does nothing (and returns
+    /// false) when somebody reads the table: a dump must not make the relay wait.
+    ///
+    /// # Errors
+    /// The transaction failed.
+    pub async fn fold_marks(&mut self, kept: Uuid) -> Result<bool, Error> {
+        statement("folding the marks", async {
+            let mut transaction = self.connection.begin().await?;
+            let locked =
+                sqlx::query("lock table postroad.relay_mark in access exclusive mode nowait")
+                    .execute(&mut *transaction)
+                    .await;
+            if let Err(error) = locked {
+                transaction.rollback().await?;
+                return lock_refused(error).map(|()| false);
+            }
+            sqlx::query("truncate postroad.relay_mark")
+                .execute(&mut *transaction)
+                .await?;
+            sqlx::query("insert into postroad.relay_mark (id) values ($1)")
+                .bind(kept)
+                .execute(&mut *transaction)
+                .await?;
+            transaction.commit().await?;
+            Ok(true)
+        })
+        .await
+    }
+
+    /// Gives rows that carry transaction ids of another life of the database an id of this one, and moves the sequence past
+    /// the highest number. Returns how many rows.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn restamp(&mut self) -> Result<i64, Error> {
+        let calling = sqlx::query_scalar("select postroad.relay_restamp()")
+            .fetch_one(&mut self.connection);
+        statement("restamping the outbox", calling).await
+    }
+
+    /// The leaves that have something to empty: not the one that is filled now, nor the ones before and after it.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn find_idle_leaves(&mut self) -> Result<Vec<i16>, Error> {
+        let looking = sqlx::query_scalar(
+            "select leaf::smallint
+            from (select (floor(extract(epoch from now()) / 300)::bigint % 8)::integer as filled) as now,
+                generate_series(2, 6) as distance, lateral (select (filled + distance) % 8 as leaf) as idle
+            where pg_relation_size(format('postroad.outbox_%s', leaf)::regclass) > 0
+            order by distance",
+        )
+        .fetch_all(&mut self.connection);
+        statement("looking for leaves to empty", looking).await
+    }
+
+    /// Empties a leaf if every row in it was committed before `snapshot`, a position that has been stored for the grace.
+    ///
+    /// The order is what makes it safe: first the lock that no transaction with a row in the leaf can be holding against, then, in
+    /// a new statement whose snapshot therefore sees whatever they committed, the look for rows that were not passed, then
+    /// TRUNCATE. Looking before locking, or with one snapshot for both, lost a committed row.
+    ///
+    /// # Errors
+    /// The transaction failed.
+    pub async fn empty_leaf(&mut self, leaf: i16, snapshot: &str) -> Result<Emptied, Error> {
+        // The leaf is one of eight names of the schema.
+        let probe = format!(
+            "select exists (select from postroad.outbox_{leaf}
+                where xid >= pg_snapshot_xmin($1::text::pg_snapshot) and not pg_visible_in_snapshot(xid, $1::text::pg_snapshot))"
+        );
+        statement("emptying a leaf of the outbox", async {
+            // Without a lock first: a leaf that is not ready need not be locked to find out.
+            if is_there(&mut self.connection, &probe, snapshot).await? {
+                return Ok(Emptied::NotYet);
+            }
+            let mut transaction = self.connection.begin().await?;
+            let lock =
+                format!("lock table postroad.outbox_{leaf} in access exclusive mode nowait");
+            let locked = sqlx::query(AssertSqlSafe(lock))
+                .execute(&mut *transaction)
+                .await;
+            if let Err(error) = locked {
+                transaction.rollback().await?;
+                lock_refused(error)?;
+                let pid = find_blocker(&mut self.connection, leaf).await?;
+                return Ok(Emptied::Blocked(pid));
+            }
+            if is_there(&mut transaction, &probe, snapshot).await? {
+                transaction.rollback().await?;
+                return Ok(Emptied::NotYet);
+            }
+            sqlx::query(AssertSqlSafe(format!("truncate postroad.outbox_{leaf}")))
+                .execute(&mut *transaction)
+                .await?;
+            transaction.commit().await?;
+            Ok(Emptied::Yes)
+        })
+        .await
+    }
+}
+
+async fn is_there(
+    connection: &mut Connection,
+    probe: &str,
+    snapshot: &str,
+) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(AssertSqlSafe(probe.to_owned()))
+        .bind(snapshot)
+        .fetch_one(connection)
+        .await
+}
+
+async fn find_blocker(connection: &mut Connection, leaf: i16) -> Result<Option<i32>, sqlx::Error> {
+    let pid: Option<Option<i32>> = sqlx::query_scalar(
+        "select pid from pg_catalog.pg_locks
+        where locktype = 'relation' and granted and relation = $1::text::regclass
+            and database = (select oid from pg_catalog.pg_database where datname = current_database())
+        order by pid nulls last
+        limit 1",
+    )
+    .bind(format!("postroad.outbox_{leaf}"))
+    .fetch_optional(connection)
+    .await?;
+    Ok(pid.flatten())
+}
+
+/// Passes an error on unless it says that the lock is not to be had.
+fn lock_refused(error: sqlx::Error) -> Result<(), sqlx::Error> {
+    match &error {
+        sqlx::Error::Database(refusal) if refusal.code().as_deref() == Some("55P03") => Ok(()),
+        _ => Err(error),
+    }
+}
+
+fn read_opened(found: &[PgRow], max_rows: usize) -> Result<Opened, sqlx::Error> {
+    let first = found.first().ok_or(sqlx::Error::RowNotFound)?;
+    let identity = Identity {
+        in_recovery: first.try_get("in_recovery")?,
+        system_identifier: first.try_get("system_identifier")?,
+        timeline: first.try_get("timeline")?,
+        backend_pid: first.try_get("backend_pid")?,
+        has_mark: first.try_get("has_mark")?,
+        is_ahead: first.try_get("is_ahead")?,
+        snapshot: first.try_get("snapshot")?,
+        read_at: first.try_get("read_at")?,
+    };
+    let mut rows = Vec::new();
+    let mut is_whole = true;
+    if first.try_get::<Option<i64>, _>("seq")?.is_some() {
+        is_whole = found.len() <= max_rows;
+        for row in found {
+            is_whole &= row.try_get::<Option<bool>, _>("is_whole")?.unwrap_or(false);
+            rows.push(read_row(row)?);
+        }
+    }
+    Ok(Opened {
+        identity,
+        rows,
+        is_whole,
+    })
+}
+
+fn read_row(row: &PgRow) -> Result<OutboxRow, sqlx::Error> {
+    Ok(OutboxRow {
+        seq: row.try_get("seq")?,
+        topic: row.try_get("topic")?,
+        payload: row.try_get("payload")?,
+        payload_bytes: row.try_get("payload_bytes")?,
+        key: row.try_get("key")?,
+        kind: row.try_get("type")?,
+        id: row.try_get("id")?,
+        source: row.try_get("source")?,
+        subject: row.try_get("subject")?,
+        content_type: row.try_get("content_type")?,
+        data_schema: row.try_get("data_schema")?,
+        headers: row.try_get("headers")?,
+        time: row.try_get("time")?,
+        time_is_valid: row.try_get("time_is_valid")?,
+    })
+}
+
+fn read_place(row: &PgRow) -> Result<Place, sqlx::Error> {
+    let text: &str = row.try_get("place")?;
+    let place = text
+        .trim_matches(['(', ')'])
+        .split_once(',')
+        .and_then(|(block, line)| Some((block.parse().ok()?, line.parse().ok()?)));
+    let (block, line) = place
+        .ok_or_else(|| sqlx::Error::Decode(format!("`{text}` is not the place of a row").into()))?;
+    let bytes: i32 = row.try_get("bytes")?;
+    Ok(Place {
+        seq: row.try_get("seq")?,
+        leaf: row.try_get("leaf")?,
+        block,
+        line,
+        bytes: bytes.unsigned_abs(),
+    })
+}

@@ -1,0 +1,382 @@
+//! The broker's side of relays: origins, positions, their history, and the rows that could not become messages.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use super::{Database, Error};
+use crate::domain::id::{Fence, OriginId};
+use crate::domain::name::OriginName;
+
+/// An origin's latest position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredPosition {
+    /// Rises by one with each append of the relay; 0 when it has never appended.
+    pub number: i64,
+    /// JSON text; none with number 0.
+    pub text: Option<String>,
+}
+
+/// What taking a relay up found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recovered {
+    /// The position to go on from.
+    Position(StoredPosition),
+    /// The lease is no longer held at that epoch.
+    Fenced,
+}
+
+/// An outbox row that could not become a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RejectedRow {
+    /// Its number in the list.
+    pub id: i64,
+    /// Its number in the outbox.
+    pub seq: i64,
+    /// Why, as one clause.
+    pub reason: String,
+    /// The row as a JSON object.
+    pub outbox_row: String,
+    /// When it was rejected.
+    pub rejected_at: DateTime<Utc>,
+    /// When it was sent on after all.
+    pub resent_at: Option<DateTime<Utc>>,
+}
+
+/// Finds an origin's row, or makes it.
+///
+/// # Errors
+/// The statement failed.
+pub async fn insert_origin(database: &Database, name: &OriginName) -> Result<OriginId, Error> {
+    let adding = sqlx::query(
+        "insert into postroad_broker.origin (name) values ($1) on conflict (name) do nothing",
+    )
+    .bind(name.as_str())
+    .execute(database.pool());
+    adding.await.map_err(Error::query("adding an origin"))?;
+    let finding = sqlx::query_scalar("select id from postroad_broker.origin where name = $1")
+        .bind(name.as_str())
+        .fetch_one(database.pool());
+    let id = finding.await.map_err(Error::query("finding an origin"))?;
+    Ok(OriginId(id))
+}
+
+/// Reads where a relay goes on. The lease's row first, in a statement of its own: an append whose outcome is unknown holds it
+/// until it is decided, and so does a fold of the journal. Then checkpoint and journal in one statement, whose snapshot is
+/// later than both.
+///
+/// # Errors
+/// The transaction failed.
+pub async fn recover_position(
+    database: &Database,
+    origin: OriginId,
+    fence: &Fence,
+) -> Result<Recovered, Error> {
+    const DOING: &str = "reading a relay's position";
+    let read = async {
+        let mut transaction = database.pool().begin().await?;
+        let epoch: Option<i64> = sqlx::query_scalar(
+            "select epoch from postroad_broker.lease where name = $1 for no key update",
+        )
+        .bind(&fence.lease)
+        .fetch_optional(&mut *transaction)
+        .await?;
+        if epoch != Some(fence.epoch.0) {
+            transaction.rollback().await?;
+            return Ok(Recovered::Fenced);
+        }
+        let latest: Option<(i64, String)> = sqlx::query_as(
+            "select number, position
+            from (
+                select number, position from postroad_broker.relay_checkpoint where origin_id = $1
+                union all
+                select number, position from postroad_broker.relay_journal where origin_id = $1
+            ) as positions
+            order by number desc
+            limit 1",
+        )
+        .bind(origin.0)
+        .fetch_optional(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(Recovered::Position(match latest {
+            Some((number, text)) => StoredPosition {
+                number,
+                text: Some(text),
+            },
+            None => StoredPosition {
+                number: 0,
+                text: None,
+            },
+        }))
+    };
+    read.await.map_err(Error::query(DOING))
+}
+
+/// Folds the journal of all relays into their checkpoints and empties it, in one transaction. It locks the leases first, in name
+/// order as every append does, so no relay's append is in flight; then the journal, without waiting: a dump that reads it must
+/// not hold up the appends that would queue behind a waiting lock. Returns whether it was done.
+///
+/// # Errors
+/// The transaction failed.
+pub async fn fold_journal(database: &Database) -> Result<bool, Error> {
+    let fold = async {
+        let mut transaction = database.pool().begin().await?;
+        sqlx::query("select from postroad_broker.lease where name like 'relay/%' order by name collate \"C\" for update")
+            .execute(&mut *transaction)
+            .await?;
+        let locked = sqlx::query(
+            "lock table postroad_broker.relay_journal in access exclusive mode nowait",
+        )
+        .execute(&mut *transaction)
+        .await;
+        match locked {
+            Ok(_) => {}
+            Err(sqlx::Error::Database(refusal)) if refusal.code().as_deref() == Some("55P03") => {
+                transaction.rollback().await?;
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+        sqlx::query(
+            "insert into postroad_broker.relay_checkpoint (origin_id, number, position)
+            select distinct on (origin_id) origin_id, number, position
+            from postroad_broker.relay_journal
+            order by origin_id, number desc
+            on conflict (origin_id) do update set number = excluded.number, position = excluded.position
+            where relay_checkpoint.number < excluded.number",
+        )
+        .execute(&mut *transaction)
+        .await?;
+        sqlx::query("truncate postroad_broker.relay_journal")
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(true)
+    };
+    fold.await
+        .map_err(Error::query("folding the journal of the relays"))
+}
+
+/// Notes a stored position in the history, and drops what the history no longer needs: all before the newest position that is
+/// older than the grace. Fenced, since a history from before the origin went back in time would empty leaves that are not passed.
+///
+/// # Errors
+/// The statement failed.
+pub async fn note_history(
+    database: &Database,
+    origin: OriginId,
+    fence: &Fence,
+    number: i64,
+    position: &str,
+    grace: Duration,
+) -> Result<(), Error> {
+    let noting = sqlx::query(
+        "with held as (
+            select from postroad_broker.lease where name = $1 and epoch = $2 for share
+        ),
+        added as (
+            insert into postroad_broker.relay_history (origin_id, number, position)
+            select $3, $4, $5 from held
+            on conflict (origin_id, number) do nothing
+        )
+        delete from postroad_broker.relay_history
+        where origin_id = $3 and exists (select from held) and number < (
+            select max(number) from postroad_broker.relay_history
+            where origin_id = $3 and passed_at <= clock_timestamp() - make_interval(secs => $6)
+        )",
+    )
+    .bind(&fence.lease)
+    .bind(fence.epoch.0)
+    .bind(origin.0)
+    .bind(number)
+    .bind(position)
+    .bind(grace.as_secs_f64())
+    .execute(database.pool());
+    noting
+        .await
+        .map_err(Error::query("noting a relay's history"))?;
+    Ok(())
+}
+
+/// Forgets an origin's history: it went back in time. Returns false when fenced.
+///
+/// # Errors
+/// The statement failed.
+pub async fn delete_history(
+    database: &Database,
+    origin: OriginId,
+    fence: &Fence,
+) -> Result<bool, Error> {
+    let deleting = sqlx::query_scalar(
+        "with held as (
+            select from postroad_broker.lease where name = $1 and epoch = $2 for share
+        ),
+        gone as (
+            delete from postroad_broker.relay_history where origin_id = $3 and exists (select from held)
+        )
+        select exists (select from held)",
+    )
+    .bind(&fence.lease)
+    .bind(fence.epoch.0)
+    .bind(origin.0)
+    .fetch_one(database.pool());
+    deleting
+        .await
+        .map_err(Error::query("forgetting a relay's history"))
+}
+
+/// The latest position that has been stored for the grace, as JSON text.
+///
+/// # Errors
+/// The statement failed.
+pub async fn find_passed_position(
+    database: &Database,
+    origin: OriginId,
+    grace: Duration,
+) -> Result<Option<String>, Error> {
+    let finding = sqlx::query_scalar(
+        "select position from postroad_broker.relay_history
+        where origin_id = $1 and passed_at <= clock_timestamp() - make_interval(secs => $2)
+        order by number desc
+        limit 1",
+    )
+    .bind(origin.0)
+    .bind(grace.as_secs_f64())
+    .fetch_optional(database.pool());
+    finding
+        .await
+        .map_err(Error::query("finding a passed position"))
+}
+
+/// Rejected rows of an origin that were not sent on.
+///
+/// # Errors
+/// The statement failed.
+pub async fn count_rejected(database: &Database, origin: OriginId) -> Result<u64, Error> {
+    let counting = sqlx::query_scalar(
+        "select count(*) from postroad_broker.rejected_message where origin_id = $1 and resent_at is null",
+    )
+    .bind(origin.0)
+    .fetch_one(database.pool());
+    let count: i64 = counting
+        .await
+        .map_err(Error::query("counting rejected rows"))?;
+    Ok(count.unsigned_abs())
+}
+
+type RejectedColumns = (
+    i64,
+    i64,
+    String,
+    String,
+    DateTime<Utc>,
+    Option<DateTime<Utc>>,
+);
+
+fn rejected_row(columns: RejectedColumns) -> RejectedRow {
+    let (id, seq, reason, outbox_row, rejected_at, resent_at) = columns;
+    RejectedRow {
+        id,
+        seq,
+        reason,
+        outbox_row,
+        rejected_at,
+        resent_at,
+    }
+}
+
+/// Rejected rows of an origin after number `after`, oldest first, at most `limit`.
+///
+/// # Errors
+/// The statement failed.
+pub async fn list_rejected(
+    database: &Database,
+    origin: OriginId,
+    after: i64,
+    limit: u32,
+) -> Result<Vec<RejectedRow>, Error> {
+    let listing = sqlx::query_as::<_, RejectedColumns>(
+        "select id, seq, reason, outbox_row, rejected_at, resent_at
+        from postroad_broker.rejected_message
+        where origin_id = $1 and id > $2
+        order by id
+        limit $3",
+    )
+    .bind(origin.0)
+    .bind(after)
+    .bind(i64::from(limit))
+    .fetch_all(database.pool());
+    let rows = listing
+        .await
+        .map_err(Error::query("listing rejected rows"))?;
+    Ok(rows.into_iter().map(rejected_row).collect())
+}
+
+/// One rejected row.
+///
+/// # Errors
+/// The statement failed.
+pub async fn find_rejected(
+    database: &Database,
+    origin: OriginId,
+    id: i64,
+) -> Result<Option<RejectedRow>, Error> {
+    let finding = sqlx::query_as::<_, RejectedColumns>(
+        "select id, seq, reason, outbox_row, rejected_at, resent_at
+        from postroad_broker.rejected_message
+        where origin_id = $1 and id = $2",
+    )
+    .bind(origin.0)
+    .bind(id)
+    .fetch_optional(database.pool());
+    let row = finding
+        .await
+        .map_err(Error::query("finding a rejected row"))?;
+    Ok(row.map(rejected_row))
+}
+
+/// Marks a rejected row as sent on.
+///
+/// # Errors
+/// The statement failed.
+pub async fn mark_resent(database: &Database, origin: OriginId, id: i64) -> Result<(), Error> {
+    let marking = sqlx::query(
+        "update postroad_broker.rejected_message set resent_at = clock_timestamp()
+        where origin_id = $1 and id = $2 and resent_at is null",
+    )
+    .bind(origin.0)
+    .bind(id)
+    .execute(database.pool());
+    marking
+        .await
+        .map_err(Error::query("marking a rejected row as resent"))?;
+    Ok(())
+}
+
+/// For each (seq, outbox row), whether it is in the origin's list of rejected rows, sent on or not.
+///
+/// # Errors
+/// The statement failed.
+pub async fn find_listed_rejected(
+    database: &Database,
+    origin: OriginId,
+    rows: Vec<(i64, String)>,
+) -> Result<Vec<bool>, Error> {
+    let (seqs, texts): (Vec<i64>, Vec<String>) = rows.into_iter().unzip();
+    let finding = sqlx::query_scalar(
+        "select exists (
+            select from postroad_broker.rejected_message as listed
+            where listed.origin_id = $1 and listed.seq = asked.seq and listed.outbox_row = asked.outbox_row
+        )
+        from unnest($2::bigint[], $3::text[]) with ordinality as asked (seq, outbox_row, n)
+        order by n",
+    )
+    .bind(origin.0)
+    .bind(seqs)
+    .bind(texts)
+    .fetch_all(database.pool());
+    finding
+        .await
+        .map_err(Error::query("looking up rejected rows"))
+}
