@@ -34,7 +34,8 @@ pub use rejected::{REJECTED_PAGE_MAX, RejectedPage};
 pub use status::{Blocked, State, Status};
 
 /// The longest grace: a leaf is filled again after a cycle, and the leaves beside the one that is filled are left alone.
-pub const GRACE_MAX: Duration = Duration::from_secs(LEAF_PERIOD.as_secs() * (LEAF_COUNT as u64 - 3));
+pub const GRACE_MAX: Duration =
+    Duration::from_secs(LEAF_PERIOD.as_secs() * (LEAF_COUNT as u64 - 3));
 
 /// An origin from the configuration.
 #[derive(Clone)]

@@ -110,11 +110,10 @@ impl Desk {
             outbox_row.payload = Some(payload);
             outbox_row.payload_bytes = None;
         }
-        let message = row::to_message(outbox_row).map_err(|rejected| {
-            RejectedError::StillInvalid {
+        let message =
+            row::to_message(outbox_row).map_err(|rejected| RejectedError::StillInvalid {
                 reason: rejected.reason,
-            }
-        })?;
+            })?;
         let member = Member::Publish {
             messages: vec![message],
             check_ids: true,

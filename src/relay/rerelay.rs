@@ -21,9 +21,7 @@ impl Run<'_> {
             tracing::info!(origin = %relay.name, "relaying all that the outbox holds: {why}");
         } else {
             tracing::warn!(origin = %relay.name, position = self.number, "the origin went back in time, reading all of its outbox again: {why}");
-            relay
-                .status
-                .send_modify(|status| status.rerelay_count += 1);
+            relay.status.send_modify(|status| status.rerelay_count += 1);
             // Before anything else: the rotation would take the old snapshots at their word.
             let forgotten =
                 store::relay::delete_history(&relay.broker, relay.id, &self.fence).await;

@@ -78,14 +78,20 @@ fn check(row: &OutboxRow) -> Result<(Topic, Map<String, Value>), String> {
     )?;
     check_length("type", row.kind.as_deref(), ATTRIBUTE_MAX_BYTES)?;
     check_length("subject", row.subject.as_deref(), ATTRIBUTE_MAX_BYTES)?;
-    check_length("data_schema", row.data_schema.as_deref(), ATTRIBUTE_MAX_BYTES)?;
+    check_length(
+        "data_schema",
+        row.data_schema.as_deref(),
+        ATTRIBUTE_MAX_BYTES,
+    )?;
     check_length(
         "content_type",
         row.content_type.as_deref(),
         CONTENT_TYPE_MAX_BYTES,
     )?;
     if let Some(content_type) = &row.content_type
-        && !content_type.bytes().all(|byte| (b' '..=b'~').contains(&byte))
+        && !content_type
+            .bytes()
+            .all(|byte| (b' '..=b'~').contains(&byte))
     {
         return Err("the content_type has a character that is not printable ASCII".to_owned());
     }
@@ -285,18 +291,53 @@ mod tests {
         let bytes = |bytes: &[u8]| Some(bytes.to_vec());
         for (payload, payload_bytes, content_type, data) in [
             (None, None, None, Data::Absent),
-            (text("{\"a\": 1}"), None, None, Data::Json("{\"a\": 1}".into())),
+            (
+                text("{\"a\": 1}"),
+                None,
+                None,
+                Data::Json("{\"a\": 1}".into()),
+            ),
             (text("null"), None, None, Data::Json("null".into())),
             (text("{"), None, None, Data::Binary("{".into())),
             (text(""), None, None, Data::Binary("".into())),
-            (text("{"), None, Some("application/json"), Data::Binary("{".into())),
-            (text("1"), None, Some("application/A+JSON; charset=utf-8"), Data::Json("1".into())),
-            (text("<a/>"), None, Some("application/xml"), Data::Text("<a/>".into())),
+            (
+                text("{"),
+                None,
+                Some("application/json"),
+                Data::Binary("{".into()),
+            ),
+            (
+                text("1"),
+                None,
+                Some("application/A+JSON; charset=utf-8"),
+                Data::Json("1".into()),
+            ),
+            (
+                text("<a/>"),
+                None,
+                Some("application/xml"),
+                Data::Text("<a/>".into()),
+            ),
             (text(""), None, Some("text/plain"), Data::Text("".into())),
             (None, bytes(b"1"), None, Data::Binary("1".into())),
-            (None, bytes(b"1"), Some("application/json"), Data::Json("1".into())),
-            (None, bytes(b"\xff"), Some("application/json"), Data::Binary(Bytes::from_static(b"\xff"))),
-            (None, bytes(b""), Some("text/plain"), Data::Binary("".into())),
+            (
+                None,
+                bytes(b"1"),
+                Some("application/json"),
+                Data::Json("1".into()),
+            ),
+            (
+                None,
+                bytes(b"\xff"),
+                Some("application/json"),
+                Data::Binary(Bytes::from_static(b"\xff")),
+            ),
+            (
+                None,
+                bytes(b""),
+                Some("text/plain"),
+                Data::Binary("".into()),
+            ),
         ] {
             let found = to_data(payload.clone(), payload_bytes, content_type);
             assert_eq!(found, data, "{payload:?} {content_type:?}");
@@ -317,7 +358,10 @@ mod tests {
         };
         check(&|row| row.topic = None, "the topic must not be empty");
         check(&|row| row.topic = Some("a..b".into()), "has the token ``");
-        check(&|row| row.key = Some("k".repeat(513)), "the key is 513 bytes");
+        check(
+            &|row| row.key = Some("k".repeat(513)),
+            "the key is 513 bytes",
+        );
         check(&|row| row.id = Some(String::new()), "the id is empty");
         check(&|row| row.headers = Some("[]".into()), "not a JSON object");
         check(&|row| row.headers = Some("{\"A\":1}".into()), "`A`");

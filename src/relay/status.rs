@@ -114,12 +114,7 @@ pub struct Status {
 }
 
 impl Status {
-    pub(super) fn new(
-        name: OriginName,
-        id: OriginId,
-        place: String,
-        now: DateTime<Utc>,
-    ) -> Self {
+    pub(super) fn new(name: OriginName, id: OriginId, place: String, now: DateTime<Utc>) -> Self {
         Self {
             name,
             id,

@@ -292,8 +292,7 @@ fn cut(places: &[Place], max_rows: usize, max_bytes: usize) -> Vec<&[Place]> {
         let mut end = 0;
         for place in rest {
             bytes += place.bytes as usize;
-            if end > 0 && (end >= max_rows || bytes > max_bytes) && place.seq != rest[end - 1].seq
-            {
+            if end > 0 && (end >= max_rows || bytes > max_bytes) && place.seq != rest[end - 1].seq {
                 break;
             }
             end += 1;

@@ -352,8 +352,8 @@ impl Session {
     /// # Errors
     /// The statement failed.
     pub async fn restamp(&mut self) -> Result<i64, Error> {
-        let calling = sqlx::query_scalar("select postroad.relay_restamp()")
-            .fetch_one(&mut self.connection);
+        let calling =
+            sqlx::query_scalar("select postroad.relay_restamp()").fetch_one(&mut self.connection);
         statement("restamping the outbox", calling).await
     }
 
@@ -393,8 +393,7 @@ impl Session {
                 return Ok(Emptied::NotYet);
             }
             let mut transaction = self.connection.begin().await?;
-            let lock =
-                format!("lock table postroad.outbox_{leaf} in access exclusive mode nowait");
+            let lock = format!("lock table postroad.outbox_{leaf} in access exclusive mode nowait");
             let locked = sqlx::query(AssertSqlSafe(lock))
                 .execute(&mut *transaction)
                 .await;

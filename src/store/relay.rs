@@ -125,11 +125,10 @@ pub async fn fold_journal(database: &Database) -> Result<bool, Error> {
         sqlx::query("select from postroad_broker.lease where name like 'relay/%' order by name collate \"C\" for update")
             .execute(&mut *transaction)
             .await?;
-        let locked = sqlx::query(
-            "lock table postroad_broker.relay_journal in access exclusive mode nowait",
-        )
-        .execute(&mut *transaction)
-        .await;
+        let locked =
+            sqlx::query("lock table postroad_broker.relay_journal in access exclusive mode nowait")
+                .execute(&mut *transaction)
+                .await;
         match locked {
             Ok(_) => {}
             Err(sqlx::Error::Database(refusal)) if refusal.code().as_deref() == Some("55P03") => {
