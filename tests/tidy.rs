@@ -49,7 +49,17 @@ const EDGES: &[(&str, &[&str])] = &[
             "local_postgres",
         ],
     ),
-    ("demo", &["domain", "supervisor", "store", "local_postgres"]),
+    (
+        "demo",
+        &[
+            "supervisor",
+            "store",
+            "app",
+            "config",
+            "telemetry",
+            "local_postgres",
+        ],
+    ),
     (
         "cli",
         &["app", "config", "demo", "http", "store", "telemetry"],

@@ -79,27 +79,27 @@ pub enum Error {
 }
 
 impl Broker {
-    /// Starts a broker on the database and waits until it is ready.
-    pub(super) async fn start(options: &Options, url: &str) -> Result<Self, Error> {
-        let address = free_address(options.bind)?;
+    /// Starts a broker and waits until it is ready.
+    pub(super) async fn start(options: &Options, config: &Config) -> Result<Self, Error> {
+        let address = free_address(config.bind)?;
         if options.kills == 0 {
-            let mut config = Config::default();
+            let mut config = config.clone();
             config.bind = address;
-            config.database_url = Some(url.to_owned());
             let broker = Box::pin(app::Broker::start(config)).await?;
             return Ok(Self {
                 api: Api::new(broker.url().to_owned())?,
                 running: Running::Inside(Mutex::new(Some(Box::new(broker)))),
             });
         }
+        let url = config.database_url.clone().unwrap_or_default();
         let log_path =
             std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
         let broker = Self {
             api: Api::new(format!("http://{address}"))?,
             running: Running::Process(Box::new(Process {
                 address,
-                url: url.to_owned(),
-                child: Mutex::new(spawn(address, url, &log_path)?),
+                child: Mutex::new(spawn(address, &url, &log_path)?),
+                url,
                 log_path,
             })),
         };

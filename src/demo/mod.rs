@@ -14,7 +14,6 @@ mod random;
 mod report;
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -31,7 +30,7 @@ use self::progress::{Display, Progress};
 use self::random::Random;
 use self::report::Latencies;
 pub use self::report::Report;
-use crate::config::Config;
+use crate::config::{self, Config, Environment, Flags};
 use crate::local_postgres;
 use crate::store::shop::{self, End};
 use crate::store::{self, Database};
@@ -74,19 +73,46 @@ pub struct Options {
     #[arg(long)]
     pub serve: bool,
     /// Use this Postgres instead of a private one. The demo makes a schema `shop` in it
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    #[arg(long)]
     pub database_url: Option<String>,
     /// Where the private Postgres keeps its data
-    #[arg(long, env = "POSTROAD_DATA_DIR")]
-    pub data_dir: Option<PathBuf>,
-    /// Where the broker listens; a free port of 127.0.0.1 is used if this one is taken
-    #[arg(long, default_value = "127.0.0.1:8080")]
-    pub bind: std::net::SocketAddr,
+    #[arg(long)]
+    pub data_dir: Option<String>,
+    /// Where the broker listens; if it is taken, a free port is
+    #[arg(long)]
+    pub bind: Option<String>,
+}
+
+impl Options {
+    /// The broker's configuration: as `postroad serve` reads it, with the demo's own flags before the rest.
+    fn config(&self) -> Result<Config, config::Error> {
+        let flags = [
+            ("database_url", &self.database_url),
+            ("data_dir", &self.data_dir),
+            ("bind", &self.bind),
+        ];
+        let given = flags
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value.clone()?)));
+        let flags = Flags {
+            file: None,
+            values: given.collect(),
+        };
+        let mut config = config::load(&flags, &Environment::of_process())?;
+        if config.log_level == Config::default().log_level {
+            // The broker in this process says what is wrong, and nothing else.
+            "warn".clone_into(&mut config.log_level);
+        }
+        Ok(config)
+    }
 }
 
 /// Why the demo could not be run to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A variable, a flag or postroad.toml.
+    #[error("the configuration is not valid")]
+    Config(#[from] config::Error),
     /// No private Postgres.
     #[error("the private Postgres did not start")]
     LocalPostgres(#[from] local_postgres::Error),
@@ -133,12 +159,10 @@ pub enum Error {
 /// # Errors
 /// The run could not be finished. A run that was, and found something wrong, returns a report that is not clean.
 pub async fn run(options: Options) -> Result<Report, Error> {
-    // The broker in this process says what is wrong, and nothing else.
-    let mut log = Config::default();
-    "warn".clone_into(&mut log.log_level);
-    telemetry::start(&log);
+    let mut config = options.config()?;
+    telemetry::start(&config);
     let postgres = Supervisor::new();
-    let result = run_with(&options, &postgres).await;
+    let result = run_with(&options, &mut config, &postgres).await;
     // After everything that uses it; a private server that does not stop in time is adopted by the next run.
     if postgres.stop(Duration::from_secs(30)).await.is_err() {
         eprintln!("the private Postgres is still stopping");
@@ -146,22 +170,22 @@ pub async fn run(options: Options) -> Result<Report, Error> {
     result
 }
 
-async fn run_with(options: &Options, postgres: &Supervisor) -> Result<Report, Error> {
+async fn run_with(
+    options: &Options,
+    config: &mut Config,
+    postgres: &Supervisor,
+) -> Result<Report, Error> {
     println!(
         "Postroad demo: a shop, its orders, and two services that must hear of every one of them\n"
     );
-    let (url, local) = match &options.database_url {
-        Some(url) => (url.clone(), None),
+    let (url, local) = match config.database_url.clone() {
+        Some(url) => (url, None),
         None => {
-            let data_dir = options
-                .data_dir
-                .clone()
-                .unwrap_or_else(local_postgres::default_data_dir);
-            let settings = local_postgres::Settings::new(data_dir);
-            let server = local_postgres::start(settings, postgres).await?;
+            let server = start_postgres(config, postgres).await?;
             (server.url(), Some(server))
         }
     };
+    config.database_url = Some(url.clone());
     let database = Database::new(&url, 4)?;
     match &local {
         Some(server) => println!(
@@ -170,7 +194,7 @@ async fn run_with(options: &Options, postgres: &Supervisor) -> Result<Report, Er
         ),
         None => println!("  Postgres   {}", database.place()),
     }
-    let broker = Arc::new(Broker::start(options, &url).await?);
+    let broker = Arc::new(Broker::start(options, config).await?);
     let result = run_shop(options, &database, &broker).await;
     if let Ok(report) = &result {
         println!(
@@ -191,6 +215,17 @@ async fn run_with(options: &Options, postgres: &Supervisor) -> Result<Report, Er
     broker.stop().await;
     database.close().await;
     result
+}
+
+async fn start_postgres(
+    config: &Config,
+    supervisor: &Supervisor,
+) -> Result<local_postgres::Handle, local_postgres::Error> {
+    let data_dir = config.data_dir.clone();
+    let mut settings =
+        local_postgres::Settings::new(data_dir.unwrap_or_else(local_postgres::default_data_dir));
+    settings.bin_dir.clone_from(&config.postgres_bin);
+    local_postgres::start(settings, supervisor).await
 }
 
 /// Everything between the broker's start and the figures.
@@ -463,9 +498,9 @@ fn print_next_steps(
             local_postgres::USER,
             local_postgres::DATABASE
         ),
-        // The password stays where it came from.
-        None if options.database_url.is_some() && !url.contains('@') => format!("psql '{url}'"),
-        None => "psql \"$DATABASE_URL\"".to_owned(),
+        // A password stays where it came from.
+        None if url.contains('@') => "psql \"$DATABASE_URL\"".to_owned(),
+        None => format!("psql '{url}'"),
     };
     let base = broker.base();
     if !options.serve {
