@@ -52,6 +52,7 @@ const EDGES: &[(&str, &[&str])] = &[
     (
         "demo",
         &[
+            "domain",
             "supervisor",
             "store",
             "app",

@@ -20,8 +20,8 @@ use crate::supervisor::{OnEnd, Supervisor};
 pub use account::Account;
 pub use binaries::{Installation, find};
 
-/// The superuser of the private server, and the owner of [`DATABASE`].
-pub const USER: &str = "postroad";
+/// The superuser of the private server. Not named like the schema `postroad`, which would come first in its search path.
+pub const USER: &str = "postgres";
 /// The database that is made with the server.
 pub const DATABASE: &str = "postroad";
 

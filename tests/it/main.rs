@@ -4,5 +4,6 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
 mod demo;
+mod golden;
 mod local_postgres;
 mod support;

@@ -140,6 +140,7 @@ impl Shared {
 /// What the broker's start does to its database.
 async fn migrate(database: &Database) {
     store::migrate::broker(database).await.unwrap();
+    store::migrate::origin(database).await.unwrap();
 }
 
 /// The shared server. It lives as long as the process, and so on the background runtime.
