@@ -17,7 +17,7 @@ pub(super) async fn run(
     kills: u64,
 ) -> Result<(), broker::Error> {
     for number in 1..=kills {
-        let due = number * shop.orders / (kills + 1);
+        let due = shop.orders / (kills + 1) * number;
         while shop.next.load(Ordering::Relaxed) < due {
             let is_over = shop.seconds.is_some_and(|limit| {
                 shop.started.elapsed() >= limit.mul_f64(number as f64 / (kills + 1) as f64)

@@ -37,6 +37,7 @@ use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 use crate::telemetry;
 
+const DEFAULT_ORDERS: u64 = 2_000;
 const STREAM: &str = "shop";
 const STREAM_TOPICS: &str = "shop.>";
 const QUEUE_TOPICS: &str = "shop.orders.*";
@@ -48,9 +49,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// What to run.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Orders to place, rolled back ones included
-    #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(1..))]
-    pub orders: u64,
+    /// Orders to place, rolled back ones included; 2000 unless --seconds says when to end
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub orders: Option<u64>,
     /// Place orders for so many seconds at most
     #[arg(long)]
     pub seconds: Option<u64>,
@@ -325,7 +326,11 @@ async fn cast(options: &Options, database: &Database, api: &Api) -> Result<Cast,
         database: database.clone(),
         run: Uuid::now_v7(),
         started: Instant::now(),
-        orders: options.orders,
+        orders: match (options.orders, options.seconds) {
+            (Some(orders), _) => orders,
+            (None, Some(_)) => u64::MAX,
+            (None, None) => DEFAULT_ORDERS,
+        },
         seconds: options.seconds.map(Duration::from_secs),
         rate: options.rate,
         next: AtomicU64::new(0),
