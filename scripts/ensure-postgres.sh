@@ -57,9 +57,14 @@ install_as_user() {
     mkdir -p "$home/lists/partial" "$home/cache" "$home/archives/partial" "$home/log"
     local options=(-o "Dir::State::Lists=$home/lists" -o "Dir::Cache=$home/cache" -o "Dir::Cache::archives=$home/archives"
         -o "Dir::Log=$home/log" -o Debug::NoLocking=1)
-    apt-get "${options[@]}" update -qq >&2
-    apt-get "${options[@]}" install -y -qq --no-install-recommends --download-only \
-        "$(newest_package "${options[@]}")" >&2
+    # The hooks of Docker's images complain that they may not clean root's caches: shown only if something fails.
+    if ! {
+        apt-get "${options[@]}" update -qq &&
+        apt-get "${options[@]}" install -y -qq --no-install-recommends --download-only "$(newest_package "${options[@]}")"
+    } >"$home/apt.log" 2>&1; then
+        tail -n 20 "$home/apt.log" >&2
+        return 1
+    fi
     rm -rf "$home/root.new" && mkdir -p "$home/root.new"
     for package in "$home"/archives/*.deb; do dpkg -x "$package" "$home/root.new"; done
     rm -rf "$home/root" && mv "$home/root.new" "$home/root"

@@ -212,9 +212,9 @@ pub const KEYS: &[Key] = &[
     key(
         "outbox_grace_seconds",
         "600",
-        "seconds from 1 to 86400",
+        "seconds from 1 to 1500, since a leaf of the outbox is filled again after a cycle",
         "How long relayed rows stay in an outbox: what makes a failover of the broker's database repairable.",
-        |c, t| seconds(t, 1.0, 86_400.0).map(|v| c.outbox_grace = v),
+        |c, t| seconds(t, 1.0, 1_500.0).map(|v| c.outbox_grace = v),
     ),
     key(
         "shutdown_seconds",
