@@ -1,9 +1,33 @@
 //! Queues: one task per queue around the pure state machine, and the writer that journals for all of them.
+//!
+//! A receive is answered after one fenced, group-committed journal row that carries what is delivered; an ack after one
+//! that carries what is settled. No row is written per message. A queue belongs to a slot, and only the holder of the
+//! slot's lease writes for it: every write checks the lease's epoch. A restart reads a checkpoint and the journal behind
+//! it, and redelivers nothing before its deadline. While Postgres cannot be reached the queues stand still.
 
 mod api;
+mod engine;
+mod feed;
 mod handle;
 mod handout;
+mod intake;
 mod metrics;
+mod recovery;
+mod task;
+mod writer;
+
+use std::collections::HashMap;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::sync::mpsc;
+
+use crate::domain::queue::At;
+use crate::domain::receipt::Key;
+use crate::store::{self, Database};
+use crate::supervisor::{OnEnd, Supervisor};
+use crate::{cluster, stream};
 
 pub use api::{
     BATCH_MAX, Declaration, Declared, Delivery, Description, Error, InFlight, InFlightFilter,
@@ -11,3 +35,81 @@ pub use api::{
 };
 pub use handle::Handle;
 pub use handout::Handout;
+
+/// Most queues of one process (PROTOCOL.md, Parameters).
+pub const QUEUES_MAX: usize = 10_000;
+
+/// How the queue engine runs.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// A request whose write has no known outcome for so long is answered [`Error::OutcomeUnknown`].
+    pub outcome_wait: Duration,
+    /// Most queues, at most [`QUEUES_MAX`].
+    pub queues_max: usize,
+    /// Bytes of a journal segment after which the next one is begun. Recovery reads four segments at most.
+    pub journal_full_bytes: i64,
+    /// A segment with anything in it is full after so long.
+    pub journal_full_after: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            outcome_wait: Duration::from_secs(10),
+            queues_max: QUEUES_MAX,
+            journal_full_bytes: 16 * 1024 * 1024,
+            journal_full_after: Duration::from_secs(10 * 60),
+        }
+    }
+}
+
+/// Reads which queues there are and starts their tasks. A queue answers once its slot's lease is taken and its state is
+/// recovered. To stop, stop the supervisor: the queues flush, then the leases go back.
+///
+/// # Errors
+/// The queues could not be read.
+pub async fn start(
+    options: Options,
+    database: Database,
+    stream: stream::Handle,
+    cluster: cluster::Handle,
+    supervisor: &Supervisor,
+    registry: &mut Registry,
+) -> Result<Handle, Error> {
+    let rows = store::queue::find_queues(&database).await?;
+    let (jobs_in, jobs) = mpsc::channel(256);
+    // A part and a probe of every queue there can be: sending to the writer never has to wait.
+    let (writer_in, submissions) = mpsc::channel(2 * QUEUES_MAX + 1);
+    let metrics = metrics::Metrics::new(registry);
+    let shared = Arc::new(handle::Shared {
+        queues: RwLock::new(HashMap::new()),
+        jobs: jobs_in,
+        key: Key::new(&cluster.identity().receipt_key.0),
+        outcome_wait: options.outcome_wait,
+        metrics: metrics.clone(),
+    });
+    let contact = Arc::new(writer::Contact::new(At::from(cluster.now())));
+    let writer = writer::Writer {
+        database: database.clone(),
+        cluster: cluster.clone(),
+        contact: Arc::clone(&contact),
+        metrics,
+        supervisor: supervisor.clone(),
+        submissions,
+    };
+    supervisor.spawn("queue writer", OnEnd::StopProcess, writer.run());
+    let mut engine = engine::Engine::new(engine::Given {
+        options,
+        database,
+        stream,
+        cluster,
+        supervisor: supervisor.clone(),
+        shared: Arc::clone(&shared),
+        writer: writer_in,
+        contact,
+        jobs,
+    });
+    engine.add_all(rows);
+    supervisor.spawn("queue engine", OnEnd::StopProcess, engine.run());
+    Ok(Handle { shared })
+}

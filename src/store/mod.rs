@@ -5,6 +5,7 @@ mod error;
 pub mod migrate;
 pub mod origin;
 pub mod relay;
+pub mod queue;
 pub mod server;
 pub mod shop;
 

@@ -1,0 +1,617 @@
+//! The engine's own task: which queues there are, which slots this process holds, and a task for each queue of those.
+//!
+//! A slot is recovered when its lease is taken, at the new epoch, and dropped when the epoch is gone. A queue's task that
+//! ends by a refused write has its whole slot recovered, since its state in memory ran ahead of the journal.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::Instant;
+
+use super::api::{Declaration, Declared, Description, Error};
+use super::feed::{self, Dispatch, Feed};
+use super::handle::{Command, Job, Known, Shared};
+use super::recovery;
+use super::task::{Ended, Parts, Progress, Task, Why};
+use super::writer::{Contact, Submission};
+use super::{Options, QUEUES_MAX};
+use crate::cluster;
+use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
+use crate::domain::name::QueueName;
+use crate::domain::policy::Start;
+use crate::domain::queue::{Queue, Random};
+use crate::store::queue::{Inserted, NewQueue, QueueRow};
+use crate::store::{self, Database};
+use crate::stream;
+use crate::supervisor::{OnEnd, Supervisor};
+
+/// How often the watermarks are told to the stream.
+const WATERMARK_EVERY: Duration = Duration::from_secs(1);
+/// How often the journal is looked at for a turn.
+const TURN_EVERY: Duration = Duration::from_secs(5);
+/// A slot that could not be recovered is tried again after this.
+const RECOVER_AGAIN: Duration = Duration::from_millis(500);
+/// Reads of the log at a time, for all queues.
+pub(in crate::queue) const READS: usize = 4;
+
+/// One queue, as the engine keeps it.
+struct Owned {
+    row: QueueRow,
+    dispatch: Arc<Dispatch>,
+    feed: Arc<Feed>,
+    progress: Arc<Progress>,
+    /// The task's mailbox, while it runs.
+    mailbox: Option<mpsc::Sender<Command>>,
+}
+
+/// A slot that queues hash into.
+#[derive(Debug, Default)]
+struct SlotState {
+    /// The lease, while it is held.
+    fence: Option<Fence>,
+    /// Its queues' state is at hand under this fence.
+    is_recovered: bool,
+    /// Tasks that run. A slot is recovered only when none does.
+    running: usize,
+    recover_at: Option<Instant>,
+}
+
+pub(in crate::queue) struct Engine {
+    pub(in crate::queue) options: Options,
+    pub(in crate::queue) database: Database,
+    pub(in crate::queue) stream: stream::Handle,
+    pub(in crate::queue) cluster: cluster::Handle,
+    pub(in crate::queue) supervisor: Supervisor,
+    pub(in crate::queue) shared: Arc<Shared>,
+    pub(in crate::queue) writer: mpsc::Sender<Submission>,
+    pub(in crate::queue) contact: Arc<Contact>,
+    pub(in crate::queue) jobs: mpsc::Receiver<Job>,
+    queues: HashMap<QueueId, Owned>,
+    slots: HashMap<Slot, SlotState>,
+    dispatches: HashMap<StreamId, Arc<Dispatch>>,
+    reads: Arc<Semaphore>,
+    ended: (mpsc::Sender<Ended>, mpsc::Receiver<Ended>),
+    fences: (mpsc::Sender<(Slot, Option<Fence>)>, mpsc::Receiver<(Slot, Option<Fence>)>),
+}
+
+/// What an engine is given.
+pub(in crate::queue) struct Given {
+    pub(in crate::queue) options: Options,
+    pub(in crate::queue) database: Database,
+    pub(in crate::queue) stream: stream::Handle,
+    pub(in crate::queue) cluster: cluster::Handle,
+    pub(in crate::queue) supervisor: Supervisor,
+    pub(in crate::queue) shared: Arc<Shared>,
+    pub(in crate::queue) writer: mpsc::Sender<Submission>,
+    pub(in crate::queue) contact: Arc<Contact>,
+    pub(in crate::queue) jobs: mpsc::Receiver<Job>,
+}
+
+impl Engine {
+    pub(in crate::queue) fn new(given: Given) -> Self {
+        Self {
+            options: given.options,
+            database: given.database,
+            stream: given.stream,
+            cluster: given.cluster,
+            supervisor: given.supervisor,
+            shared: given.shared,
+            writer: given.writer,
+            contact: given.contact,
+            jobs: given.jobs,
+            queues: HashMap::new(),
+            slots: HashMap::new(),
+            dispatches: HashMap::new(),
+            reads: Arc::new(Semaphore::new(READS)),
+            ended: mpsc::channel(1_024),
+            fences: mpsc::channel(128),
+        }
+    }
+
+    /// Takes in the queues that there are.
+    pub(in crate::queue) fn add_all(&mut self, rows: Vec<QueueRow>) {
+        for row in rows {
+            self.add(row);
+        }
+    }
+
+    pub(in crate::queue) async fn run(mut self) {
+        let mut watermarks = tokio::time::interval(WATERMARK_EVERY);
+        let mut turn = tokio::time::interval(TURN_EVERY);
+        for tick in [&mut watermarks, &mut turn] {
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        }
+        let supervisor = self.supervisor.clone();
+        while !supervisor.is_stopping() {
+            let recover_at = self.slots.values().filter_map(|slot| slot.recover_at).min();
+            tokio::select! {
+                job = self.jobs.recv() => match job {
+                    Some(job) => self.carry_out(job).await,
+                    None => return,
+                },
+                Some((slot, fence)) = self.fences.1.recv() => self.change_fence(slot, fence).await,
+                Some(ended) = self.ended.1.recv() => self.note_end(ended).await,
+                () = sleep_until(recover_at) => self.recover_due().await,
+                _ = watermarks.tick() => self.tell_watermarks().await,
+                _ = turn.tick() => self.turn_journal().await,
+                () = supervisor.stopping() => {}
+            }
+        }
+        // The queues' tasks flush by themselves; their leases go back when they have.
+        while self.slots.values().any(|slot| slot.running > 0) {
+            match self.ended.1.recv().await {
+                Some(ended) => self.forget_task(&ended),
+                None => break,
+            }
+        }
+        for slot in self.slots.keys() {
+            self.cluster.release(&slot.lease_name());
+        }
+    }
+
+    fn add(&mut self, row: QueueRow) {
+        let dispatch = self.dispatch(row.stream_id);
+        let feed = dispatch.subscribe(row.id, row.patterns.clone().into());
+        let slot = row.slot;
+        let known = Known {
+            description: describe(&row),
+            mailbox: None,
+        };
+        self.write_known().insert(row.name.clone(), known);
+        self.queues.insert(
+            row.id,
+            Owned {
+                row,
+                dispatch,
+                feed,
+                progress: Arc::default(),
+                mailbox: None,
+            },
+        );
+        self.shared.metrics.queues.set(self.queues.len() as i64);
+        if !self.slots.contains_key(&slot) {
+            self.slots.insert(slot, SlotState::default());
+            self.hold(slot);
+        }
+    }
+
+    fn hold(&self, slot: Slot) {
+        let fence = self.cluster.hold(slot.lease_name());
+        let changes = self.fences.0.clone();
+        let supervisor = self.supervisor.clone();
+        self.supervisor.spawn(
+            format!("queue slot {slot}"),
+            OnEnd::Ordinary,
+            follow_fence(slot, fence, changes, supervisor),
+        );
+    }
+
+    fn dispatch(&mut self, stream: StreamId) -> Arc<Dispatch> {
+        if let Some(dispatch) = self.dispatches.get(&stream) {
+            return Arc::clone(dispatch);
+        }
+        let dispatch = Arc::new(Dispatch::new(stream));
+        self.dispatches.insert(stream, Arc::clone(&dispatch));
+        let task = feed::run(Arc::clone(&dispatch), self.stream.clone(), self.supervisor.clone());
+        self.supervisor
+            .spawn(format!("dispatch stream {stream}"), OnEnd::Ordinary, task);
+        dispatch
+    }
+
+    fn write_known(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<QueueName, Known>> {
+        self.shared.queues.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn change_fence(&mut self, slot: Slot, fence: Option<Fence>) {
+        let Some(state) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        if state.fence == fence {
+            return;
+        }
+        state.fence = fence;
+        self.drop_slot(slot).await;
+        self.recover(slot).await;
+    }
+
+    /// Ends the slot's tasks; what they have in memory is void.
+    async fn drop_slot(&mut self, slot: Slot) {
+        if let Some(state) = self.slots.get_mut(&slot) {
+            state.is_recovered = false;
+        }
+        let of_slot = self.queues.values_mut().filter(|owned| owned.row.slot == slot);
+        let mailboxes: Vec<_> = of_slot.filter_map(|owned| owned.mailbox.take()).collect();
+        for mailbox in mailboxes {
+            let _ = mailbox.send(Command::End).await;
+        }
+        let mut known = self.write_known();
+        for known in known.values_mut() {
+            if Slot::of(known.description.id) == slot {
+                known.mailbox = None;
+            }
+        }
+    }
+
+    async fn note_end(&mut self, ended: Ended) {
+        self.forget_task(&ended);
+        if ended.why == Why::Fenced {
+            self.shared.metrics.fenced.inc();
+            tracing::warn!(slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
+            self.cluster.fenced(&ended.fence);
+        }
+        let is_current = self
+            .slots
+            .get(&ended.slot)
+            .is_some_and(|slot| slot.fence.as_ref() == Some(&ended.fence));
+        if ended.why != Why::Told && is_current {
+            if ended.why == Why::Fenced
+                && let Some(slot) = self.slots.get_mut(&ended.slot)
+            {
+                slot.fence = None;
+            }
+            self.drop_slot(ended.slot).await;
+        }
+        self.recover(ended.slot).await;
+    }
+
+    fn forget_task(&mut self, ended: &Ended) {
+        if let Some(slot) = self.slots.get_mut(&ended.slot) {
+            slot.running = slot.running.saturating_sub(1);
+        }
+    }
+
+    async fn recover_due(&mut self) {
+        let now = Instant::now();
+        let due = self.slots.iter().filter(|(_, slot)| slot.recover_at.is_some_and(|at| at <= now));
+        let due: Vec<Slot> = due.map(|(&slot, _)| slot).collect();
+        for slot in due {
+            self.recover(slot).await;
+        }
+    }
+
+    /// Reads the state of the slot's queues and starts their tasks, once the lease is held and no former task runs.
+    async fn recover(&mut self, slot: Slot) {
+        let Some(state) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        state.recover_at = None;
+        let Some(fence) = state.fence.clone() else {
+            return;
+        };
+        if state.is_recovered || state.running > 0 || self.supervisor.is_stopping() {
+            return;
+        }
+        let rows: Vec<&QueueRow> = self
+            .queues
+            .values()
+            .map(|owned| &owned.row)
+            .filter(|row| row.slot == slot)
+            .collect();
+        match recovery::recover(&self.database, slot, &rows).await {
+            Ok(machines) => {
+                if let Some(state) = self.slots.get_mut(&slot) {
+                    state.is_recovered = true;
+                }
+                for (machine, unfolded) in machines {
+                    self.start_task(machine, unfolded, &fence);
+                }
+            }
+            Err(error) => {
+                tracing::error!(%slot, error = &error as &dyn std::error::Error, "recovering queues failed; trying again");
+                if let Some(state) = self.slots.get_mut(&slot) {
+                    state.recover_at = Some(Instant::now() + RECOVER_AGAIN);
+                }
+            }
+        }
+    }
+
+    fn start_task(&mut self, machine: Queue, unfolded: bool, fence: &Fence) {
+        let Some(owned) = self.queues.get_mut(&machine.id()) else {
+            return;
+        };
+        let (mailbox, commands) = mpsc::channel(1_024);
+        owned.mailbox = Some(mailbox.clone());
+        let row = &owned.row;
+        let (name, slot) = (row.name.clone(), row.slot);
+        owned.dispatch.detach(&owned.feed);
+        let parts = Parts {
+            name: name.clone(),
+            stream_id: row.stream_id,
+            slot,
+            fence: fence.clone(),
+            patterns: row.patterns.clone().into(),
+            shared: Arc::clone(&self.shared),
+            stream: self.stream.clone(),
+            cluster: self.cluster.clone(),
+            dispatch: Arc::clone(&owned.dispatch),
+            feed: Arc::clone(&owned.feed),
+            mailbox: commands,
+            writer: self.writer.clone(),
+            contact: Arc::clone(&self.contact),
+            reads: Arc::clone(&self.reads),
+            progress: Arc::clone(&owned.progress),
+            supervisor: self.supervisor.clone(),
+        };
+        let task = Task::new(parts, machine, unfolded);
+        let ended = self.ended.0.clone();
+        if let Some(state) = self.slots.get_mut(&slot) {
+            state.running += 1;
+        }
+        self.supervisor.spawn(format!("queue {name}"), OnEnd::Ordinary, async move {
+            let last_word = task.run().await;
+            let _ = ended.send(last_word).await;
+        });
+        if let Some(known) = self.write_known().get_mut(&name) {
+            known.mailbox = Some(mailbox);
+        }
+    }
+
+    async fn carry_out(&mut self, job: Job) {
+        match job {
+            Job::Declare {
+                name,
+                declaration,
+                reply,
+            } => {
+                let _ = reply.send(self.declare(name, *declaration).await);
+            }
+            Job::Delete { name, reply } => {
+                let _ = reply.send(self.delete(&name).await);
+            }
+        }
+    }
+
+    async fn declare(
+        &mut self,
+        name: QueueName,
+        declaration: Declaration,
+    ) -> Result<(Description, Declared), Error> {
+        let existing = self.queues.values().find(|owned| owned.row.name == name);
+        if let Some(owned) = existing {
+            let id = owned.row.id;
+            return self.change(id, declaration).await;
+        }
+        if self.queues.len() >= self.options.queues_max.min(QUEUES_MAX) {
+            return Err(Error::TooManyQueues {
+                limit: self.options.queues_max.min(QUEUES_MAX),
+            });
+        }
+        let stream = match self.stream.describe(&declaration.stream).await {
+            Ok(stream) => stream,
+            Err(stream::Error::NotFound { .. }) => {
+                return Err(Error::StreamNotFound {
+                    stream: declaration.stream,
+                });
+            }
+            Err(error) => return Err(stream_error(error)),
+        };
+        let before_start = match declaration.start {
+            Start::Time(at) => self.stream.offset_at(stream.id, at).await.map_err(stream_error)?,
+            _ => Offset(0),
+        };
+        let new = NewQueue {
+            name: name.clone(),
+            stream_id: stream.id,
+            patterns: declaration.topics.clone(),
+            settings: declaration.settings.clone(),
+            start: declaration.start,
+            before_start,
+        };
+        match store::queue::insert_queue(&self.database, &new).await? {
+            Inserted::New {
+                id,
+                start_offset,
+                created_at,
+            } => {
+                let row = QueueRow {
+                    id,
+                    name,
+                    stream_id: stream.id,
+                    stream: declaration.stream,
+                    patterns: declaration.topics,
+                    settings: declaration.settings,
+                    start: declaration.start,
+                    generation: crate::domain::id::Generation(1),
+                    start_offset,
+                    slot: Slot::of(id),
+                    created_at,
+                };
+                Ok((self.begin(row), Declared::Created))
+            }
+            Inserted::NameTaken => {
+                // Another node's, or one whose insert seemed to fail: take in what is there.
+                let rows = store::queue::find_queues(&self.database).await?;
+                for row in rows {
+                    if !self.queues.contains_key(&row.id) {
+                        self.add(row);
+                    }
+                }
+                Err(Error::Unavailable {
+                    why: "it was made by another request at the same moment",
+                })
+            }
+            Inserted::NoStream => Err(Error::StreamNotFound {
+                stream: declaration.stream,
+            }),
+        }
+    }
+
+    /// Starts a queue that was just made: it has nothing to recover.
+    fn begin(&mut self, row: QueueRow) -> Description {
+        let description = describe(&row);
+        let (id, slot) = (row.id, row.slot);
+        let machine = Queue::new(
+            id,
+            row.generation,
+            row.start_offset,
+            row.settings.clone(),
+            Random::new(id.0 as u64),
+        );
+        self.add(row);
+        let state = self.slots.get(&slot);
+        if let Some(state) = state
+            && state.is_recovered
+            && let Some(fence) = state.fence.clone()
+        {
+            self.start_task(machine, false, &fence);
+        }
+        description
+    }
+
+    async fn change(&mut self, id: QueueId, declaration: Declaration) -> Result<(Description, Declared), Error> {
+        let Some(owned) = self.queues.get_mut(&id) else {
+            return Err(Error::Stopping);
+        };
+        let row = &mut owned.row;
+        if row.stream != declaration.stream {
+            return Err(Error::StreamChange {
+                queue: row.name.clone(),
+                stream: row.stream.clone(),
+            });
+        }
+        if row.patterns == declaration.topics && row.settings == declaration.settings {
+            return Ok((describe(row), Declared::Unchanged));
+        }
+        store::queue::update_queue(&self.database, id, &declaration.topics, &declaration.settings).await?;
+        row.patterns.clone_from(&declaration.topics);
+        row.settings.clone_from(&declaration.settings);
+        let description = describe(row);
+        owned.dispatch.subscribe(id, declaration.topics.clone().into());
+        if let Some(mailbox) = &owned.mailbox {
+            let _ = mailbox.send(Command::Change(Box::new(declaration))).await;
+        }
+        if let Some(known) = self.write_known().get_mut(&description.name) {
+            known.description = description.clone();
+        }
+        Ok((description, Declared::Changed))
+    }
+
+    async fn delete(&mut self, name: &QueueName) -> Result<(), Error> {
+        let found = self.queues.values().find(|owned| owned.row.name == *name);
+        let Some(id) = found.map(|owned| owned.row.id) else {
+            return Err(Error::NotFound { queue: name.clone() });
+        };
+        store::queue::delete_queue(&self.database, id).await?;
+        self.write_known().remove(name);
+        if let Some(owned) = self.queues.remove(&id) {
+            owned.dispatch.unsubscribe(id);
+            if let Some(mailbox) = owned.mailbox {
+                let _ = mailbox.send(Command::End).await;
+            }
+            if !self.queues.values().any(|other| other.row.stream_id == owned.row.stream_id) {
+                self.stream.set_watermark(owned.row.stream_id, Offset(i64::MAX));
+            }
+        }
+        self.shared.metrics.queues.set(self.queues.len() as i64);
+        Ok(())
+    }
+
+    /// Tells each stream how far all its queues have settled. One with no queues is told that nothing is needed.
+    async fn tell_watermarks(&self) {
+        let mut lowest: HashMap<StreamId, i64> = HashMap::new();
+        for owned in self.queues.values() {
+            // In this order: see `Dispatch::take` and `Task::take_in`, which clear the flag before they empty the feed.
+            let done = owned.dispatch.done();
+            let is_fed_out = owned.feed.is_empty();
+            let mut watermark = owned.progress.watermark.load(Ordering::Acquire);
+            if is_fed_out && owned.progress.idle.load(Ordering::SeqCst) {
+                watermark = watermark.max(done.0);
+            }
+            let watermark = match owned.mailbox {
+                Some(_) => watermark,
+                // Not recovered: nothing is known of it but where it began.
+                None => owned.row.start_offset.0 - 1,
+            };
+            let lowest = lowest.entry(owned.row.stream_id).or_insert(i64::MAX);
+            *lowest = watermark.min(*lowest);
+        }
+        for (&stream, &watermark) in &lowest {
+            self.stream.set_watermark(stream, Offset(watermark));
+        }
+        if let Ok(streams) = self.stream.list().await {
+            let without: HashSet<StreamId> = streams.iter().map(|stream| stream.id).collect();
+            for stream in without {
+                if !lowest.contains_key(&stream) {
+                    self.stream.set_watermark(stream, Offset(i64::MAX));
+                }
+            }
+        }
+    }
+
+    /// Turns the journal when its segment is full, and asks queues for checkpoints that keep an old one from going.
+    async fn turn_journal(&self) {
+        let full_after = self.options.journal_full_after.as_secs_f64();
+        let turned = store::queue::turn_journal(&self.database, self.options.journal_full_bytes, full_after).await;
+        match turned {
+            Ok((_, 0)) => {}
+            Ok((turn, _)) => {
+                for owned in self.queues.values() {
+                    if let Some(mailbox) = &owned.mailbox {
+                        let _ = mailbox.try_send(Command::Fold { before_turn: turn });
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "turning the journal failed; trying again");
+            }
+        }
+    }
+}
+
+fn stream_error(error: stream::Error) -> Error {
+    match error {
+        stream::Error::Store(error) => Error::Store(error),
+        _ => Error::Stopping,
+    }
+}
+
+fn describe(row: &QueueRow) -> Description {
+    Description {
+        id: row.id,
+        name: row.name.clone(),
+        stream_id: row.stream_id,
+        declaration: Declaration {
+            stream: row.stream.clone(),
+            topics: row.patterns.clone(),
+            start: row.start,
+            settings: row.settings.clone(),
+        },
+        generation: row.generation,
+        start_offset: row.start_offset,
+        created_at: row.created_at,
+        status: None,
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Passes a lease's changes on, the first state included.
+async fn follow_fence(
+    slot: Slot,
+    mut fence: watch::Receiver<Option<Fence>>,
+    changes: mpsc::Sender<(Slot, Option<Fence>)>,
+    supervisor: Supervisor,
+) {
+    loop {
+        let now = fence.borrow_and_update().clone();
+        if changes.send((slot, now)).await.is_err() {
+            return;
+        }
+        let changed = tokio::select! {
+            changed = fence.changed() => changed.is_ok(),
+            () = supervisor.stopping() => false,
+        };
+        if !changed {
+            return;
+        }
+    }
+}
+

@@ -1,0 +1,295 @@
+//! How messages come to a queue: by the feed while it keeps up, by scans of the log when it does not, and their payloads
+//! by loads ahead of the receives.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::task::{Done, Task, log_read_failure};
+use crate::domain::id::{Offset, StreamId};
+use crate::domain::message::Entry;
+use crate::stream::{self, Scan};
+
+/// Ready messages in memory (offsets only) after which the scan pauses; it goes on at half of it.
+const READY_MAX: u64 = 200_000;
+/// Bytes of events that wait in memory for receives.
+const LOADED_BYTES: usize = 4 * 1024 * 1024;
+/// A queue this close to the end of the stream attaches itself to the feed.
+const NEAR: i64 = 2_000;
+/// Matching messages of one scan.
+const SCAN_ITEMS: usize = 10_000;
+/// Most messages of one load.
+const LOAD_ITEMS: usize = 1_000;
+/// A read that failed is tried again after this.
+const RETRY: Duration = Duration::from_millis(250);
+/// Without a receive for so long, payloads are not kept.
+const UNUSED: Duration = Duration::from_secs(60);
+
+/// Where the queue gets its messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// From the log.
+    Scanning,
+    /// From the log up to this offset, then from the feed.
+    Joining(Offset),
+    /// From the feed.
+    Fed,
+}
+
+/// A load that ended.
+#[derive(Debug)]
+pub(in crate::queue) struct Loaded {
+    offsets: Vec<Offset>,
+    entries: Result<Vec<Arc<Entry>>, stream::Error>,
+}
+
+/// Messages on their way into the queue.
+#[derive(Debug)]
+pub(in crate::queue) struct Intake {
+    mode: Mode,
+    last: watch::Receiver<Offset>,
+    loaded: BTreeMap<i64, Arc<Entry>>,
+    loaded_bytes: usize,
+    /// Bytes of an event, about.
+    usual_bytes: usize,
+    is_scanning: bool,
+    is_loading: bool,
+    retry_at: Option<Instant>,
+    received_at: Option<Instant>,
+}
+
+impl Intake {
+    pub(in crate::queue) fn new(stream: &stream::Handle, id: StreamId) -> Self {
+        Self {
+            mode: Mode::Scanning,
+            last: stream.last_offset(id),
+            loaded: BTreeMap::new(),
+            loaded_bytes: 0,
+            usual_bytes: 64 * 1024,
+            is_scanning: false,
+            is_loading: false,
+            retry_at: None,
+            received_at: None,
+        }
+    }
+
+    /// The bytes of a message that is loaded.
+    pub(in crate::queue) fn size(&self, offset: Offset) -> Option<u64> {
+        self.loaded.get(&offset.0).map(|entry| entry.event.len() as u64)
+    }
+
+    pub(in crate::queue) fn take(&mut self, offset: Offset) -> Option<Arc<Entry>> {
+        let entry = self.loaded.remove(&offset.0)?;
+        self.loaded_bytes -= entry.event.len();
+        Some(entry)
+    }
+
+    pub(in crate::queue) fn appended_at(&self, offset: Offset) -> Option<DateTime<Utc>> {
+        self.loaded.get(&offset.0).map(|entry| entry.appended_at)
+    }
+
+    pub(in crate::queue) fn received(&mut self) {
+        self.received_at = Some(Instant::now());
+    }
+
+    /// When a failed read is to be tried again; far away when none failed.
+    pub(in crate::queue) fn retry_at(&self, now: Instant) -> Instant {
+        self.retry_at.unwrap_or(now + Duration::from_secs(3_600))
+    }
+
+    pub(in crate::queue) fn forget_if_unused(&mut self) {
+        let is_used = self.received_at.is_some_and(|at| at.elapsed() < UNUSED);
+        if !is_used && !self.is_loading {
+            self.loaded = BTreeMap::new();
+            self.loaded_bytes = 0;
+        }
+    }
+
+    fn keep(&mut self, entry: Arc<Entry>) {
+        let bytes = entry.event.len();
+        self.usual_bytes = (self.usual_bytes * 15 + bytes) / 16;
+        self.loaded_bytes += bytes;
+        if let Some(before) = self.loaded.insert(entry.offset.0, entry) {
+            self.loaded_bytes -= before.event.len();
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        self.retry_at.is_none_or(|at| at <= Instant::now())
+    }
+}
+
+impl Task {
+    /// Takes what the feed brought, and starts the next scan if the queue is behind.
+    pub(in crate::queue) fn take_in(&mut self) {
+        if self.intake.mode == Mode::Fed {
+            // Before the feed is emptied: the watermark's reader looks at the feed first, then at this.
+            self.parts.progress.idle.store(false, Ordering::SeqCst);
+            let fed = self.parts.dispatch.take(&self.parts.feed);
+            for entry in fed.entries {
+                self.machine.found(entry.offset);
+                if self.intake.loaded_bytes < LOADED_BYTES {
+                    self.intake.keep(entry);
+                }
+            }
+            self.machine.looked_through(fed.through);
+            if !fed.attached {
+                self.intake.mode = Mode::Scanning;
+            } else if self.machine.counts().fresh >= READY_MAX {
+                self.parts.dispatch.detach(&self.parts.feed);
+                self.intake.mode = Mode::Scanning;
+            }
+        }
+        if self.intake.mode != Mode::Fed && !self.intake.is_scanning && self.intake.may_read() {
+            self.scan_on();
+        }
+    }
+
+    fn scan_on(&mut self) {
+        let scanned = self.machine.scanned_through();
+        if self.intake.mode == Mode::Scanning {
+            if self.machine.counts().fresh >= READY_MAX / 2 {
+                return;
+            }
+            if self.intake.last.borrow().0 - scanned.0 <= NEAR {
+                let base = self.parts.dispatch.attach(&self.parts.feed);
+                self.intake.mode = Mode::Joining(base);
+            }
+        }
+        if let Mode::Joining(base) = self.intake.mode
+            && scanned >= base
+        {
+            self.intake.mode = Mode::Fed;
+            return self.take_in();
+        }
+        let scan = Scan {
+            stream: self.parts.stream_id,
+            after: scanned,
+            topics: self.parts.patterns.to_vec(),
+            max_items: SCAN_ITEMS,
+        };
+        let (stream, reads) = (self.parts.stream.clone(), Arc::clone(&self.parts.reads));
+        self.intake.is_scanning = true;
+        self.work.push(Box::pin(async move {
+            let _permit = reads.acquire_owned().await;
+            Done::Scanned(stream.scan(scan).await)
+        }));
+    }
+
+    pub(in crate::queue) fn finish_scan(&mut self, scanned: Result<stream::Scanned, stream::Error>) {
+        self.intake.is_scanning = false;
+        let scanned = match scanned {
+            Ok(scanned) => scanned,
+            Err(error) => {
+                log_read_failure(&self.parts.name, &error);
+                self.intake.retry_at = Some(Instant::now() + RETRY);
+                return;
+            }
+        };
+        self.intake.retry_at = None;
+        let before = self.machine.scanned_through();
+        for item in scanned.items {
+            self.machine.found(item.offset);
+        }
+        self.machine.looked_through(scanned.through);
+        if self.machine.scanned_through() > before {
+            return;
+        }
+        // Nothing is left of what comes after: retention dropped it.
+        match self.intake.mode {
+            Mode::Joining(base) => self.machine.looked_through(base),
+            _ => {
+                let last = *self.intake.last.borrow();
+                self.machine.looked_through(last);
+            }
+        }
+    }
+
+    /// The patterns changed: what is not scanned yet is looked at by the new ones.
+    pub(in crate::queue) fn change_patterns(&mut self) {
+        let patterns = Arc::clone(&self.parts.patterns);
+        self.parts.dispatch.subscribe(self.machine.id(), patterns);
+    }
+
+    /// Whether "empty" would be a guess: messages may be on their way.
+    pub(in crate::queue) fn is_looking(&self) -> bool {
+        self.intake.is_scanning
+            || self.intake.is_loading && self.machine.has_ready()
+            || self.intake.mode != Mode::Fed
+            || *self.intake.last.borrow() > self.parts.dispatch.done()
+    }
+
+    /// Loads the messages that go out next, if somebody waits for them or did lately.
+    pub(in crate::queue) fn load_ahead(&mut self, is_waited_for: bool) {
+        let lately = self.intake.received_at.is_some_and(|at| at.elapsed() < Duration::from_secs(5));
+        if self.intake.is_loading || !self.intake.may_read() || !(is_waited_for || lately) {
+            return;
+        }
+        let wanted = (LOADED_BYTES / self.intake.usual_bytes.max(256)).clamp(16, LOAD_ITEMS);
+        let ready = self.machine.ready(wanted);
+        let offsets: Vec<Offset> = ready
+            .iter()
+            .copied()
+            .filter(|offset| !self.intake.loaded.contains_key(&offset.0))
+            .collect();
+        // The next one is missing, or so many that a read is worth its while.
+        let is_next_missing = ready.first().is_some_and(|next| offsets.first() == Some(next));
+        if offsets.is_empty() || !is_next_missing && offsets.len() * 2 < wanted {
+            return;
+        }
+        self.intake.is_loading = true;
+        let (stream, reads) = (self.parts.stream.clone(), Arc::clone(&self.parts.reads));
+        let id = self.parts.stream_id;
+        self.work.push(Box::pin(async move {
+            let _permit = reads.acquire_owned().await;
+            let entries = stream.fetch(id, offsets.clone()).await;
+            Done::Loaded(Loaded { offsets, entries })
+        }));
+    }
+
+    pub(in crate::queue) fn finish_load(&mut self, loaded: Loaded) {
+        self.intake.is_loading = false;
+        let entries = match loaded.entries {
+            Ok(entries) => entries,
+            Err(error) => {
+                log_read_failure(&self.parts.name, &error);
+                self.intake.retry_at = Some(Instant::now() + RETRY);
+                return;
+            }
+        };
+        self.intake.retry_at = None;
+        let mut missing = loaded.offsets;
+        missing.retain(|offset| !entries.iter().any(|entry| entry.offset == *offset));
+        for entry in entries {
+            self.intake.keep(entry);
+        }
+        while self.intake.loaded_bytes > 2 * LOADED_BYTES
+            && let Some((&offset, _)) = self.intake.loaded.last_key_value()
+            && self.intake.loaded.len() > 1
+        {
+            self.intake.take(Offset(offset));
+        }
+        if !missing.is_empty() {
+            tracing::error!(
+                queue = %self.parts.name,
+                count = missing.len(),
+                first = %missing[0],
+                "unsettled messages are gone: retention's hard limit passed the queue"
+            );
+            self.parts.shared.metrics.lost.inc_by(missing.len() as u64);
+            self.machine.lose(missing);
+        }
+    }
+
+    /// Tells the watermark's reader whether the dispatcher's progress is the queue's own.
+    pub(in crate::queue) fn note_idle(&self) {
+        let is_idle = self.intake.mode == Mode::Fed && self.machine.oldest_unsettled().is_none();
+        let is_written = !self.is_writing();
+        self.parts.progress.idle.store(is_idle && is_written, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,61 @@
+//! From the stored state back to machines. The lease was taken before, in a transaction of its own, so nobody else can
+//! write behind this read.
+
+use std::collections::HashMap;
+
+use crate::domain::id::{QueueId, Slot};
+use crate::domain::queue::{Queue, Random, decode};
+use crate::store::queue::{QueueRow, StatePart};
+use crate::store::{self, Database};
+
+/// Why a slot could not be recovered.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::queue) enum Error {
+    #[error("the database could not be used")]
+    Store(#[from] store::Error),
+    #[error("the state of queue {queue} cannot be read")]
+    Decode {
+        queue: QueueId,
+        #[source]
+        source: crate::domain::queue::Decode,
+    },
+}
+
+/// The slot's queues as they were, and of each whether the journal holds rows that no checkpoint does.
+pub(in crate::queue) async fn recover(
+    database: &Database,
+    slot: Slot,
+    rows: &[&QueueRow],
+) -> Result<Vec<(Queue, bool)>, Error> {
+    let parts = store::queue::find_queue_state(database, slot).await?;
+    let mut by_queue: HashMap<QueueId, Vec<StatePart>> = HashMap::new();
+    for part in parts {
+        by_queue.entry(part.queue).or_default().push(part);
+    }
+    let mut machines = Vec::with_capacity(rows.len());
+    for row in rows {
+        let parts = by_queue.remove(&row.id).unwrap_or_default();
+        let machine = rebuild(row, &parts).map_err(|source| Error::Decode {
+            queue: row.id,
+            source,
+        })?;
+        machines.push((machine, parts.iter().any(|part| part.is_journal)));
+    }
+    Ok(machines)
+}
+
+fn rebuild(row: &QueueRow, parts: &[StatePart]) -> Result<Queue, crate::domain::queue::Decode> {
+    let random = Random::new(uuid::Uuid::new_v4().as_u64_pair().0);
+    let (id, generation, settings) = (row.id, row.generation, row.settings.clone());
+    let mut parts = parts.iter().peekable();
+    let mut queue = match parts.next_if(|part| !part.is_journal) {
+        Some(part) => Queue::from_checkpoint(&part.data, id, generation, settings, random)?,
+        None => Queue::new(id, generation, row.start_offset, settings, random),
+    };
+    for part in parts {
+        for record in decode(&part.data)? {
+            queue.apply(&record);
+        }
+    }
+    Ok(queue)
+}

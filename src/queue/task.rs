@@ -1,0 +1,754 @@
+//! One queue's task: the pure state machine, with the mailbox, the journal, the feed and the clock around it.
+//!
+//! The state in memory runs ahead of the journal; answers do not. What was decided since the last submission goes to the
+//! writer as one part, one part at a time, and answers leave when the part that holds their decisions, or any later one,
+//! is committed. A part that is refused or fenced ends the task: its state is dropped and read again by whoever owns the
+//! slot then.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use super::api::{Delivery, Error, InFlight, InFlightFilter, ReceiveRequest, Received, Status};
+use super::feed::{Dispatch, Feed};
+use super::handle::{Command, Shared};
+use super::handout::Handout;
+use super::intake::{Intake, Loaded};
+use super::writer::{Contact, Outage, Submission, Written};
+use crate::cluster;
+use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
+use crate::domain::message::Entry;
+use crate::domain::name::{QueueName, TopicPattern};
+use crate::domain::queue::{At, EmptyReason, Handed, Item, Outcome, Queue, Receive, Record, End, Verb, encode};
+use crate::domain::receipt::Receipt;
+use crate::store;
+use crate::store::queue::GroupPart;
+use crate::stream;
+use crate::supervisor::Supervisor;
+
+/// Long polls per queue.
+const WAITERS_MAX: usize = 10_000;
+/// Commands taken in one round, so that the journal gets its groups.
+const ROUND_MAX: usize = 1_000;
+/// How often the scan position of a quiet queue is journaled, if it moved far enough to be worth a row.
+const POSITION_EVERY: Duration = Duration::from_secs(30);
+const POSITION_WORTH: i64 = 10_000;
+/// A receive without a wait waits this long at most for a scan or a load that is under way.
+const GRACE: Duration = Duration::from_secs(1);
+const GRACE_STEP: Duration = Duration::from_millis(5);
+
+/// How far a queue is, for the stream's retention. Moves with commits only.
+#[derive(Debug, Default)]
+pub(in crate::queue) struct Progress {
+    pub(in crate::queue) watermark: AtomicI64,
+    /// Nothing is unsettled and the queue keeps up: its watermark is what the dispatcher has done.
+    pub(in crate::queue) idle: AtomicBool,
+}
+
+/// Why a task ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::queue) enum Why {
+    /// It was told to.
+    Told,
+    /// Its slot was taken over.
+    Fenced,
+    /// The database refused its journal, or the writer ended: its state must be read again.
+    Refused,
+}
+
+/// A task's last word.
+#[derive(Debug)]
+pub(in crate::queue) struct Ended {
+    pub(in crate::queue) queue: QueueId,
+    pub(in crate::queue) slot: Slot,
+    pub(in crate::queue) fence: Fence,
+    pub(in crate::queue) why: Why,
+}
+
+/// What a task is made of.
+pub(in crate::queue) struct Parts {
+    pub(in crate::queue) name: QueueName,
+    pub(in crate::queue) stream_id: StreamId,
+    pub(in crate::queue) slot: Slot,
+    pub(in crate::queue) fence: Fence,
+    pub(in crate::queue) patterns: Arc<[TopicPattern]>,
+    pub(in crate::queue) shared: Arc<Shared>,
+    pub(in crate::queue) stream: stream::Handle,
+    pub(in crate::queue) cluster: cluster::Handle,
+    pub(in crate::queue) dispatch: Arc<Dispatch>,
+    pub(in crate::queue) feed: Arc<Feed>,
+    pub(in crate::queue) mailbox: mpsc::Receiver<Command>,
+    pub(in crate::queue) writer: mpsc::Sender<Submission>,
+    pub(in crate::queue) contact: Arc<Contact>,
+    pub(in crate::queue) reads: Arc<Semaphore>,
+    pub(in crate::queue) progress: Arc<Progress>,
+    pub(in crate::queue) supervisor: Supervisor,
+}
+
+struct Waiter {
+    request: ReceiveRequest,
+    reply: oneshot::Sender<Result<Received, Error>>,
+    since: Instant,
+    until: Instant,
+}
+
+/// An answer that waits for its commit.
+enum Answer {
+    Receive {
+        reply: oneshot::Sender<Result<Received, Error>>,
+        handed: Vec<(Handed, Arc<Entry>)>,
+        /// A repeated receive: its deliveries are not taken back when this answer is not written either.
+        is_replay: bool,
+    },
+    Settle {
+        reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
+        outcomes: Vec<Outcome>,
+    },
+}
+
+struct Submitted {
+    done: oneshot::Receiver<Written>,
+    answers: Vec<Answer>,
+    has_records: bool,
+    is_fold: bool,
+    watermark: Offset,
+}
+
+/// What ran beside the task's loop.
+pub(in crate::queue) enum Done {
+    Scanned(Result<stream::Scanned, stream::Error>),
+    Loaded(Loaded),
+    Replayed {
+        receive_id: String,
+        reply: oneshot::Sender<Result<Received, Error>>,
+        entries: Result<Vec<Arc<Entry>>, stream::Error>,
+    },
+    Probed,
+}
+
+pub(in crate::queue) type Work = Pin<Box<dyn Future<Output = Done> + Send>>;
+
+pub(in crate::queue) struct Task {
+    pub(in crate::queue) parts: Parts,
+    pub(in crate::queue) machine: Queue,
+    pub(in crate::queue) intake: Intake,
+    pub(in crate::queue) work: FuturesUnordered<Work>,
+    waiters: BTreeMap<u64, Waiter>,
+    waits: BTreeSet<(Instant, u64)>,
+    next_waiter: u64,
+    answers: Vec<Answer>,
+    submitted: Option<Submitted>,
+    returned: (mpsc::UnboundedSender<Vec<Receipt>>, mpsc::UnboundedReceiver<Vec<Receipt>>),
+    outage: watch::Receiver<Outage>,
+    moved: i64,
+    is_probing: bool,
+    fold_wanted: bool,
+    /// The turn of the first journal row that no checkpoint holds yet.
+    unfolded_turn: Option<i64>,
+    position_at: Instant,
+    ending: Option<Why>,
+}
+
+impl Task {
+    /// `unfolded`: whether the journal has rows of the queue that no checkpoint holds.
+    pub(in crate::queue) fn new(parts: Parts, machine: Queue, unfolded: bool) -> Self {
+        let outage = parts.contact.outage();
+        let moved = outage.borrow().moved;
+        let intake = Intake::new(&parts.stream, parts.stream_id);
+        parts.progress.watermark.store(machine.watermark().0, Ordering::Release);
+        Self {
+            machine,
+            intake,
+            work: FuturesUnordered::new(),
+            waiters: BTreeMap::new(),
+            waits: BTreeSet::new(),
+            next_waiter: 0,
+            answers: Vec::new(),
+            submitted: None,
+            returned: mpsc::unbounded_channel(),
+            outage,
+            moved,
+            is_probing: false,
+            fold_wanted: false,
+            unfolded_turn: unfolded.then_some(i64::MIN),
+            position_at: Instant::now() + POSITION_EVERY,
+            ending: None,
+            parts,
+        }
+    }
+
+    pub(in crate::queue) async fn run(mut self) -> Ended {
+        let supervisor = self.parts.supervisor.clone();
+        while self.ending.is_none() && !supervisor.is_stopping() {
+            self.round();
+            let wake_at = self.wake_at();
+            tokio::select! {
+                command = self.parts.mailbox.recv() => self.take_commands(command),
+                Some(first) = self.returned.1.recv() => self.take_back(first),
+                written = committed(&mut self.submitted) => self.finish_part(written),
+                Some(done) = self.work.next() => self.finish_work(done),
+                () = self.parts.feed.filled() => {}
+                _ = self.outage.changed() => {}
+                () = tokio::time::sleep_until(wake_at) => {}
+                () = supervisor.stopping() => {}
+            }
+        }
+        let why = match self.ending {
+            Some(why) => why,
+            None => self.flush().await,
+        };
+        self.parts.progress.idle.store(false, Ordering::Release);
+        Ended {
+            queue: self.machine.id(),
+            slot: self.parts.slot,
+            fence: self.parts.fence,
+            why,
+        }
+    }
+
+    pub(in crate::queue) fn now(&self) -> At {
+        At::from(self.parts.cluster.now())
+    }
+
+    /// Whether decisions wait for their commit.
+    pub(in crate::queue) fn is_writing(&self) -> bool {
+        self.submitted.is_some() || self.machine.has_batch()
+    }
+
+    fn is_standing(&self) -> bool {
+        self.outage.borrow().standing
+    }
+
+    /// Everything that can be decided now.
+    fn round(&mut self) {
+        let outage = *self.outage.borrow_and_update();
+        let moved = outage.moved - self.moved;
+        if moved > 0 {
+            self.moved = outage.moved;
+            self.machine.shift(Duration::from_millis(moved.unsigned_abs()));
+        }
+        self.take_in();
+        if !outage.standing {
+            let now = self.now();
+            self.machine.advance(now, self.parts.contact.confirmed());
+            let is_over = |deadline: At| deadline <= now;
+            if self.machine.next_deadline().is_some_and(is_over) && !self.is_probing {
+                self.probe();
+            }
+            self.serve();
+        }
+        self.end_waits();
+        self.journal_position();
+        self.submit();
+        self.note_idle();
+    }
+
+    /// A deadline is over, and Postgres was not heard of since: nobody is charged before it answers.
+    fn probe(&mut self) {
+        let (reply, answer) = oneshot::channel();
+        if self.parts.writer.try_send(Submission::Probe(reply)).is_ok() {
+            self.is_probing = true;
+            self.work.push(Box::pin(async move {
+                let _ = answer.await;
+                Done::Probed
+            }));
+        }
+    }
+
+    fn wake_at(&self) -> Instant {
+        let instant = Instant::now();
+        let now = self.now();
+        let mut wake_at = self.position_at.min(self.intake.retry_at(instant));
+        if let Some(&(until, _)) = self.waits.first() {
+            wake_at = wake_at.min(until);
+        }
+        if !self.is_standing() {
+            let deadline = self.machine.next_deadline().filter(|_| !self.is_probing);
+            for at in [deadline, self.machine.next_due()].into_iter().flatten() {
+                // A millisecond later, since both clocks are cut to milliseconds.
+                wake_at = wake_at.min(instant + at.since(now) + Duration::from_millis(1));
+            }
+        }
+        wake_at
+    }
+
+    fn take_commands(&mut self, first: Option<Command>) {
+        let Some(first) = first else {
+            self.ending = Some(Why::Told);
+            return;
+        };
+        let mut next = Some(first);
+        for _ in 0..ROUND_MAX {
+            match next.take() {
+                Some(command) => self.take_command(command),
+                None => break,
+            }
+            next = self.parts.mailbox.try_recv().ok();
+        }
+        if let Some(command) = next {
+            self.take_command(command);
+        }
+    }
+
+    fn take_command(&mut self, command: Command) {
+        match command {
+            Command::Receive { request, reply } => self.take_receive(request, reply),
+            Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
+            Command::InFlight { filter, reply } => {
+                let _ = reply.send(Ok(self.in_flight(&filter)));
+            }
+            Command::Status { reply } => {
+                let _ = reply.send(self.status());
+            }
+            Command::Change(declaration) => {
+                self.machine.change_settings(declaration.settings);
+                self.parts.patterns = declaration.topics.into();
+                self.change_patterns();
+            }
+            Command::Fold { before_turn } => {
+                self.fold_wanted |= self.unfolded_turn.is_some_and(|turn| turn < before_turn);
+            }
+            Command::End => self.ending = Some(Why::Told),
+        }
+    }
+
+    fn take_receive(&mut self, request: ReceiveRequest, reply: oneshot::Sender<Result<Received, Error>>) {
+        self.intake.received();
+        if let Some(receive_id) = &request.receive_id {
+            let handed = self.machine.replay(receive_id);
+            if !handed.is_empty() {
+                let offsets = handed.iter().map(|handed| handed.offset).collect();
+                return self.replay(receive_id.clone(), offsets, reply);
+            }
+        }
+        if request.wait.is_zero() && self.machine.is_full() {
+            let limit = self.machine.settings().max_in_flight;
+            let _ = reply.send(Err(Error::InFlightFull { limit }));
+            return;
+        }
+        if self.waiters.len() >= WAITERS_MAX {
+            self.drop_gone_waiters();
+        }
+        if self.waiters.len() >= WAITERS_MAX {
+            let _ = reply.send(Err(Error::TooManyWaiters { limit: WAITERS_MAX }));
+            return;
+        }
+        let since = Instant::now();
+        let until = since + request.wait;
+        self.next_waiter += 1;
+        self.waits.insert((until, self.next_waiter));
+        let waiter = Waiter {
+            request,
+            reply,
+            since,
+            until,
+        };
+        self.waiters.insert(self.next_waiter, waiter);
+    }
+
+    fn replay(
+        &mut self,
+        receive_id: String,
+        offsets: Vec<Offset>,
+        reply: oneshot::Sender<Result<Received, Error>>,
+    ) {
+        let (stream, id) = (self.parts.stream.clone(), self.parts.stream_id);
+        self.work.push(Box::pin(async move {
+            let entries = stream.fetch(id, offsets).await;
+            Done::Replayed {
+                receive_id,
+                reply,
+                entries,
+            }
+        }));
+    }
+
+    fn drop_gone_waiters(&mut self) {
+        let waits = &mut self.waits;
+        self.waiters.retain(|&number, waiter| {
+            let is_gone = waiter.reply.is_closed();
+            if is_gone {
+                waits.remove(&(waiter.until, number));
+            }
+            !is_gone
+        });
+    }
+
+    /// Hands out what is ready, the longest waiter first.
+    fn serve(&mut self) {
+        while self.machine.has_ready() {
+            let Some((&number, waiter)) = self.waiters.first_key_value() else {
+                break;
+            };
+            if waiter.reply.is_closed() {
+                self.remove_waiter(number);
+                continue;
+            }
+            let request = &waiter.request;
+            let receive = Receive {
+                consumer: request.consumer.clone(),
+                receive_id: request.receive_id.clone(),
+            };
+            let visible = request
+                .visibility_timeout
+                .unwrap_or(self.machine.settings().visibility_timeout);
+            let limits = (request.max_messages as usize, request.max_bytes);
+            let now = At::from(self.parts.cluster.now());
+            let intake = &self.intake;
+            let taken = self
+                .machine
+                .hand_out(now, visible, &receive, limits, &|offset| intake.size(offset));
+            if taken.handed.is_empty() {
+                break;
+            }
+            let handed: Vec<(Handed, Arc<Entry>)> = taken
+                .handed
+                .into_iter()
+                .filter_map(|handed| Some((handed, self.intake.take(handed.offset)?)))
+                .collect();
+            self.parts.shared.metrics.deliveries.inc_by(handed.len() as u64);
+            if let Some(waiter) = self.remove_waiter(number) {
+                self.answers.push(Answer::Receive {
+                    reply: waiter.reply,
+                    handed,
+                    is_replay: false,
+                });
+            }
+        }
+        self.load_ahead(!self.waiters.is_empty());
+    }
+
+    fn remove_waiter(&mut self, number: u64) -> Option<Waiter> {
+        let waiter = self.waiters.remove(&number)?;
+        self.waits.remove(&(waiter.until, number));
+        Some(waiter)
+    }
+
+    /// Answers those whose wait is over. While a scan or a load is under way, a short wait is stretched a little:
+    /// "empty" would be a guess.
+    fn end_waits(&mut self) {
+        let now = Instant::now();
+        while let Some(&(until, number)) = self.waits.first()
+            && until <= now
+        {
+            let standing = self.is_standing();
+            let looking = !standing && self.is_looking();
+            let Some(mut waiter) = self.remove_waiter(number) else {
+                self.waits.remove(&(until, number));
+                continue;
+            };
+            if looking && now < waiter.since + GRACE {
+                waiter.until = now + GRACE_STEP;
+                self.waits.insert((waiter.until, number));
+                self.waiters.insert(number, waiter);
+                continue;
+            }
+            let answer = match standing {
+                true => Err(Error::Unavailable {
+                    why: "Postgres cannot be reached",
+                }),
+                false => Ok(self.empty()),
+            };
+            let _ = waiter.reply.send(answer);
+        }
+    }
+
+    fn empty(&self) -> Received {
+        let reason = self.machine.empty_reason();
+        let due = match reason {
+            EmptyReason::InFlightFull => self.machine.next_deadline(),
+            _ => self.machine.next_due().into_iter().chain(self.machine.next_deadline()).min(),
+        };
+        Received {
+            deliveries: Vec::new(),
+            reason: Some(reason),
+            next_due_at: due.map(Into::into),
+            handout: Handout::default(),
+        }
+    }
+
+    fn settle(&mut self, verb: Verb, items: &[Item], reply: oneshot::Sender<Result<Vec<Outcome>, Error>>) {
+        let now = self.now();
+        let outcomes = self.machine.settle(verb, items, now);
+        let metrics = &self.parts.shared.metrics;
+        for (outcome, item) in outcomes.iter().zip(items) {
+            match outcome {
+                Outcome::Acked => {
+                    metrics.settled.inc();
+                }
+                Outcome::Gone { incident: true } => {
+                    metrics.incidents.inc();
+                    tracing::error!(
+                        queue = %self.parts.name,
+                        receipt = ?item.receipt,
+                        "a receipt names a delivery that was never issued: was the database restored to an earlier state?"
+                    );
+                }
+                _ => {}
+            }
+        }
+        self.answers.push(Answer::Settle { reply, outcomes });
+    }
+
+    fn take_back(&mut self, first: Vec<Receipt>) {
+        let now = self.now();
+        let mut next = Some(first);
+        while let Some(receipts) = next {
+            self.parts.shared.metrics.unwritten.inc_by(receipts.len() as u64);
+            for receipt in &receipts {
+                self.machine.take_back(receipt, now);
+            }
+            next = self.returned.1.try_recv().ok();
+        }
+    }
+
+    fn in_flight(&self, filter: &InFlightFilter) -> Vec<InFlight> {
+        let live = self.machine.live(filter.after).map(|live| InFlight {
+            offset: live.offset,
+            delivery: live.delivery,
+            attempt: live.attempt,
+            consumer: live.receive.and_then(|receive| receive.consumer.clone()),
+            delivered_at: live.since.into(),
+            visible_until: live.deadline.into(),
+        });
+        live.filter(|live| filter.consumer.is_none() || live.consumer == filter.consumer)
+            .take(filter.limit.clamp(1, 1_000))
+            .collect()
+    }
+
+    fn status(&self) -> Status {
+        let counts = self.machine.counts();
+        let oldest = self.machine.oldest_unsettled();
+        let idle = self.parts.progress.idle.load(Ordering::Acquire);
+        // An idle queue is not told of what it does not match.
+        let done = if idle { self.parts.dispatch.done() } else { Offset(0) };
+        Status {
+            depth: counts.fresh + counts.again + counts.live + counts.delayed,
+            in_flight: counts.live,
+            delayed: counts.delayed,
+            ready: counts.fresh + counts.again,
+            dead_letters: counts.dead,
+            waiters: self.waiters.len() as u64,
+            watermark: self.machine.watermark().max(done),
+            scanned_through: self.machine.scanned_through().max(done),
+            oldest_unsettled: oldest,
+            oldest_unsettled_at: oldest.and_then(|offset| self.intake.appended_at(offset)),
+            standing_still: self.is_standing(),
+        }
+    }
+
+    /// A quiet queue's position is worth a row now and then: it is where the scan goes on after a restart.
+    fn journal_position(&mut self) {
+        let now = Instant::now();
+        if now < self.position_at || self.is_standing() {
+            return;
+        }
+        self.position_at = now + POSITION_EVERY;
+        self.intake.forget_if_unused();
+        let behind = self.machine.scanned_through().0 - self.machine.journaled_through().0;
+        if behind >= POSITION_WORTH {
+            self.machine.journal_scan(self.machine.scanned_through());
+        }
+    }
+
+    fn submit(&mut self) {
+        if self.submitted.is_some() {
+            return;
+        }
+        if self.fold_wanted {
+            self.machine.journal_scan(self.machine.scanned_through());
+        }
+        if !self.machine.has_batch() && !self.fold_wanted {
+            let answers = std::mem::take(&mut self.answers);
+            self.answer(answers);
+            return;
+        }
+        let batch = self.machine.take_batch();
+        self.count(&batch.records, batch.letters.len());
+        let is_fold = std::mem::take(&mut self.fold_wanted);
+        let part = Box::new(GroupPart {
+            slot: self.parts.slot,
+            queue: self.machine.id(),
+            generation: self.machine.generation(),
+            records: match batch.records.is_empty() {
+                true => Vec::new(),
+                false => encode(&batch.records),
+            },
+            checkpoint: is_fold.then(|| self.machine.checkpoint()),
+            letters: batch.letters,
+            removed_letters: batch.removed_letters,
+        });
+        let has_records = !part.records.is_empty();
+        let (done, receiver) = oneshot::channel();
+        let fence = self.parts.fence.clone();
+        if self.parts.writer.try_send(Submission::Part { fence, part, done }).is_err() {
+            // The channel holds a part of every queue there can be, so the writer is gone.
+            self.ending = Some(Why::Refused);
+            return;
+        }
+        self.submitted = Some(Submitted {
+            done: receiver,
+            answers: std::mem::take(&mut self.answers),
+            has_records,
+            is_fold,
+            watermark: self.machine.watermark(),
+        });
+    }
+
+    fn count(&self, records: &[Record], letters: usize) {
+        let metrics = &self.parts.shared.metrics;
+        metrics.dead_letters.inc_by(letters as u64);
+        let is_expiry = |record: &&Record| matches!(record, Record::Ended { end: End::TimedOut, .. });
+        metrics.expired.inc_by(records.iter().filter(is_expiry).count() as u64);
+    }
+
+    fn finish_part(&mut self, written: Option<Written>) {
+        let Some(part) = self.submitted.take() else {
+            return;
+        };
+        match written {
+            Some(Written::Committed { turn }) => {
+                if part.is_fold {
+                    self.unfolded_turn = None;
+                } else if part.has_records {
+                    self.unfolded_turn.get_or_insert(turn);
+                }
+                self.parts.progress.watermark.store(part.watermark.0, Ordering::Release);
+                self.answer(part.answers);
+            }
+            Some(Written::Fenced) => self.ending = Some(Why::Fenced),
+            Some(Written::Refused) | None => self.ending = Some(Why::Refused),
+        }
+    }
+
+    fn finish_work(&mut self, done: Done) {
+        match done {
+            Done::Probed => self.is_probing = false,
+            Done::Scanned(scanned) => self.finish_scan(scanned),
+            Done::Loaded(loaded) => self.finish_load(loaded),
+            Done::Replayed {
+                receive_id,
+                reply,
+                entries,
+            } => {
+                let Ok(entries) = entries else {
+                    let _ = reply.send(Err(Error::Unavailable {
+                        why: "its messages could not be read",
+                    }));
+                    return;
+                };
+                let handed = self.machine.replay(&receive_id);
+                let handed = handed.into_iter().filter_map(|handed| {
+                    let entry = entries.iter().find(|entry| entry.offset == handed.offset)?;
+                    Some((handed, Arc::clone(entry)))
+                });
+                self.answers.push(Answer::Receive {
+                    handed: handed.collect(),
+                    reply,
+                    is_replay: true,
+                });
+            }
+        }
+    }
+
+    /// Sends answers whose decisions are committed.
+    fn answer(&self, answers: Vec<Answer>) {
+        for answer in answers {
+            match answer {
+                Answer::Settle { reply, outcomes } => {
+                    let _ = reply.send(Ok(outcomes));
+                }
+                Answer::Receive {
+                    reply,
+                    handed,
+                    is_replay,
+                } => {
+                    // A caller that is gone drops the answer, and the handout in it takes the deliveries back.
+                    let _ = reply.send(Ok(self.received(handed, is_replay)));
+                }
+            }
+        }
+    }
+
+    fn received(&self, handed: Vec<(Handed, Arc<Entry>)>, is_replay: bool) -> Received {
+        let mut receipts = Vec::with_capacity(handed.len());
+        let mut deliveries = Vec::with_capacity(handed.len());
+        for (handed, entry) in handed {
+            let receipt = Receipt {
+                queue: self.machine.id(),
+                generation: self.machine.generation(),
+                offset: handed.offset,
+                delivery: handed.delivery,
+            };
+            receipts.push(receipt);
+            deliveries.push(Delivery {
+                receipt: self.parts.shared.key.seal(&receipt),
+                delivery: handed.delivery,
+                attempt: handed.attempt,
+                entry,
+                visible_until: handed.deadline.into(),
+            });
+        }
+        if is_replay {
+            receipts.clear();
+        }
+        Received {
+            reason: deliveries.is_empty().then_some(EmptyReason::Empty),
+            deliveries,
+            next_due_at: None,
+            handout: Handout::new(self.returned.0.clone(), receipts),
+        }
+    }
+
+    /// Told to stop: long polls answer, and what is decided is written, with the scan position.
+    async fn flush(&mut self) -> Why {
+        let empty: Vec<Waiter> = std::mem::take(&mut self.waiters).into_values().collect();
+        for waiter in empty {
+            let _ = waiter.reply.send(Ok(self.empty()));
+        }
+        while let Ok(command) = self.parts.mailbox.try_recv() {
+            if let Command::Settle { verb, items, reply } = command {
+                self.settle(verb, &items, reply);
+            }
+        }
+        if let Ok(first) = self.returned.1.try_recv() {
+            self.take_back(first);
+        }
+        self.machine.journal_scan(self.machine.scanned_through());
+        loop {
+            self.submit();
+            if let Some(why) = self.ending {
+                return why;
+            }
+            if self.submitted.is_none() {
+                return Why::Told;
+            }
+            let written = committed(&mut self.submitted).await;
+            self.finish_part(written);
+        }
+    }
+}
+
+/// What became of the part under way; never resolves when there is none. Cancel-safe.
+async fn committed(submitted: &mut Option<Submitted>) -> Option<Written> {
+    match submitted {
+        Some(submitted) => (&mut submitted.done).await.ok(),
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether an error of the stream is worth a word: an outage is told by the writer.
+pub(in crate::queue) fn log_read_failure(queue: &QueueName, error: &stream::Error) {
+    let is_outage = matches!(error, stream::Error::Store(error) if error.retry() == store::Retry::Backoff);
+    if !is_outage {
+        tracing::warn!(%queue, error = error as &dyn std::error::Error, "reading messages for a queue failed");
+    }
+}

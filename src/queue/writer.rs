@@ -1,0 +1,329 @@
+//! The settlement writer: one per process, for all its queues. While one group commit is in flight the next gathers.
+//!
+//! When the connection is lost the outcome of the group is unknown. The very same group, under the same numbers, is then
+//! written again until it is known what became of it; nothing else is written meanwhile, and the queues stand still.
+//! When Postgres is back, live deadlines move by the time that it was away.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::metrics::Metrics;
+use crate::cluster;
+use crate::domain::id::{Epoch, Fence, QueueId, Slot};
+use crate::domain::queue::At;
+use crate::store::queue::{Group, GroupPart, GroupSlot, GroupWritten};
+use crate::store::{self, Connection, Database, Retry};
+use crate::supervisor::Supervisor;
+
+/// Most queues in one group.
+const GROUP_MAX_PARTS: usize = 1_000;
+/// Bytes in a group after which it is sent.
+const GROUP_BYTES: usize = 4 * 1024 * 1024;
+/// A call that took longer than this was an outage: the deadlines move by it.
+const STALL: Duration = Duration::from_secs(1);
+/// Pauses between attempts while Postgres is away.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// What became of a queue's part of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::queue) enum Written {
+    /// Committed, in this turn of the journal.
+    Committed { turn: i64 },
+    /// The slot was taken over: nothing is written.
+    Fenced,
+    /// The database refuses it: nothing is written.
+    Refused,
+}
+
+/// What is asked of the writer.
+#[derive(Debug)]
+pub(in crate::queue) enum Submission {
+    Part {
+        fence: Fence,
+        part: Box<GroupPart>,
+        done: oneshot::Sender<Written>,
+    },
+    /// Answered when Postgres has answered.
+    Probe(oneshot::Sender<()>),
+}
+
+/// Whether Postgres answers, as the queues see it. Changes only when an outage begins or ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(in crate::queue) struct Outage {
+    /// Postgres cannot be reached: the queues stand still.
+    pub(in crate::queue) standing: bool,
+    /// By how much, in milliseconds, deadlines have moved since the process began.
+    pub(in crate::queue) moved: i64,
+}
+
+/// What the queues share with the writer.
+#[derive(Debug)]
+pub(in crate::queue) struct Contact {
+    /// Postgres was surely reachable at this moment: the beginning of the last call that it answered.
+    confirmed: AtomicI64,
+    outage: watch::Sender<Outage>,
+}
+
+impl Contact {
+    pub(in crate::queue) fn new(now: At) -> Self {
+        Self {
+            confirmed: AtomicI64::new(now.0),
+            outage: watch::Sender::new(Outage::default()),
+        }
+    }
+
+    pub(in crate::queue) fn confirmed(&self) -> At {
+        At(self.confirmed.load(Ordering::Acquire))
+    }
+
+    pub(in crate::queue) fn outage(&self) -> watch::Receiver<Outage> {
+        self.outage.subscribe()
+    }
+}
+
+pub(in crate::queue) struct Writer {
+    pub(in crate::queue) database: Database,
+    pub(in crate::queue) cluster: cluster::Handle,
+    pub(in crate::queue) contact: Arc<Contact>,
+    pub(in crate::queue) metrics: Metrics,
+    pub(in crate::queue) supervisor: Supervisor,
+    pub(in crate::queue) submissions: mpsc::Receiver<Submission>,
+}
+
+/// Those who wait for their parts of a group.
+type Waiting = Vec<(QueueId, Slot, oneshot::Sender<Written>)>;
+
+impl Writer {
+    /// Runs until every sender is gone.
+    pub(in crate::queue) async fn run(mut self) {
+        let mut connection: Option<Connection> = None;
+        let mut numbers: HashMap<Slot, (Epoch, i64)> = HashMap::new();
+        let mut held = None;
+        loop {
+            let first = match held.take() {
+                Some(first) => first,
+                None => match self.submissions.recv().await {
+                    Some(first) => first,
+                    None => return,
+                },
+            };
+            let (group, waiting, probes) = self.gather(first, &mut numbers, &mut held);
+            let answers = self.write(&mut connection, &group).await;
+            let Some(answers) = answers else {
+                // Told to stop while Postgres is away. Who waits learns that the outcome is not known.
+                return;
+            };
+            for (queue, slot, done) in waiting {
+                let written = match &answers {
+                    Ok(written) if written.fenced.contains(&slot) => Written::Fenced,
+                    Ok(written) => Written::Committed { turn: written.turn },
+                    Err(refused) => match refused.get(&queue) {
+                        Some(turn) => Written::Committed { turn: *turn },
+                        None => Written::Refused,
+                    },
+                };
+                let _ = done.send(written);
+            }
+            for probe in probes {
+                let _ = probe.send(());
+            }
+        }
+    }
+
+    fn gather(
+        &mut self,
+        first: Submission,
+        numbers: &mut HashMap<Slot, (Epoch, i64)>,
+        held: &mut Option<Submission>,
+    ) -> (Group, Waiting, Vec<oneshot::Sender<()>>) {
+        let mut group = Group::default();
+        let (mut waiting, mut probes) = (Waiting::new(), Vec::new());
+        let mut slots: BTreeMap<String, GroupSlot> = BTreeMap::new();
+        let mut bytes = 0;
+        let mut next = Some(first);
+        while let Some(submission) = next.take() {
+            match submission {
+                Submission::Probe(reply) => probes.push(reply),
+                Submission::Part { fence, part, done } => {
+                    if let Some(slot) = slots.get(&fence.lease)
+                        && slot.fence.epoch != fence.epoch
+                    {
+                        // A queue of a former epoch beside one of the present: they cannot share a group.
+                        *held = Some(Submission::Part { fence, part, done });
+                        break;
+                    }
+                    bytes += part.records.len() + part.checkpoint.as_ref().map_or(0, Vec::len);
+                    waiting.push((part.queue, part.slot, done));
+                    slots.entry(fence.lease.clone()).or_insert_with(|| {
+                        let counter = numbers.entry(part.slot).or_insert((fence.epoch, 0));
+                        if counter.0 != fence.epoch {
+                            *counter = (fence.epoch, 0);
+                        }
+                        counter.1 += 1;
+                        GroupSlot {
+                            slot: part.slot,
+                            number: counter.1,
+                            fence,
+                        }
+                    });
+                    group.parts.push(*part);
+                }
+            }
+            if group.parts.len() >= GROUP_MAX_PARTS || bytes >= GROUP_BYTES {
+                break;
+            }
+            next = self.submissions.try_recv().ok();
+        }
+        group.slots = slots.into_values().collect();
+        (group, waiting, probes)
+    }
+
+    /// Writes until the outcome is known. Err holds the queues whose parts were committed alone, after the group as a
+    /// whole was refused. None when told to stop while Postgres is away.
+    async fn write(
+        &self,
+        connection: &mut Option<Connection>,
+        group: &Group,
+    ) -> Option<Result<GroupWritten, HashMap<QueueId, i64>>> {
+        match self.write_known(connection, group).await? {
+            Ok(written) => Some(Ok(written)),
+            Err(error) if group.parts.len() <= 1 => {
+                tracing::error!(error = &error as &dyn std::error::Error, "the journal of a queue was refused");
+                Some(Err(HashMap::new()))
+            }
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "a group of queues was refused; writing each alone");
+                Some(Err(self.write_each(connection, group).await?))
+            }
+        }
+    }
+
+    /// Each part by itself, so that one that is refused fails nobody else. The slot's number serves only the first of
+    /// its queues; the others are refused and recover, which is rare enough.
+    async fn write_each(
+        &self,
+        connection: &mut Option<Connection>,
+        group: &Group,
+    ) -> Option<HashMap<QueueId, i64>> {
+        let mut committed = HashMap::new();
+        let mut used = Vec::new();
+        for part in &group.parts {
+            if used.contains(&part.slot) {
+                continue;
+            }
+            let slots = group.slots.iter().filter(|slot| slot.slot == part.slot).cloned().collect();
+            let alone = Group {
+                slots,
+                parts: vec![part.clone()],
+            };
+            match self.write_known(connection, &alone).await? {
+                Ok(written) if written.fenced.is_empty() => {
+                    used.push(part.slot);
+                    committed.insert(part.queue, written.turn);
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(queue = %part.queue, error = &error as &dyn std::error::Error, "the journal of a queue was refused");
+                }
+            }
+        }
+        Some(committed)
+    }
+
+    async fn write_known(
+        &self,
+        connection: &mut Option<Connection>,
+        group: &Group,
+    ) -> Option<Result<GroupWritten, store::Error>> {
+        let mut pause = PAUSE.0;
+        let mut repeats = 0u32;
+        loop {
+            let began = (At::from(self.cluster.now()), Instant::now());
+            let attempt = self.attempt(connection, group).await;
+            match attempt {
+                Ok(written) => {
+                    self.confirm(began);
+                    return Some(Ok(written));
+                }
+                Err(error) if error.retry() == Retry::Never && !error.is_connection_lost() => {
+                    return Some(Err(error));
+                }
+                Err(error) => {
+                    *connection = None;
+                    repeats += 1;
+                    self.metrics.group_repeats.inc();
+                    if error.retry() == Retry::Now && repeats < 10 {
+                        continue;
+                    }
+                    self.stand_still(&error);
+                }
+            }
+            if self.supervisor.is_stopping() && repeats > 20 {
+                return None;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    async fn attempt(
+        &self,
+        connection: &mut Option<Connection>,
+        group: &Group,
+    ) -> Result<GroupWritten, store::Error> {
+        let connection = match connection {
+            Some(connection) => connection,
+            None => connection.insert(self.database.connect().await?),
+        };
+        if group.parts.is_empty() {
+            store::queue::probe(connection).await?;
+            return Ok(GroupWritten {
+                turn: 0,
+                fenced: Vec::new(),
+            });
+        }
+        let began = Instant::now();
+        let written = store::queue::write_group(connection, self.cluster.incarnation(), group).await?;
+        self.metrics.groups.inc();
+        self.metrics.group_seconds.observe(began.elapsed().as_secs_f64());
+        Ok(written)
+    }
+
+    fn stand_still(&self, error: &store::Error) {
+        self.contact.outage.send_if_modified(|outage| {
+            let begins = !outage.standing;
+            outage.standing = true;
+            begins
+        });
+        if self.metrics.standing.set(1) == 0 {
+            tracing::warn!(
+                error = error as &dyn std::error::Error,
+                "Postgres cannot be reached: queues stand still"
+            );
+        }
+    }
+
+    /// Postgres answered a call that began then. After an outage the deadlines move, before anything can expire.
+    fn confirm(&self, (began, instant): (At, Instant)) {
+        let standing = self.contact.outage.borrow().standing;
+        let stalled = instant.elapsed() > STALL;
+        let now = At::from(self.cluster.now());
+        if standing || stalled {
+            let from = if standing { self.contact.confirmed() } else { began };
+            let by = now.0.saturating_sub(from.0).max(0);
+            self.contact.outage.send_modify(|outage| {
+                outage.standing = false;
+                outage.moved += by;
+            });
+            self.metrics.standing.set(0);
+            tracing::info!(milliseconds = by, "Postgres answers: deadlines of live deliveries moved by its absence");
+            self.contact.confirmed.store(now.0, Ordering::Release);
+        } else {
+            self.contact.confirmed.fetch_max(began.0, Ordering::AcqRel);
+        }
+    }
+}

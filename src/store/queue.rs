@@ -1,0 +1,408 @@
+//! Queues, their journal and checkpoints, dead letters. Called from tasks that are never aborted.
+
+use chrono::{DateTime, Utc};
+use sqlx::Row as _;
+
+use super::{Connection, Database, Error};
+use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
+use crate::domain::name::{QueueName, StreamName, TopicPattern};
+use crate::domain::policy::{Settings, Start};
+use crate::domain::queue::Letter;
+
+/// A queue's row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QueueRow {
+    /// Its number.
+    pub id: QueueId,
+    /// Its name.
+    pub name: QueueName,
+    /// Its stream.
+    pub stream_id: StreamId,
+    /// Its stream's name.
+    pub stream: StreamName,
+    /// The topics it takes.
+    pub patterns: Vec<TopicPattern>,
+    /// What it does.
+    pub settings: Settings,
+    /// Where it was declared to start.
+    pub start: Start,
+    /// Its incarnation.
+    pub generation: Generation,
+    /// The offset that the start came to.
+    pub start_offset: Offset,
+    /// The slot that owns it.
+    pub slot: Slot,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+}
+
+/// A queue to be made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewQueue {
+    /// Its name.
+    pub name: QueueName,
+    /// Its stream.
+    pub stream_id: StreamId,
+    /// The topics it takes.
+    pub patterns: Vec<TopicPattern>,
+    /// What it does.
+    pub settings: Settings,
+    /// Where it starts.
+    pub start: Start,
+    /// For a start at a time: the last offset before it.
+    pub before_start: Offset,
+}
+
+/// What making a queue came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inserted {
+    /// It is made.
+    New {
+        /// Its number.
+        id: QueueId,
+        /// The first offset that it can deliver.
+        start_offset: Offset,
+        /// When.
+        created_at: DateTime<Utc>,
+    },
+    /// There is one of this name.
+    NameTaken,
+    /// The stream is gone.
+    NoStream,
+}
+
+/// Reads all queues.
+///
+/// # Errors
+/// The database's, or a row that no version has written.
+pub async fn find_queues(database: &Database) -> Result<Vec<QueueRow>, Error> {
+    const DOING: &str = "reading queues";
+    let rows = sqlx::query(
+        "select q.id, q.name, q.stream_id, s.name as stream, q.patterns, q.settings::text as settings, \
+            q.start::text as start, q.generation, q.start_offset, q.slot, q.created_at \
+         from postroad_broker.queue q join postroad_broker.stream s on s.id = q.stream_id order by q.id",
+    )
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query(DOING))?;
+    rows.iter().map(read_queue).collect()
+}
+
+fn read_queue(row: &sqlx::postgres::PgRow) -> Result<QueueRow, Error> {
+    const DOING: &str = "reading queues";
+    fn column<'r, T>(row: &'r sqlx::postgres::PgRow, name: &str) -> Result<T, Error>
+    where
+        T: sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
+    {
+        row.try_get(name).map_err(Error::query(DOING))
+    }
+    let corrupt = |what: String| Error::Corrupt { doing: DOING, what };
+    let id: i64 = column(row, "id")?;
+    let name: String = column(row, "name")?;
+    let stream: String = column(row, "stream")?;
+    let patterns: Vec<String> = column(row, "patterns")?;
+    let settings: String = column(row, "settings")?;
+    let start: String = column(row, "start")?;
+    Ok(QueueRow {
+        id: QueueId(id),
+        name: QueueName::parse(&name).map_err(|e| corrupt(format!("queue {id}: name {e}")))?,
+        stream_id: StreamId(column(row, "stream_id")?),
+        stream: StreamName::parse(&stream).map_err(|e| corrupt(format!("queue {id}: stream {e}")))?,
+        patterns: patterns
+            .iter()
+            .map(|pattern| TopicPattern::parse(pattern))
+            .collect::<Result<_, _>>()
+            .map_err(|e| corrupt(format!("queue {id}: pattern {e}")))?,
+        settings: serde_json::from_str(&settings)
+            .map_err(|e| corrupt(format!("queue {id}: settings: {e}")))?,
+        start: serde_json::from_str(&start).map_err(|e| corrupt(format!("queue {id}: start: {e}")))?,
+        generation: Generation(column(row, "generation")?),
+        start_offset: Offset(column(row, "start_offset")?),
+        slot: Slot(column(row, "slot")?),
+        created_at: column(row, "created_at")?,
+    })
+}
+
+fn to_json<T: serde::Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("settings always serialize into memory")
+}
+
+fn texts(patterns: &[TopicPattern]) -> Vec<String> {
+    patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect()
+}
+
+/// Makes a queue, in a transaction of its own under the lock of the stream's head.
+///
+/// # Errors
+/// The database's.
+pub async fn insert_queue(database: &Database, queue: &NewQueue) -> Result<Inserted, Error> {
+    const DOING: &str = "creating a queue";
+    let id: i64 = sqlx::query_scalar(
+        "select nextval(pg_get_serial_sequence('postroad_broker.queue', 'id'))",
+    )
+    .fetch_one(database.pool())
+    .await
+    .map_err(Error::query(DOING))?;
+    let (kind, at) = match queue.start {
+        Start::Earliest => ("earliest", 0),
+        Start::Latest => ("latest", 0),
+        Start::Offset(offset) => ("offset", offset.0),
+        Start::Time(_) => ("offset", queue.before_start.0.saturating_add(1)),
+    };
+    let made: Result<(i64, DateTime<Utc>), sqlx::Error> = sqlx::query_as(
+        "select found_offset, found_created_at from postroad_broker.create_queue(\
+            $1, $2, $3, $4, $5::text::jsonb, $6::text::jsonb, $7, $8, $9)",
+    )
+    .bind(id)
+    .bind(queue.name.as_str())
+    .bind(queue.stream_id.0)
+    .bind(texts(&queue.patterns))
+    .bind(to_json(&queue.settings))
+    .bind(to_json(&queue.start))
+    .bind(kind)
+    .bind(at)
+    .bind(Slot::of(QueueId(id)).0)
+    .fetch_one(database.pool())
+    .await;
+    match made.map_err(Error::query(DOING)) {
+        Ok((offset, created_at)) => Ok(Inserted::New {
+            id: QueueId(id),
+            start_offset: Offset(offset),
+            created_at,
+        }),
+        Err(error) if error.constraint() == Some("queue_name_key") => Ok(Inserted::NameTaken),
+        // No head row, or the stream went between the lock and the insert.
+        Err(error)
+            if error.sqlstate().as_deref() == Some("P0002")
+                || error.constraint() == Some("queue_stream_id_fkey") =>
+        {
+            Ok(Inserted::NoStream)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Changes a queue's filter and settings.
+///
+/// # Errors
+/// The database's.
+pub async fn update_queue(
+    database: &Database,
+    id: QueueId,
+    patterns: &[TopicPattern],
+    settings: &Settings,
+) -> Result<(), Error> {
+    sqlx::query(
+        "update postroad_broker.queue set patterns = $2, settings = $3::text::jsonb where id = $1",
+    )
+    .bind(id.0)
+    .bind(texts(patterns))
+    .bind(to_json(settings))
+    .execute(database.pool())
+    .await
+    .map_err(Error::query("changing a queue"))?;
+    Ok(())
+}
+
+/// Deletes a queue with its checkpoint and dead letters. Its journal rows go with their segments.
+///
+/// # Errors
+/// The database's.
+pub async fn delete_queue(database: &Database, id: QueueId) -> Result<(), Error> {
+    sqlx::query("delete from postroad_broker.queue where id = $1")
+        .bind(id.0)
+        .execute(database.pool())
+        .await
+        .map_err(Error::query("deleting a queue"))?;
+    Ok(())
+}
+
+/// A part of a queue's stored state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatePart {
+    /// Whose.
+    pub queue: QueueId,
+    /// A row of the journal; else the checkpoint.
+    pub is_journal: bool,
+    /// The blob.
+    pub data: Vec<u8>,
+}
+
+/// Reads what the queues of a slot recover from, per queue the checkpoint first, then the journal in order.
+///
+/// # Errors
+/// The database's.
+pub async fn find_queue_state(database: &Database, slot: Slot) -> Result<Vec<StatePart>, Error> {
+    let rows: Vec<(i64, bool, Vec<u8>)> = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
+        .bind(slot.0)
+        .fetch_all(database.pool())
+        .await
+        .map_err(Error::query("reading the state of queues"))?;
+    Ok(rows
+        .into_iter()
+        .map(|(queue, is_journal, data)| StatePart {
+            queue: QueueId(queue),
+            is_journal,
+            data,
+        })
+        .collect())
+}
+
+/// One group commit: per slot its lease, epoch and number, and what its queues wrote.
+#[derive(Debug, Clone, Default)]
+pub struct Group {
+    /// The slots, each once.
+    pub slots: Vec<GroupSlot>,
+    /// What the queues wrote, each queue once.
+    pub parts: Vec<GroupPart>,
+}
+
+/// A slot of a group.
+#[derive(Debug, Clone)]
+pub struct GroupSlot {
+    /// The slot.
+    pub slot: Slot,
+    /// Its lease, at the writer's epoch.
+    pub fence: Fence,
+    /// The group's number under that epoch.
+    pub number: i64,
+}
+
+/// What one queue wrote.
+#[derive(Debug, Clone)]
+pub struct GroupPart {
+    /// The queue's slot.
+    pub slot: Slot,
+    /// The queue.
+    pub queue: QueueId,
+    /// Its generation.
+    pub generation: Generation,
+    /// The encoded records; empty for none.
+    pub records: Vec<u8>,
+    /// The state after these records, if it is time for one.
+    pub checkpoint: Option<Vec<u8>>,
+    /// Messages that died.
+    pub letters: Vec<Letter>,
+    /// Dead letters to be removed.
+    pub removed_letters: Vec<Offset>,
+}
+
+/// What became of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupWritten {
+    /// The turn of the journal that it was written in.
+    pub turn: i64,
+    /// Slots that were taken over: nothing of theirs is written.
+    pub fenced: Vec<Slot>,
+}
+
+/// Writes a group in one autocommit call. Idempotent by (slot, epoch, number): when the connection was lost, writing
+/// the very same group again finds out what became of it, or does it.
+///
+/// # Errors
+/// The database's. After a lost connection the outcome is unknown.
+pub async fn write_group(
+    connection: &mut Connection,
+    incarnation: i64,
+    group: &Group,
+) -> Result<GroupWritten, Error> {
+    let slots = &group.slots;
+    let journal = || group.parts.iter().filter(|part| !part.records.is_empty());
+    let folded = || group.parts.iter().filter(|part| part.checkpoint.is_some());
+    let letters = || group.parts.iter().flat_map(|part| part.letters.iter().map(move |l| (part, l)));
+    let removed = || {
+        let parts = group.parts.iter();
+        parts.flat_map(|part| part.removed_letters.iter().map(move |offset| (part, offset)))
+    };
+    let (turn, fenced): (i64, Vec<i16>) = sqlx::query_as(
+        "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
+            $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26)",
+    )
+    .bind(incarnation)
+    .bind(collect(slots.iter(), |slot| slot.slot.0))
+    .bind(collect(slots.iter(), |slot| slot.fence.lease.clone()))
+    .bind(collect(slots.iter(), |slot| slot.fence.epoch.0))
+    .bind(collect(slots.iter(), |slot| slot.number))
+    .bind(collect(journal(), |part| part.slot.0))
+    .bind(collect(journal(), |part| part.queue.0))
+    .bind(collect(journal(), |part| part.generation.0))
+    .bind(collect(journal(), |part| part.records.as_slice()))
+    .bind(collect(folded(), |part| part.slot.0))
+    .bind(collect(folded(), |part| part.queue.0))
+    .bind(collect(folded(), |part| part.generation.0))
+    .bind(collect(folded(), |part| part.checkpoint.as_deref().unwrap_or_default()))
+    .bind(collect(letters(), |(part, _)| part.slot.0))
+    .bind(collect(letters(), |(part, _)| part.queue.0))
+    .bind(collect(letters(), |(part, _)| part.generation.0))
+    .bind(collect(letters(), |(_, letter)| letter.offset.0))
+    .bind(collect(letters(), |(_, letter)| i32::try_from(letter.delivery).unwrap_or(i32::MAX)))
+    .bind(collect(letters(), |(_, letter)| i32::try_from(letter.attempts).unwrap_or(i32::MAX)))
+    .bind(collect(letters(), |(_, letter)| letter.cause))
+    .bind(collect(letters(), |(_, letter)| failures(letter)))
+    .bind(collect(letters(), |(_, letter)| DateTime::<Utc>::from(letter.died_at)))
+    .bind(collect(removed(), |(part, _)| part.slot.0))
+    .bind(collect(removed(), |(part, _)| part.queue.0))
+    .bind(collect(removed(), |(part, _)| part.generation.0))
+    .bind(collect(removed(), |(_, offset)| offset.0))
+    .fetch_one(connection)
+    .await
+    .map_err(Error::query("writing the journal of queues"))?;
+    Ok(GroupWritten {
+        turn,
+        fenced: fenced.into_iter().map(Slot).collect(),
+    })
+}
+
+fn collect<I: Iterator, T>(items: I, part: impl FnMut(I::Item) -> T) -> Vec<T> {
+    items.map(part).collect()
+}
+
+fn failures(letter: &Letter) -> String {
+    let failures: Vec<serde_json::Value> = letter
+        .failures
+        .iter()
+        .map(|failure| {
+            let at = DateTime::<Utc>::from(failure.at).to_rfc3339();
+            serde_json::json!({ "at": at, "reason": failure.reason })
+        })
+        .collect();
+    serde_json::Value::Array(failures).to_string()
+}
+
+/// Asks the server for a sign of life.
+///
+/// # Errors
+/// The database's.
+pub async fn probe(connection: &mut Connection) -> Result<(), Error> {
+    sqlx::query("select 1")
+        .execute(connection)
+        .await
+        .map_err(Error::query("asking for a sign of life"))?;
+    Ok(())
+}
+
+/// Turns the journal to its next segment if the current one is full, and truncates segments that every checkpoint is
+/// past. Returns the turn, and how many former segments still have rows.
+///
+/// # Errors
+/// The database's.
+pub async fn turn_journal(
+    database: &Database,
+    full_bytes: i64,
+    full_after_seconds: f64,
+) -> Result<(i64, i32), Error> {
+    const DOING: &str = "turning the journal of queues";
+    let left: i32 = sqlx::query_scalar("select postroad_broker.truncate_queue_journal()")
+        .fetch_one(database.pool())
+        .await
+        .map_err(Error::query(DOING))?;
+    let turn: i64 = sqlx::query_scalar(
+        "select postroad_broker.turn_queue_journal($1, make_interval(secs => $2))",
+    )
+    .bind(full_bytes)
+    .bind(full_after_seconds)
+    .fetch_one(database.pool())
+    .await
+    .map_err(Error::query(DOING))?;
+    Ok((turn, left))
+}
