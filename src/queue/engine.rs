@@ -74,7 +74,10 @@ pub(in crate::queue) struct Engine {
     dispatches: HashMap<StreamId, Arc<Dispatch>>,
     reads: Arc<Semaphore>,
     ended: (mpsc::Sender<Ended>, mpsc::Receiver<Ended>),
-    fences: (mpsc::Sender<(Slot, Option<Fence>)>, mpsc::Receiver<(Slot, Option<Fence>)>),
+    fences: (
+        mpsc::Sender<(Slot, Option<Fence>)>,
+        mpsc::Receiver<(Slot, Option<Fence>)>,
+    ),
 }
 
 /// What an engine is given.
@@ -195,14 +198,21 @@ impl Engine {
         }
         let dispatch = Arc::new(Dispatch::new(stream));
         self.dispatches.insert(stream, Arc::clone(&dispatch));
-        let task = feed::run(Arc::clone(&dispatch), self.stream.clone(), self.supervisor.clone());
+        let task = feed::run(
+            Arc::clone(&dispatch),
+            self.stream.clone(),
+            self.supervisor.clone(),
+        );
         self.supervisor
             .spawn(format!("dispatch stream {stream}"), OnEnd::Ordinary, task);
         dispatch
     }
 
     fn write_known(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<QueueName, Known>> {
-        self.shared.queues.write().unwrap_or_else(PoisonError::into_inner)
+        self.shared
+            .queues
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn change_fence(&mut self, slot: Slot, fence: Option<Fence>) {
@@ -222,7 +232,10 @@ impl Engine {
         if let Some(state) = self.slots.get_mut(&slot) {
             state.is_recovered = false;
         }
-        let of_slot = self.queues.values_mut().filter(|owned| owned.row.slot == slot);
+        let of_slot = self
+            .queues
+            .values_mut()
+            .filter(|owned| owned.row.slot == slot);
         let mailboxes: Vec<_> = of_slot.filter_map(|owned| owned.mailbox.take()).collect();
         for mailbox in mailboxes {
             let _ = mailbox.send(Command::End).await;
@@ -239,7 +252,7 @@ impl Engine {
         self.forget_task(&ended);
         if ended.why == Why::Fenced {
             self.shared.metrics.fenced.inc();
-            tracing::warn!(slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
+            tracing::warn!(queue = %ended.queue, slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
             self.cluster.fenced(&ended.fence);
         }
         let is_current = self
@@ -265,7 +278,10 @@ impl Engine {
 
     async fn recover_due(&mut self) {
         let now = Instant::now();
-        let due = self.slots.iter().filter(|(_, slot)| slot.recover_at.is_some_and(|at| at <= now));
+        let due = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| slot.recover_at.is_some_and(|at| at <= now));
         let due: Vec<Slot> = due.map(|(&slot, _)| slot).collect();
         for slot in due {
             self.recover(slot).await;
@@ -340,10 +356,11 @@ impl Engine {
         if let Some(state) = self.slots.get_mut(&slot) {
             state.running += 1;
         }
-        self.supervisor.spawn(format!("queue {name}"), OnEnd::Ordinary, async move {
-            let last_word = task.run().await;
-            let _ = ended.send(last_word).await;
-        });
+        self.supervisor
+            .spawn(format!("queue {name}"), OnEnd::Ordinary, async move {
+                let last_word = task.run().await;
+                let _ = ended.send(last_word).await;
+            });
         if let Some(known) = self.write_known().get_mut(&name) {
             known.mailbox = Some(mailbox);
         }
@@ -389,7 +406,11 @@ impl Engine {
             Err(error) => return Err(stream_error(error)),
         };
         let before_start = match declaration.start {
-            Start::Time(at) => self.stream.offset_at(stream.id, at).await.map_err(stream_error)?,
+            Start::Time(at) => self
+                .stream
+                .offset_at(stream.id, at)
+                .await
+                .map_err(stream_error)?,
             _ => Offset(0),
         };
         let new = NewQueue {
@@ -461,7 +482,11 @@ impl Engine {
         description
     }
 
-    async fn change(&mut self, id: QueueId, declaration: Declaration) -> Result<(Description, Declared), Error> {
+    async fn change(
+        &mut self,
+        id: QueueId,
+        declaration: Declaration,
+    ) -> Result<(Description, Declared), Error> {
         let Some(owned) = self.queues.get_mut(&id) else {
             return Err(Error::Stopping);
         };
@@ -475,11 +500,19 @@ impl Engine {
         if row.patterns == declaration.topics && row.settings == declaration.settings {
             return Ok((describe(row), Declared::Unchanged));
         }
-        store::queue::update_queue(&self.database, id, &declaration.topics, &declaration.settings).await?;
+        store::queue::update_queue(
+            &self.database,
+            id,
+            &declaration.topics,
+            &declaration.settings,
+        )
+        .await?;
         row.patterns.clone_from(&declaration.topics);
         row.settings.clone_from(&declaration.settings);
         let description = describe(row);
-        owned.dispatch.subscribe(id, declaration.topics.clone().into());
+        owned
+            .dispatch
+            .subscribe(id, declaration.topics.clone().into());
         if let Some(mailbox) = &owned.mailbox {
             let _ = mailbox.send(Command::Change(Box::new(declaration))).await;
         }
@@ -492,7 +525,9 @@ impl Engine {
     async fn delete(&mut self, name: &QueueName) -> Result<(), Error> {
         let found = self.queues.values().find(|owned| owned.row.name == *name);
         let Some(id) = found.map(|owned| owned.row.id) else {
-            return Err(Error::NotFound { queue: name.clone() });
+            return Err(Error::NotFound {
+                queue: name.clone(),
+            });
         };
         store::queue::delete_queue(&self.database, id).await?;
         self.write_known().remove(name);
@@ -501,8 +536,13 @@ impl Engine {
             if let Some(mailbox) = owned.mailbox {
                 let _ = mailbox.send(Command::End).await;
             }
-            if !self.queues.values().any(|other| other.row.stream_id == owned.row.stream_id) {
-                self.stream.set_watermark(owned.row.stream_id, Offset(i64::MAX));
+            if !self
+                .queues
+                .values()
+                .any(|other| other.row.stream_id == owned.row.stream_id)
+            {
+                self.stream
+                    .set_watermark(owned.row.stream_id, Offset(i64::MAX));
             }
         }
         self.shared.metrics.queues.set(self.queues.len() as i64);
@@ -544,7 +584,9 @@ impl Engine {
     /// Turns the journal when its segment is full, and asks queues for checkpoints that keep an old one from going.
     async fn turn_journal(&self) {
         let full_after = self.options.journal_full_after.as_secs_f64();
-        let turned = store::queue::turn_journal(&self.database, self.options.journal_full_bytes, full_after).await;
+        let turned =
+            store::queue::turn_journal(&self.database, self.options.journal_full_bytes, full_after)
+                .await;
         match turned {
             Ok((_, 0)) => {}
             Ok((turn, _)) => {
@@ -555,7 +597,10 @@ impl Engine {
                 }
             }
             Err(error) => {
-                tracing::debug!(error = &error as &dyn std::error::Error, "turning the journal failed; trying again");
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "turning the journal failed; trying again"
+                );
             }
         }
     }
@@ -614,4 +659,3 @@ async fn follow_fence(
         }
     }
 }
-

@@ -108,7 +108,9 @@ impl Dispatch {
     }
 
     fn subscribers(&self) -> MutexGuard<'_, Subscribers> {
-        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.subscribers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Every batch up to here is in the feeds.
@@ -117,7 +119,11 @@ impl Dispatch {
     }
 
     /// Adds a queue, detached, or changes its patterns.
-    pub(in crate::queue) fn subscribe(&self, queue: QueueId, patterns: Arc<[TopicPattern]>) -> Arc<Feed> {
+    pub(in crate::queue) fn subscribe(
+        &self,
+        queue: QueueId,
+        patterns: Arc<[TopicPattern]>,
+    ) -> Arc<Feed> {
         let mut subscribers = self.subscribers();
         subscribers.version += 1;
         let (feed, kept) = subscribers
@@ -159,7 +165,9 @@ impl Dispatch {
         state.bytes = 0;
         let through = if state.attached { done } else { state.through };
         Fed {
-            through: entries.last().map_or(through, |entry| through.max(entry.offset)),
+            through: entries
+                .last()
+                .map_or(through, |entry| through.max(entry.offset)),
             entries,
             attached: state.attached,
         }
@@ -252,8 +260,7 @@ fn dispatch_batch(
             continue;
         }
         state.bytes += entries.iter().map(|entry| entry.event.len()).sum::<usize>();
-        if state.bytes > FEED_MAX_BYTES.max(entries[0].event.len())
-            && !state.entries.is_empty()
+        if state.bytes > FEED_MAX_BYTES.max(entries[0].event.len()) && !state.entries.is_empty()
             || state.entries.len() >= FEED_MAX_ENTRIES
         {
             state.attached = false;

@@ -80,7 +80,9 @@ impl Intake {
 
     /// The bytes of a message that is loaded.
     pub(in crate::queue) fn size(&self, offset: Offset) -> Option<u64> {
-        self.loaded.get(&offset.0).map(|entry| entry.event.len() as u64)
+        self.loaded
+            .get(&offset.0)
+            .map(|entry| entry.event.len() as u64)
     }
 
     pub(in crate::queue) fn take(&mut self, offset: Offset) -> Option<Arc<Entry>> {
@@ -181,7 +183,10 @@ impl Task {
         }));
     }
 
-    pub(in crate::queue) fn finish_scan(&mut self, scanned: Result<stream::Scanned, stream::Error>) {
+    pub(in crate::queue) fn finish_scan(
+        &mut self,
+        scanned: Result<stream::Scanned, stream::Error>,
+    ) {
         self.intake.is_scanning = false;
         let scanned = match scanned {
             Ok(scanned) => scanned,
@@ -226,7 +231,10 @@ impl Task {
 
     /// Loads the messages that go out next, if somebody waits for them or did lately.
     pub(in crate::queue) fn load_ahead(&mut self, is_waited_for: bool) {
-        let lately = self.intake.received_at.is_some_and(|at| at.elapsed() < Duration::from_secs(5));
+        let lately = self
+            .intake
+            .received_at
+            .is_some_and(|at| at.elapsed() < Duration::from_secs(5));
         if self.intake.is_loading || !self.intake.may_read() || !(is_waited_for || lately) {
             return;
         }
@@ -238,7 +246,9 @@ impl Task {
             .filter(|offset| !self.intake.loaded.contains_key(&offset.0))
             .collect();
         // The next one is missing, or so many that a read is worth its while.
-        let is_next_missing = ready.first().is_some_and(|next| offsets.first() == Some(next));
+        let is_next_missing = ready
+            .first()
+            .is_some_and(|next| offsets.first() == Some(next));
         if offsets.is_empty() || !is_next_missing && offsets.len() * 2 < wanted {
             return;
         }
@@ -290,6 +300,9 @@ impl Task {
     pub(in crate::queue) fn note_idle(&self) {
         let is_idle = self.intake.mode == Mode::Fed && self.machine.oldest_unsettled().is_none();
         let is_written = !self.is_writing();
-        self.parts.progress.idle.store(is_idle && is_written, Ordering::SeqCst);
+        self.parts
+            .progress
+            .idle
+            .store(is_idle && is_written, Ordering::SeqCst);
     }
 }

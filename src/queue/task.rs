@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -27,7 +27,9 @@ use crate::cluster;
 use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::{QueueName, TopicPattern};
-use crate::domain::queue::{At, EmptyReason, Handed, Item, Outcome, Queue, Receive, Record, End, Verb, encode};
+use crate::domain::queue::{
+    At, EmptyReason, End, Handed, Item, Outcome, Queue, Receive, Record, Verb, encode,
+};
 use crate::domain::receipt::Receipt;
 use crate::store;
 use crate::store::queue::GroupPart;
@@ -146,7 +148,10 @@ pub(in crate::queue) struct Task {
     next_waiter: u64,
     answers: Vec<Answer>,
     submitted: Option<Submitted>,
-    returned: (mpsc::UnboundedSender<Vec<Receipt>>, mpsc::UnboundedReceiver<Vec<Receipt>>),
+    returned: (
+        mpsc::UnboundedSender<Vec<Receipt>>,
+        mpsc::UnboundedReceiver<Vec<Receipt>>,
+    ),
     outage: watch::Receiver<Outage>,
     moved: i64,
     is_probing: bool,
@@ -163,7 +168,10 @@ impl Task {
         let outage = parts.contact.outage();
         let moved = outage.borrow().moved;
         let intake = Intake::new(&parts.stream, parts.stream_id);
-        parts.progress.watermark.store(machine.watermark().0, Ordering::Release);
+        parts
+            .progress
+            .watermark
+            .store(machine.watermark().0, Ordering::Release);
         Self {
             machine,
             intake,
@@ -233,7 +241,8 @@ impl Task {
         let moved = outage.moved - self.moved;
         if moved > 0 {
             self.moved = outage.moved;
-            self.machine.shift(Duration::from_millis(moved.unsigned_abs()));
+            self.machine
+                .shift(Duration::from_millis(moved.unsigned_abs()));
         }
         self.take_in();
         if !outage.standing {
@@ -320,7 +329,11 @@ impl Task {
         }
     }
 
-    fn take_receive(&mut self, request: ReceiveRequest, reply: oneshot::Sender<Result<Received, Error>>) {
+    fn take_receive(
+        &mut self,
+        request: ReceiveRequest,
+        reply: oneshot::Sender<Result<Received, Error>>,
+    ) {
         self.intake.received();
         if let Some(receive_id) = &request.receive_id {
             let handed = self.machine.replay(receive_id);
@@ -405,7 +418,9 @@ impl Task {
             let intake = &self.intake;
             let taken = self
                 .machine
-                .hand_out(now, visible, &receive, limits, &|offset| intake.size(offset));
+                .hand_out(now, visible, &receive, limits, &|offset| {
+                    intake.size(offset)
+                });
             if taken.handed.is_empty() {
                 break;
             }
@@ -414,7 +429,11 @@ impl Task {
                 .into_iter()
                 .filter_map(|handed| Some((handed, self.intake.take(handed.offset)?)))
                 .collect();
-            self.parts.shared.metrics.deliveries.inc_by(handed.len() as u64);
+            self.parts
+                .shared
+                .metrics
+                .deliveries
+                .inc_by(handed.len() as u64);
             if let Some(waiter) = self.remove_waiter(number) {
                 self.answers.push(Answer::Receive {
                     reply: waiter.reply,
@@ -465,7 +484,12 @@ impl Task {
         let reason = self.machine.empty_reason();
         let due = match reason {
             EmptyReason::InFlightFull => self.machine.next_deadline(),
-            _ => self.machine.next_due().into_iter().chain(self.machine.next_deadline()).min(),
+            _ => self
+                .machine
+                .next_due()
+                .into_iter()
+                .chain(self.machine.next_deadline())
+                .min(),
         };
         Received {
             deliveries: Vec::new(),
@@ -475,7 +499,12 @@ impl Task {
         }
     }
 
-    fn settle(&mut self, verb: Verb, items: &[Item], reply: oneshot::Sender<Result<Vec<Outcome>, Error>>) {
+    fn settle(
+        &mut self,
+        verb: Verb,
+        items: &[Item],
+        reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
+    ) {
         let now = self.now();
         let outcomes = self.machine.settle(verb, items, now);
         let metrics = &self.parts.shared.metrics;
@@ -502,7 +531,11 @@ impl Task {
         let now = self.now();
         let mut next = Some(first);
         while let Some(receipts) = next {
-            self.parts.shared.metrics.unwritten.inc_by(receipts.len() as u64);
+            self.parts
+                .shared
+                .metrics
+                .unwritten
+                .inc_by(receipts.len() as u64);
             for receipt in &receipts {
                 self.machine.take_back(receipt, now);
             }
@@ -529,7 +562,11 @@ impl Task {
         let oldest = self.machine.oldest_unsettled();
         let idle = self.parts.progress.idle.load(Ordering::Acquire);
         // An idle queue is not told of what it does not match.
-        let done = if idle { self.parts.dispatch.done() } else { Offset(0) };
+        let done = if idle {
+            self.parts.dispatch.done()
+        } else {
+            Offset(0)
+        };
         Status {
             depth: counts.fresh + counts.again + counts.live + counts.delayed,
             in_flight: counts.live,
@@ -589,7 +626,12 @@ impl Task {
         let has_records = !part.records.is_empty();
         let (done, receiver) = oneshot::channel();
         let fence = self.parts.fence.clone();
-        if self.parts.writer.try_send(Submission::Part { fence, part, done }).is_err() {
+        if self
+            .parts
+            .writer
+            .try_send(Submission::Part { fence, part, done })
+            .is_err()
+        {
             // The channel holds a part of every queue there can be, so the writer is gone.
             self.ending = Some(Why::Refused);
             return;
@@ -606,8 +648,18 @@ impl Task {
     fn count(&self, records: &[Record], letters: usize) {
         let metrics = &self.parts.shared.metrics;
         metrics.dead_letters.inc_by(letters as u64);
-        let is_expiry = |record: &&Record| matches!(record, Record::Ended { end: End::TimedOut, .. });
-        metrics.expired.inc_by(records.iter().filter(is_expiry).count() as u64);
+        let is_expiry = |record: &&Record| {
+            matches!(
+                record,
+                Record::Ended {
+                    end: End::TimedOut,
+                    ..
+                }
+            )
+        };
+        metrics
+            .expired
+            .inc_by(records.iter().filter(is_expiry).count() as u64);
     }
 
     fn finish_part(&mut self, written: Option<Written>) {
@@ -621,7 +673,10 @@ impl Task {
                 } else if part.has_records {
                     self.unfolded_turn.get_or_insert(turn);
                 }
-                self.parts.progress.watermark.store(part.watermark.0, Ordering::Release);
+                self.parts
+                    .progress
+                    .watermark
+                    .store(part.watermark.0, Ordering::Release);
                 self.answer(part.answers);
             }
             Some(Written::Fenced) => self.ending = Some(Why::Fenced),
@@ -747,7 +802,8 @@ async fn committed(submitted: &mut Option<Submitted>) -> Option<Written> {
 
 /// Whether an error of the stream is worth a word: an outage is told by the writer.
 pub(in crate::queue) fn log_read_failure(queue: &QueueName, error: &stream::Error) {
-    let is_outage = matches!(error, stream::Error::Store(error) if error.retry() == store::Retry::Backoff);
+    let is_outage =
+        matches!(error, stream::Error::Store(error) if error.retry() == store::Retry::Backoff);
     if !is_outage {
         tracing::warn!(%queue, error = error as &dyn std::error::Error, "reading messages for a queue failed");
     }

@@ -192,11 +192,17 @@ impl Writer {
         match self.write_known(connection, group).await? {
             Ok(written) => Some(Ok(written)),
             Err(error) if group.parts.len() <= 1 => {
-                tracing::error!(error = &error as &dyn std::error::Error, "the journal of a queue was refused");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the journal of a queue was refused"
+                );
                 Some(Err(HashMap::new()))
             }
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "a group of queues was refused; writing each alone");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "a group of queues was refused; writing each alone"
+                );
                 Some(Err(self.write_each(connection, group).await?))
             }
         }
@@ -215,7 +221,12 @@ impl Writer {
             if used.contains(&part.slot) {
                 continue;
             }
-            let slots = group.slots.iter().filter(|slot| slot.slot == part.slot).cloned().collect();
+            let slots = group
+                .slots
+                .iter()
+                .filter(|slot| slot.slot == part.slot)
+                .cloned()
+                .collect();
             let alone = Group {
                 slots,
                 parts: vec![part.clone()],
@@ -287,9 +298,12 @@ impl Writer {
             });
         }
         let began = Instant::now();
-        let written = store::queue::write_group(connection, self.cluster.incarnation(), group).await?;
+        let written =
+            store::queue::write_group(connection, self.cluster.incarnation(), group).await?;
         self.metrics.groups.inc();
-        self.metrics.group_seconds.observe(began.elapsed().as_secs_f64());
+        self.metrics
+            .group_seconds
+            .observe(began.elapsed().as_secs_f64());
         Ok(written)
     }
 
@@ -313,14 +327,21 @@ impl Writer {
         let stalled = instant.elapsed() > STALL;
         let now = At::from(self.cluster.now());
         if standing || stalled {
-            let from = if standing { self.contact.confirmed() } else { began };
+            let from = if standing {
+                self.contact.confirmed()
+            } else {
+                began
+            };
             let by = now.0.saturating_sub(from.0).max(0);
             self.contact.outage.send_modify(|outage| {
                 outage.standing = false;
                 outage.moved += by;
             });
             self.metrics.standing.set(0);
-            tracing::info!(milliseconds = by, "Postgres answers: deadlines of live deliveries moved by its absence");
+            tracing::info!(
+                milliseconds = by,
+                "Postgres answers: deadlines of live deliveries moved by its absence"
+            );
             self.contact.confirmed.store(now.0, Ordering::Release);
         } else {
             self.contact.confirmed.fetch_max(began.0, Ordering::AcqRel);

@@ -30,8 +30,8 @@ const BROKER: &[File] = &[
     file!("broker", 20261122000100, "nodes_and_leases"),
     file!("broker", 20261122000200, "streams_and_log"),
     file!("broker", 20261122000250, "origins"),
-    file!("broker", 20261122000400, "queues"),
     file!("broker", 20261122000310, "take_leases"),
+    file!("broker", 20261122000400, "queues"),
 ];
 
 /// The origin side, schema `postroad`.

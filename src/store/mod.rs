@@ -4,8 +4,8 @@ pub mod cluster;
 mod error;
 pub mod migrate;
 pub mod origin;
-pub mod relay;
 pub mod queue;
+pub mod relay;
 pub mod server;
 pub mod shop;
 

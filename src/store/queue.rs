@@ -107,7 +107,8 @@ fn read_queue(row: &sqlx::postgres::PgRow) -> Result<QueueRow, Error> {
         id: QueueId(id),
         name: QueueName::parse(&name).map_err(|e| corrupt(format!("queue {id}: name {e}")))?,
         stream_id: StreamId(column(row, "stream_id")?),
-        stream: StreamName::parse(&stream).map_err(|e| corrupt(format!("queue {id}: stream {e}")))?,
+        stream: StreamName::parse(&stream)
+            .map_err(|e| corrupt(format!("queue {id}: stream {e}")))?,
         patterns: patterns
             .iter()
             .map(|pattern| TopicPattern::parse(pattern))
@@ -115,7 +116,8 @@ fn read_queue(row: &sqlx::postgres::PgRow) -> Result<QueueRow, Error> {
             .map_err(|e| corrupt(format!("queue {id}: pattern {e}")))?,
         settings: serde_json::from_str(&settings)
             .map_err(|e| corrupt(format!("queue {id}: settings: {e}")))?,
-        start: serde_json::from_str(&start).map_err(|e| corrupt(format!("queue {id}: start: {e}")))?,
+        start: serde_json::from_str(&start)
+            .map_err(|e| corrupt(format!("queue {id}: start: {e}")))?,
         generation: Generation(column(row, "generation")?),
         start_offset: Offset(column(row, "start_offset")?),
         slot: Slot(column(row, "slot")?),
@@ -128,7 +130,10 @@ fn to_json<T: serde::Serialize>(value: &T) -> String {
 }
 
 fn texts(patterns: &[TopicPattern]) -> Vec<String> {
-    patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect()
+    patterns
+        .iter()
+        .map(|pattern| pattern.as_str().to_owned())
+        .collect()
 }
 
 /// Makes a queue, in a transaction of its own under the lock of the stream's head.
@@ -137,12 +142,11 @@ fn texts(patterns: &[TopicPattern]) -> Vec<String> {
 /// The database's.
 pub async fn insert_queue(database: &Database, queue: &NewQueue) -> Result<Inserted, Error> {
     const DOING: &str = "creating a queue";
-    let id: i64 = sqlx::query_scalar(
-        "select nextval(pg_get_serial_sequence('postroad_broker.queue', 'id'))",
-    )
-    .fetch_one(database.pool())
-    .await
-    .map_err(Error::query(DOING))?;
+    let id: i64 =
+        sqlx::query_scalar("select nextval(pg_get_serial_sequence('postroad_broker.queue', 'id'))")
+            .fetch_one(database.pool())
+            .await
+            .map_err(Error::query(DOING))?;
     let (kind, at) = match queue.start {
         Start::Earliest => ("earliest", 0),
         Start::Latest => ("latest", 0),
@@ -309,10 +313,19 @@ pub async fn write_group(
     let slots = &group.slots;
     let journal = || group.parts.iter().filter(|part| !part.records.is_empty());
     let folded = || group.parts.iter().filter(|part| part.checkpoint.is_some());
-    let letters = || group.parts.iter().flat_map(|part| part.letters.iter().map(move |l| (part, l)));
+    let letters = || {
+        group
+            .parts
+            .iter()
+            .flat_map(|part| part.letters.iter().map(move |l| (part, l)))
+    };
     let removed = || {
         let parts = group.parts.iter();
-        parts.flat_map(|part| part.removed_letters.iter().map(move |offset| (part, offset)))
+        parts.flat_map(|part| {
+            part.removed_letters
+                .iter()
+                .map(move |offset| (part, offset))
+        })
     };
     let (turn, fenced): (i64, Vec<i16>) = sqlx::query_as(
         "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
