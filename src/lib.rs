@@ -2,7 +2,7 @@
 //!
 //! The layers, each using only what stands above it (`tests/tidy.rs` holds them): [`domain`], [`supervisor`], [`store`]; the
 //! engines [`cluster`], [`stream`], [`relay`], [`queue`]; [`http`]; and the program around them, [`app`], [`cli`],
-//! [`config`], [`telemetry`], [`local_postgres`].
+//! [`config`], [`telemetry`], [`local_postgres`], [`demo`].
 
 pub mod app;
 pub mod cli;

@@ -9,11 +9,11 @@ base=${POSTROAD_URL:-http://127.0.0.1:8080}
 queue=tour
 
 post() { # path, body
-    curl --silent --show-error --fail-with-body --header 'content-type: application/json' --data "$2" "$base$1"
+    curl --silent --show-error --fail-with-body --data "$2" "$base$1"
 }
 
 echo "1. Declare a queue: every message whose topic is orders.<one word>, from now on."
-curl --silent --show-error --fail-with-body --request PUT --header 'content-type: application/json' \
+curl --silent --show-error --fail-with-body --request PUT \
     --data '{"stream": "main", "topics": ["orders.*"], "start": "latest"}' "$base/v1/queues/$queue"
 echo
 

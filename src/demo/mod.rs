@@ -521,12 +521,10 @@ fn print_next_steps(
         "  {psql} -c \"insert into postroad.outbox (topic, payload) values ('shop.orders.created', '{{\\\"order\\\": 1}}')\"\n"
     );
     println!("receive it:\n");
-    println!(
-        "  curl -s {base}/v1/queues/billing/receive -H 'content-type: application/json' -d '{{\"wait_seconds\": 5}}'\n"
-    );
+    println!("  curl -s {base}/v1/queues/billing/receive -d '{{\"wait_seconds\": 5}}'\n");
     println!("and acknowledge it with the receipt from the answer:\n");
     println!(
-        "  curl -s {base}/v1/queues/billing/ack -H 'content-type: application/json' -d '{{\"deliveries\": [{{\"receipt\": \"…\"}}]}}'\n"
+        "  curl -s {base}/v1/queues/billing/ack -d '{{\"deliveries\": [{{\"receipt\": \"…\"}}]}}'\n"
     );
     println!("See how the queue does, read the stream from its start, browse the API:\n");
     println!("  curl -s {base}/v1/queues/billing");

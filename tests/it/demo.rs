@@ -219,3 +219,48 @@ async fn a_schema_of_somebody_elses_is_left_alone() {
     assert!(shop::create(&mut connection, 3).await.unwrap());
     assert!(shop::create(&mut connection, 3).await.unwrap(), "its own");
 }
+
+/// Runs `postroad demo` and gives what it printed.
+async fn demo(database: &support::TestDatabase, arguments: &[&str]) -> String {
+    let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_postroad"))
+        .arg("demo")
+        .args(arguments)
+        .args(["--database-url", &database.url, "--bind", "127.0.0.1:0"])
+        // The tests' server flushes nothing.
+        .env("POSTROAD_ALLOW_UNSAFE_POSTGRES", "true")
+        .kill_on_drop(true)
+        .output()
+        .await
+        .unwrap();
+    let printed = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{}\n{printed}", output.status);
+    printed
+}
+
+#[tokio::test]
+async fn a_run_of_the_demo_loses_repeats_and_reorders_nothing() {
+    let database = support::database().await;
+    let printed = demo(
+        &database,
+        &["--orders", "1000", "--rate", "0", "--producers", "8"],
+    )
+    .await;
+    assert!(printed.contains("Nothing lost, nothing twice"), "{printed}");
+    // A second run on the same database begins anew.
+    demo(&database, &["--orders", "50", "--seed", "2"]).await;
+}
+
+#[tokio::test]
+async fn the_demo_loses_nothing_when_its_broker_is_killed_again_and_again() {
+    let database = support::database().await;
+    let printed = demo(
+        &database,
+        &["--orders", "2000", "--rate", "400", "--kills", "3"],
+    )
+    .await;
+    assert!(printed.contains("killed 3 times on the way"), "{printed}");
+}

@@ -4,6 +4,7 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
 mod demo;
+mod examples;
 mod golden;
 mod local_postgres;
 mod support;
