@@ -1,0 +1,324 @@
+//! Problem details (RFC 9457): every error that the API answers. Each kind has a stable `type`, which is also the path of
+//! a page that explains it, kept in `docs/problems/` and served.
+
+use std::borrow::Cow;
+
+use axum::body::Body;
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident = $slug:literal, $status:literal, $title:literal;)*) => {
+        /// The kinds of problem.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Kind {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Kind {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The last part of the `type`.
+            #[must_use]
+            pub const fn slug(self) -> &'static str {
+                match self { $(Self::$name => $slug,)* }
+            }
+
+            /// The status that it is answered with.
+            #[must_use]
+            pub const fn status(self) -> u16 {
+                match self { $(Self::$name => $status,)* }
+            }
+
+            /// The title, the same for all of this kind.
+            #[must_use]
+            pub const fn title(self) -> &'static str {
+                match self { $(Self::$name => $title,)* }
+            }
+
+            /// The page that explains it, Markdown.
+            #[must_use]
+            pub const fn page(self) -> &'static str {
+                match self {
+                    $(Self::$name => include_str!(concat!("../../docs/problems/", $slug, ".md")),)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// The request's JSON or encoding cannot be read.
+    MalformedRequest = "malformed-request", 400, "The request cannot be read";
+    /// No such path.
+    NotFound = "not-found", 404, "There is nothing at this path";
+    /// No such stream.
+    StreamNotFound = "stream-not-found", 404, "There is no such stream";
+    /// No such queue.
+    QueueNotFound = "queue-not-found", 404, "There is no such queue";
+    /// No such origin.
+    OriginNotFound = "origin-not-found", 404, "There is no such origin";
+    /// No such rejected row.
+    RejectedMessageNotFound = "rejected-message-not-found", 404, "There is no such rejected message";
+    /// The path does not take the method.
+    MethodNotAllowed = "method-not-allowed", 405, "The method is not allowed here";
+    /// The body did not come in time.
+    RequestTimeout = "request-timeout", 408, "The request took too long to arrive";
+    /// An id stands for another message.
+    IdConflict = "id-conflict", 409, "An id was already used for another message";
+    /// Patterns of two streams overlap.
+    StreamOverlap = "stream-overlap", 409, "The topics belong to another stream";
+    /// The stream has queues.
+    StreamHasQueues = "stream-has-queues", 409, "The stream still has queues";
+    /// `main` stays.
+    StreamIsKept = "stream-is-kept", 409, "This stream cannot be deleted";
+    /// A queue's stream is fixed.
+    QueueStreamFixed = "queue-stream-fixed", 409, "The stream of a queue cannot be changed";
+    /// As many queues as there can be.
+    TooManyQueues = "too-many-queues", 409, "There are as many queues as there can be";
+    /// The rejected row cannot be sent on.
+    NotResendable = "not-resendable", 409, "The rejected message cannot be sent on";
+    /// The body is too large.
+    PayloadTooLarge = "payload-too-large", 413, "The request is too large";
+    /// One message is too large.
+    MessageTooLarge = "message-too-large", 413, "A message is too large";
+    /// A content type that the path does not take.
+    UnsupportedMediaType = "unsupported-media-type", 415, "The content type is not supported";
+    /// Fields, parameters or names break rules.
+    InvalidRequest = "invalid-request", 422, "The request is not valid";
+    /// Messages break rules.
+    InvalidMessage = "invalid-message", 422, "A message is not valid";
+    /// Too much is in flight or waits.
+    TooManyRequests = "too-many-requests", 429, "Too much is in flight";
+    /// A defect of the broker's.
+    Internal = "internal", 500, "The broker failed";
+    /// The database or the queue's owner cannot be reached.
+    Unavailable = "unavailable", 503, "The broker cannot do this at the moment";
+    /// The write may or may not have happened.
+    OutcomeUnknown = "outcome-unknown", 503, "The outcome is not known";
+    /// Nobody owns the queue at the moment.
+    NoOwner = "no-owner", 503, "The queue has no owner at the moment";
+    /// The process stops.
+    Stopping = "stopping", 503, "The broker is stopping";
+}
+
+impl Kind {
+    /// The `type`.
+    #[must_use]
+    pub fn uri(self) -> String {
+        format!("/problems/{}", self.slug())
+    }
+}
+
+/// One part of the request that breaks a rule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FieldError {
+    /// Where: a JSON pointer into the body, a parameter or a header.
+    #[serde(flatten)]
+    pub place: Place,
+    /// What is wrong.
+    pub detail: String,
+    /// What is allowed, when that is more than the detail says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed: Option<String>,
+}
+
+/// Where in a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// A JSON pointer into the body.
+    Pointer(String),
+    /// A parameter of the path or the query.
+    Parameter(Cow<'static, str>),
+    /// A header.
+    Header(String),
+}
+
+/// An error answer. Rendered by the outermost layer, which knows the request's id.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Problem {
+    pub(in crate::http) kind: Kind,
+    pub(in crate::http) detail: Cow<'static, str>,
+    pub(in crate::http) errors: Vec<FieldError>,
+    pub(in crate::http) retry_after_seconds: Option<u32>,
+    pub(in crate::http) members: Map<String, Value>,
+}
+
+/// The wire form.
+#[derive(Serialize)]
+struct Wire<'a> {
+    #[serde(rename = "type")]
+    kind: String,
+    title: &'static str,
+    status: u16,
+    detail: &'a str,
+    instance: &'a str,
+    request_id: &'a str,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    errors: &'a [FieldError],
+    #[serde(flatten)]
+    members: &'a Map<String, Value>,
+}
+
+impl Problem {
+    /// A problem with what is special about this occurrence.
+    #[must_use]
+    pub fn new(kind: Kind, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            kind,
+            detail: detail.into(),
+            errors: Vec::new(),
+            retry_after_seconds: (kind.status() == 503).then_some(1),
+            members: Map::new(),
+        }
+    }
+
+    /// One parameter of the path or query that breaks a rule.
+    #[must_use]
+    pub fn parameter(name: impl Into<Cow<'static, str>>, detail: impl Into<String>) -> Self {
+        Self::invalid(vec![FieldError {
+            place: Place::Parameter(name.into()),
+            detail: detail.into(),
+            allowed: None,
+        }])
+    }
+
+    /// Parts of the request that break rules.
+    #[must_use]
+    pub fn invalid(errors: Vec<FieldError>) -> Self {
+        let mut problem = Self::new(Kind::InvalidRequest, summary(&errors));
+        problem.errors = errors;
+        problem
+    }
+
+    /// With these faults.
+    #[must_use]
+    pub fn with_errors(mut self, errors: Vec<FieldError>) -> Self {
+        self.errors = errors;
+        self
+    }
+
+    /// With a member of its kind's own.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.members.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// With a `Retry-After`, in seconds.
+    #[must_use]
+    pub const fn retry_after(mut self, seconds: u32) -> Self {
+        self.retry_after_seconds = Some(seconds);
+        self
+    }
+
+    /// Logs a fault of the broker's with its causes, once, and gives a generic answer for it.
+    #[must_use]
+    pub fn internal(error: &dyn std::error::Error) -> Self {
+        tracing::error!(error = %chain(error), "a request failed");
+        Self::new(Kind::Internal, "an internal error; it is in the broker's log")
+    }
+
+    /// Logs trouble with the database, once, and gives a generic answer for it.
+    #[must_use]
+    pub fn unavailable(error: &dyn std::error::Error) -> Self {
+        tracing::error!(error = %chain(error), "a request could not be served");
+        Self::new(Kind::Unavailable, "the database cannot be used at the moment")
+    }
+
+    /// The whole answer.
+    pub(in crate::http) fn render(&self, instance: &str, request_id: &str) -> Response {
+        let wire = Wire {
+            kind: self.kind.uri(),
+            title: self.kind.title(),
+            status: self.kind.status(),
+            detail: &self.detail,
+            instance,
+            request_id,
+            errors: &self.errors,
+            members: &self.members,
+        };
+        let body = serde_json::to_vec(&wire).expect("a problem has string keys only");
+        let mut response = Response::new(Body::from(body));
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
+        headers.insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        if let Some(seconds) = self.retry_after_seconds {
+            headers.insert(RETRY_AFTER, seconds.into());
+        }
+        response
+    }
+
+    fn status(&self) -> StatusCode {
+        StatusCode::from_u16(self.kind.status()).expect("a status of the table")
+    }
+}
+
+fn summary(errors: &[FieldError]) -> String {
+    match errors {
+        [] => "the request breaks a rule".to_owned(),
+        [one] => one.detail.clone(),
+        [first, rest @ ..] => format!("{}; and {} more", first.detail, rest.len()),
+    }
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+impl IntoResponse for Problem {
+    /// An empty answer that carries the problem: the outermost layer renders it.
+    fn into_response(self) -> Response {
+        let mut response = self.status().into_response();
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_kind_has_its_page_and_its_own_type() {
+        let mut types = HashSet::new();
+        for kind in Kind::ALL {
+            assert!(types.insert(kind.uri()), "{} twice", kind.uri());
+            assert!(
+                kind.page().starts_with(&format!("# {}\n", kind.title())),
+                "docs/problems/{}.md must start with its title",
+                kind.slug()
+            );
+            assert!(kind.page().contains(&format!("`{}`", kind.uri())));
+        }
+    }
+
+    #[test]
+    fn there_is_no_page_without_a_kind() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/problems");
+        for entry in std::fs::read_dir(folder).expect("the folder is there") {
+            let name = entry.expect("readable").file_name();
+            let name = name.to_string_lossy();
+            let slug = name.strip_suffix(".md").expect("Markdown only");
+            assert!(Kind::ALL.iter().any(|kind| kind.slug() == slug), "{name}");
+        }
+    }
+}
