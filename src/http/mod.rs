@@ -1,1 +1,39 @@
 //! The HTTP API: routes, wire types, problem details, OpenAPI.
+//!
+//! Handlers do no work of their own on the database: a client that goes away drops its handler's future at any point, so a
+//! handler only waits for the engines' handles, which may be dropped at any time. One file per family of routes; a route
+//! and its description stand together, so that `openapi.yaml` cannot part from the code.
+
+mod body;
+mod connection;
+mod extract;
+mod metrics;
+mod observe;
+mod openapi;
+mod problem;
+mod readiness;
+mod routes;
+mod server;
+mod state;
+
+use axum::Router;
+use axum::middleware::from_fn_with_state;
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use metrics::Metrics;
+pub use openapi::openapi_yaml;
+pub use problem::{Kind, Problem};
+pub use readiness::Readiness;
+pub use server::{Error, Server, serve};
+pub use state::{Options, Parts};
+
+/// The API with all layers.
+fn router(state: state::State) -> Router {
+    let (routes, _) = openapi::api().split_for_parts();
+    routes
+        .fallback(observe::not_found)
+        .method_not_allowed_fallback(observe::method_not_allowed)
+        .layer(CatchPanicLayer::custom(observe::panicked))
+        .layer(from_fn_with_state(state.clone(), observe::observe))
+        .with_state(state)
+}

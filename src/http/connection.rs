@@ -1,0 +1,117 @@
+//! The socket of a connection, watched: when bytes last moved, and when all that was buffered is written.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use super::body::Outgoing;
+
+/// When bytes last moved on a connection. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(in crate::http) struct Activity(Arc<Mutex<Instant>>);
+
+impl Activity {
+    /// The moment.
+    pub(in crate::http) fn last(&self) -> Instant {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Now.
+    pub(in crate::http) fn touch(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+}
+
+/// A socket that tells.
+#[derive(Debug)]
+pub(in crate::http) struct Watched {
+    stream: TcpStream,
+    activity: Activity,
+    outgoing: Outgoing,
+}
+
+impl Watched {
+    pub(in crate::http) fn new(stream: TcpStream, outgoing: Outgoing) -> (Self, Activity) {
+        let activity = Activity(Arc::new(Mutex::new(Instant::now())));
+        let watched = Self {
+            stream,
+            activity: activity.clone(),
+            outgoing,
+        };
+        (watched, activity)
+    }
+
+    fn wrote(&self, written: &io::Result<usize>) {
+        if matches!(written, Ok(count) if *count > 0) {
+            self.activity.touch();
+        } else {
+            self.outgoing.broken();
+        }
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.outgoing.broken();
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
+        if buffer.filled().len() > before {
+            self.activity.touch();
+        }
+        Poll::Ready(result)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes));
+        self.wrote(&written);
+        Poll::Ready(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bytes));
+        self.wrote(&written);
+        Poll::Ready(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    /// hyper flushes the socket after it has written all that it had buffered.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = ready!(Pin::new(&mut self.stream).poll_flush(cx));
+        match &flushed {
+            Ok(()) => self.outgoing.flushed(),
+            Err(_) => self.outgoing.broken(),
+        }
+        Poll::Ready(flushed)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,259 @@
+//! The server: accepts connections, speaks HTTP/1.1 and HTTP/2 without TLS on each, and ends them in order.
+//!
+//! What keeps a client from holding resources: a cap on connections, a time for a request's head and for idling, limits on
+//! the head's size, and (in the extractors) a size and a time for bodies. At the end readiness goes off first, then long
+//! polls answer with what they have, then each connection finishes the requests it has; what is left after that is cut.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt as _;
+
+use super::body::Outgoing;
+use super::connection::Watched;
+use super::state::{Options, Parts, State};
+use crate::supervisor::{OnEnd, Supervisor};
+
+/// Largest head of an HTTP/1.1 request, and the largest list of headers of HTTP/2.
+const HEAD_MAX_BYTES: usize = 32 * 1024;
+/// Most headers of an HTTP/1.1 request.
+const HEADERS_MAX_COUNT: usize = 128;
+/// How often an HTTP/2 peer without traffic is asked whether it is there.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
+
+/// A server that runs.
+#[derive(Debug, Clone)]
+pub struct Server {
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+/// Why the server did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The listener has no address.
+    #[error("the listening socket could not be used")]
+    Listener(#[source] std::io::Error),
+}
+
+/// Serves the API until the supervisor says stop; its stop waits until all connections are done.
+///
+/// # Errors
+/// A listener that cannot be used.
+pub fn serve(
+    listener: TcpListener,
+    parts: Parts,
+    options: Options,
+    supervisor: &Supervisor,
+) -> Result<Server, Error> {
+    let address = listener.local_addr().map_err(Error::Listener)?;
+    let state = State::new(parts, options);
+    let router = super::router(state.clone());
+    let server = Accept {
+        state,
+        router,
+        listener,
+        supervisor: supervisor.clone(),
+        close: CancellationToken::new(),
+        cut: CancellationToken::new(),
+        open: TaskTracker::new(),
+    };
+    supervisor.spawn("http server", OnEnd::StopProcess, server.run());
+    Ok(Server { address })
+}
+
+/// The accept loop.
+struct Accept {
+    state: State,
+    router: Router,
+    listener: TcpListener,
+    supervisor: Supervisor,
+    /// Connections finish what they have.
+    close: CancellationToken,
+    /// Connections end now.
+    cut: CancellationToken,
+    open: TaskTracker,
+}
+
+impl Accept {
+    async fn run(self) {
+        let permits = Arc::new(Semaphore::new(self.state.options.connections_max));
+        let mut stopping = pin!(self.supervisor.stopping());
+        loop {
+            tokio::select! {
+                () = &mut stopping => break,
+                (permit, stream) = self.accept(&permits) => self.spawn(stream, permit),
+            }
+        }
+        let Options {
+            lame_duck, drain, ..
+        } = self.state.options;
+        self.state.parts.readiness.not_ready("http", "the process is stopping");
+        let ready_until = Instant::now() + lame_duck;
+        loop {
+            tokio::select! {
+                () = sleep_until(ready_until) => break,
+                (permit, stream) = self.accept(&permits) => self.spawn(stream, permit),
+            }
+        }
+        self.state.stopping.cancel();
+        self.close.cancel();
+        self.open.close();
+        if timeout(drain, self.open.wait()).await.is_err() {
+            tracing::warn!(
+                connections = self.open.len(),
+                "connections had not finished in time and are cut"
+            );
+            self.cut.cancel();
+            self.open.wait().await;
+        }
+    }
+
+    /// Waits for a free place, then for a client. Cancel-safe.
+    async fn accept(&self, permits: &Arc<Semaphore>) -> (OwnedSemaphorePermit, TcpStream) {
+        let permit = Arc::clone(permits)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, _)) => return (permit, stream),
+                Err(error) => {
+                    // Out of descriptors, mostly: the next try would fail at once too.
+                    tracing::warn!(%error, "accepting a connection failed");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn spawn(&self, stream: TcpStream, permit: OwnedSemaphorePermit) {
+        let connection = Connection {
+            state: self.state.clone(),
+            router: self.router.clone(),
+            close: self.close.clone(),
+            cut: self.cut.clone(),
+        };
+        let task = self.open.track_future(async move {
+            let _permit = permit;
+            connection.run(stream).await;
+        });
+        self.supervisor.spawn("http connection", OnEnd::Ordinary, task);
+    }
+}
+
+/// One connection.
+struct Connection {
+    state: State,
+    router: Router,
+    close: CancellationToken,
+    cut: CancellationToken,
+}
+
+/// Counts a request until its answer's head is there, whatever way it ends.
+struct Busy(Arc<AtomicUsize>);
+
+impl Busy {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Connection {
+    async fn run(self, stream: TcpStream) {
+        // Answers are small and somebody waits for them.
+        let _ = stream.set_nodelay(true);
+        let gauge = self.state.parts.metrics.connections.clone();
+        gauge.inc();
+        self.serve(stream).await;
+        gauge.dec();
+    }
+
+    async fn serve(&self, stream: TcpStream) {
+        let outgoing = Outgoing::default();
+        let busy = Arc::new(AtomicUsize::new(0));
+        let (io, activity) = Watched::new(stream, outgoing.clone());
+        let (router, requests) = (self.router.clone(), Arc::clone(&busy));
+        let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+            let busy = Busy::new(&requests);
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(outgoing.clone());
+            let answer = router.clone().oneshot(request);
+            async move {
+                let answer: Result<Response<Body>, Infallible> = answer.await;
+                drop(busy);
+                answer
+            }
+        });
+        let builder = builder(&self.state.options);
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(io), service));
+        let idle_timeout = self.state.options.idle_timeout;
+        let mut is_closing = false;
+        loop {
+            let idle_at = activity.last() + idle_timeout;
+            tokio::select! {
+                ended = connection.as_mut() => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%error, "a connection ended with an error");
+                    }
+                    return;
+                }
+                () = self.close.cancelled(), if !is_closing => {
+                    is_closing = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                () = self.cut.cancelled() => return,
+                () = sleep_until(idle_at) => {
+                    // A long poll is silent and not idle. It ends by itself; look again a while later.
+                    if busy.load(Ordering::Relaxed) > 0 {
+                        activity.touch();
+                    } else if activity.last() + idle_timeout <= Instant::now() {
+                        tracing::debug!("a connection was idle for too long");
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn builder(options: &Options) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(options.idle_timeout)
+        .max_headers(HEADERS_MAX_COUNT)
+        .max_buf_size(HEAD_MAX_BYTES)
+        .half_close(false);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(options.streams_per_connection_max)
+        .max_header_list_size(u32::try_from(HEAD_MAX_BYTES).unwrap_or(u32::MAX))
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_INTERVAL);
+    builder
+}

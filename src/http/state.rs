@@ -1,0 +1,92 @@
+//! What handlers work with: the engines' handles, and the server's own limits.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+
+use super::{Metrics, Readiness};
+use crate::domain::cloudevents::Limits;
+use crate::stream;
+
+/// The limits of the server.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What a publish may hold.
+    pub publish: Limits,
+    /// The largest request body, in bytes.
+    pub body_max_bytes: usize,
+    /// How long a body may take to arrive.
+    pub body_timeout: Duration,
+    /// How long a connection may be without a request, and how long a request's head may take to arrive.
+    pub idle_timeout: Duration,
+    /// The most connections at a time; further ones wait in the socket's backlog.
+    pub connections_max: usize,
+    /// The most requests at a time on one HTTP/2 connection.
+    pub streams_per_connection_max: u32,
+    /// How long the process goes on serving after it said that it is not ready, so that balancers notice.
+    pub lame_duck: Duration,
+    /// How long open connections have to finish after that.
+    pub drain: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            publish: Limits::default(),
+            // What 16 MiB of messages need, with the members of a JSON batch around them.
+            body_max_bytes: 16 * 1024 * 1024 + 64 * 1024,
+            body_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(60),
+            connections_max: 20_000,
+            streams_per_connection_max: 256,
+            lame_duck: Duration::ZERO,
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the API is an interface to.
+#[derive(Debug, Clone)]
+pub struct Parts {
+    /// The streams.
+    pub stream: stream::Handle,
+    /// All metrics of the process, for `/metrics`.
+    pub registry: Arc<Registry>,
+    /// The server's own.
+    pub metrics: Metrics,
+    /// Why the process is not ready, if it is not.
+    pub readiness: Readiness,
+}
+
+/// Shared by all requests.
+#[derive(Debug, Clone)]
+pub(in crate::http) struct State(Arc<Inner>);
+
+#[derive(Debug)]
+pub(in crate::http) struct Inner {
+    pub(in crate::http) parts: Parts,
+    pub(in crate::http) options: Options,
+    /// Long polls answer at once, with what they have.
+    pub(in crate::http) stopping: CancellationToken,
+}
+
+impl State {
+    pub(in crate::http) fn new(parts: Parts, options: Options) -> Self {
+        Self(Arc::new(Inner {
+            parts,
+            options,
+            stopping: CancellationToken::new(),
+        }))
+    }
+}
+
+impl Deref for State {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
