@@ -40,7 +40,10 @@ impl FromRequest<State> for Whole {
         while !is_too_large {
             let frame = match timeout_at(deadline, body.frame()).await {
                 Err(_) => {
-                    let detail = format!("the body was not complete after {:?}", state.options.body_timeout);
+                    let detail = format!(
+                        "the body was not complete after {:?}",
+                        state.options.body_timeout
+                    );
                     return Err(Problem::new(Kind::RequestTimeout, detail));
                 }
                 Ok(None) => return Ok(Self(whole.freeze())),
@@ -68,13 +71,11 @@ impl FromRequest<State> for Whole {
             }
         })
         .await;
-        Err(
-            Problem::new(
-                Kind::PayloadTooLarge,
-                format!("the body is larger than {limit} bytes"),
-            )
-            .with("limit_bytes", limit),
+        Err(Problem::new(
+            Kind::PayloadTooLarge,
+            format!("the body is larger than {limit} bytes"),
         )
+        .with("limit_bytes", limit))
     }
 }
 
@@ -176,7 +177,12 @@ macro_rules! path_parts {
     )*};
 }
 
-path_parts!(Topic = "topic", StreamName = "stream", QueueName = "queue", OriginName = "origin");
+path_parts!(
+    Topic = "topic",
+    StreamName = "stream",
+    QueueName = "queue",
+    OriginName = "origin"
+);
 
 /// The number of a rejected outbox row.
 #[derive(Debug, Clone, Copy)]
@@ -306,7 +312,12 @@ impl Query {
     }
 
     /// Notes a fault of a parameter.
-    pub(in crate::http) fn fault(&mut self, name: &'static str, detail: String, allowed: Option<String>) {
+    pub(in crate::http) fn fault(
+        &mut self,
+        name: &'static str,
+        detail: String,
+        allowed: Option<String>,
+    ) {
         self.errors.push(FieldError {
             place: Place::Parameter(name.into()),
             detail,
@@ -458,22 +469,41 @@ mod tests {
     fn json_faults_have_their_place() {
         for (body, kind, pointer) in [
             ("{", Kind::MalformedRequest, ""),
-            ("{} x", Kind::MalformedRequest, ""),
+            ("{\"inner\":[]} x", Kind::MalformedRequest, ""),
             ("{\"inner\":[],\"other\":1}", Kind::InvalidRequest, "/other"),
             ("{}", Kind::InvalidRequest, "/inner"),
-            ("{\"count\":\"x\",\"inner\":[]}", Kind::InvalidRequest, "/count"),
-            ("{\"inner\":[{\"name\":1}]}", Kind::InvalidRequest, "/inner/0/name"),
-            ("{\"inner\":[{\"name\":\"a\"},{\"no/me\":1}]}", Kind::InvalidRequest, "/inner/1/no~1me"),
+            (
+                "{\"count\":\"x\",\"inner\":[]}",
+                Kind::InvalidRequest,
+                "/count",
+            ),
+            (
+                "{\"inner\":[{\"name\":1}]}",
+                Kind::InvalidRequest,
+                "/inner/0/name",
+            ),
+            (
+                "{\"inner\":[{\"name\":\"a\"},{\"no/me\":1}]}",
+                Kind::InvalidRequest,
+                "/inner/1/no~1me",
+            ),
             ("[]", Kind::InvalidRequest, ""),
         ] {
             let problem = parse_json::<Outer>(body.as_bytes()).unwrap_err();
             assert_eq!(problem.kind, kind, "{body}");
             if kind == Kind::InvalidRequest && body != "[]" {
-                assert_eq!(problem.errors[0].place, Place::Pointer(pointer.into()), "{body} {problem:?}");
+                assert_eq!(
+                    problem.errors[0].place,
+                    Place::Pointer(pointer.into()),
+                    "{body} {problem:?}"
+                );
             }
         }
         let deep = "[".repeat(100_000);
-        assert_eq!(parse_json::<Outer>(deep.as_bytes()).unwrap_err().kind, Kind::InvalidRequest);
+        assert_eq!(
+            parse_json::<Outer>(deep.as_bytes()).unwrap_err().kind,
+            Kind::InvalidRequest
+        );
         let deep = format!("{{\"x\":{deep}");
         parse_json::<Outer>(deep.as_bytes()).unwrap_err();
     }
@@ -488,7 +518,10 @@ mod tests {
         let details: Vec<&str> = problem.errors.iter().map(|e| e.detail.as_str()).collect();
         assert_eq!(
             details,
-            ["`limit` must be an integer from 1 to 10", "there is no parameter `x`"]
+            [
+                "`limit` must be an integer from 1 to 10",
+                "there is no parameter `x`"
+            ]
         );
         assert!(Query::parse("a=%ff").is_err());
     }

@@ -36,7 +36,9 @@ impl Metrics {
     /// Makes and registers them.
     pub fn new(registry: &mut Registry) -> Self {
         let histogram: fn() -> Histogram = || {
-            Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 60.0])
+            Histogram::new([
+                0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 60.0,
+            ])
         };
         let metrics = Self {
             requests: Family::default(),

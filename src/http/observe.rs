@@ -21,7 +21,9 @@ fn request_id(request: &Request) -> String {
         .headers()
         .get(REQUEST_ID)
         .and_then(|value| value.to_str().ok())
-        .filter(|text| (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()))
+        .filter(|text| {
+            (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
+        })
         .map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
 }
 
@@ -93,5 +95,9 @@ pub(in crate::http) fn panicked(panic: Box<dyn Any + Send>) -> Response {
         .or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("a panic without text");
     tracing::error!(panic = text, "a request handler panicked");
-    Problem::new(Kind::Internal, "an internal error; it is in the broker's log").into_response()
+    Problem::new(
+        Kind::Internal,
+        "an internal error; it is in the broker's log",
+    )
+    .into_response()
 }

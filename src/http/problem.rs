@@ -221,14 +221,20 @@ impl Problem {
     #[must_use]
     pub fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %chain(error), "a request failed");
-        Self::new(Kind::Internal, "an internal error; it is in the broker's log")
+        Self::new(
+            Kind::Internal,
+            "an internal error; it is in the broker's log",
+        )
     }
 
     /// Logs trouble with the database, once, and gives a generic answer for it.
     #[must_use]
     pub fn unavailable(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %chain(error), "a request could not be served");
-        Self::new(Kind::Unavailable, "the database cannot be used at the moment")
+        Self::new(
+            Kind::Unavailable,
+            "the database cannot be used at the moment",
+        )
     }
 
     /// The whole answer.

@@ -103,7 +103,10 @@ impl Accept {
         let Options {
             lame_duck, drain, ..
         } = self.state.options;
-        self.state.parts.readiness.not_ready("http", "the process is stopping");
+        self.state
+            .parts
+            .readiness
+            .not_ready("http", "the process is stopping");
         let ready_until = Instant::now() + lame_duck;
         loop {
             tokio::select! {
@@ -153,7 +156,8 @@ impl Accept {
             let _permit = permit;
             connection.run(stream).await;
         });
-        self.supervisor.spawn("http connection", OnEnd::Ordinary, task);
+        self.supervisor
+            .spawn("http connection", OnEnd::Ordinary, task);
     }
 }
 

@@ -1,7 +1,8 @@
 //! What handlers work with: the engines' handles, and the server's own limits.
 
+use std::collections::HashMap;
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
@@ -9,7 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
-use crate::stream;
+use crate::domain::id::StreamId;
+use crate::domain::name::StreamName;
+use crate::{queue, stream};
 
 /// The limits of the server.
 #[derive(Debug, Clone)]
@@ -53,6 +56,8 @@ impl Default for Options {
 pub struct Parts {
     /// The streams.
     pub stream: stream::Handle,
+    /// The queues.
+    pub queue: queue::Handle,
     /// All metrics of the process, for `/metrics`.
     pub registry: Arc<Registry>,
     /// The server's own.
@@ -71,6 +76,8 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) options: Options,
     /// Long polls answer at once, with what they have.
     pub(in crate::http) stopping: CancellationToken,
+    /// Streams' names by number, as far as they were asked for. Numbers are never used again.
+    names: RwLock<HashMap<StreamId, StreamName>>,
 }
 
 impl State {
@@ -79,7 +86,31 @@ impl State {
             parts,
             options,
             stopping: CancellationToken::new(),
+            names: RwLock::default(),
         }))
+    }
+
+    /// The names of streams; one that was deleted in the meantime is absent.
+    pub(in crate::http) async fn stream_names(
+        &self,
+        ids: impl Iterator<Item = StreamId> + Clone,
+    ) -> Result<HashMap<StreamId, StreamName>, stream::Error> {
+        let known = |names: &HashMap<StreamId, StreamName>| -> HashMap<StreamId, StreamName> {
+            ids.clone()
+                .filter_map(|id| Some((id, names.get(&id)?.clone())))
+                .collect()
+        };
+        let found = known(&self.names.read().unwrap_or_else(PoisonError::into_inner));
+        if ids.clone().all(|id| found.contains_key(&id)) {
+            return Ok(found);
+        }
+        let list = self.parts.stream.list().await?;
+        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        *names = list
+            .into_iter()
+            .map(|stream| (stream.id, stream.name))
+            .collect();
+        Ok(known(&names))
     }
 }
 

@@ -1,0 +1,143 @@
+//! The description of the API, made from the routes themselves.
+
+use std::collections::BTreeMap;
+
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder};
+use utoipa::{IntoResponses, OpenApi, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+
+use super::problem::Kind;
+use super::routes;
+use super::state::State;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Postroad",
+        description = "A transactional outbox message broker for Postgres. Every error is a problem document \
+                       (RFC 9457); its `type` is the path of a page that explains it.",
+    ),
+    components(schemas(ProblemDocument)),
+    tags(
+        (name = "publish", description = "Messages into streams"),
+        (name = "streams", description = "Ordered, replayable logs"),
+        (name = "queues", description = "Durable consumers of streams"),
+        (name = "deliveries", description = "Receiving and settling messages"),
+        (name = "origins", description = "Databases with an outbox"),
+        (name = "operation", description = "Health, metrics and this description"),
+    ),
+)]
+struct Base;
+
+/// An error (RFC 9457).
+#[derive(ToSchema)]
+#[schema(as = Problem)]
+#[expect(dead_code, reason = "describes what Problem renders")]
+struct ProblemDocument {
+    /// The kind of problem, which is also the path of its page.
+    #[schema(rename = "type", example = "/problems/queue-not-found")]
+    kind: String,
+    /// The same for all problems of the kind.
+    title: String,
+    /// The HTTP status.
+    status: u16,
+    /// What is special about this occurrence.
+    detail: String,
+    /// The path that was asked for.
+    instance: String,
+    /// The request's id, as in the header `x-request-id` and in the broker's log.
+    request_id: String,
+    /// The parts of the request that break rules.
+    errors: Option<Vec<ProblemField>>,
+}
+
+/// A part of the request that breaks a rule: one of `pointer`, `parameter` and `header` says which.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what Problem renders")]
+struct ProblemField {
+    /// A JSON pointer into the body.
+    pointer: Option<String>,
+    /// A parameter of the path or the query.
+    parameter: Option<String>,
+    /// A header.
+    header: Option<String>,
+    /// What is wrong.
+    detail: String,
+    /// What is allowed.
+    allowed: Option<String>,
+}
+
+macro_rules! problem_sets {
+    ($($(#[$doc:meta])* $name:ident = $($kind:ident)*;)*) => {$(
+        $(#[$doc])*
+        pub(in crate::http) struct $name;
+
+        impl IntoResponses for $name {
+            fn responses() -> BTreeMap<String, RefOr<Response>> {
+                document(&[$(Kind::$kind),*])
+            }
+        }
+    )*};
+}
+
+problem_sets! {
+    /// Of every route.
+    Fails = Internal;
+    /// Of routes with names or parameters.
+    Reads = MalformedRequest InvalidRequest Internal Unavailable Stopping;
+    /// Of routes with a JSON body.
+    Writes = MalformedRequest RequestTimeout PayloadTooLarge UnsupportedMediaType InvalidRequest Internal
+        OutcomeUnknown Unavailable NoOwner Stopping;
+    /// Of publishing.
+    Publishes = MalformedRequest RequestTimeout IdConflict PayloadTooLarge MessageTooLarge UnsupportedMediaType
+        InvalidRequest InvalidMessage TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
+    /// No such stream.
+    NoStream = StreamNotFound;
+    /// No such queue.
+    NoQueue = QueueNotFound;
+    /// Conflicts of declaring a stream.
+    StreamConflicts = StreamOverlap;
+    /// Conflicts of deleting a stream.
+    StreamStays = StreamHasQueues StreamIsKept;
+    /// Conflicts of declaring a queue.
+    QueueConflicts = QueueStreamFixed TooManyQueues;
+    /// Bounds of a queue.
+    QueueBounds = TooManyRequests;
+    /// No such path.
+    NoPage = NotFound;
+}
+
+/// The responses of some kinds of problem, one per status.
+fn document(kinds: &[Kind]) -> BTreeMap<String, RefOr<Response>> {
+    let mut titles: BTreeMap<u16, Vec<&str>> = BTreeMap::new();
+    for kind in kinds {
+        titles.entry(kind.status()).or_default().push(kind.title());
+    }
+    titles
+        .into_iter()
+        .map(|(status, titles)| {
+            let content = ContentBuilder::new()
+                .schema(Some(Ref::from_schema_name("Problem")))
+                .build();
+            let response = ResponseBuilder::new()
+                .description(titles.join(". Or: "))
+                .content("application/problem+json", content)
+                .build();
+            (status.to_string(), RefOr::T(response))
+        })
+        .collect()
+}
+
+/// The routes with their descriptions.
+pub(in crate::http) fn api() -> OpenApiRouter<State> {
+    routes::all(OpenApiRouter::with_openapi(Base::openapi()))
+}
+
+/// The description of the API as YAML, OpenAPI 3.1. `make openapi` writes it to `openapi.yaml`.
+#[must_use]
+pub fn openapi_yaml() -> String {
+    api()
+        .into_openapi()
+        .to_yaml()
+        .expect("the description has string keys only")
+}

@@ -1,0 +1,22 @@
+//! The routes, one file per family.
+
+mod deliveries;
+mod publish;
+mod queues;
+mod streams;
+mod system;
+mod wire;
+
+use utoipa_axum::router::OpenApiRouter;
+
+use super::state::State;
+
+/// Adds all routes.
+pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State> {
+    router
+        .merge(publish::routes())
+        .merge(streams::routes())
+        .merge(queues::routes())
+        .merge(deliveries::routes())
+        .merge(system::routes())
+}

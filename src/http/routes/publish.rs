@@ -1,0 +1,277 @@
+//! Publishing: CloudEvents in structured, binary and batch mode, or a plain body.
+
+use axum::extract::{FromRequest as _, Request, State as Extract};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
+use bytes::Bytes;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use uuid::Uuid;
+
+use super::wire;
+use crate::domain::cloudevents::{self, Fault};
+use crate::domain::message::Message;
+use crate::domain::name::Topic;
+use crate::http::extract::{Named, Query, Whole};
+use crate::http::openapi::Publishes;
+use crate::http::problem::{FieldError, Kind, Place, Problem};
+use crate::http::state::State;
+use crate::stream::{self, Member};
+
+/// The namespace of ids that `Idempotency-Key` derives.
+const IDEMPOTENCY: Uuid = Uuid::from_u128(0x9d6f_5b0e_31a4_5c8e_8f57_2c1a_6b0d_44e7);
+/// The longest `Idempotency-Key`, in bytes.
+const IDEMPOTENCY_KEY_MAX_BYTES: usize = 255;
+
+/// A CloudEvent to be published. What is left out is filled in: `id` is made, `source` is `/postroad/http`, `type` is the
+/// topic. Further members are extension attributes: names of a-z and 0-9, at most 20 long; strings, booleans, integers.
+#[derive(ToSchema)]
+#[schema(
+    as = PublishEvent,
+    example = json!({"specversion": "1.0", "id": "order-7", "source": "/shop", "type": "orders.created",
+        "partitionkey": "sku-1", "data": {"order": 7}})
+)]
+#[expect(dead_code, reason = "describes what domain::cloudevents reads")]
+struct NewEvent {
+    /// Always `1.0`.
+    #[schema(pattern = "^1\\.0$")]
+    specversion: String,
+    /// With `source`, what makes the event unique.
+    #[schema(min_length = 1, max_length = 256, pattern = "^[!-~]+$")]
+    id: Option<String>,
+    /// Where it comes from.
+    #[schema(min_length = 1, max_length = 256, pattern = "^[!-~]+$")]
+    source: Option<String>,
+    /// The kind of event.
+    #[schema(
+        rename = "type",
+        min_length = 1,
+        max_length = 256,
+        pattern = "^[!-~]+$"
+    )]
+    kind: Option<String>,
+    /// What it is about.
+    #[schema(min_length = 1, max_length = 256, pattern = "^[!-~]+$")]
+    subject: Option<String>,
+    /// When it happened.
+    #[schema(value_type = Option<String>, format = DateTime, pattern = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T")]
+    time: Option<String>,
+    /// The type of the payload; JSON without one.
+    #[schema(min_length = 1, max_length = 256, pattern = "^[!-~]+$")]
+    datacontenttype: Option<String>,
+    /// The schema of the payload.
+    #[schema(min_length = 1, max_length = 256, pattern = "^[!-~]+$")]
+    dataschema: Option<String>,
+    /// The ordering key.
+    #[schema(min_length = 1, max_length = 128, pattern = "^[!-~]+$")]
+    partitionkey: Option<String>,
+    /// The payload, JSON or text by `datacontenttype`. Passed on as the text it is.
+    data: Option<serde_json::Value>,
+}
+
+/// Where the messages went, in the order sent.
+#[derive(Debug, Serialize, ToSchema)]
+struct Published {
+    messages: Vec<PublishedMessage>,
+}
+
+/// Where a message went.
+#[derive(Debug, Serialize, ToSchema)]
+struct PublishedMessage {
+    /// Its id: the producer's, or the one made for it.
+    id: String,
+    /// The stream that owns its topic; null when it was deleted just now.
+    #[schema(example = "main")]
+    stream: Option<String>,
+    /// Its offset there; of the first use, for a duplicate.
+    #[schema(minimum = 1)]
+    offset: i64,
+    /// Whether source and id were used before, for the same message.
+    duplicate: bool,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new().routes(routes!(publish))
+}
+
+/// Publish messages to a topic.
+///
+/// Binary mode takes attributes from `ce-` headers and the body as the payload; a body without any is a payload all the
+/// same, JSON unless `Content-Type` says otherwise. All or nothing: one fault refuses the whole request.
+/// Deduplicated by source and id for 24 hours.
+#[utoipa::path(
+    post, path = "/v1/topics/{topic}/messages", tag = "publish",
+    params(
+        ("topic" = String, Path, description = "Tokens of A-Z a-z 0-9 _ -, separated by dots",
+            min_length = 1, max_length = 255, pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$", example = "orders.created"),
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "Makes the ids of messages without one: the same key again, the same ids",
+            min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
+    ),
+    request_body(content(
+        (NewEvent = "application/cloudevents+json"),
+        (Vec<NewEvent> = "application/cloudevents-batch+json"),
+        (serde_json::Value = "application/json"),
+        (String = "text/plain"),
+    )),
+    responses((status = 200, description = "Published, and durable", body = Published), Publishes),
+)]
+async fn publish(
+    Extract(state): Extract<State>,
+    Named(topic): Named<Topic>,
+    query: Query,
+    request: Request,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let headers = request.headers().clone();
+    let key = idempotency_key(&headers)?;
+    let Whole(body) = Whole::from_request(request, &state).await?;
+    let messages = parse(&state, &topic, &headers, key.as_deref(), body)?;
+    let published = append(&state, messages).await?;
+    Ok(wire::json(StatusCode::OK, &published))
+}
+
+fn parse(
+    state: &State,
+    topic: &Topic,
+    headers: &HeaderMap,
+    key: Option<&str>,
+    body: Bytes,
+) -> Result<Vec<Message>, Problem> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let request = cloudevents::Request {
+        content_type: content_type(headers)?,
+        attributes: headers
+            .iter()
+            .filter_map(|(name, value)| {
+                Some((name.as_str().strip_prefix("ce-")?, value.as_bytes()))
+            })
+            .collect(),
+        traceparent: text("traceparent"),
+        tracestate: text("tracestate"),
+        body,
+    };
+    let new_id = |number: usize| match key {
+        Some(key) => {
+            let name = format!("{topic}\n{number}\n{key}");
+            Uuid::new_v5(&IDEMPOTENCY, name.as_bytes()).to_string()
+        }
+        None => Uuid::now_v7().to_string(),
+    };
+    let context = cloudevents::Context {
+        topic,
+        limits: state.options.publish,
+        new_id: &new_id,
+    };
+    cloudevents::parse(&request, &context).map_err(refused)
+}
+
+async fn append(state: &State, messages: Vec<Message>) -> Result<Published, Problem> {
+    if messages.is_empty() {
+        return Ok(Published {
+            messages: Vec::new(),
+        });
+    }
+    let ids: Vec<String> = messages.iter().map(|message| message.id.clone()).collect();
+    let member = Member::Publish {
+        messages,
+        check_ids: true,
+    };
+    let placed = state.parts.stream.append(member).await?;
+    // The messages are published: that their stream's name cannot be read now must not look as if they were not.
+    let names = state
+        .stream_names(placed.iter().map(|placed| placed.stream))
+        .await
+        .unwrap_or_default();
+    let messages = ids.into_iter().zip(placed);
+    Ok(Published {
+        messages: messages
+            .map(|(id, placed): (String, stream::Placed)| PublishedMessage {
+                id,
+                stream: names.get(&placed.stream).map(ToString::to_string),
+                offset: placed.offset.0,
+                duplicate: placed.duplicate,
+            })
+            .collect(),
+    })
+}
+
+fn content_type(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
+    match headers.get(CONTENT_TYPE).map(|value| value.to_str()) {
+        None => Ok(None),
+        Some(Ok(text)) => Ok(Some(text)),
+        Some(Err(_)) => Err(bad_header("content-type", "`Content-Type` is not ASCII")),
+    }
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let mut values = headers.get_all("idempotency-key").iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    let key = value.to_str().unwrap_or_default();
+    let is_valid = (1..=IDEMPOTENCY_KEY_MAX_BYTES).contains(&key.len())
+        && key.bytes().all(|byte| byte.is_ascii_graphic());
+    if !is_valid || values.next().is_some() {
+        return Err(bad_header(
+            "idempotency-key",
+            "`Idempotency-Key` must be given once, with 1 to 255 visible ASCII characters",
+        ));
+    }
+    Ok(Some(key.to_owned()))
+}
+
+fn bad_header(name: &str, detail: &str) -> Problem {
+    Problem::invalid(vec![FieldError {
+        place: Place::Header(name.to_owned()),
+        detail: detail.to_owned(),
+        allowed: None,
+    }])
+}
+
+fn place(place: cloudevents::Place) -> Place {
+    match place {
+        cloudevents::Place::Body(pointer) => Place::Pointer(pointer),
+        cloudevents::Place::Header(name) => Place::Header(name),
+    }
+}
+
+fn refused(error: cloudevents::Error) -> Problem {
+    use cloudevents::Error;
+    let text = error.to_string();
+    match error {
+        Error::UnsupportedFormat { .. } => Problem::new(
+            Kind::UnsupportedMediaType,
+            format!(
+                "{text}: CloudEvents come as `application/cloudevents+json`, \
+                 `application/cloudevents-batch+json` or in binary mode"
+            ),
+        ),
+        Error::NotJson(_) => Problem::new(Kind::MalformedRequest, text),
+        Error::Invalid(faults) => {
+            let detail = faults.first().map_or(text, |fault| fault.detail.clone());
+            let errors = faults
+                .into_iter()
+                .map(|Fault { place: at, detail }| FieldError {
+                    place: place(at),
+                    detail,
+                    allowed: None,
+                });
+            Problem::new(Kind::InvalidMessage, detail).with_errors(errors.collect())
+        }
+        Error::TooLarge {
+            place: at,
+            size,
+            limit,
+        } => Problem::new(Kind::MessageTooLarge, text)
+            .with_errors(vec![FieldError {
+                place: place(at),
+                detail: format!("{size} bytes"),
+                allowed: Some(format!("at most {limit} bytes")),
+            }])
+            .with("limit_bytes", limit),
+    }
+}

@@ -1,0 +1,501 @@
+//! Queues: declare, describe, list, delete.
+
+use std::time::Duration;
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::Number;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::streams::{OFFSET_MAX, parse_time};
+use super::wire;
+use crate::domain::id::Offset;
+use crate::domain::name::{QueueName, StreamName, TopicPattern};
+use crate::domain::policy::{
+    MAX_ATTEMPTS, MAX_ATTEMPTS_MAX, MAX_IN_FLIGHT, Ordering, PATTERNS_MAX, RetryPolicy, Settings,
+    Start, VISIBILITY_TIMEOUT,
+};
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{NoQueue, QueueConflicts, Reads, Writes};
+use crate::http::problem::Problem;
+use crate::http::state::State;
+use crate::queue::{self, Declared, Description, Status};
+
+/// Longest delay and visibility timeout, in seconds: 12 h.
+pub(super) const TWELVE_HOURS: f64 = 43_200.0;
+/// Longest `max_hold_seconds`: a week.
+const WEEK: f64 = 604_800.0;
+
+/// What a queue is to be. What is left out has its default, also when it was other before.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(
+    as = QueueDeclaration,
+    example = json!({"stream": "main", "topics": ["orders.*"], "start": "latest", "visibility_timeout_seconds": 30})
+)]
+struct Declaration {
+    /// The stream that it reads; `main` without. Cannot be changed.
+    #[schema(min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$")]
+    stream: Option<String>,
+    /// The topics that it takes; all without. A change holds from where the queue has got to.
+    #[schema(min_items = 1, max_items = 100)]
+    topics: Option<Vec<String>>,
+    /// Where it starts, fixed when it is made; `earliest` without.
+    start: Option<StartAt>,
+    /// How long a delivery is held when the receive does not say.
+    #[schema(minimum = 1, maximum = 43200)]
+    visibility_timeout_seconds: Option<f64>,
+    /// Attempts before a message is a dead letter; 16 without.
+    #[schema(minimum = 1, maximum = 1000)]
+    max_attempts: Option<i64>,
+    /// Most live deliveries at a time; 10,000 without.
+    #[schema(minimum = 1, maximum = 10000)]
+    max_in_flight: Option<i64>,
+    /// How long one delivery can be held by extending it; unlimited without.
+    #[schema(minimum = 1, maximum = 604_800)]
+    max_hold_seconds: Option<f64>,
+    /// When a message that failed is tried again.
+    retry: Option<Retry>,
+    /// In which order messages go out. `none`: as they are ready.
+    #[expect(dead_code, reason = "checked by its type: there is one value")]
+    ordering: Option<OrderingName>,
+}
+
+/// Either the first four, with defaults of 1, 2, 900 and 0.2, or `delays_seconds`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Retry {
+    /// Delay after the first attempt.
+    #[schema(minimum = 0, maximum = 43200)]
+    initial_seconds: Option<f64>,
+    /// Growth per attempt.
+    #[schema(minimum = 1, maximum = 10)]
+    factor: Option<f64>,
+    /// Longest delay.
+    #[schema(minimum = 0, maximum = 43200)]
+    cap_seconds: Option<f64>,
+    /// Random part: 0.2 is up to 20 % less or more.
+    #[schema(minimum = 0, maximum = 1)]
+    jitter: Option<f64>,
+    /// One delay per attempt; the last one holds for all later ones.
+    #[schema(min_items = 1, max_items = 100)]
+    delays_seconds: Option<Vec<f64>>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum OrderingName {
+    None,
+}
+
+/// `earliest`, `latest`, an offset or a time.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(
+    untagged,
+    expecting = "`start` must be \"earliest\", \"latest\", {\"offset\": …} or {\"time\": …}"
+)]
+enum StartAt {
+    /// One of two words.
+    Word(StartWord),
+    /// The message of this offset is the first.
+    Offset(StartOffset),
+    /// The first message appended at or after this time.
+    Time(StartTime),
+}
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum StartWord {
+    /// At the oldest message that the stream still has.
+    Earliest,
+    /// After the newest message.
+    Latest,
+}
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct StartOffset {
+    #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64)]
+    offset: i64,
+}
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct StartTime {
+    #[schema(format = DateTime)]
+    time: String,
+}
+
+/// A queue as it is.
+#[derive(Debug, Serialize, ToSchema)]
+struct Queue {
+    #[schema(example = "billing")]
+    name: String,
+    stream: String,
+    topics: Vec<String>,
+    start: StartAt,
+    visibility_timeout_seconds: Seconds,
+    max_attempts: u32,
+    max_in_flight: u32,
+    max_hold_seconds: Option<Seconds>,
+    retry: RetryNow,
+    /// `none`.
+    ordering: String,
+    /// The incarnation: receipts of another are `gone`.
+    generation: i64,
+    /// The first offset that the queue can deliver.
+    start_offset: i64,
+    #[schema(format = DateTime)]
+    created_at: String,
+    /// Its numbers now; null while its state is being recovered.
+    status: Option<Numbers>,
+}
+
+/// When a message that failed is tried again.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+enum RetryNow {
+    Growing {
+        initial_seconds: Seconds,
+        factor: f64,
+        cap_seconds: Seconds,
+        jitter: f64,
+    },
+    List {
+        delays_seconds: Vec<Seconds>,
+    },
+}
+
+/// A queue's numbers at one moment.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = QueueStatus)]
+struct Numbers {
+    /// Unsettled messages.
+    depth: u64,
+    /// Of these, handed out and live.
+    in_flight: u64,
+    /// Of these, held back by time.
+    delayed: u64,
+    /// Of these, ready to go out.
+    ready: u64,
+    /// Dead letters that are still there.
+    dead_letters: u64,
+    /// Receives that wait.
+    waiters: u64,
+    /// Everything that matches up to here is settled.
+    watermark: i64,
+    /// How far the stream was looked at.
+    scanned_through: i64,
+    /// The lowest unsettled offset.
+    oldest_unsettled: Option<i64>,
+    /// When that message was appended, if known.
+    #[schema(format = DateTime)]
+    oldest_unsettled_at: Option<String>,
+    /// Whether the queue stands still since the database cannot be reached.
+    standing_still: bool,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Queues {
+    /// By name.
+    queues: Vec<Queue>,
+}
+
+/// Seconds as a JSON number, without a fraction when there is none.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(value_type = f64)]
+struct Seconds(Number);
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(declare, describe, delete))
+}
+
+fn seconds(duration: Duration) -> Seconds {
+    Seconds(match duration.subsec_nanos() {
+        0 => duration.as_secs().into(),
+        _ => Number::from_f64(duration.as_secs_f64()).expect("a duration is finite"),
+    })
+}
+
+impl From<RetryPolicy> for RetryNow {
+    fn from(policy: RetryPolicy) -> Self {
+        match policy {
+            RetryPolicy::Exponential {
+                initial,
+                factor,
+                cap,
+                jitter,
+            } => Self::Growing {
+                initial_seconds: seconds(initial),
+                factor,
+                cap_seconds: seconds(cap),
+                jitter,
+            },
+            RetryPolicy::List { delays } => Self::List {
+                delays_seconds: delays.into_iter().map(seconds).collect(),
+            },
+        }
+    }
+}
+
+impl From<Start> for StartAt {
+    fn from(start: Start) -> Self {
+        match start {
+            Start::Earliest => Self::Word(StartWord::Earliest),
+            Start::Latest => Self::Word(StartWord::Latest),
+            Start::Offset(offset) => Self::Offset(StartOffset { offset: offset.0 }),
+            Start::Time(time) => Self::Time(StartTime {
+                time: wire::time(time),
+            }),
+        }
+    }
+}
+
+impl From<Description> for Queue {
+    fn from(queue: Description) -> Self {
+        let queue::Declaration {
+            stream,
+            topics,
+            start,
+            settings,
+        } = queue.declaration;
+        Self {
+            name: queue.name.to_string(),
+            stream: stream.to_string(),
+            topics: topics.iter().map(ToString::to_string).collect(),
+            start: start.into(),
+            visibility_timeout_seconds: seconds(settings.visibility_timeout),
+            max_attempts: settings.max_attempts,
+            max_in_flight: settings.max_in_flight,
+            max_hold_seconds: settings.max_hold.map(seconds),
+            retry: settings.retry.into(),
+            ordering: match settings.ordering {
+                Ordering::None => "none".to_owned(),
+                Ordering::Key => "key".to_owned(),
+            },
+            generation: queue.generation.0,
+            start_offset: queue.start_offset.0,
+            created_at: wire::time(queue.created_at),
+            status: queue.status.map(Numbers::from),
+        }
+    }
+}
+
+impl From<Status> for Numbers {
+    fn from(status: Status) -> Self {
+        Self {
+            depth: status.depth,
+            in_flight: status.in_flight,
+            delayed: status.delayed,
+            ready: status.ready,
+            dead_letters: status.dead_letters,
+            waiters: status.waiters,
+            watermark: status.watermark.0,
+            scanned_through: status.scanned_through.0,
+            oldest_unsettled: status.oldest_unsettled.map(|offset| offset.0),
+            oldest_unsettled_at: status.oldest_unsettled_at.map(wire::time),
+            standing_still: status.standing_still,
+        }
+    }
+}
+
+impl Declaration {
+    fn checked(self) -> Result<queue::Declaration, Problem> {
+        let mut check = Check::default();
+        let stream = self.stream.map_or_else(
+            || Some(StreamName::main()),
+            |text| check.parsed("/stream", &text, StreamName::parse),
+        );
+        let topics = self.topics.unwrap_or_else(|| vec![">".to_owned()]);
+        if topics.is_empty() || topics.len() > PATTERNS_MAX {
+            check.fault(
+                "/topics",
+                format!("`topics` must have 1 to {PATTERNS_MAX} patterns"),
+            );
+        }
+        let topics: Vec<TopicPattern> = topics
+            .iter()
+            .take(PATTERNS_MAX)
+            .enumerate()
+            .filter_map(|(index, text)| {
+                check.parsed(&format!("/topics/{index}"), text, TopicPattern::parse)
+            })
+            .collect();
+        let start = match self.start {
+            None | Some(StartAt::Word(StartWord::Earliest)) => Some(Start::Earliest),
+            Some(StartAt::Word(StartWord::Latest)) => Some(Start::Latest),
+            Some(StartAt::Offset(StartOffset { offset })) => Some(Start::Offset(Offset(
+                check.integer("/start/offset", offset, 1..=OFFSET_MAX),
+            ))),
+            Some(StartAt::Time(StartTime { time })) => check
+                .parsed("/start/time", &time, parse_time)
+                .map(Start::Time),
+        };
+        let integer = |check: &mut Check, pointer: &str, value: Option<i64>, default: u32, max| {
+            value.map_or(default, |value| {
+                u32::try_from(check.integer(pointer, value, 1..=i64::from(max))).unwrap_or(default)
+            })
+        };
+        let settings = Settings {
+            visibility_timeout: self
+                .visibility_timeout_seconds
+                .map_or(VISIBILITY_TIMEOUT, |value| {
+                    check.seconds("/visibility_timeout_seconds", value, 1.0..=TWELVE_HOURS)
+                }),
+            max_attempts: integer(
+                &mut check,
+                "/max_attempts",
+                self.max_attempts,
+                MAX_ATTEMPTS,
+                MAX_ATTEMPTS_MAX,
+            ),
+            max_in_flight: integer(
+                &mut check,
+                "/max_in_flight",
+                self.max_in_flight,
+                MAX_IN_FLIGHT,
+                MAX_IN_FLIGHT,
+            ),
+            max_hold: self
+                .max_hold_seconds
+                .map(|value| check.seconds("/max_hold_seconds", value, 1.0..=WEEK)),
+            retry: self
+                .retry
+                .map_or_else(RetryPolicy::default, |retry| retry.checked(&mut check)),
+            ordering: Ordering::None,
+        };
+        check.finish()?;
+        Ok(queue::Declaration {
+            stream: stream.expect("a stream that does not parse is a fault"),
+            topics,
+            start: start.expect("a start that does not parse is a fault"),
+            settings,
+        })
+    }
+}
+
+impl Retry {
+    fn checked(self, check: &mut Check) -> RetryPolicy {
+        if let Some(delays) = self.delays_seconds {
+            let others = [
+                self.initial_seconds,
+                self.factor,
+                self.cap_seconds,
+                self.jitter,
+            ];
+            if others.iter().any(Option::is_some) {
+                check.fault(
+                    "/retry/delays_seconds",
+                    "`delays_seconds` stands alone: the other fields have no meaning beside it",
+                );
+            }
+            if delays.is_empty() || delays.len() > 100 {
+                check.fault(
+                    "/retry/delays_seconds",
+                    "`delays_seconds` must have 1 to 100 numbers",
+                );
+            }
+            let delays = delays.iter().take(100).enumerate().map(|(index, value)| {
+                check.seconds(
+                    &format!("/retry/delays_seconds/{index}"),
+                    *value,
+                    0.0..=TWELVE_HOURS,
+                )
+            });
+            return RetryPolicy::List {
+                delays: delays.collect(),
+            };
+        }
+        RetryPolicy::Exponential {
+            initial: check.seconds(
+                "/retry/initial_seconds",
+                self.initial_seconds.unwrap_or(1.0),
+                0.0..=TWELVE_HOURS,
+            ),
+            factor: check.number("/retry/factor", self.factor.unwrap_or(2.0), 1.0..=10.0),
+            cap: check.seconds(
+                "/retry/cap_seconds",
+                self.cap_seconds.unwrap_or(900.0),
+                0.0..=TWELVE_HOURS,
+            ),
+            jitter: check.number("/retry/jitter", self.jitter.unwrap_or(0.2), 0.0..=1.0),
+        }
+    }
+}
+
+/// List the queues.
+#[utoipa::path(
+    get, path = "/v1/queues", tag = "queues",
+    responses((status = 200, description = "All queues", body = Queues), Reads),
+)]
+async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+    query.finish()?;
+    let queues = state.parts.queue.list().await?;
+    let queues = queues.into_iter().map(Queue::from).collect();
+    Ok(wire::json(StatusCode::OK, &Queues { queues }))
+}
+
+/// Declare a queue: make it, or change it. A message published after the answer is delivered if it matches.
+#[utoipa::path(
+    put, path = "/v1/queues/{queue}", tag = "queues",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    request_body = Declaration,
+    responses(
+        (status = 200, description = "It was there, and has these settings now", body = Queue),
+        (status = 201, description = "It is new", body = Queue),
+        QueueConflicts, Writes,
+    ),
+)]
+async fn declare(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+    Json(declaration): Json<Declaration>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let declaration = declaration.checked()?;
+    let (queue, declared) = state.parts.queue.declare(name, declaration).await?;
+    let status = match declared {
+        Declared::Created => StatusCode::CREATED,
+        Declared::Unchanged | Declared::Changed => StatusCode::OK,
+    };
+    Ok(wire::json(status, &Queue::from(queue)))
+}
+
+/// Describe a queue, with its numbers.
+#[utoipa::path(
+    get, path = "/v1/queues/{queue}", tag = "queues",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    responses((status = 200, description = "The queue", body = Queue), NoQueue, Reads),
+)]
+async fn describe(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let queue = state.parts.queue.describe(&name).await?;
+    Ok(wire::json(StatusCode::OK, &Queue::from(queue)))
+}
+
+/// Delete a queue with its progress and its dead letters.
+#[utoipa::path(
+    delete, path = "/v1/queues/{queue}", tag = "queues",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "gone")),
+    responses((status = 204, description = "Deleted"), NoQueue, Reads),
+)]
+async fn delete(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    state.parts.queue.delete(&name).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}

@@ -1,0 +1,379 @@
+//! Streams: declare, describe, list, delete, replay.
+
+use std::fmt::Display;
+use std::sync::Arc;
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::wire::{self, Event};
+use crate::domain::id::Offset;
+use crate::domain::name::{StreamName, TopicPattern};
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{NoStream, Reads, StreamConflicts, StreamStays, Writes};
+use crate::http::problem::Problem;
+use crate::http::state::State;
+use crate::stream::{
+    DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, PATTERN_MAX_COUNT, Page, Read,
+    Retention, Settings,
+};
+
+/// The longest retention, in seconds: a hundred years.
+const RETENTION_MAX_SECONDS: i64 = 100 * 366 * 86_400;
+/// The largest offset that every JSON parser reads exactly.
+pub(super) const OFFSET_MAX: i64 = (1 << 53) - 1;
+/// Most patterns of one replay.
+const REPLAY_PATTERNS_MAX: usize = 100;
+
+/// What a stream is to be. Everything is optional; what is left out has its default, also when it was other before.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = StreamDeclaration, example = json!({"topics": ["orders.>"]}))]
+struct Declaration {
+    /// The topics that it owns: `*` stands for one token, a final `>` for the rest. All streams but `main` need one.
+    #[serde(default)]
+    #[schema(max_items = 1000)]
+    topics: Vec<String>,
+    /// The least age at which a message goes that every queue has settled; 7 days without.
+    #[schema(minimum = 1, maximum = 3_162_240_000_i64)]
+    settled_retention_seconds: Option<i64>,
+    /// The age at which a message goes, settled or not; 14 days without.
+    unsettled_retention_seconds: Option<Limit>,
+}
+
+/// A number of seconds, or `unlimited`.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(
+    untagged,
+    expecting = "`unsettled_retention_seconds` must be an integer or \"unlimited\""
+)]
+enum Limit {
+    /// So long.
+    Seconds(RetentionSeconds),
+    /// For ever.
+    Unlimited(Unlimited),
+}
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[schema(minimum = 1, maximum = 3_162_240_000_i64)]
+struct RetentionSeconds(i64);
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum Unlimited {
+    Unlimited,
+}
+
+/// A stream as it is.
+#[derive(Debug, Serialize, ToSchema)]
+struct Stream {
+    #[schema(example = "main")]
+    name: String,
+    /// The topics that it owns; `main` takes what is left.
+    topics: Vec<String>,
+    settled_retention_seconds: i64,
+    unsettled_retention_seconds: Limit,
+    /// The first offset still there; one past `last_offset` when all are gone.
+    first_offset: i64,
+    /// The last offset given out; 0 before the first message.
+    last_offset: i64,
+    /// Bytes on disk of its messages, about.
+    message_bytes: u64,
+    #[schema(format = DateTime)]
+    created_at: String,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Streams {
+    /// By name.
+    streams: Vec<Stream>,
+}
+
+/// A page of a stream.
+#[derive(ToSchema)]
+#[schema(as = MessagePage)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct WirePage {
+    /// By offset.
+    messages: Vec<LoggedMessage>,
+    /// The next page is the one `after` this offset. Rises although nothing matched.
+    next_after: i64,
+}
+
+/// A message in the log.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct LoggedMessage {
+    #[schema(minimum = 1)]
+    offset: i64,
+    topic: String,
+    #[schema(format = DateTime)]
+    appended_at: String,
+    #[schema(value_type = Event)]
+    event: Event,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(declare, describe, delete))
+        .routes(routes!(replay))
+}
+
+fn seconds(duration: std::time::Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
+}
+
+impl From<Description> for Stream {
+    fn from(stream: Description) -> Self {
+        Self {
+            name: stream.name.to_string(),
+            topics: stream.patterns.iter().map(ToString::to_string).collect(),
+            settled_retention_seconds: seconds(stream.retention.settled),
+            unsettled_retention_seconds: match stream.retention.unsettled {
+                Some(limit) => Limit::Seconds(RetentionSeconds(seconds(limit))),
+                None => Limit::Unlimited(Unlimited::Unlimited),
+            },
+            first_offset: stream.first_offset.0,
+            last_offset: stream.last_offset.0,
+            message_bytes: stream.message_bytes,
+            created_at: wire::time(stream.created_at),
+        }
+    }
+}
+
+impl Declaration {
+    fn settings(self) -> Result<Settings, Problem> {
+        let mut check = Check::default();
+        if self.topics.len() > PATTERN_MAX_COUNT {
+            check.fault(
+                "/topics",
+                format!("at most {PATTERN_MAX_COUNT} patterns are allowed"),
+            );
+        }
+        let patterns = self.topics.iter().enumerate().filter_map(|(index, text)| {
+            check.parsed(&format!("/topics/{index}"), text, TopicPattern::parse)
+        });
+        let patterns = patterns.collect();
+        let mut duration = |name: &str, value: i64| {
+            let value = check.integer(&format!("/{name}"), value, 1..=RETENTION_MAX_SECONDS);
+            std::time::Duration::from_secs(value.unsigned_abs())
+        };
+        let settled = self
+            .settled_retention_seconds
+            .map_or(DEFAULT_RETENTION, |value| {
+                duration("settled_retention_seconds", value)
+            });
+        let unsettled = match self.unsettled_retention_seconds {
+            // A stream that keeps settled messages for longer than the default limit keeps unsettled ones as long.
+            None => Some(DEFAULT_HARD_LIMIT.max(settled)),
+            Some(Limit::Unlimited(_)) => None,
+            Some(Limit::Seconds(RetentionSeconds(value))) => {
+                Some(duration("unsettled_retention_seconds", value))
+            }
+        };
+        check.finish()?;
+        Ok(Settings {
+            patterns,
+            retention: Retention { settled, unsettled },
+        })
+    }
+}
+
+/// List the streams.
+#[utoipa::path(
+    get, path = "/v1/streams", tag = "streams",
+    responses((status = 200, description = "All streams", body = Streams), Reads),
+)]
+async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+    query.finish()?;
+    let streams = state.parts.stream.list().await?;
+    let streams = streams.into_iter().map(Stream::from).collect();
+    Ok(wire::json(StatusCode::OK, &Streams { streams }))
+}
+
+/// Declare a stream: make it, or change its settings. Repeating it changes nothing.
+#[utoipa::path(
+    put, path = "/v1/streams/{stream}", tag = "streams",
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main")),
+    request_body = Declaration,
+    responses(
+        (status = 200, description = "It was there, and has these settings now", body = Stream),
+        (status = 201, description = "It is new", body = Stream),
+        StreamConflicts, Writes,
+    ),
+)]
+async fn declare(
+    Extract(state): Extract<State>,
+    Named(name): Named<StreamName>,
+    query: Query,
+    Json(declaration): Json<Declaration>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let settings = declaration.settings()?;
+    let (stream, declared) = state.parts.stream.declare(name, settings).await?;
+    let status = match declared {
+        Declared::Created => StatusCode::CREATED,
+        Declared::Unchanged | Declared::Changed => StatusCode::OK,
+    };
+    Ok(wire::json(status, &Stream::from(stream)))
+}
+
+/// Describe a stream.
+#[utoipa::path(
+    get, path = "/v1/streams/{stream}", tag = "streams",
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main")),
+    responses((status = 200, description = "The stream", body = Stream), NoStream, Reads),
+)]
+async fn describe(
+    Extract(state): Extract<State>,
+    Named(name): Named<StreamName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let stream = state.parts.stream.describe(&name).await?;
+    Ok(wire::json(StatusCode::OK, &Stream::from(stream)))
+}
+
+/// Delete a stream with its messages. Its topics fall to `main` from then on.
+#[utoipa::path(
+    delete, path = "/v1/streams/{stream}", tag = "streams",
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "gone")),
+    responses((status = 204, description = "Deleted"), NoStream, StreamStays, Reads),
+)]
+async fn delete(
+    Extract(state): Extract<State>,
+    Named(name): Named<StreamName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    state.parts.stream.delete(&name).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// Replay a stream, a page at a time.
+#[utoipa::path(
+    get, path = "/v1/streams/{stream}/messages", tag = "streams",
+    params(
+        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main"),
+        ("after" = Option<i64>, Query, description = "Messages after this offset; 0, the start, without",
+            minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("at" = Option<String>, Query, description = "Messages appended at or after this time; not together with `after`",
+            format = DateTime),
+        ("topic" = Option<Vec<String>>, Query, description = "Only topics that match this pattern; can be repeated",
+            max_items = 100),
+        ("key" = Option<String>, Query, description = "Only this ordering key", min_length = 1, max_length = 512),
+        ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+        ("max_bytes" = Option<i64>, Query, description = "At most so many bytes of events, but one message always; 4 MiB without",
+            minimum = 1, maximum = 16_777_216),
+    ),
+    responses((status = 200, description = "A page", body = WirePage), NoStream, Reads),
+)]
+async fn replay(
+    Extract(state): Extract<State>,
+    Named(name): Named<StreamName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let after = query.integer("after", 0..=OFFSET_MAX);
+    let at = query.parsed("at", parse_time);
+    if after.is_some() && at.is_some() {
+        query.fault(
+            "at",
+            "`after` and `at` cannot be given together".to_owned(),
+            None,
+        );
+    }
+    let topics = topics(&mut query);
+    let key = query.text("key");
+    if key
+        .as_ref()
+        .is_some_and(|key| key.is_empty() || key.len() > 512)
+    {
+        query.fault("key", "`key` must be 1 to 512 bytes long".to_owned(), None);
+    }
+    let max_messages = query.integer("max_messages", 1..=1_000).unwrap_or(100);
+    let max_bytes = query
+        .integer("max_bytes", 1..=16 * 1024 * 1024)
+        .unwrap_or(4 * 1024 * 1024);
+    query.finish()?;
+    let stream = &state.parts.stream;
+    let id = stream.describe(&name).await?.id;
+    let after = match at {
+        Some(at) => stream.offset_at(id, at).await?,
+        None => Offset(after.unwrap_or(0)),
+    };
+    let read = Read {
+        stream: id,
+        after,
+        through: None,
+        topics,
+        key,
+        max_messages: usize::try_from(max_messages).unwrap_or(1),
+        max_bytes: usize::try_from(max_bytes).unwrap_or(1),
+    };
+    let page = stream.read(read).await?;
+    Ok(wire::json_bytes(StatusCode::OK, print(&page, after).into()))
+}
+
+fn topics(query: &mut Query) -> Option<Arc<[TopicPattern]>> {
+    let texts = query.texts("topic");
+    if texts.len() > REPLAY_PATTERNS_MAX {
+        let detail = format!("`topic` can be given {REPLAY_PATTERNS_MAX} times");
+        query.fault("topic", detail, None);
+        return None;
+    }
+    let mut patterns = Vec::with_capacity(texts.len());
+    for text in texts {
+        match TopicPattern::parse(&text) {
+            Ok(pattern) => patterns.push(pattern),
+            Err(error) => {
+                let shown: String = text.chars().take(100).collect();
+                query.fault("topic", format!("`{shown}` {error}"), None);
+            }
+        }
+    }
+    (!patterns.is_empty()).then(|| patterns.into())
+}
+
+/// Parses a moment; the error completes "`text` …".
+pub(super) fn parse_time(text: &str) -> Result<DateTime<Utc>, impl Display + use<>> {
+    match DateTime::parse_from_rfc3339(text) {
+        Ok(time) => Ok(time.to_utc()),
+        Err(_) => Err("is not an RFC 3339 timestamp such as 2026-11-22T03:00:00Z"),
+    }
+}
+
+/// Events are spliced in as they are.
+fn print(page: &Page, after: Offset) -> Vec<u8> {
+    let bytes: usize = page
+        .entries
+        .iter()
+        .map(|entry| entry.event.len() + 400)
+        .sum();
+    let mut out = Vec::with_capacity(bytes + 64);
+    out.extend_from_slice(b"{\"messages\":[");
+    for (number, entry) in page.entries.iter().enumerate() {
+        if number > 0 {
+            out.push(b',');
+        }
+        out.extend_from_slice(b"{\"offset\":");
+        wire::put(&mut out, &entry.offset);
+        out.extend_from_slice(b",\"topic\":");
+        wire::put(&mut out, &entry.topic);
+        out.extend_from_slice(b",\"appended_at\":");
+        wire::put(&mut out, &wire::time(entry.appended_at));
+        out.extend_from_slice(b",\"event\":");
+        out.extend_from_slice(&entry.event);
+        out.push(b'}');
+    }
+    out.extend_from_slice(b"],\"next_after\":");
+    wire::put(&mut out, &page.through.max(after));
+    out.push(b'}');
+    out
+}

@@ -1,0 +1,187 @@
+//! Pieces of answers that several families share: events spliced in as raw bytes, times, and the engines' errors as
+//! problems.
+
+use axum::body::Body;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::Response;
+use bytes::Bytes;
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::http::problem::{FieldError, Kind, Place, Problem};
+use crate::{queue, store, stream};
+
+/// A CloudEvent in JSON format.
+#[derive(ToSchema)]
+#[schema(
+    as = CloudEvent,
+    example = json!({"specversion": "1.0", "id": "8f0b", "source": "/shop", "type": "orders.created",
+        "datacontenttype": "application/json", "partitionkey": "sku-1", "data": {"order": 7}})
+)]
+#[expect(dead_code, reason = "describes what Message prints")]
+pub(super) struct Event {
+    /// Always `1.0`.
+    specversion: String,
+    /// With `source`, what makes the event unique.
+    id: String,
+    /// Where it came from.
+    source: String,
+    /// The kind of event; the topic unless the producer said otherwise.
+    #[schema(rename = "type")]
+    kind: String,
+    /// What it is about.
+    #[schema(required = false, nullable = false)]
+    subject: Option<String>,
+    /// When it happened.
+    #[schema(required = false, nullable = false, value_type = String, format = DateTime)]
+    time: Option<String>,
+    /// The type of the payload.
+    #[schema(required = false, nullable = false)]
+    datacontenttype: Option<String>,
+    /// The schema of the payload.
+    #[schema(required = false, nullable = false)]
+    dataschema: Option<String>,
+    /// The ordering key.
+    #[schema(required = false, nullable = false)]
+    partitionkey: Option<String>,
+    /// The payload, if it is JSON or text.
+    data: Option<serde_json::Value>,
+    /// The payload, if it is neither.
+    #[schema(required = false, nullable = false)]
+    data_base64: Option<String>,
+}
+
+/// A moment as all answers print it: UTC, microseconds.
+pub(super) fn time(at: DateTime<Utc>) -> String {
+    at.to_rfc3339_opts(SecondsFormat::Micros, true)
+}
+
+/// A JSON answer.
+pub(super) fn json(status: StatusCode, body: &impl Serialize) -> Response {
+    json_bytes(
+        status,
+        serde_json::to_vec(body)
+            .expect("answers have string keys only")
+            .into(),
+    )
+}
+
+/// A JSON answer that is printed already.
+pub(super) fn json_bytes(status: StatusCode, body: Bytes) -> Response {
+    json_body(status, Body::from(body))
+}
+
+/// A JSON answer with a body of its own kind.
+pub(super) fn json_body(status: StatusCode, body: Body) -> Response {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Appends a JSON value to a body that is printed by hand.
+pub(super) fn put(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
+    serde_json::to_writer(out, value).expect("a value always serializes into memory");
+}
+
+fn store_problem(error: &store::Error) -> Problem {
+    match error.retry() {
+        store::Retry::Never if !error.is_connection_lost() => Problem::internal(error),
+        _ => Problem::unavailable(error),
+    }
+}
+
+fn stopping() -> Problem {
+    Problem::new(Kind::Stopping, "this process is stopping")
+}
+
+impl From<stream::Error> for Problem {
+    fn from(error: stream::Error) -> Self {
+        use stream::Error;
+        match &error {
+            Error::NotFound { .. } => Self::new(Kind::StreamNotFound, error.to_string()),
+            Error::Overlap { .. } => Self::new(Kind::StreamOverlap, error.to_string()),
+            Error::Settings(rule) => Self::invalid(vec![FieldError {
+                place: Place::Pointer(String::new()),
+                detail: rule.to_string(),
+                allowed: None,
+            }]),
+            Error::HasQueues { .. } => Self::new(Kind::StreamHasQueues, error.to_string()),
+            Error::MainIsKept => Self::new(Kind::StreamIsKept, error.to_string()),
+            Error::Stopping => stopping(),
+            Error::Store(source) => store_problem(source),
+        }
+    }
+}
+
+impl From<stream::AppendError> for Problem {
+    fn from(error: stream::AppendError) -> Self {
+        use stream::AppendError;
+        match &error {
+            AppendError::IdConflict { items } => {
+                let errors = items.iter().map(|item| FieldError {
+                    place: Place::Pointer(format!("/{}", item.index)),
+                    detail: if item.offset.0 > 0 {
+                        format!("the id stands for the message at offset {}", item.offset)
+                    } else {
+                        "the id stands for an earlier message of this request".to_owned()
+                    },
+                    allowed: None,
+                });
+                Self::new(Kind::IdConflict, error.to_string()).with_errors(errors.collect())
+            }
+            AppendError::OutcomeUnknown => Self::new(
+                Kind::OutcomeUnknown,
+                "it is not known whether the messages were published; a repeat with the same ids is safe",
+            ),
+            AppendError::Unavailable(Some(source)) => Self::unavailable(source),
+            AppendError::Unavailable(None) => Self::unavailable(&error),
+            AppendError::Overloaded => {
+                Self::new(Kind::TooManyRequests, error.to_string()).retry_after(1)
+            }
+            AppendError::TooLarge { .. } => Self::new(Kind::PayloadTooLarge, error.to_string()),
+            AppendError::Invalid { index, reason } => {
+                Self::new(Kind::InvalidMessage, error.to_string()).with_errors(vec![FieldError {
+                    place: Place::Pointer(format!("/{index}")),
+                    detail: (*reason).to_owned(),
+                    allowed: None,
+                }])
+            }
+            AppendError::Stopping => stopping(),
+            AppendError::Refused(source) => Self::internal(source),
+            AppendError::Fenced | AppendError::PositionMoved { .. } => Self::internal(&error),
+        }
+    }
+}
+
+impl From<queue::Error> for Problem {
+    fn from(error: queue::Error) -> Self {
+        use queue::Error;
+        match &error {
+            Error::NotFound { .. } => Self::new(Kind::QueueNotFound, error.to_string()),
+            Error::StreamNotFound { .. } => Self::invalid(vec![FieldError {
+                place: Place::Pointer("/stream".to_owned()),
+                detail: error.to_string(),
+                allowed: None,
+            }]),
+            Error::StreamChange { .. } => Self::new(Kind::QueueStreamFixed, error.to_string()),
+            Error::TooManyQueues { .. } => Self::new(Kind::TooManyQueues, error.to_string()),
+            Error::Invalid(fault) => Self::invalid(vec![FieldError {
+                place: Place::Pointer(format!("/{}", fault.field.replace('.', "/"))),
+                detail: error.to_string(),
+                allowed: None,
+            }]),
+            Error::InFlightFull { .. } | Error::TooManyWaiters { .. } => {
+                Self::new(Kind::TooManyRequests, error.to_string()).retry_after(1)
+            }
+            Error::OutcomeUnknown => Self::new(Kind::OutcomeUnknown, error.to_string()),
+            Error::Unavailable { .. } => Self::new(Kind::Unavailable, error.to_string()),
+            Error::Stopping => stopping(),
+            Error::Store(source) => store_problem(source),
+        }
+    }
+}
