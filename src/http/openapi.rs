@@ -103,6 +103,13 @@ problem_sets! {
     QueueConflicts = QueueStreamFixed TooManyQueues;
     /// Bounds of a queue.
     QueueBounds = TooManyRequests;
+    /// No such origin.
+    NoOrigin = OriginNotFound;
+    /// No such origin or rejected row.
+    NoRejected = OriginNotFound RejectedMessageNotFound;
+    /// Of sending a rejected row on.
+    Resends = MalformedRequest RequestTimeout IdConflict NotResendable PayloadTooLarge UnsupportedMediaType
+        InvalidRequest InvalidMessage TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
     /// No such path.
     NoPage = NotFound;
 }

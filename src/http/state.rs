@@ -12,7 +12,7 @@ use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
 use crate::domain::name::StreamName;
-use crate::{queue, stream};
+use crate::{cluster, queue, relay, stream};
 
 /// The limits of the server.
 #[derive(Debug, Clone)]
@@ -58,6 +58,10 @@ pub struct Parts {
     pub stream: stream::Handle,
     /// The queues.
     pub queue: queue::Handle,
+    /// The relays of the origins.
+    pub relay: relay::Handle,
+    /// This node, for its clock.
+    pub cluster: cluster::Handle,
     /// All metrics of the process, for `/metrics`.
     pub registry: Arc<Registry>,
     /// The server's own.

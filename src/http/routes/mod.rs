@@ -1,6 +1,7 @@
 //! The routes, one file per family.
 
 mod deliveries;
+mod origins;
 mod publish;
 mod queues;
 mod streams;
@@ -18,5 +19,6 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(streams::routes())
         .merge(queues::routes())
         .merge(deliveries::routes())
+        .merge(origins::routes())
         .merge(system::routes())
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::http::problem::{FieldError, Kind, Place, Problem};
-use crate::{queue, store, stream};
+use crate::{queue, relay, store, stream};
 
 /// A CloudEvent in JSON format.
 #[derive(ToSchema)]
@@ -154,6 +154,23 @@ impl From<stream::AppendError> for Problem {
             AppendError::Stopping => stopping(),
             AppendError::Refused(source) => Self::internal(source),
             AppendError::Fenced | AppendError::PositionMoved { .. } => Self::internal(&error),
+        }
+    }
+}
+
+impl From<relay::RejectedError> for Problem {
+    fn from(error: relay::RejectedError) -> Self {
+        use relay::RejectedError;
+        let text = error.to_string();
+        match error {
+            RejectedError::OriginNotFound { .. } => Self::new(Kind::OriginNotFound, text),
+            RejectedError::NotFound { .. } => Self::new(Kind::RejectedMessageNotFound, text),
+            RejectedError::AlreadyResent { .. }
+            | RejectedError::NotKept { .. }
+            | RejectedError::StillInvalid { .. } => Self::new(Kind::NotResendable, text),
+            RejectedError::Append(source) => source.into(),
+            RejectedError::Stopping => stopping(),
+            RejectedError::Store(source) => store_problem(&source),
         }
     }
 }

@@ -44,6 +44,11 @@ fn the_documented_configuration_is_the_real_one() {
     check(path, &format!("{before}{START}\n{table}\n{END}{after}"));
 }
 
+#[test]
+fn the_committed_openapi_is_the_real_one() {
+    check("openapi.yaml", &postroad::http::openapi_yaml());
+}
+
 #[tokio::test]
 async fn the_schema_is_the_committed_one() {
     let database = support::database().await;

@@ -1,0 +1,271 @@
+//! Origins: their relays' status, and the outbox rows that could not become messages.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::Response;
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::streams::OFFSET_MAX;
+use super::wire;
+use crate::domain::name::{OriginName, Topic};
+use crate::http::extract::{Check, Json, Named, Query, RejectedId};
+use crate::http::openapi::{NoOrigin, NoRejected, Reads, Resends};
+use crate::http::problem::Problem;
+use crate::http::state::State;
+use crate::relay::{Correction, Status};
+
+/// An origin, as its relay sees it.
+#[derive(Debug, Serialize, ToSchema)]
+struct Origin {
+    #[schema(example = "local")]
+    name: String,
+    /// Host, port and database.
+    place: String,
+    /// What the relay does: `waiting`, `connecting`, `running`, `re-relaying`, `standby`, `unreachable`,
+    /// `not_installed`, `refused`, `broker_unavailable` or `stopped`.
+    state: &'static str,
+    #[schema(format = DateTime)]
+    state_since: String,
+    /// Why, if something is wrong.
+    detail: Option<String>,
+    /// The number of the position stored last.
+    position: i64,
+    /// Everything committed before then is in the streams; null until that is known.
+    #[schema(format = DateTime)]
+    relayed_through: Option<String>,
+    /// For how long the relay has not been sure that everything is relayed.
+    lag_seconds: Option<f64>,
+    /// Rows known to be committed and not yet relayed.
+    lag_rows: u64,
+    /// Messages relayed by this process.
+    relayed_count: u64,
+    /// Rows that could not become messages and have not been sent on.
+    rejected_count: u64,
+    /// Times that this process read all of the outbox again.
+    rerelay_count: u64,
+    /// The part of the outbox that cannot be emptied since somebody holds a lock on it.
+    blocked: Option<Blocked>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Blocked {
+    /// The table.
+    leaf: String,
+    /// The session that holds it; null is a prepared transaction.
+    pid: Option<i32>,
+    #[schema(format = DateTime)]
+    since: String,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Origins {
+    /// In the configuration's order.
+    origins: Vec<Origin>,
+}
+
+/// Outbox rows that could not become messages.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = RejectedPage)]
+struct Rejected {
+    /// Oldest first.
+    rejected: Vec<RejectedRow>,
+    /// The next page is the one `after` this number; null at the end.
+    next_after: Option<i64>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct RejectedRow {
+    #[schema(minimum = 1)]
+    id: i64,
+    /// Its number in the outbox.
+    seq: i64,
+    /// Why.
+    reason: String,
+    /// The row, an object of its columns.
+    #[schema(value_type = serde_json::Value)]
+    row: Option<Box<RawValue>>,
+    #[schema(format = DateTime)]
+    rejected_at: String,
+    /// When it was sent on after all.
+    #[schema(format = DateTime)]
+    resent_at: Option<String>,
+}
+
+/// What to change about the row; what is left out stays.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Resend, example = json!({"topic": "orders.created"}))]
+struct Resend {
+    /// Another topic.
+    #[schema(
+        min_length = 1,
+        max_length = 255,
+        pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$"
+    )]
+    topic: Option<String>,
+    /// Another payload, as text.
+    payload: Option<String>,
+}
+
+/// Where the message went.
+#[derive(Debug, Serialize, ToSchema)]
+struct Resent {
+    stream: Option<String>,
+    #[schema(minimum = 1)]
+    offset: i64,
+    /// Whether it was sent on before.
+    duplicate: bool,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(describe))
+        .routes(routes!(rejected))
+        .routes(routes!(resend))
+}
+
+fn origin(status: Status, now: DateTime<Utc>) -> Origin {
+    Origin {
+        lag_seconds: status.lag(now).map(|lag| lag.as_secs_f64()),
+        name: status.name.to_string(),
+        place: status.place,
+        state: status.state.as_str(),
+        state_since: wire::time(status.state_since),
+        detail: status.detail,
+        position: status.position,
+        relayed_through: status.relayed_through.map(wire::time),
+        lag_rows: status.lag_rows,
+        relayed_count: status.relayed_count,
+        rejected_count: status.rejected_count,
+        rerelay_count: status.rerelay_count,
+        blocked: status.blocked.map(|blocked| Blocked {
+            leaf: blocked.leaf,
+            pid: blocked.pid,
+            since: wire::time(blocked.since),
+        }),
+    }
+}
+
+/// List the origins.
+#[utoipa::path(
+    get, path = "/v1/origins", tag = "origins",
+    responses((status = 200, description = "All origins", body = Origins), Reads),
+)]
+async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+    query.finish()?;
+    let now = state.parts.cluster.now();
+    let origins = state.parts.relay.origins();
+    let origins = origins
+        .into_iter()
+        .map(|status| origin(status, now))
+        .collect();
+    Ok(wire::json(StatusCode::OK, &Origins { origins }))
+}
+
+/// Describe an origin.
+#[utoipa::path(
+    get, path = "/v1/origins/{origin}", tag = "origins",
+    params(("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local")),
+    responses((status = 200, description = "The origin", body = Origin), NoOrigin, Reads),
+)]
+async fn describe(
+    Extract(state): Extract<State>,
+    Named(name): Named<OriginName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let status = state
+        .parts
+        .relay
+        .watch(&name)
+        .map(|status| status.borrow().clone());
+    let status = status.ok_or(crate::relay::RejectedError::OriginNotFound { name })?;
+    Ok(wire::json(
+        StatusCode::OK,
+        &origin(status, state.parts.cluster.now()),
+    ))
+}
+
+/// List the outbox rows of an origin that could not become messages.
+#[utoipa::path(
+    get, path = "/v1/origins/{origin}/rejected", tag = "origins",
+    params(
+        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
+        ("after" = Option<i64>, Query, description = "Rows after this number", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("max_rows" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+    ),
+    responses((status = 200, description = "A page", body = Rejected), NoOrigin, Reads),
+)]
+async fn rejected(
+    Extract(state): Extract<State>,
+    Named(name): Named<OriginName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let after = query.integer("after", 0..=OFFSET_MAX).unwrap_or(0);
+    let limit = query.integer("max_rows", 1..=1_000).unwrap_or(100);
+    query.finish()?;
+    let limit = u32::try_from(limit).unwrap_or(1);
+    let page = state.parts.relay.rejected(&name, after, limit).await?;
+    let rows = page.rows.into_iter().map(|row| RejectedRow {
+        id: row.id,
+        seq: row.seq,
+        reason: row.reason,
+        row: RawValue::from_string(row.outbox_row).ok(),
+        rejected_at: wire::time(row.rejected_at),
+        resent_at: row.resent_at.map(wire::time),
+    });
+    let answer = Rejected {
+        rejected: rows.collect(),
+        next_after: page.next_after,
+    };
+    Ok(wire::json(StatusCode::OK, &answer))
+}
+
+/// Send a rejected row on, corrected or as it is.
+#[utoipa::path(
+    post, path = "/v1/origins/{origin}/rejected/{id}/resend", tag = "origins",
+    params(
+        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
+        ("id" = i64, Path, description = "Its number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
+    ),
+    request_body = Resend,
+    responses((status = 200, description = "Sent on", body = Resent), NoRejected, Resends),
+)]
+async fn resend(
+    Extract(state): Extract<State>,
+    Named(name): Named<OriginName>,
+    Named(RejectedId(id)): Named<RejectedId>,
+    query: Query,
+    Json(resend): Json<Resend>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let mut check = Check::default();
+    let correction = Correction {
+        topic: resend
+            .topic
+            .and_then(|text| check.parsed("/topic", &text, Topic::parse)),
+        payload: resend.payload,
+    };
+    check.finish()?;
+    let placed = state
+        .parts
+        .relay
+        .resend_rejected(&name, id, correction)
+        .await?;
+    let names = state
+        .stream_names(std::iter::once(placed.stream))
+        .await
+        .unwrap_or_default();
+    let answer = Resent {
+        stream: names.get(&placed.stream).map(ToString::to_string),
+        offset: placed.offset.0,
+        duplicate: placed.duplicate,
+    };
+    Ok(wire::json(StatusCode::OK, &answer))
+}
