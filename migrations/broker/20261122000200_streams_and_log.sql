@@ -19,6 +19,8 @@ create table postroad_broker.stream_head (
     stream_id integer primary key references postroad_broker.stream (id) on delete cascade,
     -- Offsets up to this one are gone. Keeps offsets going on when the log is empty.
     floor bigint not null default 0,
+    -- When the message at the floor was appended: the next one's time is not before it.
+    floor_appended_at timestamptz,
     constraint stream_head_floor_not_negative check (floor >= 0)
 );
 

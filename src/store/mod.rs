@@ -8,6 +8,7 @@ pub mod queue;
 pub mod relay;
 pub mod server;
 pub mod shop;
+pub mod stream;
 
 use std::time::Duration;
 

@@ -1,131 +1,379 @@
 //! Group commit: what arrives while one commit is in flight makes up the next.
+//!
+//! Each group has a number. A call whose connection was lost may or may not have committed; the appender repeats it under the
+//! same number until it knows, and the database answers a repeat with the first result. Callers wait only so long, then they
+//! are told that the outcome is unknown, while the appender goes on. Nothing else is appended meanwhile: order holds.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use chrono::{DateTime, TimeDelta, Utc};
+use tokio::sync::mpsc;
 
-use super::AppendError;
-use super::request::{Member, Placed};
-use crate::domain::message::Message;
+use super::Options;
+use super::error::AppendError;
+use super::group::{Group, Joined, Layout, Plan, Router};
+use super::handle::State;
+use super::inbox::{Pending, Taken};
+use super::tail::Appended as TailAppended;
+use crate::cluster;
+use crate::domain::id::{Offset, StreamId};
+use crate::store::stream::{self as sql, AppendOutcome, Appended, GroupKey};
+use crate::store::{self, Connection, Database, Retry};
+use crate::supervisor::Supervisor;
 
-/// The most messages in one member (PROTOCOL.md: 1,000 per publish; a relay's page may be larger).
-pub const MEMBER_MAX_MESSAGES: usize = 10_000;
-/// The most bytes in one member: a publish of 16 MiB, or one message at the cap, and what stands around the payloads.
-pub const MEMBER_MAX_BYTES: usize = 24 << 20;
-/// A message's share of the bounds beside its payload, in bytes.
-const MESSAGE_OVERHEAD_BYTES: usize = 256;
-/// The semaphore counts in units of so many bytes, since its permits are 32 bits.
-const PERMIT_BYTES: usize = 1_024;
+/// The shortest and the longest pause before a call is repeated.
+const REPEAT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// Where members wait for the next group, bounded in bytes and in count.
-#[derive(Debug)]
-pub(super) struct Inbox {
-    sender: mpsc::Sender<Pending>,
-    budget: Arc<Semaphore>,
-    wait: Duration,
+pub(super) struct Appender {
+    options: Options,
+    db: Database,
+    cluster: cluster::Handle,
+    state: Arc<State>,
+    supervisor: Supervisor,
+    inbox: mpsc::Receiver<Pending>,
+    tail: mpsc::Sender<Vec<TailAppended>>,
+    connection: Option<Connection>,
+    router: Router,
+    /// The last offset of each stream that this node knows to be committed: where the look for the top starts.
+    lasts: HashMap<StreamId, Offset>,
+    /// Up to where each log has leaves, as far as known.
+    ends: HashMap<StreamId, Offset>,
+    /// A member that could not join the last group.
+    carried: Option<Taken>,
+    number: i64,
+    /// The database's clock when it was last read.
+    clock: (DateTime<Utc>, Instant),
 }
 
-/// A member that waits for its group, with the one who waits for it.
-#[derive(Debug)]
-pub(super) struct Pending {
-    /// Empty once its caller has given up before it was tried.
-    slot: Arc<Mutex<Option<Member>>>,
-    reply: oneshot::Sender<Result<Vec<Placed>, AppendError>>,
-    /// Its share of the bound on bytes, given back when it is answered.
-    permit: OwnedSemaphorePermit,
+/// Why an attempt did not come to a result.
+struct Failure {
+    error: store::Error,
+    /// Whether the append itself was sent, so that with a lost connection its outcome is unknown.
+    was_sent: bool,
 }
 
-impl Inbox {
+impl From<store::Error> for Failure {
+    fn from(error: store::Error) -> Self {
+        Self {
+            error,
+            was_sent: false,
+        }
+    }
+}
+
+impl Appender {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the one place that puts it together"
+    )]
     pub(super) fn new(
-        max_members: usize,
-        max_bytes: usize,
-        wait: Duration,
-    ) -> (Self, mpsc::Receiver<Pending>) {
-        let (sender, receiver) = mpsc::channel(max_members);
-        let budget = Arc::new(Semaphore::new(
-            max_bytes.max(MEMBER_MAX_BYTES).div_ceil(PERMIT_BYTES),
-        ));
-        let inbox = Self {
-            sender,
-            budget,
-            wait,
-        };
-        (inbox, receiver)
-    }
-}
-
-impl Pending {
-    /// Queues a member and waits for its outcome. Cancel-safe: what is queued stays queued.
-    pub(super) async fn append(inbox: &Inbox, member: Member) -> Result<Vec<Placed>, AppendError> {
-        let bytes = check(&member)?;
-        if member.messages().is_empty() && matches!(member, Member::Publish { .. }) {
-            return Ok(Vec::new());
+        options: Options,
+        db: Database,
+        cluster: cluster::Handle,
+        state: Arc<State>,
+        supervisor: Supervisor,
+        inbox: mpsc::Receiver<Pending>,
+        tail: mpsc::Sender<Vec<TailAppended>>,
+        lasts: HashMap<StreamId, Offset>,
+    ) -> Self {
+        Self {
+            options,
+            db,
+            clock: (cluster.now(), Instant::now()),
+            cluster,
+            state,
+            supervisor,
+            inbox,
+            tail,
+            connection: None,
+            router: Router::default(),
+            lasts,
+            ends: HashMap::new(),
+            carried: None,
+            number: 0,
         }
-        let permits = u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX);
-        let slot = Arc::new(Mutex::new(Some(member)));
-        let (reply, mut answer) = oneshot::channel();
-        let queue = async {
-            let budget = Arc::clone(&inbox.budget);
-            let permit = budget.acquire_many_owned(permits).await;
-            let pending = Self {
-                slot: Arc::clone(&slot),
-                reply,
-                permit: permit.map_err(|_| AppendError::Stopping)?,
+    }
+
+    /// Runs until told to stop, then commits what is queued.
+    pub(super) async fn run(mut self) {
+        loop {
+            let first = match self.carried.take() {
+                Some(taken) => Some(taken),
+                None => self.wait().await,
             };
-            let sent = inbox.sender.send(pending).await;
-            sent.map_err(|_| AppendError::Stopping)
+            let Some(first) = first else { return };
+            let group = self.gather(first);
+            if !group.is_empty() {
+                self.commit(group).await;
+            }
+        }
+    }
+
+    async fn wait(&mut self) -> Option<Taken> {
+        loop {
+            let pending = tokio::select! {
+                pending = self.inbox.recv() => pending,
+                () = self.supervisor.stopping(), if !self.inbox.is_closed() => {
+                    self.inbox.close();
+                    continue;
+                }
+            };
+            // Members whose callers gave up before they were tried are skipped.
+            if let Some(taken) = pending?.take() {
+                return Some(taken);
+            }
+        }
+    }
+
+    fn gather(&mut self, first: Taken) -> Group {
+        let mut group = Group::default();
+        let mut next = Some(first);
+        while let Some(taken) = next.take() {
+            if let Joined::NextGroup(taken) = group.join(taken, &mut self.router) {
+                self.carried = Some(taken);
+                break;
+            }
+            if group.message_count >= self.options.group_max_messages
+                || group.bytes >= self.options.group_max_bytes
+            {
+                break;
+            }
+            while let Ok(pending) = self.inbox.try_recv() {
+                next = pending.take();
+                if next.is_some() {
+                    break;
+                }
+            }
+        }
+        group
+    }
+
+    /// Commits a group and answers its members, however long it takes to know.
+    async fn commit(&mut self, group: Group) {
+        self.number += 1;
+        let mut key = GroupKey {
+            incarnation: self.cluster.incarnation(),
+            number: self.number,
+            born_at: self.clock.0 + TimeDelta::from_std(self.clock.1.elapsed()).unwrap_or_default(),
+            catalogue: self.router.version,
         };
-        let until = tokio::time::Instant::now() + inbox.wait;
-        match tokio::time::timeout_at(until, queue).await {
-            Ok(queued) => queued?,
-            Err(_) => return Err(AppendError::Overloaded),
+        let started = Instant::now();
+        let mut pause = REPEAT.0;
+        let mut is_unknown = false;
+        let mut plan: Option<Plan<'_>> = None;
+        loop {
+            match self.attempt(&group, &mut plan, &mut key, is_unknown).await {
+                Ok(AppendOutcome::Appended(appended)) => {
+                    let layout = plan.take().map(|plan| plan.layout).unwrap_or_default();
+                    drop(plan);
+                    self.state
+                        .metrics
+                        .append_seconds
+                        .observe(started.elapsed().as_secs_f64());
+                    return self.finish(group, &layout, &appended).await;
+                }
+                Ok(AppendOutcome::Stale) => {
+                    plan = None;
+                    self.router.version = 0;
+                }
+                Ok(AppendOutcome::Expired { clock }) => {
+                    self.clock = (clock, Instant::now());
+                    if is_unknown {
+                        tracing::error!(
+                            number = key.number,
+                            "the result of an append is forgotten"
+                        );
+                        drop(plan);
+                        return group.answer_all(|| AppendError::OutcomeUnknown);
+                    }
+                    key.born_at = clock;
+                }
+                Err(failure) => {
+                    if self.note(&failure) && !is_unknown {
+                        is_unknown = true;
+                        self.state.metrics.groups_unknown.inc();
+                    }
+                    let has_time = started.elapsed() < self.options.wait;
+                    let may_go_on = has_time || (is_unknown && !self.supervisor.is_stopping());
+                    let is_final = failure.error.retry() == Retry::Never
+                        && !failure.error.is_connection_lost()
+                        && !self.can_mend(&failure.error, &mut is_unknown);
+                    if is_final {
+                        drop(plan);
+                        return Box::pin(self.refuse(group, failure.error)).await;
+                    }
+                    if !may_go_on {
+                        drop(plan);
+                        return Self::give_up(group, is_unknown, failure.error);
+                    }
+                    if failure.error.retry() == Retry::Backoff {
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(REPEAT.1);
+                    }
+                }
+            }
         }
-        match tokio::time::timeout_at(until, &mut answer).await {
-            Ok(answered) => answered.unwrap_or(Err(AppendError::OutcomeUnknown)),
-            // Not tried yet and now never to be: that is certain. Once tried, only the appender can find out.
-            Err(_) => match take(&slot) {
-                Some(_) => Err(AppendError::Unavailable(None)),
-                None => Err(AppendError::OutcomeUnknown),
-            },
+    }
+
+    /// Whether the failure leaves the outcome unknown. Drops the connection if it is lost.
+    fn note(&mut self, failure: &Failure) -> bool {
+        tracing::warn!(
+            error = &failure.error as &dyn std::error::Error,
+            "an append failed"
+        );
+        let is_lost = failure.error.is_connection_lost();
+        if is_lost {
+            self.connection = None;
+        }
+        is_lost && failure.was_sent
+    }
+
+    /// Whether the database refused for a reason that the next attempt does away with.
+    fn can_mend(&mut self, error: &store::Error, is_unknown: &mut bool) -> bool {
+        match error.sqlstate().as_deref() {
+            // No leaf takes an offset: others have appended, or leaves are gone.
+            Some("23514") if error.constraint().is_none() => {
+                self.ends.clear();
+                self.lasts.clear();
+                true
+            }
+            // An earlier try of this very group came through after all: its result is there.
+            Some("23505")
+                if error
+                    .constraint()
+                    .is_some_and(|name| name.starts_with("append_journal")) =>
+            {
+                let was_known = !*is_unknown;
+                *is_unknown = true;
+                was_known
+            }
+            _ => false,
+        }
+    }
+
+    fn give_up(group: Group, is_unknown: bool, error: store::Error) {
+        let mut error = Some(error);
+        for member in group.members {
+            let answer = if is_unknown {
+                AppendError::OutcomeUnknown
+            } else {
+                AppendError::Unavailable(error.take())
+            };
+            let _ = member.taken.reply.send(Err(answer));
+        }
+    }
+
+    /// The database refuses the group for what one member holds: each goes alone, so that it fails nobody else.
+    async fn refuse(&mut self, mut group: Group, error: store::Error) {
+        if group.members.len() == 1 {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "an append was refused"
+            );
+            for member in group.members {
+                self.state.metrics.members_refused.inc();
+                let _ = member.taken.reply.send(Err(AppendError::Refused(error)));
+                return;
+            }
+            return;
+        }
+        for member in std::mem::take(&mut group.members) {
+            self.commit(Group::of(member)).await;
+        }
+    }
+
+    async fn attempt<'g>(
+        &mut self,
+        group: &'g Group,
+        plan: &mut Option<Plan<'g>>,
+        key: &mut GroupKey,
+        is_repeat: bool,
+    ) -> Result<AppendOutcome, Failure> {
+        if self.connection.is_none() {
+            self.connection = Some(self.db.connect().await?);
+        }
+        let connection = self.connection.as_mut().expect("connected just above");
+        let plan = match plan {
+            Some(plan) => plan,
+            None => {
+                if self.router.version == 0 {
+                    self.router.load(sql::load_catalogue(connection).await?);
+                }
+                key.catalogue = self.router.version;
+                intern(connection, &mut self.router, group).await?;
+                plan.insert(Plan::new(group, &mut self.router, &self.lasts))
+            }
+        };
+        if !is_repeat {
+            for (stream, count) in plan.append.streams() {
+                let last = self.lasts.get(&stream).copied().unwrap_or_default();
+                let through = Offset(last.0 + i64::from(count));
+                let end = self.ends.get(&stream).copied().unwrap_or_default();
+                let size = self.state.leaf_sizes.get(stream);
+                if end < through || last == Offset(0) {
+                    let extended = sql::extend_log(connection, stream, through, size).await?;
+                    let Some(end) = extended else {
+                        return Ok(AppendOutcome::Stale);
+                    };
+                    self.ends.insert(stream, end);
+                } else if end.0 - through.0 < size / 2 {
+                    self.state.maintain.notify_one();
+                }
+            }
+        }
+        sql::append(connection, *key, is_repeat, &plan.append)
+            .await
+            .map_err(|error| Failure {
+                error,
+                was_sent: true,
+            })
+    }
+
+    async fn finish(&mut self, group: Group, layout: &Layout, appended: &Appended) {
+        let metrics = &self.state.metrics;
+        metrics.group_messages.observe(group.message_count as f64);
+        let settled = group.settle(layout, appended);
+        metrics
+            .messages_appended
+            .inc_by(settled.appended_count as u64);
+        metrics.duplicates.inc_by(settled.duplicate_count as u64);
+        metrics.members_refused.inc_by(settled.refused_count as u64);
+        for tail in &settled.tails {
+            let last = Offset(tail.first.0 + tail.messages.len() as i64 - 1);
+            self.lasts.insert(tail.stream, last);
+        }
+        for (reply, answer) in settled.answers {
+            // Nobody waits any more: the append stands.
+            let _ = reply.send(answer);
+        }
+        if !settled.tails.is_empty() {
+            // Ends only with the engine.
+            let _ = self.tail.send(settled.tails).await;
         }
     }
 }
 
-fn take(slot: &Mutex<Option<Member>>) -> Option<Member> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
-}
-
-/// Checks what the database would refuse the whole group for. Returns the member's bytes.
-fn check(member: &Member) -> Result<usize, AppendError> {
-    let messages = member.messages();
-    let mut bytes = 0;
-    for (index, message) in messages.iter().enumerate() {
-        if texts(message).any(|text| text.contains('\0')) {
-            return Err(AppendError::Invalid {
-                index,
-                reason: "an attribute contains the character U+0000, which Postgres cannot store",
-            });
-        }
-        bytes += MESSAGE_OVERHEAD_BYTES + message.data.bytes().len();
-        bytes += texts(message).map(str::len).sum::<usize>();
+async fn intern(
+    connection: &mut Connection,
+    router: &mut Router,
+    group: &Group,
+) -> Result<(), store::Error> {
+    let unknown = router.unknown_topics(group);
+    if unknown.is_empty() {
+        return Ok(());
     }
-    if messages.len() > MEMBER_MAX_MESSAGES || bytes > MEMBER_MAX_BYTES {
-        return Err(AppendError::TooLarge {
-            count: messages.len(),
-            bytes,
-        });
-    }
-    Ok(bytes)
-}
-
-fn texts(message: &Message) -> impl Iterator<Item = &str> {
-    [&message.id, &message.source]
+    let names: Vec<&str> = unknown.iter().map(|topic| topic.as_str()).collect();
+    let found: HashMap<String, _> = sql::intern_topics(connection, &names)
+        .await?
         .into_iter()
-        .chain(&message.kind)
-        .chain(&message.key)
-        .chain(&message.subject)
-        .chain(&message.data_content_type)
-        .chain(&message.data_schema)
-        .map(String::as_str)
+        .map(|(id, name)| (name, id))
+        .collect();
+    for topic in unknown {
+        if let Some(&id) = found.get(topic.as_str()) {
+            router.learn(topic, id);
+        }
+    }
+    Ok(())
 }

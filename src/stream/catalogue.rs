@@ -1,14 +1,18 @@
 //! The streams that there are: declared, described, deleted; and how far their queues are.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::Error;
-use super::settings::{Declared, Description, Settings};
+use super::handle::State;
+use super::settings::{Declared, Description, Retention, Settings};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
+use crate::store::stream::{self as sql, DeclareOutcome};
+use crate::store::{Connection, Database};
+use crate::supervisor::Supervisor;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -49,5 +53,167 @@ impl Watermarks {
     pub(super) fn get(&self, stream: StreamId) -> Option<Offset> {
         let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         streams.get(&stream).copied()
+    }
+}
+
+/// The task that changes and describes.
+pub(super) struct CatalogueTask {
+    pub(super) db: Database,
+    pub(super) state: Arc<State>,
+    pub(super) supervisor: Supervisor,
+    pub(super) jobs: mpsc::Receiver<Job>,
+    pub(super) connection: Option<Connection>,
+}
+
+impl CatalogueTask {
+    pub(super) async fn run(mut self) {
+        loop {
+            let job = tokio::select! {
+                job = self.jobs.recv() => job,
+                () = self.supervisor.stopping() => return,
+            };
+            let Some(job) = job else { return };
+            self.serve(job).await;
+        }
+    }
+
+    async fn serve(&mut self, job: Job) {
+        match job {
+            Job::Declare {
+                name,
+                settings,
+                reply,
+            } => {
+                let answer = self.declare(&name, &settings).await;
+                self.answer(reply, answer);
+            }
+            Job::Describe { name, reply } => {
+                let answer = self.describe(&name).await;
+                self.answer(reply, answer);
+            }
+            Job::List { reply } => {
+                let answer = self.list().await;
+                self.answer(reply, answer);
+            }
+            Job::Delete { name, reply } => {
+                let answer = self.delete(&name).await;
+                self.answer(reply, answer);
+            }
+        }
+    }
+
+    fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
+        if let Err(Error::Store(_)) = &answer {
+            self.connection = None;
+        }
+        let _ = reply.send(answer);
+    }
+
+    async fn connected(&mut self) -> Result<&mut Connection, Error> {
+        if self.connection.is_none() {
+            self.connection = Some(sql::connect_reader(&self.db).await?);
+        }
+        Ok(self.connection.as_mut().expect("connected just above"))
+    }
+
+    async fn declare(
+        &mut self,
+        name: &StreamName,
+        settings: &Settings,
+    ) -> Result<(Description, Declared), Error> {
+        let Settings {
+            patterns,
+            retention,
+        } = settings;
+        let connection = self.connected().await?;
+        let outcome = sql::declare(
+            connection,
+            name,
+            patterns,
+            retention.settled,
+            retention.unsettled,
+        )
+        .await?;
+        let declared = match outcome {
+            DeclareOutcome::Created => Declared::Created,
+            DeclareOutcome::Unchanged => Declared::Unchanged,
+            DeclareOutcome::Changed => Declared::Changed,
+            DeclareOutcome::Overlap {
+                pattern,
+                other_stream,
+                other_pattern,
+            } => {
+                return Err(Error::Overlap {
+                    pattern,
+                    other_stream,
+                    other_pattern,
+                });
+            }
+        };
+        if declared != Declared::Unchanged {
+            tracing::info!(stream = name.as_str(), ?declared, "stream declared");
+            self.state.maintain.notify_one();
+        }
+        Ok((self.describe(name).await?, declared))
+    }
+
+    async fn describe(&mut self, name: &StreamName) -> Result<Description, Error> {
+        let found = self
+            .list()
+            .await?
+            .into_iter()
+            .find(|stream| stream.name == *name);
+        found.ok_or_else(|| Error::NotFound {
+            stream: name.to_string(),
+        })
+    }
+
+    async fn list(&mut self) -> Result<Vec<Description>, Error> {
+        let state = Arc::clone(&self.state);
+        let connection = self.connected().await?;
+        let streams = sql::load_catalogue(connection).await?.streams;
+        let sizes: HashMap<StreamId, i64> =
+            sql::read_sizes(connection).await?.into_iter().collect();
+        let mut descriptions = Vec::with_capacity(streams.len());
+        for stream in streams {
+            // Deleted since the catalogue was read.
+            let Some(floor) = sql::find_head(connection, stream.id).await? else {
+                continue;
+            };
+            let hint = state.tails.last(stream.id).max(floor);
+            let top = sql::read_top(connection, stream.id, hint).await?;
+            descriptions.push(Description {
+                id: stream.id,
+                name: stream.name,
+                patterns: stream.patterns,
+                retention: Retention {
+                    settled: stream.settled_retention,
+                    unsettled: stream.unsettled_retention,
+                },
+                first_offset: floor.next(),
+                last_offset: top.unwrap_or(hint),
+                message_bytes: sizes
+                    .get(&stream.id)
+                    .map_or(0, |&bytes| bytes.unsigned_abs()),
+                created_at: stream.created_at,
+            });
+        }
+        descriptions.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(descriptions)
+    }
+
+    async fn delete(&mut self, name: &StreamName) -> Result<(), Error> {
+        if *name == StreamName::main() {
+            return Err(Error::MainIsKept);
+        }
+        let stream = self.describe(name).await?.id;
+        if !sql::delete(self.connected().await?, stream).await? {
+            return Err(Error::HasQueues { name: name.clone() });
+        }
+        tracing::info!(stream = name.as_str(), "stream deleted");
+        self.state.tails.remove(stream);
+        self.state.cache.forget(stream);
+        self.state.maintain.notify_one();
+        Ok(())
     }
 }

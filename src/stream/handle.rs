@@ -5,14 +5,17 @@ use std::future::Future;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 
-use super::appender::{self, Pending};
 use super::cache::Cache;
 use super::catalogue::{self, Watermarks};
+use super::inbox::{Inbox, Pending};
+use super::leaves::LeafSizes;
+use super::metrics::Metrics;
 use super::request::{Batch, Member, Page, Placed, Read, Scan, Scanned};
 use super::settings::{Declared, Description, Settings};
 use super::tail::Tails;
+use super::topics::Topics;
 use super::{AppendError, Error, reader};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::Entry;
@@ -27,12 +30,23 @@ pub struct Handle {
 /// What the handles and the tasks share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) appends: appender::Inbox,
+    pub(super) appends: Inbox,
     pub(super) reads: mpsc::Sender<reader::Job>,
     pub(super) catalogue: mpsc::Sender<catalogue::Job>,
+    pub(super) state: Arc<State>,
+}
+
+/// What the engine's tasks know in common.
+#[derive(Debug)]
+pub(super) struct State {
     pub(super) tails: Tails,
     pub(super) cache: Cache,
     pub(super) watermarks: Watermarks,
+    pub(super) topics: Topics,
+    pub(super) leaf_sizes: LeafSizes,
+    /// Wakes the maintenance before its tick: a log's end comes near.
+    pub(super) maintain: Notify,
+    pub(super) metrics: Metrics,
 }
 
 impl Handle {
@@ -101,7 +115,7 @@ impl Handle {
     /// # Errors
     /// The database's.
     pub async fn read(&self, read: Read) -> Result<Page, Error> {
-        if let Some(page) = self.shared.cache.read(&read) {
+        if let Some(page) = self.shared.state.cache.read(&read) {
             return Ok(page);
         }
         self.ask(|reply| reader::Job::Read { read, reply }).await
@@ -124,7 +138,7 @@ impl Handle {
         stream: StreamId,
         offsets: Vec<Offset>,
     ) -> Result<Vec<Arc<Entry>>, Error> {
-        let (mut found, missing) = self.shared.cache.fetch(stream, offsets);
+        let (mut found, missing) = self.shared.state.cache.fetch(stream, offsets);
         if !missing.is_empty() {
             let read = self
                 .ask(|reply| reader::Job::Fetch {
@@ -152,13 +166,13 @@ impl Handle {
     /// What is appended to the stream from now on, by whatever node. A receiver that lags catches up by read or scan.
     #[must_use]
     pub fn tail(&self, stream: StreamId) -> broadcast::Receiver<Arc<Batch>> {
-        self.shared.tails.subscribe(stream)
+        self.shared.state.tails.subscribe(stream)
     }
 
     /// The last offset that the tail has passed on. Rises after the batch went out.
     #[must_use]
     pub fn last_offset(&self, stream: StreamId) -> watch::Receiver<Offset> {
-        self.shared.tails.last_offset(stream)
+        self.shared.state.tails.last_offset(stream)
     }
 
     /// The last offset appended before `at`; `Offset(0)`, or the last one dropped, when none was.
@@ -173,7 +187,7 @@ impl Handle {
     /// Tells the engine that every queue of the stream has settled what it matches up to this offset. Until told, nothing of
     /// the stream is dropped; with no queues, tell it `Offset(i64::MAX)`.
     pub fn set_watermark(&self, stream: StreamId, watermark: Offset) {
-        self.shared.watermarks.set(stream, watermark);
+        self.shared.state.watermarks.set(stream, watermark);
     }
 
     async fn ask<T>(

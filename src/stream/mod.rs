@@ -1,20 +1,214 @@
 //! Streams: append-only logs with dense offsets, over partitioned tables of Postgres.
+//!
+//! One appender per process commits what gathered while the last commit was in flight, in one call that commits by itself
+//! (`append` in `migrations/broker`). It locks the heads of its streams, so offset order is commit order on any number of
+//! nodes; what it commits goes to the tails and the cache of recent entries from memory, what other nodes commit is read from
+//! the log. Nothing hot is updated in place: the next offset is read from the top of the log.
+//!
+//! When the database goes away, appends wait and then fail as unavailable if they were never tried, as of unknown outcome
+//! if they were; the appender repeats a group under its number until it knows. Reads fail at once and may be repeated.
 
 mod appender;
 mod cache;
 mod catalogue;
 mod error;
+mod group;
 mod handle;
+mod inbox;
+mod leaves;
+mod metrics;
 mod reader;
 mod request;
 mod settings;
 mod tail;
+mod topics;
 
-pub use appender::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prometheus_client::registry::Registry;
+use tokio::sync::{Notify, mpsc};
+
+use crate::cluster;
+use crate::domain::id::{Offset, StreamId};
+use crate::store::{self, Connection, Database};
+use crate::supervisor::{OnEnd, Supervisor};
+
 pub use error::{AppendError, ConflictItem, Error};
 pub use handle::Handle;
+use handle::{Shared, State};
+pub use inbox::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
 pub use request::{Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, key_hash};
 pub use settings::{
     DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, PATTERN_MAX_COUNT, Retention,
     Settings, SettingsError,
 };
+
+/// Jobs that wait for a reader or for the catalogue.
+const JOBS_MAX: usize = 1_024;
+
+/// How the engine runs.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How long an append's caller waits before it is told that the outcome is unknown.
+    pub wait: Duration,
+    /// Messages after which a group takes no further member.
+    pub group_max_messages: usize,
+    /// Bytes after which a group takes no further member.
+    pub group_max_bytes: usize,
+    /// Members that wait for a group at most; further callers wait to queue.
+    pub waiting_max_members: usize,
+    /// Bytes that wait for a group at most.
+    pub waiting_max_bytes: usize,
+    /// Bytes of recent entries kept in memory, all streams together.
+    pub cache_bytes: usize,
+    /// How often other nodes' appends are looked for; 1 s at most.
+    pub poll: Duration,
+    /// Connections that read the log.
+    pub readers: usize,
+    /// Offsets per leaf of the log to begin with; it adapts to how fast leaves fill.
+    pub leaf_offsets: i64,
+    /// How often leaves are made, summarised and emptied.
+    pub maintenance: Duration,
+    /// The retention that `main` is created with.
+    pub main_retention: Retention,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            wait: Duration::from_secs(10),
+            group_max_messages: 5_000,
+            group_max_bytes: 8 << 20,
+            waiting_max_members: 10_000,
+            waiting_max_bytes: 64 << 20,
+            cache_bytes: 64 << 20,
+            poll: Duration::from_millis(500),
+            readers: 3,
+            leaf_offsets: 250_000,
+            maintenance: Duration::from_secs(1),
+            main_retention: Retention::default(),
+        }
+    }
+}
+
+/// Creates `main` if it is missing and starts the engine.
+///
+/// # Errors
+/// The database's.
+pub async fn start(
+    options: Options,
+    db: Database,
+    cluster: cluster::Handle,
+    supervisor: &Supervisor,
+    registry: &mut Registry,
+) -> Result<Handle, Error> {
+    let mut connection = store::stream::connect_reader(&db).await?;
+    let Retention { settled, unsettled } = options.main_retention;
+    store::stream::create_main(&mut connection, settled, unsettled).await?;
+    let state = Arc::new(State {
+        tails: tail::Tails::default(),
+        cache: cache::Cache::new(options.cache_bytes),
+        watermarks: catalogue::Watermarks::default(),
+        topics: topics::Topics::default(),
+        leaf_sizes: leaves::LeafSizes::new(options.leaf_offsets),
+        maintain: Notify::new(),
+        metrics: metrics::Metrics::new(registry),
+    });
+    let lasts = start_tails(&mut connection, &state).await?;
+    let (appends, inbox) = inbox::Inbox::new(
+        options.waiting_max_members,
+        options.waiting_max_bytes,
+        options.wait,
+    );
+    let (tail, appended) = mpsc::channel(8);
+    let appender = appender::Appender::new(
+        options.clone(),
+        db.clone(),
+        cluster.clone(),
+        Arc::clone(&state),
+        supervisor.clone(),
+        inbox,
+        tail,
+        lasts,
+    );
+    supervisor.spawn("stream appender", OnEnd::StopProcess, appender.run());
+    let tail = tail::TailTask {
+        options: options.clone(),
+        db: db.clone(),
+        state: Arc::clone(&state),
+        supervisor: supervisor.clone(),
+        appended,
+        connection: Some(connection),
+    };
+    supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
+    let reads = start_readers(&options, &db, &state, supervisor);
+    let (catalogue, jobs) = mpsc::channel(JOBS_MAX);
+    let task = catalogue::CatalogueTask {
+        db: db.clone(),
+        state: Arc::clone(&state),
+        supervisor: supervisor.clone(),
+        jobs,
+        connection: None,
+    };
+    supervisor.spawn("stream catalogue", OnEnd::StopProcess, task.run());
+    let maintenance = leaves::Maintenance {
+        lease: cluster.hold(leaves::LEASE.to_owned()),
+        options,
+        db,
+        cluster,
+        state: Arc::clone(&state),
+        supervisor: supervisor.clone(),
+        connection: None,
+        drop_at: Instant::now(),
+        rotate_at: Instant::now(),
+    };
+    supervisor.spawn("stream maintenance", OnEnd::StopProcess, maintenance.run());
+    let shared = Shared {
+        appends,
+        reads,
+        catalogue,
+        state,
+    };
+    Ok(Handle {
+        shared: Arc::new(shared),
+    })
+}
+
+/// Starts every tail at the end of its stream.
+async fn start_tails(
+    connection: &mut Connection,
+    state: &State,
+) -> Result<HashMap<StreamId, Offset>, Error> {
+    let mut lasts = HashMap::new();
+    for (stream, floor) in store::stream::list_heads(connection).await? {
+        let top = store::stream::read_top(connection, stream, floor).await?;
+        let last = top.unwrap_or(floor);
+        state.tails.start(stream, last);
+        lasts.insert(stream, last);
+    }
+    Ok(lasts)
+}
+
+fn start_readers(
+    options: &Options,
+    db: &Database,
+    state: &Arc<State>,
+    supervisor: &Supervisor,
+) -> mpsc::Sender<reader::Job> {
+    let (sender, jobs) = mpsc::channel(JOBS_MAX);
+    let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
+    for number in 0..options.readers.max(1) {
+        let reader = reader::Reader {
+            db: db.clone(),
+            state: Arc::clone(state),
+            supervisor: supervisor.clone(),
+            jobs: Arc::clone(&jobs),
+            connection: None,
+        };
+        let name = format!("stream reader {number}");
+        supervisor.spawn(name, OnEnd::StopProcess, reader.run());
+    }
+    sender
+}

@@ -4,12 +4,17 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::Error;
-use super::request::{Page, Read, Scan, Scanned};
-use crate::domain::id::{Offset, StreamId};
+use super::handle::State;
+use super::request::{Page, Read, Scan, ScanItem, Scanned, key_hash};
+use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::Entry;
+use crate::domain::name::TopicPattern;
+use crate::store::stream::{self as sql, Slice, SliceItem};
+use crate::store::{self, Connection, Database};
+use crate::supervisor::Supervisor;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -38,4 +43,316 @@ pub(super) enum Job {
         at: DateTime<Utc>,
         reply: Reply<Offset>,
     },
+}
+
+/// Offsets that one scan examines at most before it answers.
+const SCAN_MAX_EXAMINED: i64 = 2_000_000;
+/// Offsets per statement when only some topics are wanted, so that no statement runs for long.
+const SLICE_MAX_OFFSETS: i64 = 250_000;
+/// Messages per statement that carries payloads.
+const FETCH_CHUNK: usize = 500;
+/// What an event has beside its payload, in bytes, about.
+const EVENT_OVERHEAD_BYTES: usize = 256;
+
+/// One of the tasks that read.
+pub(super) struct Reader {
+    pub(super) db: Database,
+    pub(super) state: Arc<State>,
+    pub(super) supervisor: Supervisor,
+    pub(super) jobs: Arc<tokio::sync::Mutex<mpsc::Receiver<Job>>>,
+    pub(super) connection: Option<Connection>,
+}
+
+/// What limits a walk over a stream.
+struct Walk<'a> {
+    stream: StreamId,
+    after: Offset,
+    through: Offset,
+    topics: Option<&'a [TopicId]>,
+    key_hash: Option<i64>,
+    max_items: usize,
+}
+
+impl Reader {
+    pub(super) async fn run(mut self) {
+        loop {
+            let jobs = Arc::clone(&self.jobs);
+            let job = tokio::select! {
+                job = async { jobs.lock().await.recv().await } => job,
+                () = self.supervisor.stopping() => return,
+            };
+            match job {
+                Some(job) => self.serve(job).await,
+                None => return,
+            }
+        }
+    }
+
+    async fn serve(&mut self, job: Job) {
+        match job {
+            Job::Read { read, reply } if !reply.is_closed() => {
+                let answer = self.read(read).await;
+                self.answer(reply, answer);
+            }
+            Job::Scan { scan, reply } if !reply.is_closed() => {
+                let answer = self.scan(scan).await;
+                self.answer(reply, answer);
+            }
+            Job::Fetch {
+                stream,
+                offsets,
+                reply,
+            } if !reply.is_closed() => {
+                let answer = self.fetch(stream, offsets).await;
+                self.answer(reply, answer);
+            }
+            Job::FindPresent { ids, reply } if !reply.is_closed() => {
+                let found = store::stream::find_present(&self.db, &ids).await;
+                self.answer(reply, found.map_err(Error::from));
+            }
+            Job::OffsetAt { stream, at, reply } if !reply.is_closed() => {
+                let answer = self.offset_at(stream, at).await;
+                self.answer(reply, answer);
+            }
+            // Its caller has gone.
+            _ => {}
+        }
+    }
+
+    fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
+        if let Err(Error::Store(_)) = &answer {
+            // Cheap to make anew, and whatever state it is in is gone with it.
+            self.connection = None;
+        }
+        let _ = reply.send(answer);
+    }
+
+    async fn connected(&mut self) -> Result<&mut Connection, Error> {
+        if self.connection.is_none() {
+            self.connection = Some(sql::connect_reader(&self.db).await?);
+        }
+        Ok(self.connection.as_mut().expect("connected just above"))
+    }
+
+    /// The first and the last offset that there is: (floor, top).
+    async fn bounds(&mut self, stream: StreamId) -> Result<(Offset, Offset), Error> {
+        let hint = self.state.tails.last(stream);
+        let connection = self.connected().await?;
+        let floor = sql::find_head(connection, stream).await?;
+        let floor = floor.ok_or_else(|| Error::NotFound {
+            stream: stream.to_string(),
+        })?;
+        let top = match sql::read_top(connection, stream, hint).await? {
+            None if hint > floor => sql::read_top(connection, stream, floor).await?,
+            top => top,
+        };
+        Ok((floor, top.map_or(floor, |top| top.max(floor))))
+    }
+
+    /// The numbers of the topics that match. To be called after the top was read: the topics of all messages up to the top
+    /// are there by then, so a message that is passed over does not match.
+    async fn topics(&mut self, patterns: &[TopicPattern]) -> Result<Vec<TopicId>, Error> {
+        let state = Arc::clone(&self.state);
+        state.topics.refresh(self.connected().await?).await?;
+        Ok(state.topics.matching(patterns))
+    }
+
+    async fn walk(&mut self, walk: Walk<'_>) -> Result<(Vec<SliceItem>, Offset), Error> {
+        let mut items = Vec::new();
+        let mut at = walk.after;
+        let limit = Offset(
+            walk.through
+                .0
+                .min(walk.after.0.saturating_add(SCAN_MAX_EXAMINED)),
+        );
+        let Some(topics) = walk.topics else {
+            let end = match walk.key_hash {
+                None => walk.through,
+                Some(_) => limit,
+            };
+            at = self.slice(&walk, at, end, &mut items).await?;
+            return Ok((items, at));
+        };
+        if topics.is_empty() {
+            return Ok((items, walk.through.max(at)));
+        }
+        // Skipping costs next to nothing, so only what is looked at counts.
+        let mut examined = 0;
+        while at < walk.through && items.len() < walk.max_items && examined < SCAN_MAX_EXAMINED {
+            let connection = self.connected().await?;
+            let ranges =
+                sql::list_match_ranges(connection, walk.stream, at, walk.through, topics).await?;
+            if ranges.is_empty() {
+                return Ok((items, walk.through));
+            }
+            for leaf in ranges {
+                if let Some((first, last)) = leaf.range {
+                    at = at.max(Offset(first.0 - 1));
+                    let last = last.min(walk.through);
+                    while at < last {
+                        if items.len() >= walk.max_items || examined >= SCAN_MAX_EXAMINED {
+                            return Ok((items, at));
+                        }
+                        let end = Offset(last.0.min(at.0 + SLICE_MAX_OFFSETS));
+                        let before = at;
+                        at = self.slice(&walk, at, end, &mut items).await?;
+                        examined += at.0 - before.0;
+                    }
+                }
+                at = at.max(leaf.leaf_last.min(walk.through));
+            }
+        }
+        Ok((items, at))
+    }
+
+    /// Looks through a slice. Returns up to where it was examined.
+    async fn slice(
+        &mut self,
+        walk: &Walk<'_>,
+        after: Offset,
+        end: Offset,
+        items: &mut Vec<SliceItem>,
+    ) -> Result<Offset, Error> {
+        if end <= after {
+            return Ok(after);
+        }
+        let limit = walk.max_items.saturating_sub(items.len()).max(1);
+        let slice = Slice {
+            stream: walk.stream,
+            after,
+            through: end,
+            topics: walk.topics,
+            key_hash: walk.key_hash,
+            limit,
+        };
+        let found = sql::read_slice(self.connected().await?, &slice).await?;
+        let examined = match found.last() {
+            Some(last) if found.len() >= limit => last.offset,
+            _ => end,
+        };
+        items.extend(found);
+        Ok(examined)
+    }
+
+    async fn scan(&mut self, scan: Scan) -> Result<Scanned, Error> {
+        let (floor, top) = self.bounds(scan.stream).await?;
+        let after = scan.after.max(floor);
+        if top <= after {
+            return Ok(Scanned {
+                items: Vec::new(),
+                through: after,
+            });
+        }
+        let topics = self.topics(&scan.topics).await?;
+        let filter = (!scan.topics.is_empty()).then_some(&*topics);
+        let (found, through) = self
+            .walk(Walk {
+                stream: scan.stream,
+                after,
+                through: top,
+                topics: filter,
+                key_hash: None,
+                max_items: scan.max_items.max(1),
+            })
+            .await?;
+        let items = found
+            .into_iter()
+            .map(|item| self.scan_item(item))
+            .collect::<Result<_, _>>()?;
+        Ok(Scanned { items, through })
+    }
+
+    fn scan_item(&self, item: SliceItem) -> Result<ScanItem, Error> {
+        let topic = self.state.topics.name(item.topic);
+        Ok(ScanItem {
+            offset: item.offset,
+            topic: topic.ok_or_else(|| {
+                Error::Store(store::Error::Corrupt {
+                    doing: "scanning a stream",
+                    what: format!(
+                        "offset {} has the unknown topic {}",
+                        item.offset, item.topic
+                    ),
+                })
+            })?,
+            key_hash: item.key_hash,
+            bytes: event_bytes(&item),
+        })
+    }
+
+    async fn read(&mut self, read: Read) -> Result<Page, Error> {
+        let (floor, top) = self.bounds(read.stream).await?;
+        let after = read.after.max(floor);
+        let end = read.through.map_or(top, |through| through.min(top));
+        if end <= after {
+            return Ok(Page {
+                entries: Vec::new(),
+                through: after,
+            });
+        }
+        let topics = match &read.topics {
+            Some(patterns) => Some(self.topics(patterns).await?),
+            None => None,
+        };
+        let (items, mut through) = self
+            .walk(Walk {
+                stream: read.stream,
+                after,
+                through: end,
+                topics: topics.as_deref(),
+                key_hash: read.key.as_deref().map(key_hash),
+                max_items: read.max_messages.max(1),
+            })
+            .await?;
+        let mut offsets = Vec::with_capacity(items.len());
+        let mut bytes = 0;
+        for item in &items {
+            bytes += event_bytes(item);
+            if bytes > read.max_bytes && !offsets.is_empty() {
+                through = Offset(item.offset.0 - 1);
+                break;
+            }
+            offsets.push(item.offset);
+        }
+        let mut entries = self.fetch(read.stream, offsets).await?;
+        // Two keys can share a hash.
+        entries.retain(|entry| super::cache::matches(&read, &entry.topic, entry.key.as_deref()));
+        Ok(Page { entries, through })
+    }
+
+    async fn fetch(
+        &mut self,
+        stream: StreamId,
+        mut offsets: Vec<Offset>,
+    ) -> Result<Vec<Arc<Entry>>, Error> {
+        offsets.sort_unstable();
+        offsets.dedup();
+        let mut entries = Vec::with_capacity(offsets.len());
+        let state = Arc::clone(&self.state);
+        for chunk in offsets.chunks(FETCH_CHUNK) {
+            let connection = self.connected().await?;
+            entries.extend(super::tail::fetch(connection, &state.topics, stream, chunk).await?);
+        }
+        Ok(entries)
+    }
+
+    /// Halves the range until it is found: times never go back over offsets.
+    async fn offset_at(&mut self, stream: StreamId, at: DateTime<Utc>) -> Result<Offset, Error> {
+        let (mut before, top) = self.bounds(stream).await?;
+        let mut after = top.next();
+        while after.0 - before.0 > 1 {
+            let middle = Offset(before.0 + (after.0 - before.0) / 2);
+            let connection = self.connected().await?;
+            match sql::read_appended_at(connection, stream, middle).await? {
+                Some(appended_at) if appended_at >= at => after = middle,
+                // What retention dropped meanwhile is older than what is left.
+                Some(_) | None => before = middle,
+            }
+        }
+        Ok(before)
+    }
+}
+
+fn event_bytes(item: &SliceItem) -> usize {
+    EVENT_OVERHEAD_BYTES + usize::try_from(item.data_bytes).unwrap_or(0)
 }

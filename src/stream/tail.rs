@@ -2,14 +2,26 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use tokio::sync::{broadcast, watch};
+use chrono::{DateTime, Utc};
+use tokio::sync::{broadcast, mpsc, watch};
 
+use super::Options;
+use super::group::truncate_times;
+use super::handle::State;
 use super::request::Batch;
+use super::topics::Topics;
 use crate::domain::id::{Offset, StreamId};
+use crate::domain::message::{Entry, Message};
+use crate::store::stream as sql;
+use crate::store::{self, Connection, Database};
+use crate::supervisor::Supervisor;
 
 /// Batches that wait for the slowest receiver of a stream; one further behind has lagged and reads the log.
 const TAIL_MAX_BATCHES: usize = 64;
+/// Offsets read from the log at a time for a gap.
+const GAP_PAGE: i64 = 1_000;
 
 /// The tails of all streams, made when first asked for.
 #[derive(Debug, Default)]
@@ -71,6 +83,11 @@ impl Tails {
             });
     }
 
+    /// The streams that were asked for.
+    fn known(&self) -> Vec<StreamId> {
+        self.streams().keys().copied().collect()
+    }
+
     pub(super) fn remove(&self, stream: StreamId) {
         self.streams().remove(&stream);
     }
@@ -84,4 +101,187 @@ impl Tails {
         let _ = tail.batches.send(Arc::new(batch));
         tail.last.send_replace(last);
     }
+}
+
+/// What one commit of this node appended to one stream.
+#[derive(Debug)]
+pub(super) struct Appended {
+    pub(super) stream: StreamId,
+    pub(super) first: Offset,
+    pub(super) at: DateTime<Utc>,
+    pub(super) messages: Vec<Message>,
+}
+
+/// The task that passes batches on. The only one that does, so order holds.
+pub(super) struct TailTask {
+    pub(super) options: Options,
+    pub(super) db: Database,
+    pub(super) state: Arc<State>,
+    pub(super) supervisor: Supervisor,
+    pub(super) appended: mpsc::Receiver<Vec<Appended>>,
+    pub(super) connection: Option<Connection>,
+}
+
+impl TailTask {
+    pub(super) async fn run(mut self) {
+        let mut poll = tokio::time::interval(self.options.poll);
+        poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                // The appender ends first and drops its sender, once all is committed.
+                appended = self.appended.recv() => match appended {
+                    Some(appended) => {
+                        for one in appended {
+                            self.pass_on(one).await;
+                        }
+                    }
+                    None => return,
+                },
+                _ = poll.tick() => {
+                    if let Err(error) = self.poll().await {
+                        self.connection = None;
+                        tracing::warn!(error = &error as &dyn std::error::Error, "looking for other nodes' appends failed");
+                    }
+                }
+            }
+            let bytes = self.state.cache.bytes();
+            self.state
+                .metrics
+                .cache_bytes
+                .set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
+    }
+
+    fn publish(&self, batch: Batch) {
+        self.state.cache.push(&batch);
+        self.state.tails.publish(batch);
+    }
+
+    async fn pass_on(&mut self, mut appended: Appended) {
+        let stream = appended.stream;
+        let first = appended.first;
+        let last = Offset(first.0 + appended.messages.len() as i64 - 1);
+        self.fill(stream, Offset(first.0 - 1)).await;
+        let passed = self.state.tails.last(stream);
+        if passed >= last {
+            return;
+        }
+        truncate_times(&mut appended.messages);
+        let entries = appended
+            .messages
+            .iter()
+            .zip(first.0..)
+            .map(|(message, offset)| Arc::new(entry(stream, Offset(offset), appended.at, message)));
+        // The poll may have read a part of it from the log.
+        let entries: Vec<_> = entries.filter(|entry| entry.offset > passed).collect();
+        self.publish(Batch {
+            stream,
+            first: Offset(first.0.max(passed.0 + 1)),
+            last,
+            entries,
+        });
+    }
+
+    /// Reads the log up to an offset that is known to be committed, for as long as it takes.
+    async fn fill(&mut self, stream: StreamId, through: Offset) {
+        let mut pause = Duration::from_millis(20);
+        while self.state.tails.last(stream) < through {
+            match self.read_gap(stream, through).await {
+                Ok(()) => {}
+                Err(error) => {
+                    self.connection = None;
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "reading other nodes' appends failed"
+                    );
+                    if self.supervisor.is_stopping() {
+                        return;
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+            }
+        }
+    }
+
+    async fn read_gap(&mut self, stream: StreamId, through: Offset) -> Result<(), store::Error> {
+        self.state.metrics.gaps_read.inc();
+        let mut connection = self.take_connection().await?;
+        let after = self.state.tails.last(stream);
+        let last = Offset(through.0.min(after.0 + GAP_PAGE));
+        let offsets: Vec<Offset> = (after.0 + 1..=last.0).map(Offset).collect();
+        let entries = fetch(&mut connection, &self.state.topics, stream, &offsets).await?;
+        self.connection = Some(connection);
+        self.publish(Batch {
+            stream,
+            first: after.next(),
+            last,
+            entries,
+        });
+        Ok(())
+    }
+
+    async fn take_connection(&mut self) -> Result<Connection, store::Error> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => sql::connect_reader(&self.db).await,
+        }
+    }
+
+    /// Looks for what other nodes appended, and for streams that came and went.
+    async fn poll(&mut self) -> Result<(), store::Error> {
+        let mut connection = self.take_connection().await?;
+        // Before the heads: what is asked for by then and has none is gone, not new.
+        let known = self.state.tails.known();
+        let heads = sql::list_heads(&mut connection).await?;
+        let mut tops = Vec::with_capacity(heads.len());
+        for &(stream, floor) in &heads {
+            let passed = self.state.tails.last(stream);
+            let top = sql::read_top(&mut connection, stream, passed).await?;
+            tops.push((stream, top.unwrap_or(floor)));
+        }
+        self.connection = Some(connection);
+        for (stream, top) in tops {
+            self.fill(stream, top).await;
+        }
+        for stream in known {
+            if !heads.iter().any(|&(there, _)| there == stream) {
+                self.state.tails.remove(stream);
+                self.state.cache.forget(stream);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An entry as readers share it.
+pub(super) fn entry(
+    stream: StreamId,
+    offset: Offset,
+    at: DateTime<Utc>,
+    message: &Message,
+) -> Entry {
+    Entry {
+        stream,
+        offset,
+        topic: message.topic.clone(),
+        key: message.key.as_deref().map(Arc::from),
+        event: message.to_event_json(),
+        appended_at: at,
+    }
+}
+
+/// Reads entries from the log. Topics that came since are read first: a message's topic commits before the message.
+pub(super) async fn fetch(
+    connection: &mut Connection,
+    topics: &Topics,
+    stream: StreamId,
+    offsets: &[Offset],
+) -> Result<Vec<Arc<Entry>>, store::Error> {
+    topics.refresh(connection).await?;
+    let rows = sql::fetch_entries(connection, stream, offsets, |id| topics.name(id)).await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Arc::new(entry(stream, row.offset, row.appended_at, &row.message)))
+        .collect())
 }

@@ -1,0 +1,334 @@
+-- Appending: what stands beside the log, and the one function that writes it.
+
+-- Rises with each change of streams and their patterns. An append names the version that it was routed by.
+create table postroad_broker.catalogue (
+    singleton boolean primary key default true,
+    version bigint not null default 1,
+    constraint catalogue_is_one_row check (singleton)
+);
+insert into postroad_broker.catalogue default values;
+
+-- The leaves of the log, in the order of their offsets. No foreign key: what a deleted stream leaves behind is dropped later.
+create table postroad_broker.message_leaf (
+    stream_id integer not null,
+    first_offset bigint not null,
+    last_offset bigint not null,
+    table_name text not null unique,
+    created_at timestamptz not null default clock_timestamp(),
+    -- Its topics are in partition_topic: set once it is full.
+    summarised_at timestamptz,
+    -- Retention truncated it, to its last offset.
+    emptied_at timestamptz,
+    primary key (stream_id, first_offset),
+    constraint message_leaf_not_empty check (last_offset >= first_offset)
+);
+
+-- Which topics a full leaf holds and between which offsets, so that a scan passes over leaves that cannot match.
+create table postroad_broker.partition_topic (
+    stream_id integer not null,
+    first_offset bigint not null,
+    topic_id integer not null,
+    message_count bigint not null,
+    first_match bigint not null,
+    last_match bigint not null,
+    primary key (stream_id, first_offset, topic_id)
+);
+
+-- Ids of published messages, for at least 24 hours: five buckets of 12 hours, emptied by TRUNCATE in rotation. The identity
+-- is a hash of stream, source and id; content one of topic and payload; both 128 bits of SHA-256.
+create table postroad_broker.recent_id (
+    bucket smallint not null,
+    identity uuid not null,
+    content uuid not null,
+    "offset" bigint not null
+) partition by list (bucket);
+
+-- The results of group commits, for at least 12 hours: what an appender that lost its connection asks again for.
+create table postroad_broker.append_journal (
+    bucket smallint not null,
+    incarnation bigint not null,
+    number bigint not null,
+    stream_first bigint[] not null,
+    stream_at timestamptz[] not null,
+    refused_member integer[] not null,
+    refused_found bigint[] not null,
+    seen_message integer[] not null,
+    seen_offset bigint[] not null,
+    seen_conflict boolean[] not null,
+    primary key (bucket, incarnation, number)
+) partition by list (bucket);
+
+do $$
+begin
+    for bucket in 0..4 loop
+        execute format(
+            'create table postroad_broker.recent_id_%1$s partition of postroad_broker.recent_id '
+            'for values in (%1$s) with (autovacuum_enabled = false)', bucket);
+        execute format('create unique index on postroad_broker.recent_id_%s (identity)', bucket);
+    end loop;
+    for bucket in 0..3 loop
+        execute format(
+            'create table postroad_broker.append_journal_%1$s partition of postroad_broker.append_journal '
+            'for values in (%1$s) with (autovacuum_enabled = false, toast.autovacuum_enabled = false)', bucket);
+    end loop;
+end
+$$;
+
+-- Which period of 12 hours a time is in.
+create function postroad_broker.half_day(p_at timestamptz) returns bigint
+language sql immutable strict parallel safe
+return floor(extract(epoch from p_at) / 43200)::bigint;
+
+-- Topics to numbers. New ones are inserted under a lock, so that their numbers commit in order: who has read all topics up
+-- to a number misses none below it.
+create function postroad_broker.intern_topics(p_names text[])
+returns table (topic_id integer, topic_name text)
+language plpgsql volatile as $$
+begin
+    perform from unnest(p_names) as n (name)
+    where not exists (select from postroad_broker.topic t where t.name = n.name);
+    if found then
+        perform from postroad_broker.catalogue for no key update;
+        insert into postroad_broker.topic (name)
+        select distinct n.name from unnest(p_names) as n (name)
+        where not exists (select from postroad_broker.topic t where t.name = n.name)
+        order by n.name;
+    end if;
+    return query select t.id, t.name from postroad_broker.topic t where t.name = any (p_names);
+end
+$$;
+
+-- One group commit: everything that one appender gathered, in one statement that commits by itself. Called at read
+-- committed, outside of any transaction, so that a node that stops half-way leaves no lock behind.
+--
+-- Locks, in the order that all of Postroad follows: leases by name, then heads of streams by id. Each later statement has a
+-- snapshot of its own, younger than the wait for the locks: it sees all that was appended before. (In one statement with
+-- CTEs the snapshot would be older than the wait, and two appends would take the same offsets.)
+--
+-- Leases are locked FOR NO KEY UPDATE, not FOR SHARE: a relay's lease has one writer, so sharing gains nothing, and two
+-- sharers would cost a multixact each time. Either keeps out a taker, who updates the row.
+--
+-- Arrays, 1-based: s_ by stream, r_ by relay member, j_ by rejected row, m_ by message in the order of their offsets.
+-- m_stream is a place in s_, j_relay one in r_; m_rank counts from 0 within the stream; m_identity and m_content are null
+-- where ids are not checked.
+--
+-- Statuses: appended; stale (the catalogue has another version: nothing done); expired (p_born_at is too far from the clock
+-- to find this group's result again: nothing done). A refused member's found is null when fenced, else the latest position.
+create function postroad_broker.append(
+    p_incarnation bigint,
+    p_number bigint,
+    p_born_at timestamptz,
+    p_is_repeat boolean,
+    p_catalogue bigint,
+    p_checks_ids boolean,
+    s_id integer[],
+    s_hint bigint[],
+    r_member integer[],
+    r_lease text[],
+    r_epoch bigint[],
+    r_origin integer[],
+    r_from bigint[],
+    r_to bigint[],
+    r_position text[],
+    j_relay integer[],
+    j_seq bigint[],
+    j_reason text[],
+    j_row text[],
+    m_member integer[],
+    m_stream integer[],
+    m_rank integer[],
+    m_topic integer[],
+    m_key_hash bigint[],
+    m_key text[],
+    m_id text[],
+    m_source text[],
+    m_type text[],
+    m_subject text[],
+    m_time timestamptz[],
+    m_content_type text[],
+    m_schema text[],
+    m_extensions text[],
+    m_kind smallint[],
+    m_data bytea[],
+    m_origin integer[],
+    m_identity uuid[],
+    m_content uuid[],
+    out status text,
+    out clock timestamptz,
+    out stream_first bigint[],
+    out stream_at timestamptz[],
+    out refused_member integer[],
+    out refused_found bigint[],
+    out seen_message integer[],
+    out seen_offset bigint[],
+    out seen_conflict boolean[]
+)
+language plpgsql volatile
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    v_bucket smallint := postroad_broker.half_day(p_born_at) % 4;
+    v_rank integer[] := m_rank;
+    v_refused integer[] := '{}';
+    v_count bigint;
+    v_version bigint;
+    v_floor bigint;
+    v_floor_at timestamptz;
+    v_top bigint;
+    v_top_at timestamptz;
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'append must run at read committed' using errcode = 'invalid_transaction_state';
+    end if;
+
+    if cardinality(r_lease) > 0 then
+        perform from postroad_broker.lease l where l.name = any (r_lease) order by l.name for no key update;
+    end if;
+    perform from postroad_broker.stream_head h where h.stream_id = any (s_id) order by h.stream_id for no key update;
+    get diagnostics v_count = row_count;
+
+    clock := clock_timestamp();
+    if p_is_repeat then
+        select 'appended', j.stream_first, j.stream_at, j.refused_member, j.refused_found,
+            j.seen_message, j.seen_offset, j.seen_conflict
+        into status, stream_first, stream_at, refused_member, refused_found, seen_message, seen_offset, seen_conflict
+        from postroad_broker.append_journal j
+        where j.bucket = v_bucket and j.incarnation = p_incarnation and j.number = p_number;
+        if found then
+            return;
+        end if;
+    end if;
+    if p_born_at not between clock - interval '6 hours' and clock + interval '6 hours' then
+        status := 'expired';
+        return;
+    end if;
+    -- A declare locks every head after it has written the version: what came before it is in the log by now.
+    select c.version into v_version from postroad_broker.catalogue c;
+    if v_version <> p_catalogue or v_count <> cardinality(s_id) then
+        status := 'stale';
+        return;
+    end if;
+
+    refused_member := '{}';
+    refused_found := '{}';
+    if cardinality(r_lease) > 0 then
+        select coalesce(array_agg(r.member), '{}'),
+            coalesce(array_agg(case when r.is_held then r.latest end), '{}')
+        into refused_member, refused_found
+        from (
+            select u.member, u.from_number, p.latest,
+                coalesce(l.epoch = u.epoch and l.holder = p_incarnation, false) as is_held
+            from unnest(r_member, r_lease, r_epoch, r_origin, r_from)
+                as u (member, lease, epoch, origin, from_number)
+            left join postroad_broker.lease l on l.name = u.lease
+            cross join lateral (
+                select greatest(
+                    (
+                        select j.number from postroad_broker.relay_journal j
+                        where j.origin_id = u.origin order by j.number desc limit 1
+                    ),
+                    (select k.number from postroad_broker.relay_checkpoint k where k.origin_id = u.origin),
+                    0
+                ) as latest
+            ) p
+        ) r
+        where not r.is_held or r.latest <> r.from_number;
+        v_refused := refused_member;
+    end if;
+
+    seen_message := '{}';
+    seen_offset := '{}';
+    seen_conflict := '{}';
+    if p_checks_ids then
+        select coalesce(array_agg(s.place order by s.place), '{}'),
+            coalesce(array_agg(s.first_use order by s.place), '{}'),
+            coalesce(array_agg(s.is_conflict order by s.place), '{}'),
+            v_refused || coalesce(array_agg(distinct s.member) filter (where s.is_conflict), '{}')
+        into seen_message, seen_offset, seen_conflict, v_refused
+        from (
+            select u.place::integer as place, u.member, i."offset" as first_use, i.content <> u.content as is_conflict
+            from unnest(m_identity, m_content, m_member) with ordinality as u (identity, content, member, place)
+            join postroad_broker.recent_id i on i.identity = u.identity
+        ) s;
+    end if;
+
+    if cardinality(v_refused) > 0 or cardinality(seen_message) > 0 then
+        -- Closes the ranks over what is left out.
+        select array_agg(case when k.is_kept then k.rank end order by k.place) into v_rank
+        from (
+            select u.place, u.is_kept,
+                (row_number() over (partition by u.stream, u.is_kept order by u.place) - 1)::integer as rank
+            from (
+                select m.place, m.stream,
+                    not (m.member = any (v_refused) or m.place = any (seen_message)) as is_kept
+                from unnest(m_member, m_stream) with ordinality as m (member, stream, place)
+            ) u
+        ) k;
+    end if;
+
+    stream_first := '{}';
+    stream_at := '{}';
+    -- One look per stream of the group, each planned anew: only then are the leaves before the hint neither looked at nor locked.
+    for s in 1..cardinality(s_id) loop
+        select h.floor, h.floor_appended_at into v_floor, v_floor_at
+        from postroad_broker.stream_head h where h.stream_id = s_id[s];
+        execute 'select m."offset", m.appended_at from postroad_broker.message m '
+            'where m.stream_id = $1 and m."offset" >= $2 order by m."offset" desc limit 1'
+        into v_top, v_top_at using s_id[s], s_hint[s];
+        if v_top is null and v_floor < s_hint[s] then
+            -- The hint is beyond the log: this database is an older copy of the one that gave it.
+            execute 'select m."offset", m.appended_at from postroad_broker.message m '
+                'where m.stream_id = $1 order by m."offset" desc limit 1'
+            into v_top, v_top_at using s_id[s];
+        end if;
+        stream_first[s] := greatest(v_top, v_floor) + 1;
+        stream_at[s] := greatest(clock, v_top_at, v_floor_at);
+    end loop;
+
+    insert into postroad_broker.message (
+        stream_id, "offset", topic_id, key_hash, appended_at, key, id, source, type, subject, event_time,
+        data_content_type, data_schema, extensions, data_kind, data, origin_id
+    )
+    select s_id[m.stream], stream_first[m.stream] + m.rank, m.topic, m.key_hash, stream_at[m.stream], m.key, m.id,
+        m.source, m.type, m.subject, m.event_time, m.content_type, m.schema, m.extensions, m.kind, m.data, m.origin
+    from unnest(
+        m_stream, v_rank, m_topic, m_key_hash, m_key, m_id, m_source, m_type, m_subject, m_time, m_content_type,
+        m_schema, m_extensions, m_kind, m_data, m_origin
+    ) as m (
+        stream, rank, topic, key_hash, key, id, source, type, subject, event_time, content_type,
+        schema, extensions, kind, data, origin
+    )
+    where m.rank is not null;
+
+    if p_checks_ids then
+        insert into postroad_broker.recent_id (bucket, identity, content, "offset")
+        select postroad_broker.half_day(clock) % 5, m.identity, m.content, stream_first[m.stream] + m.rank
+        from unnest(m_stream, v_rank, m_identity, m_content) as m (stream, rank, identity, content)
+        where m.rank is not null and m.identity is not null;
+    end if;
+
+    if cardinality(r_lease) > 0 then
+        insert into postroad_broker.relay_journal (origin_id, number, epoch, position, appended_at)
+        select r.origin, r.to_number, r.epoch, r.position, clock
+        from unnest(r_member, r_origin, r_to, r_epoch, r_position) as r (member, origin, to_number, epoch, position)
+        where not r.member = any (v_refused);
+
+        insert into postroad_broker.rejected_message (origin_id, seq, reason, outbox_row)
+        select r_origin[j.relay], j.seq, j.reason, j.outbox_row
+        from unnest(j_relay, j_seq, j_reason, j_row) as j (relay, seq, reason, outbox_row)
+        where not r_member[j.relay] = any (v_refused);
+    end if;
+
+    insert into postroad_broker.append_journal (
+        bucket, incarnation, number, stream_first, stream_at, refused_member, refused_found,
+        seen_message, seen_offset, seen_conflict
+    ) values (
+        v_bucket, p_incarnation, p_number, stream_first, stream_at, refused_member, refused_found,
+        seen_message, seen_offset, seen_conflict
+    );
+    status := 'appended';
+end
+$$;

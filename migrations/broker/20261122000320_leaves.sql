@@ -1,0 +1,181 @@
+-- The log's leaves: made ahead of their use, summarised when full, emptied when old, dropped when nobody looks.
+
+-- The partition of a new stream. CREATE and ATTACH, since PARTITION OF would wait behind every reader of the log.
+create function postroad_broker.create_stream_log(p_stream integer) returns void
+language plpgsql volatile as $$
+declare
+    v_name text := 'message_' || p_stream;
+begin
+    execute format(
+        'create table postroad_broker.%I (like postroad_broker.message including all) partition by range ("offset")', v_name);
+    execute format(
+        'alter table postroad_broker.message attach partition postroad_broker.%I for values in (%s)', v_name, p_stream);
+end
+$$;
+
+-- Makes leaves of p_size offsets until the log reaches p_through. Returns its end. The stream's row keeps two makers apart;
+-- appends go on meanwhile. One statement per leaf, since it is DDL.
+create function postroad_broker.extend_log(p_stream integer, p_through bigint, p_size bigint) returns bigint
+language plpgsql volatile as $$
+declare
+    v_last bigint;
+    v_name text;
+begin
+    perform from postroad_broker.stream s where s.id = p_stream for no key update;
+    if not found then
+        return null;
+    end if;
+    select coalesce(
+        (select max(l.last_offset) from postroad_broker.message_leaf l where l.stream_id = p_stream),
+        (select h.floor from postroad_broker.stream_head h where h.stream_id = p_stream)
+    ) into v_last;
+    while v_last < p_through loop
+        v_name := format('message_%s_%s', p_stream, v_last + 1);
+        -- Rows of the log never change, so vacuum has nothing to do but freeze. Payloads up to a third of a page stay in
+        -- the row: out of line they cost three times as much to write.
+        execute format(
+            'create table postroad_broker.%I (like postroad_broker.message including all) '
+            'with (autovacuum_enabled = false, toast.autovacuum_enabled = false, toast_tuple_target = 4080)', v_name);
+        execute format('alter table postroad_broker.%I alter column data set storage main', v_name);
+        execute format(
+            'alter table postroad_broker.%I attach partition postroad_broker.%I for values from (%s) to (%s)',
+            'message_' || p_stream, v_name, v_last + 1, v_last + p_size + 1);
+        insert into postroad_broker.message_leaf (stream_id, first_offset, last_offset, table_name)
+        values (p_stream, v_last + 1, v_last + p_size, v_name);
+        v_last := v_last + p_size;
+    end loop;
+    return v_last;
+end
+$$;
+
+-- Writes down the topics of a full leaf.
+create function postroad_broker.summarise_leaf(p_stream integer, p_first bigint) returns void
+language plpgsql volatile as $$
+declare
+    v_name text;
+begin
+    update postroad_broker.message_leaf l set summarised_at = clock_timestamp()
+    where l.stream_id = p_stream and l.first_offset = p_first and l.summarised_at is null and l.emptied_at is null
+    returning l.table_name into v_name;
+    if found then
+        execute format(
+            'insert into postroad_broker.partition_topic '
+            'select $1, $2, m.topic_id, count(*), min(m."offset"), max(m."offset") '
+            'from postroad_broker.%I m group by m.topic_id', v_name)
+        using p_stream, p_first;
+    end if;
+end
+$$;
+
+-- Empties the oldest leaf that still has messages, when its newest is old enough: p_settled if every queue has settled it
+-- (p_watermark), p_unsettled whatever the queues say; null is never. Returns the offset up to which all is gone now, or null
+-- when the leaf is too young. Fails at once, with lock_not_available, when somebody reads the leaf.
+--
+-- The head is locked first, as an append does, then the leaf; what decides is looked at only after that, in new statements.
+-- The leaf that is being filled may go too: the floor in the head keeps offsets going on.
+create function postroad_broker.empty_leaf(
+    p_stream integer,
+    p_first bigint,
+    p_now timestamptz,
+    p_settled interval,
+    p_unsettled interval,
+    p_watermark bigint
+) returns bigint
+language plpgsql volatile
+set lock_timeout = '50ms'
+as $$
+declare
+    -- Neither a jump of the server's clock nor one of the node's makes anything old before its time.
+    v_now timestamptz := least(p_now, clock_timestamp());
+    v_name text;
+    v_last bigint;
+    v_top bigint;
+    v_top_at timestamptz;
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'empty_leaf must run at read committed' using errcode = 'invalid_transaction_state';
+    end if;
+    select l.table_name, l.last_offset into v_name, v_last
+    from postroad_broker.message_leaf l where l.stream_id = p_stream and l.first_offset = p_first and l.emptied_at is null;
+    if not found then
+        return null;
+    end if;
+    -- Once without locks, since most leaves are too young; then again under them.
+    for attempt in 1..2 loop
+        if attempt = 2 then
+            perform from postroad_broker.stream_head h where h.stream_id = p_stream for no key update;
+            execute format('lock table postroad_broker.%I in access exclusive mode nowait', v_name);
+        end if;
+        execute format(
+            'select m."offset", m.appended_at from postroad_broker.%I m '
+            'where m.stream_id = $1 order by m."offset" desc limit 1', v_name)
+        into v_top, v_top_at using p_stream;
+        if v_top is null
+            or not (
+                (v_top_at < v_now - p_settled and v_top <= p_watermark)
+                or coalesce(v_top_at < v_now - p_unsettled, false)
+            )
+        then
+            return null;
+        end if;
+    end loop;
+    update postroad_broker.stream_head h set floor = v_top, floor_appended_at = v_top_at where h.stream_id = p_stream;
+    execute format('truncate postroad_broker.%I', v_name);
+    delete from postroad_broker.partition_topic t where t.stream_id = p_stream and t.first_offset = p_first;
+    if v_top = v_last then
+        update postroad_broker.message_leaf l set emptied_at = clock_timestamp()
+        where l.stream_id = p_stream and l.first_offset = p_first;
+    end if;
+    return v_top;
+end
+$$;
+
+-- Drops an emptied leaf, or all that a deleted stream left behind when p_first is null. Fails after 50 ms, with
+-- lock_not_available, behind anybody who has the parent open: appends wait no longer than that.
+create function postroad_broker.drop_leaf(p_stream integer, p_first bigint) returns void
+language plpgsql volatile
+set lock_timeout = '50ms'
+as $$
+declare
+    v_name text := 'message_' || p_stream;
+begin
+    if p_first is not null then
+        select l.table_name into v_name from postroad_broker.message_leaf l
+        where l.stream_id = p_stream and l.first_offset = p_first and l.emptied_at is not null
+        for update;
+        if not found then
+            return;
+        end if;
+    end if;
+    execute format('drop table if exists postroad_broker.%I', v_name);
+    delete from postroad_broker.message_leaf l
+    where l.stream_id = p_stream and (p_first is null or l.first_offset = p_first);
+    delete from postroad_broker.partition_topic t
+    where t.stream_id = p_stream and (p_first is null or t.first_offset = p_first);
+end
+$$;
+
+-- Empties the bucket of recent ids and of append results that are out of date. Fails at once when somebody reads it. The
+-- bucket is chosen after the lock is had. The next period's is left alone, for a clock that steps back over its boundary.
+create function postroad_broker.rotate_buckets() returns void
+language plpgsql volatile
+set lock_timeout = '50ms'
+as $$
+declare
+    v_period bigint := postroad_broker.half_day(clock_timestamp());
+    v_ids text := format('recent_id_%s', (v_period + 2) % 5);
+    v_results text := format('append_journal_%s', (v_period + 2) % 4);
+    v_has_rows boolean;
+    v_name text;
+begin
+    foreach v_name in array array[v_ids, v_results] loop
+        execute format('select exists (select from postroad_broker.%I)', v_name) into v_has_rows;
+        if v_has_rows then
+            execute format('lock table postroad_broker.%I in access exclusive mode nowait', v_name);
+            if postroad_broker.half_day(clock_timestamp()) = v_period then
+                execute format('truncate postroad_broker.%I', v_name);
+            end if;
+        end if;
+    end loop;
+end
+$$;

@@ -1,0 +1,295 @@
+//! The call that writes the log.
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use crate::domain::id::{Fence, OriginId, StreamId, TopicId};
+use crate::domain::message::Message;
+use crate::store::{Connection, Error};
+
+/// One group commit, column by column, as the function `append` in `migrations/broker` takes it.
+#[derive(Debug, Default)]
+pub struct Append<'a> {
+    streams: Vec<i32>,
+    hints: Vec<i64>,
+    counts: Vec<i32>,
+    relays: Relays<'a>,
+    members: Vec<i32>,
+    message_streams: Vec<i32>,
+    ranks: Vec<i32>,
+    topics: Vec<i32>,
+    key_hashes: Vec<Option<i64>>,
+    keys: Vec<Option<&'a str>>,
+    ids: Vec<&'a str>,
+    sources: Vec<&'a str>,
+    types: Vec<Option<&'a str>>,
+    subjects: Vec<Option<&'a str>>,
+    times: Vec<Option<DateTime<Utc>>>,
+    content_types: Vec<Option<&'a str>>,
+    schemas: Vec<Option<&'a str>>,
+    extensions: Vec<Option<String>>,
+    kinds: Vec<i16>,
+    data: Vec<Option<&'a [u8]>>,
+    origins: Vec<Option<i32>>,
+    identities: Vec<Option<Uuid>>,
+    contents: Vec<Option<Uuid>>,
+    checks_ids: bool,
+}
+
+#[derive(Debug, Default)]
+struct Relays<'a> {
+    members: Vec<i32>,
+    leases: Vec<&'a str>,
+    epochs: Vec<i64>,
+    origins: Vec<i32>,
+    from: Vec<i64>,
+    to: Vec<i64>,
+    positions: Vec<&'a str>,
+    rejected_relays: Vec<i32>,
+    rejected_seqs: Vec<i64>,
+    rejected_reasons: Vec<&'a str>,
+    rejected_rows: Vec<&'a str>,
+}
+
+/// A relay's share of a group commit.
+#[derive(Debug)]
+pub struct RelayMember<'a> {
+    /// The origin whose position it moves.
+    pub origin: OriginId,
+    /// The relay's lease.
+    pub fence: &'a Fence,
+    /// The latest position number that it expects.
+    pub from: i64,
+    /// The number that it records.
+    pub to: i64,
+    /// The position that it records, JSON text.
+    pub position: &'a str,
+}
+
+impl<'a> Append<'a> {
+    /// Adds a stream and the last of its offsets that the appender knows. Returns its place for [`Append::push_message`].
+    pub fn push_stream(&mut self, stream: StreamId, hint: i64) -> usize {
+        self.streams.push(stream.0);
+        self.hints.push(hint);
+        self.counts.push(0);
+        self.streams.len() - 1
+    }
+
+    /// Adds a message of a member at the end of its stream. `check` is its identity and content, if ids are checked.
+    pub fn push_message(
+        &mut self,
+        member: usize,
+        place: usize,
+        topic: TopicId,
+        message: &'a Message,
+        key_hash: Option<i64>,
+        origin: Option<OriginId>,
+        check: Option<(Uuid, Uuid)>,
+    ) {
+        self.members.push(member as i32);
+        self.message_streams.push(place as i32 + 1);
+        self.ranks.push(self.counts[place]);
+        self.counts[place] += 1;
+        self.topics.push(topic.0);
+        self.key_hashes.push(key_hash);
+        self.keys.push(message.key.as_deref());
+        self.ids.push(&message.id);
+        self.sources.push(&message.source);
+        self.types.push(message.kind.as_deref());
+        self.subjects.push(message.subject.as_deref());
+        self.times.push(message.time);
+        self.content_types
+            .push(message.data_content_type.as_deref());
+        self.schemas.push(message.data_schema.as_deref());
+        self.extensions
+            .push((!message.extensions.is_empty()).then(|| {
+                serde_json::to_string(&message.extensions)
+                    .expect("a JSON map always serializes into memory")
+            }));
+        self.kinds.push(message.data.kind());
+        let bytes: &[u8] = message.data.bytes();
+        self.data.push((message.data.kind() != 0).then_some(bytes));
+        self.origins.push(origin.map(|origin| origin.0));
+        self.identities.push(check.map(|(identity, _)| identity));
+        self.contents.push(check.map(|(_, content)| content));
+        self.checks_ids |= check.is_some();
+    }
+
+    /// Adds the relay part of a member.
+    pub fn push_relay(&mut self, member: usize, relay: RelayMember<'a>) {
+        self.relays.members.push(member as i32);
+        self.relays.leases.push(&relay.fence.lease);
+        self.relays.epochs.push(relay.fence.epoch.0);
+        self.relays.origins.push(relay.origin.0);
+        self.relays.from.push(relay.from);
+        self.relays.to.push(relay.to);
+        self.relays.positions.push(relay.position);
+    }
+
+    /// Adds an outbox row that could not become a message to the relay member added last.
+    pub fn push_rejected(&mut self, seq: i64, reason: &'a str, outbox_row: &'a str) {
+        self.relays
+            .rejected_relays
+            .push(self.relays.members.len() as i32);
+        self.relays.rejected_seqs.push(seq);
+        self.relays.rejected_reasons.push(reason);
+        self.relays.rejected_rows.push(outbox_row);
+    }
+
+    /// The streams with the messages that go to each.
+    pub fn streams(&self) -> impl Iterator<Item = (StreamId, i32)> {
+        let counts = self.counts.iter().copied();
+        self.streams.iter().map(|&id| StreamId(id)).zip(counts)
+    }
+}
+
+/// What became of a group.
+#[derive(Debug)]
+pub enum AppendOutcome {
+    /// It is committed.
+    Appended(Appended),
+    /// Nothing was done: the catalogue has another version than the group was routed by.
+    Stale,
+    /// Nothing was done now, and whether an earlier try was is forgotten by now: the group is older than results are kept.
+    Expired {
+        /// The database's clock.
+        clock: DateTime<Utc>,
+    },
+}
+
+/// The result of a committed group.
+#[derive(Debug, Default)]
+pub struct Appended {
+    /// By stream: the first offset that its messages got.
+    pub first: Vec<i64>,
+    /// By stream: when they were appended.
+    pub at: Vec<DateTime<Utc>>,
+    /// Members of relays that were refused, with the latest position number; `None` is fenced.
+    pub refused: Vec<(usize, Option<i64>)>,
+    /// Messages, from 0, whose id was used before: at which offset, and whether for other content.
+    pub seen: Vec<(usize, i64, bool)>,
+}
+
+type Columns = (
+    String,
+    DateTime<Utc>,
+    Option<Vec<i64>>,
+    Option<Vec<DateTime<Utc>>>,
+    Option<Vec<i32>>,
+    Option<Vec<Option<i64>>>,
+    Option<Vec<i32>>,
+    Option<Vec<i64>>,
+    Option<Vec<bool>>,
+);
+
+/// Names a group, and says what it was made under.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupKey {
+    /// The node whose group it is, and who must hold the leases.
+    pub incarnation: i64,
+    /// Its number among the node's groups.
+    pub number: i64,
+    /// The database's clock when it was made.
+    pub born_at: DateTime<Utc>,
+    /// The catalogue's version that it was routed by.
+    pub catalogue: i64,
+}
+
+/// Appends a group. `is_repeat`: an earlier call's outcome is not known; its result is looked up.
+///
+/// # Errors
+/// The database's. Lost connections leave the outcome unknown; any other error means that nothing was done.
+pub async fn append(
+    connection: &mut Connection,
+    key: GroupKey,
+    is_repeat: bool,
+    group: &Append<'_>,
+) -> Result<AppendOutcome, Error> {
+    let (status, clock, first, at, refused, found, seen, seen_at, conflict): Columns =
+        sqlx::query_as(include_str!("../sql/append_group.sql"))
+            .bind(key.incarnation)
+            .bind(key.number)
+            .bind(key.born_at)
+            .bind(is_repeat)
+            .bind(key.catalogue)
+            .bind(group.checks_ids)
+            .bind(&group.streams)
+            .bind(&group.hints)
+            .bind(&group.relays.members)
+            .bind(&group.relays.leases)
+            .bind(&group.relays.epochs)
+            .bind(&group.relays.origins)
+            .bind(&group.relays.from)
+            .bind(&group.relays.to)
+            .bind(&group.relays.positions)
+            .bind(&group.relays.rejected_relays)
+            .bind(&group.relays.rejected_seqs)
+            .bind(&group.relays.rejected_reasons)
+            .bind(&group.relays.rejected_rows)
+            .bind(&group.members)
+            .bind(&group.message_streams)
+            .bind(&group.ranks)
+            .bind(&group.topics)
+            .bind(&group.key_hashes)
+            .bind(&group.keys)
+            .bind(&group.ids)
+            .bind(&group.sources)
+            .bind(&group.types)
+            .bind(&group.subjects)
+            .bind(&group.times)
+            .bind(&group.content_types)
+            .bind(&group.schemas)
+            .bind(&group.extensions)
+            .bind(&group.kinds)
+            .bind(&group.data)
+            .bind(&group.origins)
+            .bind(&group.identities)
+            .bind(&group.contents)
+            .fetch_one(connection)
+            .await
+            .map_err(Error::query("appending"))?;
+    match status.as_str() {
+        "stale" => Ok(AppendOutcome::Stale),
+        "expired" => Ok(AppendOutcome::Expired { clock }),
+        _ => {
+            let places = seen
+                .unwrap_or_default()
+                .into_iter()
+                .map(|place| place as usize - 1);
+            let members = refused
+                .unwrap_or_default()
+                .into_iter()
+                .map(|member| member as usize);
+            Ok(AppendOutcome::Appended(Appended {
+                first: first.unwrap_or_default(),
+                at: at.unwrap_or_default(),
+                refused: members.zip(found.unwrap_or_default()).collect(),
+                seen: places
+                    .zip(seen_at.unwrap_or_default())
+                    .zip(conflict.unwrap_or_default())
+                    .map(|((place, offset), is_conflict)| (place, offset, is_conflict))
+                    .collect(),
+            }))
+        }
+    }
+}
+
+/// The numbers of topics, new ones included.
+///
+/// # Errors
+/// The database's.
+pub async fn intern_topics(
+    connection: &mut Connection,
+    names: &[&str],
+) -> Result<Vec<(TopicId, String)>, Error> {
+    let rows: Vec<(i32, String)> =
+        sqlx::query_as("select topic_id, topic_name from postroad_broker.intern_topics($1)")
+            .bind(names)
+            .fetch_all(connection)
+            .await
+            .map_err(Error::query("interning topics"))?;
+    Ok(rows
+        .into_iter()
+        .map(|(id, name)| (TopicId(id), name))
+        .collect())
+}

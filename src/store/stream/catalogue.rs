@@ -1,0 +1,338 @@
+//! Streams and their patterns. A change locks the catalogue's row, raises its version and then locks every head: what was
+//! routed by the old patterns is in the log before, and what comes later is routed by the new ones.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+
+use crate::domain::id::StreamId;
+use crate::domain::name::{StreamName, TopicPattern};
+use crate::store::{Connection, Error};
+
+/// All streams at one version.
+#[derive(Debug, Clone, Default)]
+pub struct Catalogue {
+    /// Rises with each change.
+    pub version: i64,
+    /// By id.
+    pub streams: Vec<StreamRow>,
+}
+
+/// A stream as declared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamRow {
+    /// Its number.
+    pub id: StreamId,
+    /// Its name.
+    pub name: StreamName,
+    /// The topics that it owns.
+    pub patterns: Vec<TopicPattern>,
+    /// How long settled messages are kept.
+    pub settled_retention: Duration,
+    /// How long unsettled messages are kept; `None` is unlimited.
+    pub unsettled_retention: Option<Duration>,
+    /// When it was created.
+    pub created_at: DateTime<Utc>,
+}
+
+/// What a declare did.
+#[derive(Debug)]
+pub enum DeclareOutcome {
+    /// It is new.
+    Created,
+    /// It was there as it is.
+    Unchanged,
+    /// It was there with other settings.
+    Changed,
+    /// Another stream's pattern is in the way; nothing was done.
+    Overlap {
+        /// The pattern refused.
+        pattern: TopicPattern,
+        /// The stream in the way.
+        other_stream: StreamName,
+        /// Its pattern.
+        other_pattern: TopicPattern,
+    },
+}
+
+const DECLARING: &str = "declaring a stream";
+const DELETING: &str = "deleting a stream";
+
+/// Reads all streams in one statement.
+///
+/// # Errors
+/// The database's.
+pub async fn load_catalogue(connection: &mut Connection) -> Result<Catalogue, Error> {
+    const DOING: &str = "reading the streams";
+    type Columns = (
+        i64,
+        Option<i32>,
+        Option<String>,
+        Option<f64>,
+        Option<f64>,
+        Option<DateTime<Utc>>,
+        Vec<String>,
+    );
+    let rows: Vec<Columns> = sqlx::query_as(
+        "select c.version, s.id, s.name, (s.settings ->> 'settled_retention_seconds')::float8, \
+             (s.settings ->> 'unsettled_retention_seconds')::float8, s.created_at, \
+             array(select p.pattern from postroad_broker.stream_pattern p where p.stream_id = s.id order by p.pattern) \
+         from postroad_broker.catalogue c left join postroad_broker.stream s on true order by s.id",
+    )
+    .fetch_all(connection)
+    .await
+    .map_err(Error::query(DOING))?;
+    let mut catalogue = Catalogue::default();
+    for (version, id, name, settled, unsettled, created_at, patterns) in rows {
+        catalogue.version = version;
+        let (Some(id), Some(name), Some(created_at)) = (id, name, created_at) else {
+            continue;
+        };
+        let corrupt = |what: String| Error::Corrupt { doing: DOING, what };
+        let patterns = patterns.iter().map(|pattern| {
+            TopicPattern::parse(pattern).map_err(|error| corrupt(format!("`{pattern}` {error}")))
+        });
+        let settled = settled.ok_or_else(|| corrupt(format!("no retention of `{name}`")))?;
+        let duration = |seconds| {
+            Duration::try_from_secs_f64(seconds)
+                .map_err(|_| corrupt(format!("a retention of {seconds} s")))
+        };
+        catalogue.streams.push(StreamRow {
+            id: StreamId(id),
+            patterns: patterns.collect::<Result<_, _>>()?,
+            name: StreamName::parse(&name).map_err(|error| corrupt(format!("`{name}` {error}")))?,
+            settled_retention: duration(settled)?,
+            unsettled_retention: unsettled.map(duration).transpose()?,
+            created_at,
+        });
+    }
+    Ok(catalogue)
+}
+
+fn settings(settled: Duration, unsettled: Option<Duration>) -> String {
+    json!({
+        "settled_retention_seconds": settled.as_secs_f64(),
+        "unsettled_retention_seconds": unsettled.map(|limit| limit.as_secs_f64()),
+    })
+    .to_string()
+}
+
+/// Creates `main` with these retentions unless it is there.
+///
+/// # Errors
+/// The database's.
+pub async fn create_main(
+    connection: &mut Connection,
+    settled: Duration,
+    unsettled: Option<Duration>,
+) -> Result<(), Error> {
+    let main = StreamName::main();
+    let mut transaction = begin(connection, DECLARING).await?;
+    let catalogue = load_catalogue(&mut transaction).await?;
+    if catalogue.streams.iter().all(|stream| stream.name != main) {
+        write(
+            &mut transaction,
+            None,
+            &main,
+            &[],
+            &settings(settled, unsettled),
+        )
+        .await?;
+    }
+    transaction.commit().await.map_err(Error::query(DECLARING))
+}
+
+/// Declares a stream.
+///
+/// # Errors
+/// The database's.
+pub async fn declare(
+    connection: &mut Connection,
+    name: &StreamName,
+    patterns: &[TopicPattern],
+    settled: Duration,
+    unsettled: Option<Duration>,
+) -> Result<DeclareOutcome, Error> {
+    let mut transaction = begin(connection, DECLARING).await?;
+    let catalogue = load_catalogue(&mut transaction).await?;
+    for pattern in patterns {
+        for other in catalogue.streams.iter().filter(|other| other.name != *name) {
+            if let Some(found) = other.patterns.iter().find(|p| p.overlaps(pattern)) {
+                end(transaction, DECLARING).await?;
+                return Ok(DeclareOutcome::Overlap {
+                    pattern: pattern.clone(),
+                    other_stream: other.name.clone(),
+                    other_pattern: found.clone(),
+                });
+            }
+        }
+    }
+    let present = catalogue.streams.iter().find(|stream| stream.name == *name);
+    let outcome = match present {
+        None => DeclareOutcome::Created,
+        Some(row) => {
+            let mut wanted = patterns.to_vec();
+            wanted.sort();
+            let mut have = row.patterns.clone();
+            have.sort();
+            if wanted == have
+                && row.settled_retention == settled
+                && row.unsettled_retention == unsettled
+            {
+                end(transaction, DECLARING).await?;
+                return Ok(DeclareOutcome::Unchanged);
+            }
+            DeclareOutcome::Changed
+        }
+    };
+    let id = present.map(|row| row.id);
+    write(
+        &mut transaction,
+        id,
+        name,
+        patterns,
+        &settings(settled, unsettled),
+    )
+    .await?;
+    transaction
+        .commit()
+        .await
+        .map_err(Error::query(DECLARING))?;
+    Ok(outcome)
+}
+
+type Transaction<'c> = sqlx::Transaction<'c, sqlx::Postgres>;
+
+/// Begins a change: one at a time.
+async fn begin<'c>(
+    connection: &'c mut Connection,
+    doing: &'static str,
+) -> Result<Transaction<'c>, Error> {
+    let mut transaction = sqlx::Connection::begin(connection)
+        .await
+        .map_err(Error::query(doing))?;
+    sqlx::query("select from postroad_broker.catalogue for no key update")
+        .execute(&mut *transaction)
+        .await
+        .map_err(Error::query(doing))?;
+    Ok(transaction)
+}
+
+/// Ends a transaction that changes nothing. A dropped one would keep its locks until the connection is next used.
+async fn end(transaction: Transaction<'_>, doing: &'static str) -> Result<(), Error> {
+    transaction.rollback().await.map_err(Error::query(doing))
+}
+
+/// Ends a change: the new version, then every head, so that no append is on its way by the old one.
+async fn raise_version(
+    transaction: &mut Transaction<'_>,
+    doing: &'static str,
+) -> Result<(), Error> {
+    sqlx::query("update postroad_broker.catalogue set version = version + 1")
+        .execute(&mut **transaction)
+        .await
+        .map_err(Error::query(doing))?;
+    sqlx::query("select from postroad_broker.stream_head order by stream_id for no key update")
+        .execute(&mut **transaction)
+        .await
+        .map_err(Error::query(doing))?;
+    Ok(())
+}
+
+async fn write(
+    transaction: &mut Transaction<'_>,
+    present: Option<StreamId>,
+    name: &StreamName,
+    patterns: &[TopicPattern],
+    settings: &str,
+) -> Result<(), Error> {
+    let (id,): (i32,) = match present {
+        Some(id) => sqlx::query_as(
+            "update postroad_broker.stream set settings = $2::text::jsonb where id = $1 returning id",
+        )
+        .bind(id.0)
+        .bind(settings)
+        .fetch_one(&mut **transaction)
+        .await
+        .map_err(Error::query(DECLARING))?,
+        None => sqlx::query_as(
+            "with made as ( \
+                 insert into postroad_broker.stream (name, settings) values ($1, $2::text::jsonb) returning id) \
+             insert into postroad_broker.stream_head (stream_id) select id from made returning stream_id",
+        )
+        .bind(name.as_str())
+        .bind(settings)
+        .fetch_one(&mut **transaction)
+        .await
+        .map_err(Error::query(DECLARING))?,
+    };
+    if present.is_none() {
+        sqlx::query("select postroad_broker.create_stream_log($1)")
+            .bind(id)
+            .execute(&mut **transaction)
+            .await
+            .map_err(Error::query(DECLARING))?;
+    }
+    let patterns: Vec<&str> = patterns.iter().map(TopicPattern::as_str).collect();
+    sqlx::query(
+        "delete from postroad_broker.stream_pattern where stream_id = $1 and not pattern = any ($2)",
+    )
+    .bind(id)
+    .bind(&patterns)
+    .execute(&mut **transaction)
+    .await
+    .map_err(Error::query(DECLARING))?;
+    sqlx::query(
+        "insert into postroad_broker.stream_pattern (pattern, stream_id) \
+         select p, $1 from unnest($2::text[]) as p on conflict (pattern) do nothing",
+    )
+    .bind(id)
+    .bind(&patterns)
+    .execute(&mut **transaction)
+    .await
+    .map_err(Error::query(DECLARING))?;
+    raise_version(transaction, DECLARING).await
+}
+
+/// Deletes a stream's rows; its log is dropped later. `false`: queues read it.
+///
+/// # Errors
+/// The database's.
+pub async fn delete(connection: &mut Connection, stream: StreamId) -> Result<bool, Error> {
+    let mut transaction = begin(connection, DELETING).await?;
+    // The version and the heads first: the delete's cascade must not lock a head out of order.
+    raise_version(&mut transaction, DELETING).await?;
+    let deleted = sqlx::query("delete from postroad_broker.stream where id = $1")
+        .bind(stream.0)
+        .execute(&mut *transaction)
+        .await
+        .map_err(Error::query(DELETING));
+    match deleted {
+        Err(error) if error.sqlstate().as_deref() == Some("23503") => {
+            end(transaction, DELETING).await?;
+            return Ok(false);
+        }
+        deleted => deleted?,
+    };
+    transaction.commit().await.map_err(Error::query(DELETING))?;
+    Ok(true)
+}
+
+/// Bytes on disk of each stream's leaves.
+///
+/// # Errors
+/// The database's.
+pub async fn read_sizes(connection: &mut Connection) -> Result<Vec<(StreamId, i64)>, Error> {
+    let rows: Vec<(i32, i64)> = sqlx::query_as(
+        "select l.stream_id, coalesce(sum(pg_table_size(to_regclass('postroad_broker.' || l.table_name))), 0)::bigint \
+         from postroad_broker.message_leaf l where l.emptied_at is null group by l.stream_id",
+    )
+    .fetch_all(connection)
+    .await
+    .map_err(Error::query("reading the sizes of streams"))?;
+    Ok(rows
+        .into_iter()
+        .map(|(id, bytes)| (StreamId(id), bytes))
+        .collect())
+}

@@ -1,0 +1,189 @@
+//! The log's leaves: made, summarised, emptied, dropped. The functions are in `migrations/broker`.
+
+use chrono::{DateTime, Utc};
+use sqlx::postgres::types::PgInterval;
+use std::time::Duration;
+
+use crate::domain::id::{Offset, StreamId};
+use crate::store::{Connection, Error};
+
+/// A leaf of a stream's log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leaf {
+    /// Its stream.
+    pub stream: StreamId,
+    /// Its first offset.
+    pub first: Offset,
+    /// Its last offset.
+    pub last: Offset,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// Whether its topics are written down.
+    pub is_summarised: bool,
+    /// Whether retention has emptied it.
+    pub is_emptied: bool,
+}
+
+/// All leaves of streams that there are, by stream and offset.
+///
+/// # Errors
+/// The database's.
+pub async fn list_leaves(connection: &mut Connection) -> Result<Vec<Leaf>, Error> {
+    let rows: Vec<(i32, i64, i64, DateTime<Utc>, bool, bool)> = sqlx::query_as(
+        "select l.stream_id, l.first_offset, l.last_offset, l.created_at, \
+             l.summarised_at is not null, l.emptied_at is not null \
+         from postroad_broker.message_leaf l join postroad_broker.stream s on s.id = l.stream_id \
+         order by l.stream_id, l.first_offset",
+    )
+    .fetch_all(connection)
+    .await
+    .map_err(Error::query("listing leaves"))?;
+    Ok(rows
+        .into_iter()
+        .map(
+            |(stream, first, last, created_at, is_summarised, is_emptied)| Leaf {
+                stream: StreamId(stream),
+                first: Offset(first),
+                last: Offset(last),
+                created_at,
+                is_summarised,
+                is_emptied,
+            },
+        )
+        .collect())
+}
+
+/// Logs of streams that were deleted.
+///
+/// # Errors
+/// The database's.
+pub async fn list_orphans(connection: &mut Connection) -> Result<Vec<StreamId>, Error> {
+    let rows: Vec<(i32,)> = sqlx::query_as(
+        "select substring(c.relname from 9)::integer \
+         from pg_inherits i join pg_class c on c.oid = i.inhrelid \
+         where i.inhparent = 'postroad_broker.message'::regclass \
+           and not exists (select from postroad_broker.stream s \
+                           where s.id = substring(c.relname from 9)::integer)",
+    )
+    .fetch_all(connection)
+    .await
+    .map_err(Error::query("listing logs of deleted streams"))?;
+    Ok(rows.into_iter().map(|(id,)| StreamId(id)).collect())
+}
+
+/// Makes leaves until the log reaches an offset. Returns its end; `None` when the stream is gone.
+///
+/// # Errors
+/// The database's.
+pub async fn extend_log(
+    connection: &mut Connection,
+    stream: StreamId,
+    through: Offset,
+    leaf_size: i64,
+) -> Result<Option<Offset>, Error> {
+    let (last,): (Option<i64>,) = sqlx::query_as("select postroad_broker.extend_log($1, $2, $3)")
+        .bind(stream.0)
+        .bind(through.0)
+        .bind(leaf_size)
+        .fetch_one(connection)
+        .await
+        .map_err(Error::query("extending a stream's log"))?;
+    Ok(last.map(Offset))
+}
+
+/// Writes down which topics a full leaf holds.
+///
+/// # Errors
+/// The database's.
+pub async fn summarise_leaf(
+    connection: &mut Connection,
+    stream: StreamId,
+    first: Offset,
+) -> Result<(), Error> {
+    sqlx::query("select postroad_broker.summarise_leaf($1, $2)")
+        .bind(stream.0)
+        .bind(first.0)
+        .execute(connection)
+        .await
+        .map_err(Error::query("summarising a leaf"))?;
+    Ok(())
+}
+
+/// What decides whether a leaf may be emptied.
+#[derive(Debug, Clone, Copy)]
+pub struct EmptyLeaf {
+    /// The stream.
+    pub stream: StreamId,
+    /// The leaf's first offset.
+    pub first: Offset,
+    /// The node's clock; the earlier of it and the server's counts.
+    pub now: DateTime<Utc>,
+    /// The least age at which settled messages go.
+    pub settled: Duration,
+    /// The age at which all messages go; `None` is never.
+    pub unsettled: Option<Duration>,
+    /// Up to here every queue has settled.
+    pub watermark: Offset,
+}
+
+/// Empties the oldest leaf that has messages, if all of it is old enough. Returns the new floor. Fails with SQLSTATE 55P03 when
+/// somebody holds the leaf.
+///
+/// # Errors
+/// The database's.
+pub async fn empty_leaf(
+    connection: &mut Connection,
+    leaf: EmptyLeaf,
+) -> Result<Option<Offset>, Error> {
+    let (floor,): (Option<i64>,) =
+        sqlx::query_as("select postroad_broker.empty_leaf($1, $2, $3, $4, $5, $6)")
+            .bind(leaf.stream.0)
+            .bind(leaf.first.0)
+            .bind(leaf.now)
+            .bind(interval(leaf.settled))
+            .bind(leaf.unsettled.map(interval))
+            .bind(leaf.watermark.0)
+            .fetch_one(connection)
+            .await
+            .map_err(Error::query("emptying a leaf"))?;
+    Ok(floor.map(Offset))
+}
+
+fn interval(duration: Duration) -> PgInterval {
+    PgInterval {
+        months: 0,
+        days: 0,
+        microseconds: i64::try_from(duration.as_micros()).unwrap_or(i64::MAX),
+    }
+}
+
+/// Drops an emptied leaf, or with `None` all that a deleted stream left. Fails with SQLSTATE 55P03 after 50 ms behind anybody
+/// who has the parent open.
+///
+/// # Errors
+/// The database's.
+pub async fn drop_leaf(
+    connection: &mut Connection,
+    stream: StreamId,
+    first: Option<Offset>,
+) -> Result<(), Error> {
+    sqlx::query("select postroad_broker.drop_leaf($1, $2)")
+        .bind(stream.0)
+        .bind(first.map(|first| first.0))
+        .execute(connection)
+        .await
+        .map_err(Error::query("dropping a leaf"))?;
+    Ok(())
+}
+
+/// Empties what is out of date of the recent ids and of the append results. Fails with SQLSTATE 55P03 when somebody holds it.
+///
+/// # Errors
+/// The database's.
+pub async fn rotate_buckets(connection: &mut Connection) -> Result<(), Error> {
+    sqlx::query("select postroad_broker.rotate_buckets()")
+        .execute(connection)
+        .await
+        .map_err(Error::query("rotating the buckets of recent ids"))?;
+    Ok(())
+}

@@ -1,0 +1,375 @@
+//! Reads of the log. All go through the primary key in offset order: see [`connect_reader`].
+
+use chrono::{DateTime, Utc};
+use sqlx::postgres::PgRow;
+use sqlx::{Executor as _, Row as _};
+
+use crate::domain::id::{Offset, StreamId, TopicId};
+use crate::domain::message::{Data, Message};
+use crate::domain::name::Topic;
+use crate::store::{Connection, Database, Error};
+
+/// A connection for reads of the log. The leaves have no statistics (nothing analyzes them), so the planner is told: go by
+/// the index, in its order, and plan anew each time, so that leaves out of range are neither looked at nor locked.
+///
+/// # Errors
+/// The server cannot be reached or refuses.
+pub async fn connect_reader(database: &Database) -> Result<Connection, Error> {
+    let mut connection = database.connect().await?;
+    connection
+        .execute(
+            "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; \
+             set plan_cache_mode = force_custom_plan; set jit = off",
+        )
+        .await
+        .map_err(Error::query("setting up a reader's session"))?;
+    Ok(connection)
+}
+
+/// Every stream's head: its floor, up to which all is gone.
+///
+/// # Errors
+/// The database's.
+pub async fn list_heads(connection: &mut Connection) -> Result<Vec<(StreamId, Offset)>, Error> {
+    let rows: Vec<(i32, i64)> = sqlx::query_as(
+        "select stream_id, floor from postroad_broker.stream_head order by stream_id",
+    )
+    .fetch_all(connection)
+    .await
+    .map_err(Error::query("reading the heads of streams"))?;
+    Ok(rows
+        .into_iter()
+        .map(|(id, floor)| (StreamId(id), Offset(floor)))
+        .collect())
+}
+
+/// A stream's floor; `None` when the stream is gone.
+///
+/// # Errors
+/// The database's.
+pub async fn find_head(
+    connection: &mut Connection,
+    stream: StreamId,
+) -> Result<Option<Offset>, Error> {
+    let row: Option<(i64,)> =
+        sqlx::query_as("select floor from postroad_broker.stream_head where stream_id = $1")
+            .bind(stream.0)
+            .fetch_optional(connection)
+            .await
+            .map_err(Error::query("reading the head of a stream"))?;
+    Ok(row.map(|(floor,)| Offset(floor)))
+}
+
+/// The last offset of the log at or after the hint; `None` when there is none.
+///
+/// # Errors
+/// The database's.
+pub async fn read_top(
+    connection: &mut Connection,
+    stream: StreamId,
+    hint: Offset,
+) -> Result<Option<Offset>, Error> {
+    let row: Option<(i64,)> = sqlx::query_as(
+        "select \"offset\" from postroad_broker.message \
+         where stream_id = $1 and \"offset\" >= $2 order by \"offset\" desc limit 1",
+    )
+    .bind(stream.0)
+    .bind(hint.0)
+    .fetch_optional(connection)
+    .await
+    .map_err(Error::query("reading the top of a stream"))?;
+    Ok(row.map(|(offset,)| Offset(offset)))
+}
+
+/// Topics with a number after this one, by number.
+///
+/// # Errors
+/// The database's.
+pub async fn list_topics(
+    connection: &mut Connection,
+    after: TopicId,
+) -> Result<Vec<(TopicId, Topic)>, Error> {
+    const DOING: &str = "reading topics";
+    let rows: Vec<(i32, String)> =
+        sqlx::query_as("select id, name from postroad_broker.topic where id > $1 order by id")
+            .bind(after.0)
+            .fetch_all(connection)
+            .await
+            .map_err(Error::query(DOING))?;
+    rows.into_iter()
+        .map(|(id, name)| match Topic::parse(&name) {
+            Ok(topic) => Ok((TopicId(id), topic)),
+            Err(error) => Err(Error::Corrupt {
+                doing: DOING,
+                what: format!("topic {id}, `{name}`, {error}"),
+            }),
+        })
+        .collect()
+}
+
+/// The offsets between which a leaf can match.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatchRange {
+    /// The leaf's last offset: all up to here is examined when the range is.
+    pub leaf_last: Offset,
+    /// The first and last offset that can match; `None`: nothing in the leaf does.
+    pub range: Option<(Offset, Offset)>,
+}
+
+/// Where messages of these topics can be after an offset, leaf by leaf in offset order, 64 leaves at most.
+///
+/// # Errors
+/// The database's.
+pub async fn list_match_ranges(
+    connection: &mut Connection,
+    stream: StreamId,
+    after: Offset,
+    through: Offset,
+    topics: &[TopicId],
+) -> Result<Vec<MatchRange>, Error> {
+    let topics: Vec<i32> = topics.iter().map(|topic| topic.0).collect();
+    let rows: Vec<(i64, i64, bool, Option<i64>, Option<i64>)> = sqlx::query_as(
+        "select l.first_offset, l.last_offset, l.summarised_at is not null, t.first_match, t.last_match \
+         from ( \
+             select * from postroad_broker.message_leaf \
+             where stream_id = $1 and last_offset > $2 and first_offset <= $3 and emptied_at is null \
+             order by first_offset limit 64) l \
+         left join lateral ( \
+             select min(p.first_match) as first_match, max(p.last_match) as last_match \
+             from postroad_broker.partition_topic p \
+             where p.stream_id = l.stream_id and p.first_offset = l.first_offset and p.topic_id = any ($4)) t on true \
+         order by l.first_offset",
+    )
+    .bind(stream.0)
+    .bind(after.0)
+    .bind(through.0)
+    .bind(topics)
+    .fetch_all(connection)
+    .await
+    .map_err(Error::query("reading the topics of leaves"))?;
+    Ok(rows
+        .into_iter()
+        .map(
+            |(first, last, is_summarised, first_match, last_match)| MatchRange {
+                leaf_last: Offset(last),
+                range: if is_summarised {
+                    first_match.map(Offset).zip(last_match.map(Offset))
+                } else {
+                    Some((Offset(first), Offset(last)))
+                },
+            },
+        )
+        .collect())
+}
+
+/// A part of a stream to look through.
+#[derive(Debug)]
+pub struct Slice<'a> {
+    /// The stream.
+    pub stream: StreamId,
+    /// After this offset.
+    pub after: Offset,
+    /// Through this one.
+    pub through: Offset,
+    /// Only these topics; `None` is all.
+    pub topics: Option<&'a [TopicId]>,
+    /// Only keys with this hash.
+    pub key_hash: Option<i64>,
+    /// At most so many.
+    pub limit: usize,
+}
+
+/// A message of a slice, without its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SliceItem {
+    /// Its place.
+    pub offset: Offset,
+    /// Its topic.
+    pub topic: TopicId,
+    /// The hash of its key.
+    pub key_hash: Option<i64>,
+    /// Bytes of its payload.
+    pub data_bytes: i32,
+}
+
+/// Looks through a slice, in offset order. The size of a payload is read without the payload.
+///
+/// # Errors
+/// The database's.
+pub async fn read_slice(
+    connection: &mut Connection,
+    slice: &Slice<'_>,
+) -> Result<Vec<SliceItem>, Error> {
+    let topics = slice
+        .topics
+        .map(|topics| topics.iter().map(|topic| topic.0).collect::<Vec<_>>());
+    let rows: Vec<(i64, i32, Option<i64>, Option<i32>)> =
+        sqlx::query_as(include_str!("../sql/read_slice.sql"))
+            .bind(slice.stream.0)
+            .bind(slice.after.0)
+            .bind(slice.through.0)
+            .bind(topics)
+            .bind(slice.key_hash)
+            .bind(slice.limit as i64)
+            .fetch_all(connection)
+            .await
+            .map_err(Error::query("scanning a stream"))?;
+    Ok(rows
+        .into_iter()
+        .map(|(offset, topic, key_hash, data_bytes)| SliceItem {
+            offset: Offset(offset),
+            topic: TopicId(topic),
+            key_hash,
+            data_bytes: data_bytes.unwrap_or(0),
+        })
+        .collect())
+}
+
+/// A message as the log keeps it.
+#[derive(Debug)]
+pub struct Row {
+    /// Its place.
+    pub offset: Offset,
+    /// When it was appended.
+    pub appended_at: DateTime<Utc>,
+    /// The message.
+    pub message: Message,
+}
+
+/// Reads messages by offset, in offset order. Those that are gone are absent. `topic` names the topics.
+///
+/// # Errors
+/// The database's; a topic that is not known.
+pub async fn fetch_entries(
+    connection: &mut Connection,
+    stream: StreamId,
+    offsets: &[Offset],
+    topic: impl Fn(TopicId) -> Option<Topic>,
+) -> Result<Vec<Row>, Error> {
+    let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
+        return Ok(Vec::new());
+    };
+    // A run of offsets is read as a range: one descent of the index instead of one each.
+    let is_run = last.0 - first.0 + 1 == offsets.len() as i64;
+    let rows = if is_run {
+        sqlx::query(include_str!("../sql/fetch_range.sql"))
+            .bind(stream.0)
+            .bind(first.0)
+            .bind(last.0)
+            .fetch_all(connection)
+            .await
+    } else {
+        sqlx::query(include_str!("../sql/fetch_offsets.sql"))
+            .bind(stream.0)
+            .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
+            .fetch_all(connection)
+            .await
+    };
+    let rows = rows.map_err(Error::query(FETCHING))?;
+    let mut entries = rows
+        .iter()
+        .map(|row| read_row(row, &topic))
+        .collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(|row| row.offset);
+    Ok(entries)
+}
+
+const FETCHING: &str = "reading messages";
+
+fn read_row(row: &PgRow, topic: impl Fn(TopicId) -> Option<Topic>) -> Result<Row, Error> {
+    let read = || -> Result<_, sqlx::Error> {
+        let kind: i16 = row.try_get(12)?;
+        let data: Option<Vec<u8>> = row.try_get(13)?;
+        let topic_id: i32 = row.try_get(1)?;
+        let extensions: Option<String> = row.try_get(11)?;
+        let rest = Row {
+            offset: Offset(row.try_get(0)?),
+            appended_at: row.try_get(2)?,
+            message: Message {
+                id: row.try_get(4)?,
+                source: row.try_get(5)?,
+                kind: row.try_get(6)?,
+                topic: topic(TopicId(topic_id)).ok_or(sqlx::Error::RowNotFound)?,
+                key: row.try_get(3)?,
+                subject: row.try_get(7)?,
+                time: row.try_get(8)?,
+                data_content_type: row.try_get(9)?,
+                data_schema: row.try_get(10)?,
+                data: Data::Absent,
+                extensions: serde_json::Map::new(),
+            },
+        };
+        Ok((rest, kind, data, extensions))
+    };
+    let (mut rest, kind, data, extensions) = read().map_err(Error::query(FETCHING))?;
+    let offset = rest.offset;
+    let corrupt = |what: String| Error::Corrupt {
+        doing: FETCHING,
+        what: format!("offset {offset}: {what}"),
+    };
+    rest.message.data = Data::from_stored(kind, data.unwrap_or_default().into())
+        .map_err(|error| corrupt(error.to_string()))?;
+    if let Some(extensions) = extensions {
+        rest.message.extensions =
+            serde_json::from_str(&extensions).map_err(|error| corrupt(error.to_string()))?;
+    }
+    Ok(rest)
+}
+
+/// When the message at an offset was appended; `None` when it is gone.
+///
+/// # Errors
+/// The database's.
+pub async fn read_appended_at(
+    connection: &mut Connection,
+    stream: StreamId,
+    offset: Offset,
+) -> Result<Option<DateTime<Utc>>, Error> {
+    let row: Option<(DateTime<Utc>,)> = sqlx::query_as(
+        "select appended_at from postroad_broker.message where stream_id = $1 and \"offset\" = $2",
+    )
+    .bind(stream.0)
+    .bind(offset.0)
+    .fetch_optional(connection)
+    .await
+    .map_err(Error::query("reading when a message was appended"))?;
+    Ok(row.map(|(at,)| at))
+}
+
+/// Ids looked for by one pass over the log.
+const FIND_PRESENT_CHUNK: usize = 200_000;
+
+/// Says which (source, id) the log has, in the order asked. The ids are hashed and the log is read through once per 200,000 of
+/// them: an index on ids would cost every append.
+///
+/// # Errors
+/// The database's.
+pub async fn find_present(
+    database: &Database,
+    ids: &[(String, String)],
+) -> Result<Vec<bool>, Error> {
+    const DOING: &str = "looking for ids in the log";
+    let mut connection = database.connect().await?;
+    connection
+        .execute("set enable_nestloop = off; set enable_mergejoin = off; set work_mem = '64MB'")
+        .await
+        .map_err(Error::query(DOING))?;
+    let mut present = vec![false; ids.len()];
+    for (chunk, ids) in ids.chunks(FIND_PRESENT_CHUNK).enumerate() {
+        let (sources, names): (Vec<&str>, Vec<&str>) = ids
+            .iter()
+            .map(|(source, id)| (source.as_str(), id.as_str()))
+            .unzip();
+        let found: Vec<(i64,)> = sqlx::query_as(include_str!("../sql/find_present.sql"))
+            .bind(sources)
+            .bind(names)
+            .persistent(false)
+            .fetch_all(&mut connection)
+            .await
+            .map_err(Error::query(DOING))?;
+        for (place,) in found {
+            present[chunk * FIND_PRESENT_CHUNK + place as usize - 1] = true;
+        }
+    }
+    Ok(present)
+}

@@ -1,0 +1,19 @@
+//! Streams, their log, and the append.
+
+mod append;
+mod catalogue;
+mod leaf;
+mod log;
+
+pub use append::{Append, AppendOutcome, Appended, GroupKey, RelayMember, append, intern_topics};
+pub use catalogue::{
+    Catalogue, DeclareOutcome, StreamRow, create_main, declare, delete, load_catalogue, read_sizes,
+};
+pub use leaf::{
+    EmptyLeaf, Leaf, drop_leaf, empty_leaf, extend_log, list_leaves, list_orphans, rotate_buckets,
+    summarise_leaf,
+};
+pub use log::{
+    MatchRange, Row, Slice, SliceItem, connect_reader, fetch_entries, find_head, find_present,
+    list_heads, list_match_ranges, list_topics, read_appended_at, read_slice, read_top,
+};

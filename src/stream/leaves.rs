@@ -1,0 +1,281 @@
+//! Maintenance of the log: leaves made ahead, summarised, emptied, dropped; ids and results rotated. One bounded pass per tick
+//! or wake-up, by the node that holds the lease. Each step is safe on any number of nodes; the lease only spares the work.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::Options;
+use super::handle::State;
+use crate::cluster;
+use crate::domain::id::{Fence, Offset, StreamId};
+use crate::store::stream::{self as sql, EmptyLeaf, Leaf, StreamRow};
+use crate::store::{self, Connection, Database};
+use crate::supervisor::Supervisor;
+
+/// The lease of the node that does the maintenance.
+pub(super) const LEASE: &str = "duty/streams";
+/// A leaf that fills faster than this is followed by larger ones.
+const FILLS_FAST: Duration = Duration::from_secs(600);
+/// A leaf that fills slower than this is followed by smaller ones, so that retention has something to drop.
+const FILLS_SLOWLY: Duration = Duration::from_secs(6 * 3_600);
+/// How far sizes adapt from the configured one, as factors.
+const SMALLEST_FRACTION: i64 = 50;
+const LARGEST_MULTIPLE: i64 = 8;
+/// The pause between attempts to drop leaves while somebody has the log open: each may hold up appends for 50 ms.
+const DROP_PAUSE: Duration = Duration::from_secs(60);
+const ROTATE_PAUSE: Duration = Duration::from_secs(60);
+
+/// How many offsets the next leaf of each stream gets.
+#[derive(Debug)]
+pub(super) struct LeafSizes {
+    configured: i64,
+    sizes: Mutex<HashMap<StreamId, i64>>,
+}
+
+impl LeafSizes {
+    pub(super) fn new(configured: i64) -> Self {
+        Self {
+            configured: configured.max(1),
+            sizes: Mutex::default(),
+        }
+    }
+
+    pub(super) fn get(&self, stream: StreamId) -> i64 {
+        let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+        sizes.get(&stream).copied().unwrap_or(self.configured)
+    }
+
+    fn set(&self, stream: StreamId, size: i64) {
+        let mut sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+        sizes.insert(stream, size);
+    }
+}
+
+/// The size after a leaf of `size` offsets that took `filled_in` to fill.
+fn next_size(configured: i64, size: i64, filled_in: Duration) -> i64 {
+    let next = if filled_in < FILLS_FAST {
+        size * 2
+    } else if filled_in > FILLS_SLOWLY {
+        size / 2
+    } else {
+        size
+    };
+    next.clamp(
+        (configured / SMALLEST_FRACTION).max(1),
+        configured * LARGEST_MULTIPLE,
+    )
+}
+
+pub(super) struct Maintenance {
+    pub(super) options: Options,
+    pub(super) db: Database,
+    pub(super) cluster: cluster::Handle,
+    pub(super) state: Arc<State>,
+    pub(super) supervisor: Supervisor,
+    pub(super) lease: watch::Receiver<Option<Fence>>,
+    pub(super) connection: Option<Connection>,
+    pub(super) drop_at: Instant,
+    pub(super) rotate_at: Instant,
+}
+
+impl Maintenance {
+    pub(super) async fn run(mut self) {
+        while !self.supervisor.is_stopping() {
+            if self.lease.borrow().is_some()
+                && let Err(error) = self.pass().await
+            {
+                self.state.metrics.maintenance_failures.inc();
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "maintenance of the streams failed"
+                );
+                self.connection = None;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(self.options.maintenance) => {}
+                () = self.state.maintain.notified() => {}
+                () = self.supervisor.stopping() => {}
+            }
+        }
+    }
+
+    async fn pass(&mut self) -> Result<(), store::Error> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.db.connect().await?,
+        };
+        let streams = sql::load_catalogue(&mut connection).await?.streams;
+        let leaves = sql::list_leaves(&mut connection).await?;
+        let mut blocked = 0;
+        for stream in &streams {
+            let own: Vec<&Leaf> = leaves
+                .iter()
+                .filter(|leaf| leaf.stream == stream.id)
+                .collect();
+            self.extend(&mut connection, stream, &own).await?;
+            self.summarise(&mut connection, stream, &own).await?;
+            blocked += self.empty(&mut connection, stream, &own).await?;
+        }
+        self.state.metrics.leaves_blocked.set(blocked);
+        if Instant::now() >= self.drop_at {
+            self.drop_leaves(&mut connection, &leaves).await?;
+        }
+        if Instant::now() >= self.rotate_at {
+            self.rotate_at = Instant::now() + ROTATE_PAUSE;
+            skip_if_held(sql::rotate_buckets(&mut connection).await)?;
+        }
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// Keeps a whole leaf ahead of the one being filled.
+    async fn extend(
+        &self,
+        connection: &mut Connection,
+        stream: &StreamRow,
+        leaves: &[&Leaf],
+    ) -> Result<(), store::Error> {
+        let sizes = &self.state.leaf_sizes;
+        let last = self.state.tails.last(stream.id);
+        let filling = leaves.iter().position(|leaf| leaf.last > last);
+        let ahead = filling.map_or(0, |place| leaves.len() - place);
+        if ahead >= 2 {
+            return Ok(());
+        }
+        let size = match leaves {
+            // The first two are made together: nothing is known yet about how fast they fill.
+            [] | [_] => sizes.get(stream.id),
+            [.., newest] => {
+                let age = (self.cluster.now() - newest.created_at)
+                    .to_std()
+                    .unwrap_or_default();
+                next_size(sizes.configured, newest.last.0 - newest.first.0 + 1, age)
+            }
+        };
+        sizes.set(stream.id, size);
+        let end = leaves.last().map_or(last, |leaf| leaf.last.max(last));
+        let through = Offset(end.0 + size * if ahead == 0 { 2 } else { 1 });
+        sql::extend_log(connection, stream.id, through, size).await?;
+        self.state.metrics.leaves_made.inc();
+        Ok(())
+    }
+
+    async fn summarise(
+        &self,
+        connection: &mut Connection,
+        stream: &StreamRow,
+        leaves: &[&Leaf],
+    ) -> Result<(), store::Error> {
+        let last = self.state.tails.last(stream.id);
+        for leaf in leaves {
+            if !leaf.is_summarised && !leaf.is_emptied && leaf.last <= last {
+                sql::summarise_leaf(connection, leaf.stream, leaf.first).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Empties what is old, the oldest first, up to the first that stays. Returns how many could not be had.
+    async fn empty(
+        &self,
+        connection: &mut Connection,
+        stream: &StreamRow,
+        leaves: &[&Leaf],
+    ) -> Result<i64, store::Error> {
+        let Some(watermark) = self.state.watermarks.get(stream.id) else {
+            return Ok(0);
+        };
+        for leaf in leaves.iter().filter(|leaf| !leaf.is_emptied) {
+            let emptied = sql::empty_leaf(
+                connection,
+                EmptyLeaf {
+                    stream: stream.id,
+                    first: leaf.first,
+                    now: self.cluster.now(),
+                    settled: stream.settled_retention,
+                    unsettled: stream.unsettled_retention,
+                    watermark,
+                },
+            )
+            .await;
+            match emptied {
+                Ok(Some(floor)) => {
+                    tracing::info!(
+                        stream = stream.name.as_str(),
+                        floor = floor.0,
+                        "messages dropped by retention"
+                    );
+                    self.state.metrics.leaves_emptied.inc();
+                }
+                Ok(None) => break,
+                Err(error) if is_held(&error) => {
+                    tracing::warn!(
+                        stream = stream.name.as_str(),
+                        first_offset = leaf.first.0,
+                        "a leaf of the log is read by somebody and cannot be emptied"
+                    );
+                    return Ok(1);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(0)
+    }
+
+    /// Drops leaves that were emptied and the logs of deleted streams, until one cannot be had.
+    async fn drop_leaves(
+        &mut self,
+        connection: &mut Connection,
+        leaves: &[Leaf],
+    ) -> Result<(), store::Error> {
+        self.drop_at = Instant::now() + DROP_PAUSE;
+        let emptied = leaves.iter().filter(|leaf| leaf.is_emptied);
+        let mut gone: Vec<(StreamId, Option<Offset>)> = emptied
+            .map(|leaf| (leaf.stream, Some(leaf.first)))
+            .collect();
+        let orphans = sql::list_orphans(connection).await?;
+        gone.extend(orphans.into_iter().map(|stream| (stream, None)));
+        for (stream, first) in gone {
+            if !skip_if_held(sql::drop_leaf(connection, stream, first).await)? {
+                break;
+            }
+            self.state.metrics.leaves_dropped.inc();
+        }
+        Ok(())
+    }
+}
+
+fn is_held(error: &store::Error) -> bool {
+    error.sqlstate().as_deref() == Some("55P03")
+}
+
+/// `false`: somebody holds it; the next pass tries again.
+fn skip_if_held(result: Result<(), store::Error>) -> Result<bool, store::Error> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if is_held(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leaves_grow_while_they_fill_fast_and_shrink_while_slowly() {
+        let seconds = Duration::from_secs;
+        for (size, filled_in, next) in [
+            (1_000, 5, 2_000),
+            (8_000, 5, 8_000),
+            (1_000, 3_600, 1_000),
+            (1_000, 90_000, 500),
+            (20, 90_000, 20),
+        ] {
+            assert_eq!(next_size(1_000, size, seconds(filled_in)), next);
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! What the stream engine counts.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+/// Counters, gauges and histograms of the stream engine.
+#[derive(Debug, Clone)]
+pub(super) struct Metrics {
+    pub(super) messages_appended: Counter,
+    pub(super) duplicates: Counter,
+    pub(super) members_refused: Counter,
+    pub(super) groups_unknown: Counter,
+    pub(super) group_messages: Histogram,
+    pub(super) append_seconds: Histogram,
+    pub(super) cache_bytes: Gauge,
+    pub(super) gaps_read: Counter,
+    pub(super) leaves_made: Counter,
+    pub(super) leaves_emptied: Counter,
+    pub(super) leaves_dropped: Counter,
+    pub(super) leaves_blocked: Gauge,
+    pub(super) maintenance_failures: Counter,
+}
+
+impl Metrics {
+    pub(super) fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            messages_appended: Counter::default(),
+            duplicates: Counter::default(),
+            members_refused: Counter::default(),
+            groups_unknown: Counter::default(),
+            group_messages: Histogram::new(exponential_buckets(1.0, 4.0, 8)),
+            append_seconds: Histogram::new(exponential_buckets(0.000_5, 2.0, 14)),
+            cache_bytes: Gauge::default(),
+            gaps_read: Counter::default(),
+            leaves_made: Counter::default(),
+            leaves_emptied: Counter::default(),
+            leaves_dropped: Counter::default(),
+            leaves_blocked: Gauge::default(),
+            maintenance_failures: Counter::default(),
+        };
+        metrics.register_appends(registry);
+        metrics.register_log(registry);
+        metrics
+    }
+
+    fn register_appends(&self, registry: &mut Registry) {
+        registry.register(
+            "postroad_stream_messages_appended",
+            "Messages appended by this node",
+            self.messages_appended.clone(),
+        );
+        registry.register(
+            "postroad_stream_duplicates",
+            "Published messages that were in their stream already",
+            self.duplicates.clone(),
+        );
+        registry.register(
+            "postroad_stream_appends_refused",
+            "Members refused: fenced, a moved position, an id conflict",
+            self.members_refused.clone(),
+        );
+        registry.register(
+            "postroad_stream_outcomes_unknown",
+            "Group commits whose connection was lost before the answer",
+            self.groups_unknown.clone(),
+        );
+        registry.register(
+            "postroad_stream_group_messages",
+            "Messages per group commit",
+            self.group_messages.clone(),
+        );
+        registry.register(
+            "postroad_stream_append_seconds",
+            "Duration of a group commit",
+            self.append_seconds.clone(),
+        );
+    }
+
+    fn register_log(&self, registry: &mut Registry) {
+        registry.register(
+            "postroad_stream_cache_bytes",
+            "Recent entries held in memory",
+            self.cache_bytes.clone(),
+        );
+        registry.register(
+            "postroad_stream_tail_gaps_read",
+            "Times that the tail read the log for what another node appended",
+            self.gaps_read.clone(),
+        );
+        registry.register(
+            "postroad_stream_leaves_made",
+            "Partitions of the log made ahead",
+            self.leaves_made.clone(),
+        );
+        registry.register(
+            "postroad_stream_leaves_emptied",
+            "Partitions of the log emptied by retention",
+            self.leaves_emptied.clone(),
+        );
+        registry.register(
+            "postroad_stream_leaves_dropped",
+            "Emptied partitions of the log dropped",
+            self.leaves_dropped.clone(),
+        );
+        registry.register(
+            "postroad_stream_leaves_blocked",
+            "Partitions of the log that retention could not have in its last pass, since somebody reads them",
+            self.leaves_blocked.clone(),
+        );
+        registry.register(
+            "postroad_stream_maintenance_failures",
+            "Maintenance passes that failed",
+            self.maintenance_failures.clone(),
+        );
+    }
+}
