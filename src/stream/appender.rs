@@ -131,7 +131,7 @@ impl Appender {
         let mut group = Group::default();
         let mut next = Some(first);
         while let Some(taken) = next.take() {
-            if let Joined::NextGroup(taken) = group.join(taken, &mut self.router) {
+            if let Joined::NextGroup(taken) = group.join(taken) {
                 self.carried = Some(taken);
                 break;
             }

@@ -13,7 +13,7 @@ use super::tail::Appended as TailAppended;
 use crate::domain::id::{Offset, OriginId, StreamId, TopicId};
 use crate::domain::message::Message;
 use crate::domain::name::Topic;
-use crate::store::stream::{self as sql, Append, Appended, RelayMember, StreamRow};
+use crate::store::stream::{self as sql, Append, AppendMessage, Appended, RelayMember, StreamRow};
 
 /// Routes and topic numbers remembered; beyond it they are looked up again.
 const ROUTES_MAX: usize = 100_000;
@@ -83,27 +83,23 @@ pub(super) struct Group {
     pub(super) members: Vec<GroupMember>,
     pub(super) message_count: usize,
     pub(super) bytes: usize,
-    identities: HashSet<Uuid>,
+    /// Hashes of source and id of messages whose ids are checked.
+    ids: HashSet<u64>,
     origins: HashSet<OriginId>,
 }
 
 #[derive(Debug)]
 pub(super) struct GroupMember {
     pub(super) taken: Taken,
-    /// Identity and content of each message; empty when ids are not checked.
-    checks: Vec<(Uuid, Uuid)>,
-    /// Messages that repeat an earlier one of the same member: (place, place of the first).
-    repeats: Vec<(usize, usize)>,
 }
 
 /// What taking a member in came to.
 pub(super) enum Joined {
     /// It is in.
     Yes,
-    /// It must wait for the next group: an id or an origin of it is in this one.
+    /// It must wait for the next group: an id or an origin of it is in this one, and the database is asked about both only
+    /// once per group.
     NextGroup(Taken),
-    /// It was refused and answered.
-    Refused,
 }
 
 impl Group {
@@ -120,9 +116,7 @@ impl Group {
         self.members.is_empty()
     }
 
-    pub(super) fn join(&mut self, taken: Taken, router: &mut Router) -> Joined {
-        let mut checks = Vec::new();
-        let mut repeats = Vec::new();
+    pub(super) fn join(&mut self, taken: Taken) -> Joined {
         match &taken.member {
             Member::Relay { origin, .. } => {
                 if !self.origins.insert(*origin) {
@@ -130,44 +124,21 @@ impl Group {
                 }
             }
             Member::Publish {
-                check_ids: false, ..
-            } => {}
-            Member::Publish { messages, .. } => {
-                checks = messages
-                    .iter()
-                    .map(|message| check(router.route(&message.topic), message))
-                    .collect();
-                if checks
-                    .iter()
-                    .any(|(identity, _)| self.identities.contains(identity))
-                {
-                    return Joined::NextGroup(taken);
-                }
-                match find_repeats(&checks) {
-                    Ok(found) => repeats = found,
-                    Err(places) => {
-                        let items = places.into_iter().map(|index| ConflictItem {
-                            index,
-                            stream: router.route(&messages[index].topic),
-                            offset: Offset(0),
-                        });
-                        let _ = taken.reply.send(Err(AppendError::IdConflict {
-                            items: items.collect(),
-                        }));
-                        return Joined::Refused;
+                messages,
+                check_ids,
+            } => {
+                if *check_ids {
+                    let ids: Vec<u64> = messages.iter().map(id_hash).collect();
+                    if ids.iter().any(|id| self.ids.contains(id)) {
+                        return Joined::NextGroup(taken);
                     }
+                    self.ids.extend(ids);
                 }
-                self.identities
-                    .extend(checks.iter().map(|(identity, _)| identity));
             }
         }
         self.message_count += taken.member.messages().len();
         self.bytes += taken.bytes;
-        self.members.push(GroupMember {
-            taken,
-            checks,
-            repeats,
-        });
+        self.members.push(GroupMember { taken });
         Joined::Yes
     }
 
@@ -178,8 +149,27 @@ impl Group {
     }
 }
 
-/// Places that repeat an earlier identity with the same content; or those with other content.
-fn find_repeats(checks: &[(Uuid, Uuid)]) -> Result<Vec<(usize, usize)>, Vec<usize>> {
+fn id_hash(message: &Message) -> u64 {
+    let source = xxhash_rust::xxh3::xxh3_64(message.source.as_bytes());
+    xxhash_rust::xxh3::xxh3_64_with_seed(message.id.as_bytes(), source)
+}
+
+/// Identity and content of each message; none when ids are not checked. By the routes of now.
+fn checks(member: &Member, router: &mut Router) -> Vec<(Uuid, Uuid)> {
+    match member {
+        Member::Publish {
+            messages,
+            check_ids: true,
+        } => messages
+            .iter()
+            .map(|message| check(router.route(&message.topic), message))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// Places that repeat an earlier identity: with the same content, (place, place of the first); and with other content.
+fn find_repeats(checks: &[(Uuid, Uuid)]) -> (Vec<(usize, usize)>, Vec<usize>) {
     let mut first: HashMap<Uuid, usize> = HashMap::with_capacity(checks.len());
     let mut repeats = Vec::new();
     let mut conflicts = Vec::new();
@@ -192,11 +182,7 @@ fn find_repeats(checks: &[(Uuid, Uuid)]) -> Result<Vec<(usize, usize)>, Vec<usiz
             Some(_) => conflicts.push(place),
         }
     }
-    if conflicts.is_empty() {
-        Ok(repeats)
-    } else {
-        Err(conflicts)
-    }
+    (repeats, conflicts)
 }
 
 /// The identity of a message within its window, and its content: 128 bits of SHA-256 each.
@@ -239,6 +225,10 @@ pub(super) struct Layout {
     pub(super) streams: Vec<StreamId>,
     /// In the order of the call: member, its message, place of the stream.
     slots: Vec<(usize, usize, usize)>,
+    /// By member: messages that repeat an earlier one of it, (place, place of the first).
+    repeats: Vec<Vec<(usize, usize)>>,
+    /// By member: messages that have an earlier one's id and other content.
+    conflicts: Vec<Vec<ConflictItem>>,
 }
 
 impl<'g> Plan<'g> {
@@ -256,8 +246,12 @@ impl<'g> Plan<'g> {
                 Member::Relay { origin, .. } => Some(*origin),
             };
             push_relay(&mut append, number, &member.taken.member);
-            for (index, message) in member.taken.member.messages().iter().enumerate() {
-                if member.repeats.iter().any(|&(repeat, _)| repeat == index) {
+            let messages = member.taken.member.messages();
+            let checks = checks(&member.taken.member, router);
+            let (repeats, conflicts) = find_repeats(&checks);
+            let is_refused = !conflicts.is_empty();
+            for (index, message) in messages.iter().enumerate() {
+                if is_refused || repeats.iter().any(|&(repeat, _)| repeat == index) {
                     continue;
                 }
                 let stream = router.route(&message.topic);
@@ -265,13 +259,24 @@ impl<'g> Plan<'g> {
                     layout.streams.push(stream);
                     append.push_stream(stream, lasts.get(&stream).map_or(0, |last| last.0))
                 });
-                let topic = router.topics[&message.topic];
-                let hash = message.key.as_deref().map(key_hash);
-                // By the route of now: the catalogue may have changed since the member joined.
-                let check = (!member.checks.is_empty()).then(|| check(stream, message));
-                append.push_message(number, place, topic, message, hash, origin, check);
+                append.push_message(AppendMessage {
+                    member: number,
+                    place,
+                    topic: router.topics[&message.topic],
+                    message,
+                    key_hash: message.key.as_deref().map(key_hash),
+                    origin,
+                    check: checks.get(index).copied(),
+                });
                 layout.slots.push((number, index, place));
             }
+            let conflicts = conflicts.into_iter().map(|index| ConflictItem {
+                index,
+                stream: router.route(&messages[index].topic),
+                offset: Offset(0),
+            });
+            layout.conflicts.push(conflicts.collect());
+            layout.repeats.push(repeats);
         }
         Self { append, layout }
     }
@@ -320,8 +325,13 @@ impl Group {
         let mut settled = Settled::default();
         let mut outcomes = self.outcomes(layout, appended);
         let mut messages: Vec<Vec<Option<Message>>> = Vec::with_capacity(self.members.len());
-        for (member, outcome) in self.members.into_iter().zip(outcomes.iter_mut()) {
-            let answer = outcome.answer(&member.repeats);
+        for (number, (member, outcome)) in self
+            .members
+            .into_iter()
+            .zip(outcomes.iter_mut())
+            .enumerate()
+        {
+            let answer = outcome.answer(&layout.repeats[number]);
             match &answer {
                 Ok(placed) => {
                     settled.duplicate_count +=
@@ -360,9 +370,10 @@ impl Group {
         let mut outcomes: Vec<Outcome> = self
             .members
             .iter()
-            .map(|member| Outcome {
+            .zip(&layout.conflicts)
+            .map(|(member, conflicts)| Outcome {
                 refused: None,
-                conflicts: Vec::new(),
+                conflicts: conflicts.clone(),
                 placed: vec![None; member.taken.member.messages().len()],
             })
             .collect();

@@ -231,7 +231,6 @@ impl Maintenance {
         connection: &mut Connection,
         leaves: &[Leaf],
     ) -> Result<(), store::Error> {
-        self.drop_at = Instant::now() + DROP_PAUSE;
         let emptied = leaves.iter().filter(|leaf| leaf.is_emptied);
         let mut gone: Vec<(StreamId, Option<Offset>)> = emptied
             .map(|leaf| (leaf.stream, Some(leaf.first)))
@@ -240,6 +239,7 @@ impl Maintenance {
         gone.extend(orphans.into_iter().map(|stream| (stream, None)));
         for (stream, first) in gone {
             if !skip_if_held(sql::drop_leaf(connection, stream, first).await)? {
+                self.drop_at = Instant::now() + DROP_PAUSE;
                 break;
             }
             self.state.metrics.leaves_dropped.inc();

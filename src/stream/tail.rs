@@ -19,7 +19,7 @@ use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
 
 /// Batches that wait for the slowest receiver of a stream; one further behind has lagged and reads the log.
-const TAIL_MAX_BATCHES: usize = 64;
+const TAIL_MAX_BATCHES: usize = 256;
 /// Offsets read from the log at a time for a gap.
 const GAP_PAGE: i64 = 1_000;
 

@@ -3,8 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod cluster;
 mod demo;
 mod examples;
 mod golden;
 mod local_postgres;
+mod stream;
 mod support;

@@ -51,6 +51,25 @@ struct Relays<'a> {
     rejected_rows: Vec<&'a str>,
 }
 
+/// A message of a group commit.
+#[derive(Debug)]
+pub struct AppendMessage<'a> {
+    /// The number of its member.
+    pub member: usize,
+    /// The place of its stream, as [`Append::push_stream`] gave it.
+    pub place: usize,
+    /// The number of its topic.
+    pub topic: TopicId,
+    /// The message.
+    pub message: &'a Message,
+    /// The hash of its key.
+    pub key_hash: Option<i64>,
+    /// The origin whose relay appends it.
+    pub origin: Option<OriginId>,
+    /// Its identity and content, if ids are checked.
+    pub check: Option<(Uuid, Uuid)>,
+}
+
 /// A relay's share of a group commit.
 #[derive(Debug)]
 pub struct RelayMember<'a> {
@@ -75,17 +94,17 @@ impl<'a> Append<'a> {
         self.streams.len() - 1
     }
 
-    /// Adds a message of a member at the end of its stream. `check` is its identity and content, if ids are checked.
-    pub fn push_message(
-        &mut self,
-        member: usize,
-        place: usize,
-        topic: TopicId,
-        message: &'a Message,
-        key_hash: Option<i64>,
-        origin: Option<OriginId>,
-        check: Option<(Uuid, Uuid)>,
-    ) {
+    /// Adds a message at the end of its stream.
+    pub fn push_message(&mut self, one: AppendMessage<'a>) {
+        let AppendMessage {
+            member,
+            place,
+            topic,
+            message,
+            key_hash,
+            origin,
+            check,
+        } = one;
         self.members.push(member as i32);
         self.message_streams.push(place as i32 + 1);
         self.ranks.push(self.counts[place]);

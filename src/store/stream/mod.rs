@@ -5,7 +5,9 @@ mod catalogue;
 mod leaf;
 mod log;
 
-pub use append::{Append, AppendOutcome, Appended, GroupKey, RelayMember, append, intern_topics};
+pub use append::{
+    Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, append, intern_topics,
+};
 pub use catalogue::{
     Catalogue, DeclareOutcome, StreamRow, create_main, declare, delete, load_catalogue, read_sizes,
 };

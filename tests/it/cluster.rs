@@ -1,0 +1,227 @@
+//! The cluster: leases change hands at once or after the ttl, epochs only rise, and the dead stay dead.
+
+use std::time::Duration;
+
+use postroad::cluster::{self, Error, Handle, Options};
+use postroad::domain::id::Slot;
+use postroad::store;
+use postroad::supervisor::Supervisor;
+use prometheus_client::registry::Registry;
+use sqlx::Executor as _;
+
+use super::support::{self, TestDatabase};
+
+async fn node(db: &TestDatabase, address: &str, ttl: Duration) -> (Handle, Supervisor) {
+    let supervisor = Supervisor::new();
+    let options = Options {
+        ttl,
+        heartbeat: Duration::from_millis(50),
+        allow_unsafe_postgres: true,
+        ..Options::new(address)
+    };
+    let handle = cluster::start(
+        options,
+        db.database.clone(),
+        &supervisor,
+        &mut Registry::default(),
+    )
+    .await
+    .unwrap();
+    (handle, supervisor)
+}
+
+const LONG: Duration = Duration::from_secs(60);
+
+async fn stop(supervisor: &Supervisor) {
+    supervisor.stop(Duration::from_secs(10)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_slots_are_taken_and_an_orderly_end_hands_them_over_at_once() {
+    let db = support::database().await;
+    let (one, one_tasks) = node(&db, "http://one", LONG).await;
+    let names: Vec<String> = (0..64).map(|slot| Slot(slot).lease_name()).collect();
+    let mut held = Vec::new();
+    for name in &names {
+        let mut watcher = one.hold(name.clone());
+        let fence = watcher
+            .wait_for(Option::is_some)
+            .await
+            .unwrap()
+            .clone()
+            .unwrap();
+        assert_eq!((&fence.lease, fence.epoch.0), (name, 1));
+        held.push(watcher);
+    }
+    let (two, two_tasks) = node(&db, "http://two", LONG).await;
+    let mut wanted: Vec<_> = names.iter().map(|name| two.hold(name.clone())).collect();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(
+        wanted.iter().all(|watcher| watcher.borrow().is_none()),
+        "a live holder keeps all"
+    );
+    one.release(&names[7]);
+    let fence = wanted[7]
+        .wait_for(Option::is_some)
+        .await
+        .unwrap()
+        .clone()
+        .unwrap();
+    assert_eq!(fence.epoch.0, 2);
+    assert!(held[7].borrow().is_none());
+    stop(&one_tasks).await;
+    for watcher in &mut wanted {
+        let fence = watcher
+            .wait_for(Option::is_some)
+            .await
+            .unwrap()
+            .clone()
+            .unwrap();
+        assert_eq!(fence.epoch.0, 2);
+    }
+    stop(&two_tasks).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_takes_over_at_once_what_its_own_address_held() {
+    let db = support::database().await;
+    let (one, _left_running) = node(&db, "http://same", LONG).await;
+    let mut first = one.hold("slot/00".to_owned());
+    first.wait_for(Option::is_some).await.unwrap();
+    let (two, tasks) = node(&db, "http://same", LONG).await;
+    let mut second = two.hold("slot/00".to_owned());
+    let fence = second
+        .wait_for(Option::is_some)
+        .await
+        .unwrap()
+        .clone()
+        .unwrap();
+    assert_eq!(fence.epoch.0, 2);
+    assert!(two.incarnation() > one.incarnation());
+    stop(&tasks).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_holder_is_marked_dead_and_starts_over_as_a_new_incarnation() {
+    let db = support::database().await;
+    let (one, one_tasks) = node(&db, "http://one", LONG).await;
+    let mut first = one.hold("slot/00".to_owned());
+    first.wait_for(Option::is_some).await.unwrap();
+    let incarnation = one.incarnation();
+    // Its heartbeat is late: the row is locked by somebody else's transaction until it has expired.
+    let mut admin = db.connect().await;
+    admin
+        .execute("update postroad_broker.node set expires_at = clock_timestamp() - interval '1 s'")
+        .await
+        .unwrap();
+    let mut other = db.database.connect().await.unwrap();
+    let (dead, _) = store::cluster::insert_node(&mut other, "http://two", 60.0)
+        .await
+        .unwrap();
+    let taken = store::cluster::take_leases(&mut other, dead, &["slot/00".to_owned()]).await;
+    // Either the heartbeat came first and keeps it, or the taker was first and the holder starts over.
+    match taken.unwrap().first() {
+        None => assert_eq!(one.incarnation(), incarnation),
+        Some(fence) => {
+            assert_eq!(fence.epoch.0, 2);
+            first.wait_for(Option::is_none).await.unwrap();
+            support::eventually("a new incarnation", async || {
+                (one.incarnation() > incarnation).then_some(())
+            })
+            .await;
+        }
+    }
+    // A dead incarnation is neither renewed nor does it take anything.
+    store::cluster::mark_node_dead(&mut other, dead)
+        .await
+        .unwrap();
+    assert!(
+        !store::cluster::renew_node(&mut other, dead, 60.0)
+            .await
+            .unwrap()
+    );
+    let taken = store::cluster::take_leases(&mut other, dead, &["slot/01".to_owned()]).await;
+    assert_eq!(taken.unwrap(), []);
+    first.wait_for(Option::is_some).await.unwrap();
+    // Declared dead by a person: fences are dropped and taken again at a later epoch.
+    let before = first.borrow().clone().unwrap();
+    admin
+        .execute("update postroad_broker.node set dead_at = clock_timestamp()")
+        .await
+        .unwrap();
+    let later = first
+        .wait_for(|held| {
+            held.as_ref()
+                .is_some_and(|fence| fence.epoch > before.epoch)
+        })
+        .await
+        .unwrap();
+    assert!(later.is_some());
+    drop(later);
+    assert!(one.is_trusted());
+    stop(&one_tasks).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn racing_takers_never_share_an_epoch() {
+    let db = support::database().await;
+    let mut epochs = Vec::new();
+    let takers = (0..8).map(|n| {
+        let database = db.database.clone();
+        tokio::spawn(async move {
+            let mut connection = database.connect().await.unwrap();
+            let mut taken = Vec::new();
+            for _ in 0..20 {
+                // Always expired: everybody takes from everybody.
+                let address = format!("http://{n}");
+                let (node, _) = store::cluster::insert_node(&mut connection, &address, -1.0)
+                    .await
+                    .unwrap();
+                let names = ["slot/00", "slot/01"].map(str::to_owned);
+                let fences = store::cluster::take_leases(&mut connection, node, &names)
+                    .await
+                    .unwrap();
+                taken.extend(fences.into_iter().map(|fence| (fence.lease, fence.epoch)));
+            }
+            taken
+        })
+    });
+    for taker in takers.collect::<Vec<_>>() {
+        epochs.extend(taker.await.unwrap());
+    }
+    let taken = epochs.len();
+    // The holder may change while a taker waits for the one it saw: then it gets nothing, and asks again.
+    assert!(taken >= 100, "{taken} of 320 were taken");
+    epochs.sort();
+    epochs.dedup();
+    assert_eq!(epochs.len(), taken);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_may_lose_what_it_acknowledged_is_refused() {
+    let server = support::cluster_with(&[("fsync", "off"), ("full_page_writes", "on")]).await;
+    let database = store::Database::new(&server.url("postgres"), 2).unwrap();
+    store::migrate::broker(&database).await.unwrap();
+    let supervisor = Supervisor::new();
+    let mut registry = Registry::default();
+    let strict = Options::new("http://one");
+    let refused =
+        cluster::start(strict.clone(), database.clone(), &supervisor, &mut registry).await;
+    assert!(
+        matches!(&refused, Err(Error::UnsafePostgres { settings }) if settings == &["fsync"]),
+        "{refused:?}"
+    );
+    let lenient = Options {
+        allow_unsafe_postgres: true,
+        ..strict
+    };
+    let one = cluster::start(lenient, database.clone(), &supervisor, &mut registry)
+        .await
+        .unwrap();
+    let again = store::cluster::broker_identity(&database).await.unwrap();
+    assert_eq!(one.identity(), &again, "written once");
+    assert!(!format!("{again:?}").contains(&again.receipt_key.0[0].to_string().repeat(2)));
+    let before = one.now();
+    assert!(one.now() >= before);
+    stop(&supervisor).await;
+}
