@@ -9,4 +9,5 @@ mod examples;
 mod golden;
 mod local_postgres;
 mod stream;
+mod program;
 mod support;

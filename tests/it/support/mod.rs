@@ -1,10 +1,12 @@
 //! The harness. `database()` gives a fresh migrated database; `cluster()` a private server that a test may kill;
-//! `proxy` a TCP proxy that cuts, holds and delays. All that a test makes goes away with the value it got.
+//! `proxy` a TCP proxy that cuts, holds and delays; `broker()` a whole broker in this process, `program()` the real one as a
+//! child. All that a test makes goes away with the value it got.
 //!
 //! The run's shared server is `DATABASE_URL`'s (a superuser's URL) when that is set, else one that the run starts.
 
 #![allow(dead_code, reason = "each test uses what it needs")]
 
+pub mod broker;
 pub mod cluster;
 pub mod database;
 pub mod proxy;
@@ -14,6 +16,7 @@ use std::sync::OnceLock;
 
 use tokio::runtime::Runtime;
 
+pub use broker::{Http, Program, TestBroker, broker, broker_with, program};
 pub use cluster::{Cluster, cluster, cluster_with};
 pub use database::{TestDatabase, database, empty_database};
 pub use proxy::{Action, Direction, Proxy, proxy};

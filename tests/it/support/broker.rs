@@ -1,0 +1,299 @@
+//! Whole brokers: inside the test's process, or the real program as a child that can be killed.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use postroad::app;
+use postroad::config::Config;
+use reqwest::{Method, StatusCode};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStderr, Command};
+
+use super::database::{TestDatabase, database};
+
+/// A client of a broker's API, for JSON.
+#[derive(Debug, Clone)]
+pub struct Http {
+    /// `http://127.0.0.1:port`
+    pub base: String,
+    /// For what needs more than JSON in, JSON out.
+    pub client: reqwest::Client,
+}
+
+impl Http {
+    /// A client of the broker at a base URL.
+    pub fn new(base: &str) -> Self {
+        let client = reqwest::Client::builder()
+            .timeout(Duration::from_secs(90))
+            .build()
+            .unwrap();
+        Self {
+            base: base.to_owned(),
+            client,
+        }
+    }
+
+    /// Sends a request with a JSON body, if any, and gives the status and the JSON answer, null without one.
+    pub async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(StatusCode, Value), reqwest::Error> {
+        let mut request = self.client.request(method, format!("{}{path}", self.base));
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = request.send().await?;
+        let status = answer.status();
+        let text = answer.text().await?;
+        let value = match text.is_empty() {
+            true => Value::Null,
+            false => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+        };
+        Ok((status, value))
+    }
+
+    /// GET, and whatever the answer is.
+    pub async fn get(&self, path: &str) -> (StatusCode, Value) {
+        self.call(Method::GET, path, None).await.unwrap()
+    }
+
+    /// POST, and whatever the answer is.
+    pub async fn post(&self, path: &str, body: &Value) -> (StatusCode, Value) {
+        self.call(Method::POST, path, Some(body)).await.unwrap()
+    }
+
+    /// PUT, and whatever the answer is.
+    pub async fn put(&self, path: &str, body: &Value) -> (StatusCode, Value) {
+        self.call(Method::PUT, path, Some(body)).await.unwrap()
+    }
+
+    /// DELETE, and whatever the answer is.
+    pub async fn delete(&self, path: &str) -> (StatusCode, Value) {
+        self.call(Method::DELETE, path, None).await.unwrap()
+    }
+
+    /// POST that must be answered 2xx.
+    ///
+    /// # Panics
+    /// With the answer, if it is another.
+    pub async fn ok(&self, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.post(path, body).await;
+        assert!(status.is_success(), "POST {path}: {status} {answer}");
+        answer
+    }
+
+    /// PUT that must be answered 2xx.
+    ///
+    /// # Panics
+    /// With the answer, if it is another.
+    pub async fn declare(&self, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.put(path, body).await;
+        assert!(status.is_success(), "PUT {path}: {status} {answer}");
+        answer
+    }
+}
+
+/// A broker inside the test's process.
+#[derive(Debug)]
+pub struct TestBroker {
+    /// Its API.
+    pub http: Http,
+    /// Its database; dropped last.
+    pub database: TestDatabase,
+    broker: Option<app::Broker>,
+    config: Config,
+}
+
+/// A configuration for tests: a free port, and a Postgres that need not be durable.
+pub fn config(database_url: &str) -> Config {
+    let mut config = Config::default();
+    config.bind = ([127, 0, 0, 1], 0).into();
+    config.database_url = Some(database_url.to_owned());
+    config.database_pool_size = 8;
+    config.allow_unsafe_postgres = true;
+    config
+}
+
+/// Starts a broker on a fresh database.
+pub async fn broker() -> TestBroker {
+    broker_with(|_| {}).await
+}
+
+/// Starts a broker on a fresh database, its configuration changed first.
+pub async fn broker_with(change: impl FnOnce(&mut Config)) -> TestBroker {
+    let database = database().await;
+    let mut config = config(&database.url);
+    change(&mut config);
+    let broker = app::Broker::start(config.clone()).await.unwrap();
+    TestBroker {
+        http: Http::new(broker.url()),
+        database,
+        broker: Some(broker),
+        config,
+    }
+}
+
+impl TestBroker {
+    /// Stops it in order.
+    pub async fn stop(&mut self) {
+        if let Some(broker) = self.broker.take() {
+            broker.stop().await.unwrap();
+        }
+    }
+
+    /// Stops it in order and starts it again on the same database. Its port changes, and so does `http`.
+    pub async fn restart(&mut self) {
+        self.stop().await;
+        let broker = app::Broker::start(self.config.clone()).await.unwrap();
+        self.http = Http::new(broker.url());
+        self.broker = Some(broker);
+    }
+}
+
+/// The real program, `postroad serve`, as a child. Killed when dropped.
+#[derive(Debug)]
+pub struct Program {
+    /// Its API. The port stays over restarts.
+    pub http: Http,
+    variables: Vec<(String, String)>,
+    child: Child,
+}
+
+/// Starts the program on a database, with further `POSTROAD_*` variables, and waits until it is ready.
+pub async fn program(database_url: &str, variables: &[(&str, &str)]) -> Program {
+    let mut all = self::variables(database_url);
+    all.extend(
+        variables
+            .iter()
+            .map(|&(name, value)| (name.to_owned(), value.to_owned())),
+    );
+    let (child, base) = start(&all).await;
+    let address = base.trim_start_matches("http://").to_owned();
+    all.push(("POSTROAD_BIND".to_owned(), address));
+    Program {
+        http: Http::new(&base),
+        variables: all,
+        child,
+    }
+}
+
+/// The variables of a program for tests.
+pub fn variables(database_url: &str) -> Vec<(String, String)> {
+    [
+        ("POSTROAD_DATABASE_URL", database_url),
+        ("POSTROAD_BIND", "127.0.0.1:0"),
+        ("POSTROAD_ALLOW_UNSAFE_POSTGRES", "true"),
+        ("POSTROAD_LOG_FORMAT", "json"),
+        ("POSTROAD_LOG_LEVEL", "info"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .to_vec()
+}
+
+/// Starts the program and gives the URL of its log line "postroad is ready".
+async fn start(variables: &[(String, String)]) -> (Child, String) {
+    let (child, mut log) = launch(variables);
+    let entry = log.wait_for("postroad is ready").await;
+    let url = entry["fields"]["url"].as_str().unwrap().to_owned();
+    log.read_on();
+    (child, url)
+}
+
+/// The log of a program, as it is written.
+#[derive(Debug)]
+pub struct Log {
+    lines: Lines<BufReader<ChildStderr>>,
+    seen: Vec<String>,
+}
+
+impl Log {
+    /// Reads until a line has this message, and gives the line.
+    ///
+    /// # Panics
+    /// With what was logged, if the program ends first.
+    pub async fn wait_for(&mut self, message: &str) -> Value {
+        loop {
+            let line = self.lines.next_line().await.unwrap();
+            let line =
+                line.unwrap_or_else(|| panic!("the program ended:\n{}", self.seen.join("\n")));
+            let entry: Value = serde_json::from_str(&line).unwrap_or_default();
+            if entry["fields"]["message"] == message {
+                return entry;
+            }
+            self.seen.push(line);
+        }
+    }
+
+    /// Reads on without end, or the program would wait for room in the pipe. Warnings go to the test's output.
+    pub fn read_on(mut self) {
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = self.lines.next_line().await {
+                if !line.contains("\"INFO\"") && !line.contains("\"DEBUG\"") {
+                    eprintln!("{line}");
+                }
+            }
+        });
+    }
+}
+
+/// Starts the program with these variables and no other `POSTROAD_*` ones, and does not wait.
+pub fn launch(variables: &[(String, String)]) -> (Child, Log) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_postroad"));
+    command
+        .arg("serve")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("POSTROAD_") {
+            command.env_remove(name);
+        }
+    }
+    for (name, value) in variables {
+        command.env(name, value);
+    }
+    let mut child = command.spawn().unwrap();
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let seen = Vec::new();
+    (child, Log { lines, seen })
+}
+
+impl Program {
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("the program runs")
+    }
+
+    /// Kills it with -9 and waits until it is gone.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// Sends a signal by its name, `TERM`, `STOP`, `CONT`.
+    pub async fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args(["-s", name, &self.pid().to_string()])
+            .status()
+            .await
+            .unwrap();
+        assert!(sent.success());
+    }
+
+    /// Stops it by SIGTERM and gives the exit status.
+    pub async fn stop(&mut self) -> std::process::ExitStatus {
+        self.signal("TERM").await;
+        self.child.wait().await.unwrap()
+    }
+
+    /// Starts it again at its port, and waits until it is ready.
+    pub async fn start(&mut self) {
+        let (child, base) = start(&self.variables).await;
+        assert_eq!(base, self.http.base);
+        self.child = child;
+    }
+}
