@@ -4,18 +4,21 @@
 //! that no former process of that address lives. Requests that come before the start is done wait in the socket's backlog.
 
 mod database;
+mod declarations;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
-use crate::cluster;
 use crate::config::Config;
-use crate::local_postgres;
+use crate::domain::cloudevents::Limits;
+use crate::domain::name::OriginName;
 use crate::store::{self, Database};
 use crate::supervisor::Supervisor;
+use crate::{cluster, http, local_postgres, queue, relay, stream};
 
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
@@ -49,6 +52,26 @@ pub enum Error {
     /// The node could not be registered.
     #[error("the node did not start")]
     Cluster(#[from] cluster::Error),
+    /// The streams.
+    #[error("the streams did not start")]
+    Stream(#[from] stream::Error),
+    /// The queues.
+    #[error("the queues did not start")]
+    Queue(#[from] queue::Error),
+    /// The relays.
+    #[error("the relays did not start")]
+    Relay(#[from] relay::Error),
+    /// The HTTP server.
+    #[error("the HTTP server did not start")]
+    Http(#[from] http::Error),
+    /// A stream or queue of the configuration breaks a rule.
+    #[error("the configuration's `{key}` cannot be had: {reason}")]
+    Declaration {
+        /// `streams.orders`.
+        key: String,
+        /// The rule.
+        reason: String,
+    },
 }
 
 /// Parts that had not stopped when their time was over.
@@ -62,6 +85,10 @@ struct Steps {
     root: Supervisor,
     postgres: Supervisor,
     cluster: Supervisor,
+    stream: Supervisor,
+    queue: Supervisor,
+    relay: Supervisor,
+    http: Supervisor,
 }
 
 impl Steps {
@@ -70,6 +97,10 @@ impl Steps {
         Self {
             postgres: root.child(),
             cluster: root.child(),
+            stream: root.child(),
+            queue: root.child(),
+            relay: root.child(),
+            http: root.child(),
             root,
         }
     }
@@ -78,7 +109,13 @@ impl Steps {
     async fn stop(&self, database: Option<&Database>, time: Duration) -> Result<(), NotStopped> {
         let deadline = tokio::time::Instant::now() + time;
         let mut late = Vec::new();
-        for step in [&self.cluster] {
+        for step in [
+            &self.http,
+            &self.relay,
+            &self.queue,
+            &self.stream,
+            &self.cluster,
+        ] {
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             if let Err(names) = step.stop(left).await {
                 late = names;
@@ -178,12 +215,12 @@ async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
             address: config.bind,
             source,
         });
-    let (address, _listener) = listener?;
+    let (address, listener) = listener?;
     let url = format!("http://{address}");
     let database = open_database(config, steps).await?;
     database::prepare(&database).await?;
     let mut registry = Registry::default();
-    let _cluster = cluster::start(
+    let cluster = cluster::start(
         cluster::Options {
             address: config.advertise_url.clone().unwrap_or_else(|| url.clone()),
             ttl: config.node_ttl,
@@ -194,12 +231,105 @@ async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
         &steps.cluster,
         &mut registry,
     )
+    .await
+    .map_err(|error| refused(&database, error))?;
+    let stream = stream::start(
+        stream::Options {
+            cache_bytes: config.stream_cache_bytes,
+            ..stream::Options::default()
+        },
+        database.clone(),
+        cluster.clone(),
+        &steps.stream,
+        &mut registry,
+    )
     .await?;
+    let queue = queue::start(
+        queue::Options::default(),
+        database.clone(),
+        stream.clone(),
+        cluster.clone(),
+        &steps.queue,
+        &mut registry,
+    )
+    .await?;
+    // Before the relays: a message must find the stream and the queues that the configuration declares for it.
+    declarations::declare(config, &stream, &queue).await?;
+    let relay = relay::start(
+        relay_options(config),
+        database.clone(),
+        stream.clone(),
+        cluster.clone(),
+        &steps.relay,
+        &mut registry,
+    )
+    .await?;
+    let metrics = http::Metrics::new(&mut registry);
+    let parts = http::Parts {
+        stream,
+        queue,
+        relay,
+        cluster,
+        registry: Arc::new(registry),
+        metrics,
+        readiness: http::Readiness::new(),
+    };
+    http::serve(listener, parts, http_options(config), &steps.http)?;
     Ok(Parts {
         address,
         url,
         database,
     })
+}
+
+/// What to do about an unsafe Postgres stands beside the reason.
+fn refused(database: &Database, error: cluster::Error) -> Error {
+    match &error {
+        cluster::Error::UnsafePostgres { .. } => Error::Refused {
+            place: database.place(),
+            reason: format!("{error}: turn them on, or set allow_unsafe_postgres"),
+        },
+        _ => error.into(),
+    }
+}
+
+fn relay_options(config: &Config) -> relay::Options {
+    let local = relay::OriginOptions {
+        name: OriginName::local(),
+        url: None,
+    };
+    let others = config.origins.iter().map(|origin| relay::OriginOptions {
+        name: origin.name.clone(),
+        url: Some(origin.url.clone()),
+    });
+    relay::Options {
+        origins: std::iter::once(local).chain(others).collect(),
+        grace: config.outbox_grace,
+        ..relay::Options::default()
+    }
+}
+
+fn http_options(config: &Config) -> http::Options {
+    let defaults = http::Options::default();
+    // No balancer stands before a loopback address.
+    let lame_duck = if config.bind.ip().is_loopback() {
+        Duration::ZERO
+    } else {
+        config.lame_duck
+    };
+    http::Options {
+        publish: Limits {
+            message_bytes: config.message_max_bytes,
+            ..Limits::default()
+        },
+        connections_max: config.connections_max,
+        lame_duck,
+        // Half of the time is left for what the engines have to finish.
+        drain: defaults
+            .drain
+            .min(config.shutdown.saturating_sub(lame_duck) / 2),
+        ..defaults
+    }
 }
 
 /// The configured database, or a private one.

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{self, Config, Environment};
-use crate::{demo, telemetry};
+use crate::{demo, http, telemetry};
 
 use flags::ConfigFlags;
 
@@ -31,6 +31,8 @@ enum Command {
     Demo(demo::Options),
     /// Install the outbox's schema in a database, or print it as SQL
     Install(install::Install),
+    /// Print the description of the HTTP API, openapi.yaml
+    Openapi,
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -93,6 +95,10 @@ async fn run(command: Command) -> ExitCode {
                 Ok(())
             })
             .await
+        }
+        Command::Openapi => {
+            print!("{}", http::openapi_yaml());
+            ExitCode::SUCCESS
         }
         Command::Healthcheck(healthcheck) => ended(healthcheck.run().await),
         Command::Version => {

@@ -217,6 +217,35 @@ pub const KEYS: &[Key] = &[
         |c, t| seconds(t, 1.0, 1_500.0).map(|v| c.outbox_grace = v),
     ),
     key(
+        "message_max_bytes",
+        "1048576",
+        "a whole number from 1024 to 16777216",
+        "The largest message that is taken over HTTP: payload and attributes.",
+        |c, t| within(t, 1_024, 16 << 20).map(|v| c.message_max_bytes = v),
+    ),
+    key(
+        "connections_max",
+        "20000",
+        "a whole number from 16 to 1000000",
+        "Most HTTP connections at a time; further ones wait.",
+        |c, t| within(t, 16, 1_000_000).map(|v| c.connections_max = v),
+    ),
+    key(
+        "stream_cache_bytes",
+        "67108864",
+        "a whole number from 1048576 to 1099511627776",
+        "Memory for recent messages, so that queues that keep up read nothing from the database.",
+        |c, t| within(t, 1 << 20, 1 << 40).map(|v| c.stream_cache_bytes = v),
+    ),
+    key(
+        "lame_duck_seconds",
+        "5",
+        "seconds from 0 to 60",
+        "How long a stopping process goes on serving after `/readyz` says that it stops, so that balancers notice. \
+         Not waited for when `bind` is a loopback address.",
+        |c, t| seconds(t, 0.0, 60.0).map(|v| c.lame_duck = v),
+    ),
+    key(
         "shutdown_seconds",
         "25",
         "seconds from 1 to 600",

@@ -403,12 +403,12 @@ mod tests {
         let environment =
             Environment::from([("SHOP_URL", "postgres://u:p@h/d"), ("POSTROAD_BNID", "1")]);
         let text = "[origins.shop]\nurl_env = 'SHOP_URL'\n\
-                    [streams.orders]\npatterns = ['orders.>']\n\
+                    [streams.orders]\ntopics = ['orders.>']\n\
                     [queues.billing]\nstream = 'orders'\nmax_attempts = 3";
         let config = with_file(text, &environment).unwrap();
         assert_eq!(config.origins[0].url, "postgres://u:p@h/d");
         assert!(!format!("{config:?}").contains("u:p"));
-        assert_eq!(config.streams[0].1["patterns"][0], "orders.>");
+        assert_eq!(config.streams[0].1["topics"][0], "orders.>");
         assert_eq!(config.queues[0].1["max_attempts"], 3);
         assert!(config.warnings[0].contains("POSTROAD_BIND"));
     }

@@ -62,6 +62,14 @@ pub struct Config {
     pub node_heartbeat: Duration,
     /// `outbox_grace_seconds`
     pub outbox_grace: Duration,
+    /// `lame_duck_seconds`
+    pub lame_duck: Duration,
+    /// `connections_max`
+    pub connections_max: usize,
+    /// `message_max_bytes`
+    pub message_max_bytes: usize,
+    /// `stream_cache_bytes`
+    pub stream_cache_bytes: usize,
     /// `shutdown_seconds`
     pub shutdown: Duration,
     /// `[origins.<name>]`
@@ -110,6 +118,10 @@ impl Config {
             node_ttl: Duration::ZERO,
             node_heartbeat: Duration::ZERO,
             outbox_grace: Duration::ZERO,
+            lame_duck: Duration::ZERO,
+            connections_max: 0,
+            message_max_bytes: 0,
+            stream_cache_bytes: 0,
             shutdown: Duration::ZERO,
             origins: Vec::new(),
             streams: Vec::new(),

@@ -84,6 +84,10 @@ fn value(config: &Config, name: &str) -> Option<String> {
         "node_ttl_seconds" => Some(config.node_ttl.as_secs_f64().to_string()),
         "node_heartbeat_seconds" => Some(config.node_heartbeat.as_secs_f64().to_string()),
         "outbox_grace_seconds" => Some(config.outbox_grace.as_secs_f64().to_string()),
+        "message_max_bytes" => Some(config.message_max_bytes.to_string()),
+        "connections_max" => Some(config.connections_max.to_string()),
+        "stream_cache_bytes" => Some(config.stream_cache_bytes.to_string()),
+        "lame_duck_seconds" => Some(config.lame_duck.as_secs_f64().to_string()),
         "shutdown_seconds" => Some(config.shutdown.as_secs_f64().to_string()),
         _ => None,
     }

@@ -6,6 +6,7 @@
 
 mod body;
 mod connection;
+mod declaration;
 mod extract;
 mod metrics;
 mod observe;
@@ -20,6 +21,7 @@ use axum::Router;
 use axum::middleware::from_fn_with_state;
 use tower_http::catch_panic::CatchPanicLayer;
 
+pub use declaration::{queue_declaration, stream_declaration};
 pub use metrics::Metrics;
 pub use openapi::openapi_yaml;
 pub use problem::{Kind, Problem};

@@ -3,8 +3,8 @@
 mod deliveries;
 mod origins;
 mod publish;
-mod queues;
-mod streams;
+pub(in crate::http) mod queues;
+pub(in crate::http) mod streams;
 mod system;
 mod wire;
 

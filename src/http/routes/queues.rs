@@ -19,7 +19,7 @@ use crate::domain::policy::{
     MAX_ATTEMPTS, MAX_ATTEMPTS_MAX, MAX_IN_FLIGHT, Ordering, PATTERNS_MAX, RetryPolicy, Settings,
     Start, VISIBILITY_TIMEOUT,
 };
-use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::openapi::{NoQueue, QueueConflicts, Reads, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
@@ -303,6 +303,11 @@ impl From<Status> for Numbers {
             standing_still: status.standing_still,
         }
     }
+}
+
+/// Reads a declaration from elsewhere than a request.
+pub(in crate::http) fn read_declaration(body: &[u8]) -> Result<queue::Declaration, Problem> {
+    parse_json::<Declaration>(body)?.checked()
 }
 
 impl Declaration {

@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 use super::wire::{self, Event};
 use crate::domain::id::Offset;
 use crate::domain::name::{StreamName, TopicPattern};
-use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::openapi::{NoStream, Reads, StreamConflicts, StreamStays, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
@@ -146,6 +146,11 @@ impl From<Description> for Stream {
             created_at: wire::time(stream.created_at),
         }
     }
+}
+
+/// Reads a declaration from elsewhere than a request.
+pub(in crate::http) fn read_declaration(body: &[u8]) -> Result<Settings, Problem> {
+    parse_json::<Declaration>(body)?.settings()
 }
 
 impl Declaration {
