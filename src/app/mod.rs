@@ -139,6 +139,16 @@ impl Steps {
     }
 }
 
+/// The engines' handles. An engine's tasks end when nobody holds its handle any more, so these are held until all have
+/// stopped.
+#[derive(Debug, Default)]
+struct Held {
+    cluster: Option<cluster::Handle>,
+    stream: Option<stream::Handle>,
+    queue: Option<queue::Handle>,
+    relay: Option<relay::Handle>,
+}
+
 /// A running broker.
 #[derive(Debug)]
 pub struct Broker {
@@ -148,6 +158,7 @@ pub struct Broker {
     database: Database,
     shutdown: Duration,
     steps: Steps,
+    held: Held,
 }
 
 impl Broker {
@@ -157,13 +168,15 @@ impl Broker {
     /// See [`Error`]. What was started before is stopped again.
     pub async fn start(config: Config) -> Result<Self, Error> {
         let steps = Steps::new();
-        match assemble(&config, &steps).await {
+        let mut held = Held::default();
+        match assemble(&config, &steps, &mut held).await {
             Ok(parts) => Ok(Self {
                 address: parts.address,
                 url: parts.url,
                 database: parts.database,
                 shutdown: config.shutdown,
                 steps,
+                held,
             }),
             Err(error) => {
                 // What could not start has nothing to finish; what did stops by itself.
@@ -196,7 +209,9 @@ impl Broker {
     /// # Errors
     /// The tasks that had not ended in time; they are left running.
     pub async fn stop(self) -> Result<(), NotStopped> {
-        self.steps.stop(Some(&self.database), self.shutdown).await
+        let stopped = self.steps.stop(Some(&self.database), self.shutdown).await;
+        drop(self.held);
+        stopped
     }
 }
 
@@ -207,7 +222,7 @@ struct Parts {
     database: Database,
 }
 
-async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
+async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Parts, Error> {
     let listener = TcpListener::bind(config.bind)
         .await
         .and_then(|listener| Ok((listener.local_addr()?, listener)))
@@ -233,6 +248,7 @@ async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
     )
     .await
     .map_err(|error| refused(&database, error))?;
+    held.cluster = Some(cluster.clone());
     let stream = stream::start(
         stream::Options {
             cache_bytes: config.stream_cache_bytes,
@@ -244,6 +260,7 @@ async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
         &mut registry,
     )
     .await?;
+    held.stream = Some(stream.clone());
     let queue = queue::start(
         queue::Options::default(),
         database.clone(),
@@ -253,6 +270,7 @@ async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
         &mut registry,
     )
     .await?;
+    held.queue = Some(queue.clone());
     // Before the relays: a message must find the stream and the queues that the configuration declares for it.
     declarations::declare(config, &stream, &queue).await?;
     let relay = relay::start(
@@ -264,6 +282,7 @@ async fn assemble(config: &Config, steps: &Steps) -> Result<Parts, Error> {
         &mut registry,
     )
     .await?;
+    held.relay = Some(relay.clone());
     let metrics = http::Metrics::new(&mut registry);
     let parts = http::Parts {
         stream,

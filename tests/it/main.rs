@@ -5,6 +5,7 @@
 
 mod cluster;
 mod demo;
+mod end_to_end;
 mod examples;
 mod golden;
 mod local_postgres;
