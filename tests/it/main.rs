@@ -9,6 +9,6 @@ mod end_to_end;
 mod examples;
 mod golden;
 mod local_postgres;
-mod stream;
 mod program;
+mod stream;
 mod support;
