@@ -15,6 +15,9 @@ mod record;
 mod state;
 mod verbs;
 
+#[cfg(test)]
+mod model;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
