@@ -11,4 +11,5 @@ mod golden;
 mod local_postgres;
 mod program;
 mod stream;
+mod queue;
 mod support;

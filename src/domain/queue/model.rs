@@ -69,7 +69,9 @@ impl Reference {
                 continue;
             }
             message.delivery += 1;
-            message.plain = Plain::Live { until: now + visible };
+            message.plain = Plain::Live {
+                until: now + visible,
+            };
             handed.push((offset, message.delivery, message.attempts + 1));
             if alone {
                 break;
@@ -90,8 +92,13 @@ impl Reference {
                     attempts => now + DELAYS[(attempts as usize - 1).min(2)],
                 };
                 message.plain = match message.attempts >= MAX_ATTEMPTS {
-                    true => Plain::Dead { last: message.delivery },
-                    false => Plain::Waiting { end: End::TimedOut, due },
+                    true => Plain::Dead {
+                        last: message.delivery,
+                    },
+                    false => Plain::Waiting {
+                        end: End::TimedOut,
+                        due,
+                    },
                 };
             }
         }
@@ -110,12 +117,22 @@ impl Reference {
             && message.delivery == delivery
             && let Plain::Live { .. } = message.plain
         {
-            message.plain = Plain::Waiting { end: End::Unwritten, due: now };
+            message.plain = Plain::Waiting {
+                end: End::Unwritten,
+                due: now,
+            };
         }
     }
 
     /// One cell of the matrix, written as PROTOCOL.md has it.
-    fn verb(&mut self, verb: Verb, offset: i64, delivery: u32, delay: Option<i64>, now: i64) -> Outcome {
+    fn verb(
+        &mut self,
+        verb: Verb,
+        offset: i64,
+        delivery: u32,
+        delay: Option<i64>,
+        now: i64,
+    ) -> Outcome {
         let letter = dead_letter_id(Generation(1), Offset(offset));
         let Some(message) = self.messages.get_mut(&offset) else {
             return Outcome::Gone { incident: true };
@@ -126,7 +143,11 @@ impl Reference {
                 message.plain = Plain::Acked;
                 return Outcome::Acked;
             }
-            Plain::Dead { .. } => return Outcome::DeadLettered { dead_letter: letter },
+            Plain::Dead { .. } => {
+                return Outcome::DeadLettered {
+                    dead_letter: letter,
+                };
+            }
             _ => {}
         }
         if delivery > message.delivery || message.plain == Plain::Fresh {
@@ -134,11 +155,18 @@ impl Reference {
         }
         if delivery < message.delivery {
             let is_live = matches!(message.plain, Plain::Live { .. });
-            let attempt = if is_live { message.attempts + 1 } else { message.attempts.max(1) };
+            let attempt = if is_live {
+                message.attempts + 1
+            } else {
+                message.attempts.max(1)
+            };
             return Outcome::Stale { attempt };
         }
         let (own_end, timed_out, due) = match message.plain {
-            Plain::Waiting { end: End::TimedOut, due } => (None, true, due),
+            Plain::Waiting {
+                end: End::TimedOut,
+                due,
+            } => (None, true, due),
             Plain::Waiting { end, due } => (Some(end), false, due),
             _ => (None, false, 0),
         };
@@ -150,26 +178,49 @@ impl Reference {
             }
             (Verb::Reject, _) => {
                 message.plain = Plain::Dead { last: delivery };
-                Outcome::Rejected { dead_letter: letter }
+                Outcome::Rejected {
+                    dead_letter: letter,
+                }
             }
-            (Verb::Extend, Some(_)) => Outcome::Stale { attempt: message.attempts.max(1) },
-            (Verb::Nack | Verb::Release, Some(End::Nacked)) => Outcome::Nacked { due_at, dead_letter: None },
-            (Verb::Nack | Verb::Release, Some(_)) => Outcome::Released { due_at, dead_letter: None },
+            (Verb::Extend, Some(_)) => Outcome::Stale {
+                attempt: message.attempts.max(1),
+            },
+            (Verb::Nack | Verb::Release, Some(End::Nacked)) => Outcome::Nacked {
+                due_at,
+                dead_letter: None,
+            },
+            (Verb::Nack | Verb::Release, Some(_)) => Outcome::Released {
+                due_at,
+                dead_letter: None,
+            },
             (Verb::Extend, None) => {
                 message.attempts -= u32::from(timed_out);
-                message.plain = Plain::Live { until: now + 30 * SECOND };
-                Outcome::Extended { visible_until: At(now + 30 * SECOND) }
+                message.plain = Plain::Live {
+                    until: now + 30 * SECOND,
+                };
+                Outcome::Extended {
+                    visible_until: At(now + 30 * SECOND),
+                }
             }
             (Verb::Nack, None) => {
                 message.attempts += u32::from(!timed_out);
                 if message.attempts >= MAX_ATTEMPTS {
                     message.plain = Plain::Dead { last: delivery };
-                    return Outcome::Nacked { due_at: None, dead_letter: Some(letter) };
+                    return Outcome::Nacked {
+                        due_at: None,
+                        dead_letter: Some(letter),
+                    };
                 }
                 let policy = DELAYS[(message.attempts as usize - 1).min(2)];
                 let due = now + delay.unwrap_or(policy);
-                message.plain = Plain::Waiting { end: End::Nacked, due };
-                Outcome::Nacked { due_at: Some(At(due)), dead_letter: None }
+                message.plain = Plain::Waiting {
+                    end: End::Nacked,
+                    due,
+                };
+                Outcome::Nacked {
+                    due_at: Some(At(due)),
+                    dead_letter: None,
+                }
             }
             (Verb::Release, None) => {
                 message.attempts -= u32::from(timed_out);
@@ -177,11 +228,20 @@ impl Reference {
                 message.attempts += u32::from(message.releases > FREE_RELEASES);
                 if message.attempts >= MAX_ATTEMPTS {
                     message.plain = Plain::Dead { last: delivery };
-                    return Outcome::Released { due_at: None, dead_letter: Some(letter) };
+                    return Outcome::Released {
+                        due_at: None,
+                        dead_letter: Some(letter),
+                    };
                 }
                 let due = now + delay.unwrap_or(0);
-                message.plain = Plain::Waiting { end: End::Released, due };
-                Outcome::Released { due_at: Some(At(due)), dead_letter: None }
+                message.plain = Plain::Waiting {
+                    end: End::Released,
+                    due,
+                };
+                Outcome::Released {
+                    due_at: Some(At(due)),
+                    dead_letter: None,
+                }
             }
         }
     }
@@ -190,9 +250,19 @@ impl Reference {
 #[derive(Debug, Clone)]
 enum Step {
     Publish(Vec<bool>),
-    Receive { count: usize, visible: i64 },
-    Verb { verb: Verb, receipts: Vec<prop::sample::Index>, delay: Option<i64> },
-    NeverIssued { offset: i64, ahead: u32 },
+    Receive {
+        count: usize,
+        visible: i64,
+    },
+    Verb {
+        verb: Verb,
+        receipts: Vec<prop::sample::Index>,
+        delay: Option<i64>,
+    },
+    NeverIssued {
+        offset: i64,
+        ahead: u32,
+    },
     TakeBack(prop::sample::Index),
     Wait(i64),
     Outage(i64),
@@ -240,7 +310,9 @@ struct Rig {
 }
 
 fn settings() -> Settings {
-    let delays = DELAYS.map(|delay| Duration::from_millis(delay.unsigned_abs())).to_vec();
+    let delays = DELAYS
+        .map(|delay| Duration::from_millis(delay.unsigned_abs()))
+        .to_vec();
     Settings {
         max_attempts: MAX_ATTEMPTS,
         max_in_flight: MAX_IN_FLIGHT,
@@ -265,7 +337,13 @@ fn millis(value: i64) -> Duration {
 impl Rig {
     fn new() -> Self {
         Self {
-            machine: Queue::new(QueueId(1), Generation(1), Offset(1), settings(), Random::new(1)),
+            machine: Queue::new(
+                QueueId(1),
+                Generation(1),
+                Offset(1),
+                settings(),
+                Random::new(1),
+            ),
             checkpoint: None,
             journal: Vec::new(),
             reference: Reference::default(),
@@ -283,7 +361,8 @@ impl Rig {
                 self.machine.found(Offset(index as i64 + 1));
             }
         }
-        self.machine.looked_through(Offset(self.stream.len() as i64));
+        self.machine
+            .looked_through(Offset(self.stream.len() as i64));
     }
 
     fn commit(&mut self) {
@@ -297,7 +376,8 @@ impl Rig {
     fn crash(&mut self) {
         let (id, generation, random) = (QueueId(1), Generation(1), Random::new(2));
         self.machine = match &self.checkpoint {
-            Some(bytes) => Queue::from_checkpoint(bytes, id, generation, settings(), random).expect("a checkpoint reads"),
+            Some(bytes) => Queue::from_checkpoint(bytes, id, generation, settings(), random)
+                .expect("a checkpoint reads"),
             None => Queue::new(id, generation, Offset(1), settings(), random),
         };
         for blob in &self.journal {
@@ -316,7 +396,12 @@ impl Rig {
         self.reference.expire(self.now);
     }
 
-    fn settle(&mut self, verb: Verb, receipts: &[(i64, u32)], delay: Option<i64>) -> Result<(), TestCaseError> {
+    fn settle(
+        &mut self,
+        verb: Verb,
+        receipts: &[(i64, u32)],
+        delay: Option<i64>,
+    ) -> Result<(), TestCaseError> {
         let items: Vec<Item> = receipts
             .iter()
             .map(|&(offset, delivery)| Item {
@@ -331,7 +416,13 @@ impl Rig {
         for index in order {
             let (offset, delivery) = receipts[index];
             let expected = self.reference.verb(verb, offset, delivery, delay, self.now);
-            prop_assert_eq!(&outcomes[index], &expected, "{:?} {:?}", verb, receipts[index]);
+            prop_assert_eq!(
+                &outcomes[index],
+                &expected,
+                "{:?} {:?}",
+                verb,
+                receipts[index]
+            );
         }
         Ok(())
     }
@@ -355,12 +446,27 @@ impl Rig {
                     (*count, u64::MAX),
                     &|_| Some(1),
                 );
-                let handed: Vec<_> = taken.handed.iter().map(|h| (h.offset.0, h.delivery, h.attempt)).collect();
+                let handed: Vec<_> = taken
+                    .handed
+                    .iter()
+                    .map(|h| (h.offset.0, h.delivery, h.attempt))
+                    .collect();
                 prop_assert_eq!(&handed, &self.reference.receive(self.now, *count, *visible));
-                self.issued.extend(handed.iter().map(|&(offset, delivery, _)| (offset, delivery)));
+                self.issued.extend(
+                    handed
+                        .iter()
+                        .map(|&(offset, delivery, _)| (offset, delivery)),
+                );
             }
-            Step::Verb { verb, receipts, delay } if !self.issued.is_empty() => {
-                let receipts: Vec<_> = receipts.iter().map(|index| *index.get(&self.issued)).collect();
+            Step::Verb {
+                verb,
+                receipts,
+                delay,
+            } if !self.issued.is_empty() => {
+                let receipts: Vec<_> = receipts
+                    .iter()
+                    .map(|index| *index.get(&self.issued))
+                    .collect();
                 self.settle(*verb, &receipts, *delay)?;
             }
             Step::NeverIssued { offset, ahead } => {
@@ -373,7 +479,8 @@ impl Rig {
             }
             Step::TakeBack(index) if !self.issued.is_empty() => {
                 let (offset, delivery) = *index.get(&self.issued);
-                self.machine.take_back(&receipt(offset, delivery), At(self.now));
+                self.machine
+                    .take_back(&receipt(offset, delivery), At(self.now));
                 self.machine.advance(At(self.now), At(self.now));
                 self.reference.take_back(offset, delivery, self.now);
             }
@@ -403,7 +510,11 @@ impl Rig {
         let counts = self.machine.counts();
         let now = self.now;
         let count = |wanted: &dyn Fn(Plain) -> bool| {
-            self.reference.messages.values().filter(|message| wanted(message.plain)).count() as u64
+            self.reference
+                .messages
+                .values()
+                .filter(|message| wanted(message.plain))
+                .count() as u64
         };
         let expected = Counts {
             fresh: count(&|plain| plain == Plain::Fresh),
@@ -413,10 +524,15 @@ impl Rig {
             dead: count(&|plain| matches!(plain, Plain::Dead { .. })),
         };
         prop_assert_eq!(counts, expected);
-        let unsettled = self.reference.messages.iter().find(|(_, message)| {
-            !matches!(message.plain, Plain::Acked | Plain::Dead { .. })
-        });
-        prop_assert_eq!(self.machine.oldest_unsettled().map(|o| o.0), unsettled.map(|(&o, _)| o));
+        let unsettled = self
+            .reference
+            .messages
+            .iter()
+            .find(|(_, message)| !matches!(message.plain, Plain::Acked | Plain::Dead { .. }));
+        prop_assert_eq!(
+            self.machine.oldest_unsettled().map(|o| o.0),
+            unsettled.map(|(&o, _)| o)
+        );
         Ok(())
     }
 }
@@ -435,34 +551,88 @@ proptest! {
 }
 
 fn drain(queue: &mut Queue, now: i64, count: usize) -> Vec<(i64, u32)> {
-    let receive = Receive { consumer: None, receive_id: Some("r".into()) };
-    let taken = queue.hand_out(At(now), Duration::from_secs(30), &receive, (count, 10), &|_| Some(4));
-    taken.handed.iter().map(|handed| (handed.offset.0, handed.attempt)).collect()
+    let receive = Receive {
+        consumer: None,
+        receive_id: Some("r".into()),
+    };
+    let taken = queue.hand_out(
+        At(now),
+        Duration::from_secs(30),
+        &receive,
+        (count, 10),
+        &|_| Some(4),
+    );
+    taken
+        .handed
+        .iter()
+        .map(|handed| (handed.offset.0, handed.attempt))
+        .collect()
 }
 
 #[test]
 fn receives_are_bounded_by_bytes_and_replayed_by_id() {
-    let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), settings(), Random::new(1));
+    let mut queue = Queue::new(
+        QueueId(1),
+        Generation(1),
+        Offset(1),
+        settings(),
+        Random::new(1),
+    );
     (1..=5).for_each(|offset| queue.found(Offset(offset)));
-    assert_eq!(drain(&mut queue, 0, 5), [(1, 1), (2, 1)], "ten bytes hold two of four");
-    let replayed: Vec<i64> = queue.replay("r").iter().map(|handed| handed.offset.0).collect();
+    assert_eq!(
+        drain(&mut queue, 0, 5),
+        [(1, 1), (2, 1)],
+        "ten bytes hold two of four"
+    );
+    let replayed: Vec<i64> = queue
+        .replay("r")
+        .iter()
+        .map(|handed| handed.offset.0)
+        .collect();
     assert_eq!(replayed, [1, 2]);
-    let large = queue.hand_out(At(0), Duration::from_secs(1), &Receive::default(), (5, 1), &|_| Some(4));
+    let large = queue.hand_out(
+        At(0),
+        Duration::from_secs(1),
+        &Receive::default(),
+        (5, 1),
+        &|_| Some(4),
+    );
     assert_eq!(large.handed.len(), 1, "one is always handed out");
-    let unloaded = queue.hand_out(At(0), Duration::from_secs(1), &Receive::default(), (5, 1), &|_| None);
+    let unloaded = queue.hand_out(
+        At(0),
+        Duration::from_secs(1),
+        &Receive::default(),
+        (5, 1),
+        &|_| None,
+    );
     assert!(unloaded.handed.is_empty() && unloaded.needs_load);
 }
 
 #[test]
 fn the_hundredth_release_counts() {
-    let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), settings(), Random::new(1));
+    let mut queue = Queue::new(
+        QueueId(1),
+        Generation(1),
+        Offset(1),
+        settings(),
+        Random::new(1),
+    );
     queue.found(Offset(1));
     for delivery in 1..=103 {
         let attempt = if delivery <= 100 { 1 } else { delivery - 99 };
         assert_eq!(drain(&mut queue, 0, 1), [(1, attempt)]);
-        let items = [Item { receipt: Some(receipt(1, delivery)), ..Item::default() }];
+        let items = [Item {
+            receipt: Some(receipt(1, delivery)),
+            ..Item::default()
+        }];
         let outcome = &queue.settle(Verb::Release, &items, At(0))[0];
-        let is_dead = matches!(outcome, Outcome::Released { dead_letter: Some(_), .. });
+        let is_dead = matches!(
+            outcome,
+            Outcome::Released {
+                dead_letter: Some(_),
+                ..
+            }
+        );
         assert_eq!(is_dead, delivery == 103, "{delivery}: {outcome:?}");
         queue.advance(At(0), At(0));
     }
@@ -470,15 +640,29 @@ fn the_hundredth_release_counts() {
 
 #[test]
 fn lost_messages_are_gone_and_other_generations_too() {
-    let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), settings(), Random::new(1));
+    let mut queue = Queue::new(
+        QueueId(1),
+        Generation(1),
+        Offset(1),
+        settings(),
+        Random::new(1),
+    );
     queue.found(Offset(1));
     queue.found(Offset(2));
     drain(&mut queue, 0, 1);
     queue.lose(vec![Offset(1), Offset(2), Offset(7)]);
-    let older = Receipt { generation: Generation(0), ..receipt(1, 1) };
-    let other = Receipt { queue: QueueId(2), ..receipt(1, 1) };
-    let items = [Some(receipt(1, 1)), Some(older), Some(other), None]
-        .map(|receipt| Item { receipt, ..Item::default() });
+    let older = Receipt {
+        generation: Generation(0),
+        ..receipt(1, 1)
+    };
+    let other = Receipt {
+        queue: QueueId(2),
+        ..receipt(1, 1)
+    };
+    let items = [Some(receipt(1, 1)), Some(older), Some(other), None].map(|receipt| Item {
+        receipt,
+        ..Item::default()
+    });
     let gone = Outcome::Gone { incident: false };
     let expected = [gone.clone(), gone, Outcome::Unknown, Outcome::Unknown];
     assert_eq!(queue.settle(Verb::Ack, &items, At(0)), expected);
@@ -487,11 +671,22 @@ fn lost_messages_are_gone_and_other_generations_too() {
 
 #[test]
 fn holds_are_bounded_when_the_queue_says_so() {
-    let hold = Settings { max_hold: Some(Duration::from_secs(40)), ..settings() };
+    let hold = Settings {
+        max_hold: Some(Duration::from_secs(40)),
+        ..settings()
+    };
     let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), hold, Random::new(1));
     queue.found(Offset(1));
     drain(&mut queue, 0, 1);
-    let items = [Item { receipt: Some(receipt(1, 1)), ..Item::default() }];
+    let items = [Item {
+        receipt: Some(receipt(1, 1)),
+        ..Item::default()
+    }];
     let outcome = queue.settle(Verb::Extend, &items, At(20 * SECOND));
-    assert_eq!(outcome, [Outcome::Extended { visible_until: At(40 * SECOND) }]);
+    assert_eq!(
+        outcome,
+        [Outcome::Extended {
+            visible_until: At(40 * SECOND)
+        }]
+    );
 }

@@ -1,0 +1,170 @@
+//! What must hold when the broker is killed, fenced, or stopped in order.
+
+use std::time::Duration;
+
+use postroad::queue::{self, InFlight, InFlightFilter, Verb, VerbItem};
+
+use super::{Broker, HOUR, at_once, declaration, delayed, items, name};
+use crate::support;
+
+async fn in_flight(broker: &Broker) -> Vec<InFlight> {
+    let filter = InFlightFilter {
+        limit: 1_000,
+        ..InFlightFilter::default()
+    };
+    support::eventually("the in-flight list", || async {
+        broker.queue.in_flight(&name(), filter.clone()).await.ok()
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_forgets_no_deadline_attempt_or_delay() {
+    let database = support::database().await;
+    let broker = Broker::on(&database).await;
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    broker.publish("orders.created", 1_000).await;
+    for _ in 0..2 {
+        let taken = broker.take(1_000, HOUR).await;
+        broker.settle(Verb::Nack, items(&taken)).await;
+    }
+    let taken = broker.take(1_000, HOUR).await;
+    assert!(
+        taken
+            .iter()
+            .all(|delivery| delivery.attempt == 3 && delivery.delivery == 3)
+    );
+    broker.settle(Verb::Nack, delayed(&taken[..10], HOUR)).await;
+    let extend_by = Some(2 * HOUR);
+    let extended = items(&taken[10..11])
+        .into_iter()
+        .map(|item| VerbItem { extend_by, ..item });
+    broker.settle(Verb::Extend, extended.collect()).await;
+    broker.settle(Verb::Ack, items(&taken[11..20])).await;
+    let (before, status) = (in_flight(&broker).await, broker.status().await);
+    assert_eq!((before.len(), status.delayed, status.depth), (981, 10, 991));
+
+    broker.kill();
+    let broker = Broker::on(&database).await;
+    let received = broker.poll().await;
+    assert!(
+        received.deliveries.is_empty(),
+        "nothing before its deadline"
+    );
+    assert_eq!(
+        received.reason,
+        Some(postroad::domain::queue::EmptyReason::Delayed)
+    );
+    assert_eq!(in_flight(&broker).await, before);
+    let after = broker.status().await;
+    assert_eq!(
+        (after.delayed, after.depth, after.watermark),
+        (10, 991, status.watermark)
+    );
+    let outcomes = broker.settle(Verb::Ack, items(&taken[20..])).await;
+    assert!(
+        outcomes
+            .iter()
+            .all(|outcome| *outcome == queue::Outcome::Acked)
+    );
+
+    broker.stop().await;
+    let broker = Broker::on(&database).await;
+    assert_eq!(
+        in_flight(&broker).await.len(),
+        1,
+        "after a stop in order too"
+    );
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fenced_owner_drops_its_work_and_takes_the_queue_again() {
+    let database = support::database().await;
+    let broker = Broker::on(&database).await;
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    broker.publish("orders.created", 10).await;
+    let taken = broker.take(5, HOUR).await;
+    sqlx::query("update postroad_broker.lease set epoch = epoch + 1, holder = null where name like 'slot/%'")
+        .execute(&mut database.connect().await)
+        .await
+        .unwrap();
+    let rows = || async {
+        sqlx::query_scalar::<_, i64>("select count(*) from postroad_broker.queue_journal")
+            .fetch_one(&mut database.connect().await)
+            .await
+            .unwrap()
+    };
+    let before = rows().await;
+    let refused = broker.queue.settle(&name(), Verb::Ack, items(&taken)).await;
+    assert!(
+        matches!(refused, Err(queue::Error::Unavailable { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(
+        rows().await,
+        before,
+        "nothing of the former epoch is written"
+    );
+    let outcomes = broker.settle(Verb::Ack, items(&taken)).await;
+    assert!(
+        outcomes
+            .iter()
+            .all(|outcome| *outcome == queue::Outcome::Acked)
+    );
+    let rest = broker.take(5, HOUR).await;
+    assert!(rest.iter().all(|delivery| delivery.delivery == 1));
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_journal_turns_and_its_segments_are_emptied() {
+    let database = support::database().await;
+    let options = queue::Options {
+        journal_full_bytes: 8_192,
+        ..queue::Options::default()
+    };
+    let broker = Broker::start(&database.url, &database.url, options.clone()).await;
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    broker.publish("orders.created", 600).await;
+    let kept = broker.take(100, HOUR).await;
+    for _ in 0..50 {
+        let taken = broker.take(5, HOUR).await;
+        broker.settle(Verb::Ack, items(&taken)).await;
+    }
+    support::eventually("a turn, with the former segment emptied", || async {
+        let (turn, full): (i64, i64) = sqlx::query_as(
+            "select t.turn, (select count(distinct j.segment) from postroad_broker.queue_journal j \
+               where j.segment <> t.turn % 4) from postroad_broker.queue_journal_turn t",
+        )
+        .fetch_one(&mut database.connect().await)
+        .await
+        .unwrap();
+        (turn > 0 && full == 0).then_some(())
+    })
+    .await;
+    broker.kill();
+    let broker = Broker::start(&database.url, &database.url, options).await;
+    assert_eq!(in_flight(&broker).await.len(), 100);
+    let outcomes = broker.settle(Verb::Ack, items(&kept)).await;
+    assert!(
+        outcomes
+            .iter()
+            .all(|outcome| *outcome == queue::Outcome::Acked)
+    );
+    broker.take(250, Duration::from_secs(60)).await;
+    assert_eq!(broker.status().await.ready, 0);
+    broker.stop().await;
+}
