@@ -31,7 +31,7 @@ use crate::supervisor::{OnEnd, Supervisor};
 /// How often the watermarks are told to the stream.
 const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 /// How often the journal is looked at for a turn.
-const TURN_EVERY: Duration = Duration::from_secs(5);
+const TURN_EVERY: Duration = Duration::from_secs(2);
 /// A slot that could not be recovered is tried again after this.
 const RECOVER_AGAIN: Duration = Duration::from_millis(500);
 /// Reads of the log at a time, for all queues.

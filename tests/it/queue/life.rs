@@ -64,7 +64,7 @@ async fn answers_that_are_not_written_charge_nobody() {
         .unwrap();
     broker.publish("orders.created", 5).await;
     for round in 1..=150 {
-        let received = broker.poll().await;
+        let received = broker.receive(ReceiveRequest::default()).await;
         assert_eq!(received.deliveries.len(), 5);
         assert!(
             received

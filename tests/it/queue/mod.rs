@@ -89,8 +89,8 @@ impl Broker {
     }
 
     /// Ends every task where it stands.
-    fn kill(mut self) {
-        self.runtime.take().unwrap().shutdown_background();
+    fn kill(self) {
+        drop(self);
     }
 
     /// Ends in order.
@@ -194,6 +194,14 @@ impl Broker {
             self.queue.describe(&name()).await.unwrap().status
         })
         .await
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
