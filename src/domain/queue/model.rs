@@ -23,6 +23,8 @@ enum Plain {
     Waiting { end: End, due: i64 },
     Acked,
     Dead { last: u32 },
+    /// Retention's hard limit passed it, handed out or not.
+    Lost { was_fresh: bool },
 }
 
 #[derive(Debug, Clone)]
@@ -112,6 +114,15 @@ impl Reference {
         }
     }
 
+    fn lose(&mut self, offset: i64) {
+        if let Some(message) = self.messages.get_mut(&offset)
+            && !matches!(message.plain, Plain::Acked | Plain::Dead { .. } | Plain::Lost { .. })
+        {
+            let was_fresh = message.plain == Plain::Fresh;
+            message.plain = Plain::Lost { was_fresh };
+        }
+    }
+
     fn take_back(&mut self, offset: i64, delivery: u32, now: i64) {
         if let Some(message) = self.messages.get_mut(&offset)
             && message.delivery == delivery
@@ -138,7 +149,8 @@ impl Reference {
             return Outcome::Gone { incident: true };
         };
         match message.plain {
-            Plain::Acked => return Outcome::AlreadySettled,
+            Plain::Acked | Plain::Lost { was_fresh: true } => return Outcome::AlreadySettled,
+            Plain::Lost { was_fresh: false } => return Outcome::Gone { incident: false },
             Plain::Dead { last } if verb == Verb::Ack && last == delivery => {
                 message.plain = Plain::Acked;
                 return Outcome::Acked;
@@ -266,6 +278,7 @@ enum Step {
     TakeBack(prop::sample::Index),
     Wait(i64),
     Outage(i64),
+    Lose(i64),
     Position,
     Commit,
     Fold,
@@ -290,6 +303,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<prop::sample::Index>().prop_map(Step::TakeBack),
         5 => (1..15 * SECOND).prop_map(Step::Wait),
         1 => (1..60 * SECOND).prop_map(Step::Outage),
+        1 => (1..40i64).prop_map(Step::Lose),
         1 => Just(Step::Position),
         4 => Just(Step::Commit),
         1 => Just(Step::Fold),
@@ -490,6 +504,10 @@ impl Rig {
                 self.now += by;
                 self.machine.shift(millis(*by));
                 self.reference.shift(*by);
+            }
+            Step::Lose(offset) => {
+                self.machine.lose(vec![Offset(*offset)]);
+                self.reference.lose(*offset);
             }
             Step::Position => self.machine.journal_scan(self.machine.scanned_through()),
             Step::Commit => self.commit(),
