@@ -10,6 +10,6 @@ mod examples;
 mod golden;
 mod local_postgres;
 mod program;
-mod stream;
 mod queue;
+mod stream;
 mod support;

@@ -19,12 +19,21 @@ const DELAYS: [i64; 3] = [3 * SECOND, 5 * SECOND, 20 * SECOND];
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Plain {
     Fresh,
-    Live { until: i64 },
-    Waiting { end: End, due: i64 },
+    Live {
+        until: i64,
+    },
+    Waiting {
+        end: End,
+        due: i64,
+    },
     Acked,
-    Dead { last: u32 },
+    Dead {
+        last: u32,
+    },
     /// Retention's hard limit passed it, handed out or not.
-    Lost { was_fresh: bool },
+    Lost {
+        was_fresh: bool,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -116,7 +125,10 @@ impl Reference {
 
     fn lose(&mut self, offset: i64) {
         if let Some(message) = self.messages.get_mut(&offset)
-            && !matches!(message.plain, Plain::Acked | Plain::Dead { .. } | Plain::Lost { .. })
+            && !matches!(
+                message.plain,
+                Plain::Acked | Plain::Dead { .. } | Plain::Lost { .. }
+            )
         {
             let was_fresh = message.plain == Plain::Fresh;
             message.plain = Plain::Lost { was_fresh };
@@ -485,7 +497,10 @@ impl Rig {
             }
             Step::NeverIssued { offset, ahead } => {
                 if let Some(message) = self.reference.messages.get(offset)
-                    && !matches!(message.plain, Plain::Acked | Plain::Dead { .. })
+                    && !matches!(
+                        message.plain,
+                        Plain::Acked | Plain::Dead { .. } | Plain::Lost { .. }
+                    )
                 {
                     let never = (*offset, message.delivery + ahead);
                     self.settle(Verb::Ack, &[never], None)?;
@@ -542,11 +557,12 @@ impl Rig {
             dead: count(&|plain| matches!(plain, Plain::Dead { .. })),
         };
         prop_assert_eq!(counts, expected);
-        let unsettled = self
-            .reference
-            .messages
-            .iter()
-            .find(|(_, message)| !matches!(message.plain, Plain::Acked | Plain::Dead { .. }));
+        let unsettled = self.reference.messages.iter().find(|(_, message)| {
+            !matches!(
+                message.plain,
+                Plain::Acked | Plain::Dead { .. } | Plain::Lost { .. }
+            )
+        });
         prop_assert_eq!(
             self.machine.oldest_unsettled().map(|o| o.0),
             unsettled.map(|(&o, _)| o)
