@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use sqlx::Connection as _;
 
 use super::{Database, Error};
 use crate::domain::id::{Fence, OriginId};
@@ -74,7 +75,8 @@ pub async fn recover_position(
 ) -> Result<Recovered, Error> {
     const DOING: &str = "reading a relay's position";
     let read = async {
-        let mut transaction = database.pool().begin().await?;
+        let mut connection = database.pool().acquire().await?;
+        let mut transaction = connection.begin().await?;
         let epoch: Option<i64> = sqlx::query_scalar(
             "select epoch from postroad_broker.lease where name = $1 for no key update",
         )
@@ -121,8 +123,9 @@ pub async fn recover_position(
 /// The transaction failed.
 pub async fn fold_journal(database: &Database) -> Result<bool, Error> {
     let fold = async {
-        let mut transaction = database.pool().begin().await?;
-        sqlx::query("select from postroad_broker.lease where name like 'relay/%' order by name collate \"C\" for update")
+        let mut connection = database.pool().acquire().await?;
+        let mut transaction = connection.begin().await?;
+        sqlx::query("select from postroad_broker.lease where name like 'relay/%' order by name for update")
             .execute(&mut *transaction)
             .await?;
         let locked =

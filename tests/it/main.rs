@@ -11,5 +11,6 @@ mod golden;
 mod local_postgres;
 mod program;
 mod queue;
+mod relay;
 mod stream;
 mod support;

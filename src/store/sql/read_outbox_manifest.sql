@@ -29,16 +29,21 @@ stragglers as materialized (
     from step, pg_snapshot_xip(step.last) as x
     where pg_visible_in_snapshot(x, step.now)
 )
-select seq, bucket as leaf, place, bytes
+select seq, bucket as leaf, place::text as place, bytes
+-- The text of a place is made for the rows of the chunk only, after the limit.
 from (
-    select o.* from step, spans, lateral (
-        select outbox.xid, seq, bucket, outbox.ctid::text as place,
-            (coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)) as bytes from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high and outbox.seq > $3::bigint
-    ) as o
-    where pg_visible_in_snapshot(o.xid, step.now)
-    union all
-    select outbox.xid, seq, bucket, outbox.ctid::text as place,
-            (coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)) as bytes from stragglers join postroad.outbox on outbox.xid = stragglers.xid where outbox.seq > $3::bigint
-) as found
+    select seq, bucket, place, bytes
+    from (
+        select o.* from step, spans, lateral (
+            select outbox.xid, seq, bucket, outbox.ctid as place,
+                (coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)) as bytes from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high and outbox.seq > $3::bigint
+        ) as o
+        where pg_visible_in_snapshot(o.xid, step.now)
+        union all
+        select outbox.xid, seq, bucket, outbox.ctid as place,
+                (coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)) as bytes from stragglers join postroad.outbox on outbox.xid = stragglers.xid where outbox.seq > $3::bigint
+    ) as found
+    order by seq
+    limit $4::bigint
+) as chunk
 order by seq
-limit $4::bigint

@@ -79,6 +79,37 @@ pub async fn cluster_with(parameters: &[(&str, &str)]) -> Cluster {
     cluster
 }
 
+/// Starts a private server on a copy of another one's data folder, after `prepare` was done to the copy.
+pub async fn cluster_of_copy(
+    data_dir: &Path,
+    parameters: &[(&str, &str)],
+    prepare: impl FnOnce(&Path),
+) -> Cluster {
+    let folder = Folder::new();
+    let copy = folder.path.join("postgres");
+    copy_folder(data_dir, &copy);
+    prepare(&copy);
+    let mut settings = folder.settings();
+    for &(name, value) in parameters {
+        settings
+            .parameters
+            .push((name.to_owned(), value.to_owned()));
+    }
+    let mut cluster = Cluster {
+        settings,
+        running: None,
+        _folder: folder,
+    };
+    cluster.start().await;
+    cluster
+}
+
+/// Copies a folder with owners and modes; the target must not be there.
+pub fn copy_folder(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
+    assert!(copied.unwrap().success());
+}
+
 impl Folder {
     /// A new empty folder.
     pub fn new() -> Self {

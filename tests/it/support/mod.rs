@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 use tokio::runtime::Runtime;
 
 pub use broker::{Http, Program, TestBroker, broker, broker_with, program};
-pub use cluster::{Cluster, cluster, cluster_with};
+pub use cluster::{Cluster, cluster, cluster_of_copy, cluster_with, copy_folder};
 pub use database::{TestDatabase, database, empty_database};
 pub use proxy::{Action, Direction, Proxy, proxy};
 

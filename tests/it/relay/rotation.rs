@@ -1,0 +1,125 @@
+//! The outbox's space comes back by TRUNCATE, a grace after the position passed, and never before.
+
+use std::time::Duration;
+
+use postroad::relay;
+
+use super::{Origin, execute, read_log, rig_with};
+use crate::support;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passed_leaves_are_emptied_and_a_blocked_one_says_who_holds_it() {
+    let broker = support::database().await;
+    let origin = Origin::install(&broker.url).await;
+    let mut owner = origin.owner().await;
+    let idle: i32 = sqlx::query_scalar(
+        "select ((floor(extract(epoch from now()) / 300)::bigint + 4) % 8)::integer",
+    )
+    .fetch_one(&mut owner)
+    .await
+    .unwrap();
+    let insert = format!(
+        "insert into postroad.outbox (topic, bucket) select 'a', {idle} from generate_series(1, 100)"
+    );
+    execute(&mut owner, &insert).await;
+    let options = relay::Options {
+        grace: Duration::from_secs(2),
+        ..relay::Options::default()
+    };
+    // Somebody has read the outbox and gone to lunch.
+    let mut reader = origin.owner().await;
+    execute(&mut reader, "begin; select count(*) from postroad.outbox").await;
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()")
+        .fetch_one(&mut reader)
+        .await
+        .unwrap();
+    let started = std::time::Instant::now();
+    let rig = rig_with(&broker.database, &[("local", None)], options).await;
+    let status = rig
+        .until("local", "the leaf to be blocked", |status| {
+            status.blocked.is_some()
+        })
+        .await;
+    assert!(started.elapsed() >= Duration::from_secs(2), "the grace");
+    let blocked = status.blocked.unwrap();
+    assert_eq!(blocked.leaf, format!("postroad.outbox_{idle}"));
+    assert_eq!(blocked.pid, Some(pid));
+    execute(&mut reader, "commit").await;
+    rig.until("local", "the leaf to be emptied", |status| {
+        status.emptied_count == 1 && status.blocked.is_none()
+    })
+    .await;
+    let left: i64 = sqlx::query_scalar("select count(*) from postroad.outbox")
+        .fetch_one(&mut owner)
+        .await
+        .unwrap();
+    assert_eq!(left, 0);
+    assert_eq!(read_log(&broker.url).await.len(), 100);
+
+    // A transaction that began long ago still writes into that leaf: what it commits is relayed, and only then may go.
+    let mut late = origin.owner().await;
+    execute(&mut late, "begin").await;
+    execute(&mut late, &insert).await;
+    rig.until("local", "the open transaction to block", |status| {
+        status.blocked.is_some()
+    })
+    .await;
+    execute(&mut late, "commit").await;
+    rig.until("local", "the leaf to be emptied again", |status| {
+        status.emptied_count == 2
+    })
+    .await;
+    assert_eq!(read_log(&broker.url).await.len(), 200);
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn journals_and_marks_are_folded() {
+    let server = support::cluster().await;
+    let origin = Origin::install(&server.create_database("shop").await).await;
+    let broker = support::database().await;
+    let rig = super::rig(&broker.database, &[("shop", Some(&origin.relay_url()))]).await;
+    let mut producer = origin.producer().await;
+    let mut journal = broker.connect().await;
+    let mut marks = origin.owner().await;
+    let insert = "insert into postroad.outbox (topic) values ('a')";
+    let mut count = 0;
+    let mut most = (0, 0);
+    while count < 2_600 {
+        execute(&mut producer, insert).await;
+        let position = rig.status("shop").position;
+        rig.until("shop", "the next position", |status| {
+            status.position > position || status.relayed_count > count
+        })
+        .await;
+        count += 1;
+        if count % 100 == 0 {
+            let lengths: (i64, i64) = (
+                sqlx::query_scalar("select count(*) from postroad_broker.relay_journal")
+                    .fetch_one(&mut journal)
+                    .await
+                    .unwrap(),
+                sqlx::query_scalar("select count(*) from postroad.relay_mark")
+                    .fetch_one(&mut marks)
+                    .await
+                    .unwrap(),
+            );
+            most = (most.0.max(lengths.0), most.1.max(lengths.1));
+        }
+    }
+    rig.caught_up("shop").await;
+    let left: i64 = sqlx::query_scalar("select count(*) from postroad_broker.relay_journal")
+        .fetch_one(&mut journal)
+        .await
+        .unwrap();
+    println!("at most {most:?} rows of journal and marks, {left} at the end");
+    assert!(left < 2_000, "{left}");
+    rig.stop().await;
+    // And the position is the same one.
+    let rig = super::rig(&broker.database, &[("shop", Some(&origin.relay_url()))]).await;
+    execute(&mut producer, insert).await;
+    let status = rig.caught_up("shop").await;
+    assert_eq!(status.rerelay_count, 0);
+    assert_eq!(read_log(&broker.url).await.len() as u64, count + 1);
+    rig.stop().await;
+}

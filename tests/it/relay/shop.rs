@@ -1,0 +1,172 @@
+//! Producers that write a business row, a ledger row and a message in one transaction, under the key's row lock, with everything
+//! that transactions do: rollbacks, savepoints beyond what a backend caches, late commits.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use sqlx::{Connection as _, PgConnection};
+use tokio::task::JoinHandle;
+
+use super::{Origin, connect, execute};
+
+/// The keys are few and hot.
+pub const KEYS: i64 = 5;
+
+/// The tables of the business, with the rights that the producers need on them.
+pub async fn open(origin: &Origin) {
+    let mut owner = origin.owner().await;
+    execute(
+        &mut owner,
+        "create table item (key text primary key, version bigint not null default 0);
+        create table ledger (id text primary key, key text, version bigint);
+        insert into item (key) select 'k' || n from generate_series(1, 5) as n;
+        grant select, insert, update on item, ledger to shop_producer;",
+    )
+    .await;
+}
+
+/// One producer's random choices, from a seed.
+pub struct Dice(u64);
+
+impl Dice {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    pub fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+}
+
+/// A version of a key: the row lock first, then the message.
+pub async fn sell(connection: &mut PgConnection, key: i64) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "with locked as (update item set version = version + 1 where key = 'k' || $1::bigint returning key, version)
+        select from locked",
+    )
+    .bind(key)
+    .execute(&mut *connection)
+    .await?;
+    sqlx::query(
+        "with message as (
+            insert into postroad.outbox (topic, key, payload)
+            select 'orders.sold', key, json_build_object('version', version)::text from item where key = 'k' || $1::bigint
+            returning id
+        )
+        insert into ledger (id, key, version) select message.id, item.key, item.version from message, item where item.key = 'k' || $1::bigint",
+    )
+    .bind(key)
+    .execute(&mut *connection)
+    .await?;
+    Ok(())
+}
+
+/// A message without a key: no lock stands in the way of its commit order.
+pub async fn note(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "with message as (
+            insert into postroad.outbox (topic, payload_bytes) values ('orders.noted', '\\x00ff') returning id
+        )
+        insert into ledger (id) select id from message",
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// One transaction of a producer, whichever it rolls.
+pub async fn transact(connection: &mut PgConnection, dice: &mut Dice) -> Result<(), sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    let kind = dice.roll(40);
+    if kind == 0 {
+        // More subtransactions than a backend lists in shared memory (64), each with rows of its own.
+        for _ in 0..70 {
+            let mut savepoint = transaction.begin().await?;
+            note(&mut savepoint).await?;
+            savepoint.commit().await?;
+        }
+    }
+    if kind < 8 {
+        note(&mut transaction).await?;
+        // Late: others overtake it.
+        tokio::time::sleep(Duration::from_millis(dice.roll(20))).await;
+    }
+    let mut savepoint = transaction.begin().await?;
+    sell(&mut savepoint, 1 + dice.roll(KEYS as u64) as i64).await?;
+    if dice.roll(6) == 0 {
+        savepoint.rollback().await?;
+    } else {
+        savepoint.commit().await?;
+    }
+    if dice.roll(6) == 0 {
+        return transaction.rollback().await;
+    }
+    transaction.commit().await
+}
+
+/// Producers at work until told to stop. They reconnect when the server restarts under them.
+pub struct Producers {
+    stop: Arc<AtomicBool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Producers {
+    pub fn start(origin: &Origin, count: u64, settings: &'static str) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let tasks = (0..count).map(|number| {
+            let url = origin.producer_url();
+            let stop = Arc::clone(&stop);
+            tokio::spawn(async move {
+                let mut dice = Dice::new(number + 1);
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok(mut connection) = PgConnection::connect(&url).await else {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                        continue;
+                    };
+                    if sqlx::raw_sql(settings).execute(&mut connection).await.is_err() {
+                        continue;
+                    }
+                    while !stop.load(Ordering::Relaxed) {
+                        if transact(&mut connection, &mut dice).await.is_err() {
+                            break;
+                        }
+                    }
+                }
+            })
+        });
+        Self {
+            tasks: tasks.collect(),
+            stop,
+        }
+    }
+
+    pub async fn finish(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+    }
+}
+
+/// What committed, from the ledger, and that every key is at the version of its last message.
+pub async fn committed(origin: &Origin) -> HashSet<String> {
+    let mut connection = connect(&origin.url).await;
+    let mismatched: i64 = sqlx::query_scalar(
+        "select count(*) from item where version <> (select count(*) from ledger where ledger.key = item.key)",
+    )
+    .fetch_one(&mut connection)
+    .await
+    .unwrap();
+    assert_eq!(mismatched, 0, "the producers' own tables agree");
+    sqlx::query_scalar("select id from ledger")
+        .fetch_all(&mut connection)
+        .await
+        .unwrap()
+        .into_iter()
+        .collect()
+}

@@ -1,0 +1,212 @@
+//! What makes a stored snapshot lie: a data folder copied and put back, a standby that lacked the end and was promoted, a URL that
+//! points at a standby, an outbox dumped and restored into a younger cluster. Each with nothing lost and nothing twice.
+
+use std::collections::HashSet;
+use std::process::Command;
+use std::time::Duration;
+
+use postroad::relay::State;
+
+use super::{Origin, Verdict, execute, judge, read_log, rig, shop};
+use crate::support;
+
+async fn work(origin: &Origin, milliseconds: u64) {
+    let producers = shop::Producers::start(origin, 4, "select 1");
+    tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+    producers.finish().await;
+}
+
+/// Nothing lost and nothing twice. What the origin has forgotten, and the streams have, is no phantom.
+fn assert_exact(committed: &HashSet<String>, forgotten: &HashSet<String>, url_log: &[super::Logged]) {
+    let verdict = judge(committed, url_log);
+    let all: HashSet<String> = committed.union(forgotten).cloned().collect();
+    let phantom = judge(&all, url_log).phantom;
+    println!("{} messages, {verdict:?}", url_log.len());
+    assert_eq!(
+        (verdict.lost, verdict.twice, verdict.disordered, phantom),
+        (0, 0, 0, 0)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_folder_copied_and_put_back() {
+    let mut server = support::cluster().await;
+    let origin = Origin::install(&server.create_database("shop").await).await;
+    shop::open(&origin).await;
+    let broker = support::database().await;
+    let rig = rig(&broker.database, &[("shop", Some(&origin.relay_url()))]).await;
+    work(&origin, 500).await;
+    rig.caught_up("shop").await;
+
+    server.stop().await;
+    let copy = server.data_dir().with_extension("copy");
+    support::copy_folder(&server.data_dir(), &copy);
+    server.start().await;
+    // A life that will not have been: relayed, then forgotten by the origin.
+    work(&origin, 500).await;
+    rig.caught_up("shop").await;
+    let forgotten = shop::committed(&origin).await;
+    assert_eq!(judge(&forgotten, &read_log(&broker.url).await), Verdict::default());
+
+    server.stop().await;
+    std::fs::remove_dir_all(server.data_dir()).unwrap();
+    std::fs::rename(&copy, server.data_dir()).unwrap();
+    server.start().await;
+    // In the new life the same transaction ids and numbers are handed out again, below the stored snapshot's.
+    work(&origin, 300).await;
+    let status = rig.caught_up("shop").await;
+    assert_eq!(status.rerelay_count, 1, "{status:?}");
+    let committed = shop::committed(&origin).await;
+    assert_exact(&committed, &forgotten, &read_log(&broker.url).await);
+    work(&origin, 300).await;
+    rig.caught_up("shop").await;
+    let committed = shop::committed(&origin).await;
+    assert_exact(&committed, &forgotten, &read_log(&broker.url).await);
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_is_refused_until_it_is_promoted_and_then_the_end_that_it_lacked_is_no_loss() {
+    let mut primary = support::cluster().await;
+    let origin = Origin::install(&primary.create_database("shop").await).await;
+    shop::open(&origin).await;
+    let broker = support::database().await;
+    let conninfo = format!(
+        "primary_conninfo = 'host={} user=postgres'\n",
+        primary.socket_dir().display()
+    );
+    primary.stop().await;
+    let follow = [("wal_retrieve_retry_interval", "100ms")];
+    let mut standby = support::cluster_of_copy(&primary.data_dir(), &follow, |copy| {
+        std::fs::write(copy.join("standby.signal"), "").unwrap();
+        let conf = copy.join("postgresql.auto.conf");
+        let text = std::fs::read_to_string(&conf).unwrap_or_default();
+        std::fs::write(&conf, text + &conninfo).unwrap();
+    })
+    .await;
+    primary.start().await;
+    let promoted = Origin {
+        url: standby.url("shop"),
+    };
+
+    // The URL points at the standby from the start: refused, with a state that says so.
+    let (at_primary, at_standby) = (origin.relay_url(), promoted.relay_url());
+    let misled = rig(&broker.database, &[("shop", Some(&at_standby))]).await;
+    misled
+        .until("shop", "the standby to be refused", |status| {
+            status.state == State::Standby
+        })
+        .await;
+    misled.stop().await;
+
+    let first = rig(&broker.database, &[("shop", Some(&at_primary))]).await;
+    work(&origin, 500).await;
+    first.caught_up("shop").await;
+    // The standby has this much and no more.
+    let mut owner = origin.owner().await;
+    let there: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text")
+        .fetch_one(&mut owner)
+        .await
+        .unwrap();
+    support::eventually("the standby to follow", || async {
+        let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&promoted.url).await.ok()?;
+        let is_there: bool =
+            sqlx::query_scalar("select pg_last_wal_replay_lsn() >= $1::text::pg_lsn")
+                .bind(&there)
+                .fetch_one(&mut connection)
+                .await
+                .ok()?;
+        is_there.then_some(())
+    })
+    .await;
+    drop(owner);
+    standby.stop().await;
+    work(&origin, 300).await;
+    first.caught_up("shop").await;
+    let forgotten = shop::committed(&origin).await;
+    first.stop().await;
+    primary.stop().await;
+
+    standby.start().await;
+    let second = rig(&broker.database, &[("shop", Some(&as_started(&standby)))]).await;
+    second
+        .until("shop", "the standby to be refused", |status| {
+            status.state == State::Standby
+        })
+        .await;
+    let promoted = Origin {
+        url: standby.url("shop"),
+    };
+    execute(&mut promoted.owner().await, "select pg_promote()").await;
+    work(&promoted, 300).await;
+    let status = second.caught_up("shop").await;
+    assert_eq!(status.rerelay_count, 1, "{status:?}");
+    let committed = shop::committed(&promoted).await;
+    assert_exact(&committed, &forgotten, &read_log(&broker.url).await);
+    second.stop().await;
+}
+
+fn as_started(cluster: &support::Cluster) -> String {
+    super::as_user(&cluster.url("shop"), "shop_relay")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outbox_dumped_and_restored_into_a_younger_cluster() {
+    let old = support::cluster().await;
+    let origin = Origin::install(&old.create_database("shop").await).await;
+    shop::open(&origin).await;
+    // The old cluster has handed out many more transaction ids than the young one will for a while.
+    let mut owner = origin.owner().await;
+    execute(
+        &mut owner,
+        "do $$ begin for n in 1..20000 loop perform pg_current_xact_id(); commit; end loop; end $$",
+    )
+    .await;
+    let broker = support::database().await;
+    let first = rig(&broker.database, &[("shop", Some(&origin.relay_url()))]).await;
+    work(&origin, 400).await;
+    first.caught_up("shop").await;
+    first.stop().await;
+    // Committed, dumped, and never relayed from there.
+    work(&origin, 200).await;
+    let forgotten = HashSet::new();
+
+    let young = support::cluster().await;
+    let url = young.create_database("shop").await;
+    let restored = Origin { url: url.clone() };
+    let mut admin = restored.owner().await;
+    execute(
+        &mut admin,
+        "create role postroad_producer; create role postroad_relay;
+        create role shop_relay login in role postroad_relay; create role shop_producer login in role postroad_producer",
+    )
+    .await;
+    // The client programs are where the server's are; else on PATH.
+    let server = std::fs::read_link(format!("/proc/{}/exe", young.pid().unwrap()));
+    let bin_dir = server.map(|path| path.parent().unwrap().to_owned()).unwrap_or_default();
+    let dump = Command::new(bin_dir.join("pg_dump"))
+        .arg(&origin.url)
+        .output()
+        .unwrap();
+    assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
+    let file = young.data_dir().with_extension("sql");
+    std::fs::write(&file, &dump.stdout).unwrap();
+    let loaded = Command::new(bin_dir.join("psql"))
+        .args(["-q", "-v", "ON_ERROR_STOP=1", "-d", &url, "-f"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+
+    let second = rig(&broker.database, &[("shop", Some(&restored.relay_url()))]).await;
+    let status = second.caught_up("shop").await;
+    assert_eq!(status.rerelay_count, 1, "{status:?}");
+    let committed = shop::committed(&restored).await;
+    assert_exact(&committed, &forgotten, &read_log(&broker.url).await);
+    work(&restored, 300).await;
+    second.caught_up("shop").await;
+    let committed = shop::committed(&restored).await;
+    assert_exact(&committed, &forgotten, &read_log(&broker.url).await);
+    assert_eq!(second.status("shop").rerelay_count, 1);
+    second.stop().await;
+}
