@@ -125,9 +125,11 @@ pub async fn fold_journal(database: &Database) -> Result<bool, Error> {
     let fold = async {
         let mut connection = database.pool().acquire().await?;
         let mut transaction = connection.begin().await?;
-        sqlx::query("select from postroad_broker.lease where name like 'relay/%' order by name for update")
-            .execute(&mut *transaction)
-            .await?;
+        sqlx::query(
+            "select from postroad_broker.lease where name like 'relay/%' order by name for update",
+        )
+        .execute(&mut *transaction)
+        .await?;
         let locked =
             sqlx::query("lock table postroad_broker.relay_journal in access exclusive mode nowait")
                 .execute(&mut *transaction)

@@ -104,10 +104,12 @@ async fn kill_backends_under_load(settings: &'static str) {
                 .await
                 .ok()?;
             // Where the ids went on: the checkpoint at the end of the recovery has it.
-            sqlx::query_scalar("select split_part(next_xid, ':', 2)::bigint from pg_control_checkpoint()")
-                .fetch_one(&mut connection)
-                .await
-                .ok()
+            sqlx::query_scalar(
+                "select split_part(next_xid, ':', 2)::bigint from pg_control_checkpoint()",
+            )
+            .fetch_one(&mut connection)
+            .await
+            .ok()
         })
         .await;
         again += i32::from(first < last);

@@ -46,28 +46,90 @@ async fn producers_insert_and_publish_and_can_do_nothing_else() {
         execute(&mut connection, accepted).await;
     }
     for (refused, by) in [
-        ("insert into postroad.outbox (topic) values ('a..b')", "outbox_topic_is_valid"),
-        ("insert into postroad.outbox (topic) values ('')", "outbox_topic_is_valid"),
-        ("insert into postroad.outbox (topic) values (repeat('a', 256))", "outbox_topic_is_valid"),
-        ("insert into postroad.outbox (topic) values (E'a\\n')", "outbox_topic_is_valid"),
-        ("insert into postroad.outbox (topic, payload, payload_bytes) values ('a', '1', '1')", "outbox_payload_is_one"),
-        ("insert into postroad.outbox (topic, payload) values ('a', repeat('a', 16777217))", "outbox_payload_is_at_most_16_mib"),
-        ("insert into postroad.outbox (topic, key) values ('a', '')", "outbox_key_is_1_to_512_bytes"),
-        ("insert into postroad.outbox (topic, key) values ('a', repeat('é', 257))", "outbox_key_is_1_to_512_bytes"),
-        ("insert into postroad.outbox (topic, id) values ('a', '')", "outbox_id_is_1_to_1024_bytes"),
-        ("insert into postroad.outbox (topic, source) values ('a', repeat('a', 1025))", "outbox_source_is_1_to_1024_bytes"),
-        ("insert into postroad.outbox (topic, content_type) values ('a', E'a/b\\r\\nx: y')", "outbox_content_type_is_valid"),
-        ("insert into postroad.outbox (topic, headers) values ('a', '[]')", "outbox_headers_are_extension_attributes"),
-        ("insert into postroad.outbox (topic, headers) values ('a', '{\"A\": 1}')", "outbox_headers_are_extension_attributes"),
-        ("insert into postroad.outbox (topic, headers) values ('a', '{\"id\": \"1\"}')", "outbox_headers_are_extension_attributes"),
-        ("insert into postroad.outbox (topic, headers) values ('a', '{\"a\": 1.5}')", "outbox_headers_are_extension_attributes"),
-        ("insert into postroad.outbox (topic, headers) values ('a', '{\"a\": null}')", "outbox_headers_are_extension_attributes"),
-        ("insert into postroad.outbox (topic, headers) values ('a', '{\"a\": 2147483648}')", "outbox_headers_are_extension_attributes"),
-        ("insert into postroad.outbox (topic, time) values ('a', 'infinity')", "outbox_time_has_a_four_digit_year"),
-        ("select postroad.publish('t', 'x', key => '')", "outbox_key_is_1_to_512_bytes"),
+        (
+            "insert into postroad.outbox (topic) values ('a..b')",
+            "outbox_topic_is_valid",
+        ),
+        (
+            "insert into postroad.outbox (topic) values ('')",
+            "outbox_topic_is_valid",
+        ),
+        (
+            "insert into postroad.outbox (topic) values (repeat('a', 256))",
+            "outbox_topic_is_valid",
+        ),
+        (
+            "insert into postroad.outbox (topic) values (E'a\\n')",
+            "outbox_topic_is_valid",
+        ),
+        (
+            "insert into postroad.outbox (topic, payload, payload_bytes) values ('a', '1', '1')",
+            "outbox_payload_is_one",
+        ),
+        (
+            "insert into postroad.outbox (topic, payload) values ('a', repeat('a', 16777217))",
+            "outbox_payload_is_at_most_16_mib",
+        ),
+        (
+            "insert into postroad.outbox (topic, key) values ('a', '')",
+            "outbox_key_is_1_to_512_bytes",
+        ),
+        (
+            "insert into postroad.outbox (topic, key) values ('a', repeat('é', 257))",
+            "outbox_key_is_1_to_512_bytes",
+        ),
+        (
+            "insert into postroad.outbox (topic, id) values ('a', '')",
+            "outbox_id_is_1_to_1024_bytes",
+        ),
+        (
+            "insert into postroad.outbox (topic, source) values ('a', repeat('a', 1025))",
+            "outbox_source_is_1_to_1024_bytes",
+        ),
+        (
+            "insert into postroad.outbox (topic, content_type) values ('a', E'a/b\\r\\nx: y')",
+            "outbox_content_type_is_valid",
+        ),
+        (
+            "insert into postroad.outbox (topic, headers) values ('a', '[]')",
+            "outbox_headers_are_extension_attributes",
+        ),
+        (
+            "insert into postroad.outbox (topic, headers) values ('a', '{\"A\": 1}')",
+            "outbox_headers_are_extension_attributes",
+        ),
+        (
+            "insert into postroad.outbox (topic, headers) values ('a', '{\"id\": \"1\"}')",
+            "outbox_headers_are_extension_attributes",
+        ),
+        (
+            "insert into postroad.outbox (topic, headers) values ('a', '{\"a\": 1.5}')",
+            "outbox_headers_are_extension_attributes",
+        ),
+        (
+            "insert into postroad.outbox (topic, headers) values ('a', '{\"a\": null}')",
+            "outbox_headers_are_extension_attributes",
+        ),
+        (
+            "insert into postroad.outbox (topic, headers) values ('a', '{\"a\": 2147483648}')",
+            "outbox_headers_are_extension_attributes",
+        ),
+        (
+            "insert into postroad.outbox (topic, time) values ('a', 'infinity')",
+            "outbox_time_has_a_four_digit_year",
+        ),
+        (
+            "select postroad.publish('t', 'x', key => '')",
+            "outbox_key_is_1_to_512_bytes",
+        ),
     ] {
-        let error = sqlx::query(sqlx::AssertSqlSafe(refused)).execute(&mut connection).await.unwrap_err();
-        let constraint = error.as_database_error().and_then(|error| error.constraint());
+        let error = sqlx::query(sqlx::AssertSqlSafe(refused))
+            .execute(&mut connection)
+            .await
+            .unwrap_err();
+        let constraint = error
+            .as_database_error()
+            .and_then(|error| error.constraint());
         assert_eq!(constraint, Some(by), "{refused}: {error}");
     }
     for forbidden in [
@@ -82,7 +144,10 @@ async fn producers_insert_and_publish_and_can_do_nothing_else() {
         "insert into postroad.relay_mark (id) values (gen_random_uuid())",
         "select * from postroad.relay_mark",
     ] {
-        let error = sqlx::query(sqlx::AssertSqlSafe(forbidden)).execute(&mut connection).await.unwrap_err();
+        let error = sqlx::query(sqlx::AssertSqlSafe(forbidden))
+            .execute(&mut connection)
+            .await
+            .unwrap_err();
         let code = error.as_database_error().and_then(|error| error.code());
         assert_eq!(code.as_deref(), Some("42501"), "{forbidden}: {error}");
     }
@@ -93,7 +158,10 @@ async fn producers_insert_and_publish_and_can_do_nothing_else() {
         "delete from postroad.outbox",
         "drop table postroad.outbox",
     ] {
-        let error = sqlx::query(sqlx::AssertSqlSafe(forbidden)).execute(&mut connection).await.unwrap_err();
+        let error = sqlx::query(sqlx::AssertSqlSafe(forbidden))
+            .execute(&mut connection)
+            .await
+            .unwrap_err();
         assert!(error.as_database_error().is_some(), "{forbidden}: {error}");
     }
 }
@@ -118,5 +186,9 @@ async fn an_installer_without_createrole_installs_all_but_the_grants() {
     )
     .await;
     assert_eq!(migrate::origin(&database).await.unwrap(), Grants::Given);
-    execute(&mut owner, "set role postroad_producer; insert into postroad.outbox (topic) values ('a')").await;
+    execute(
+        &mut owner,
+        "set role postroad_producer; insert into postroad.outbox (topic) values ('a')",
+    )
+    .await;
 }

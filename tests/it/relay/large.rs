@@ -16,7 +16,9 @@ fn resident_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find(|line| line.starts_with("VmRSS:"));
     let kib = line.and_then(|line| line.split_whitespace().nth(1));
-    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default() / 1_024
+    kib.and_then(|kib| kib.parse::<u64>().ok())
+        .unwrap_or_default()
+        / 1_024
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,7 +104,10 @@ async fn rows_that_somebody_holds_uncommitted_are_not_looked_at() {
         times.push(status.step_time);
     }
     times.sort();
-    println!("steps: median {:?}, slowest {slowest:?}", times[times.len() / 2]);
+    println!(
+        "steps: median {:?}, slowest {slowest:?}",
+        times[times.len() / 2]
+    );
     // The median, since other tests share the machine; a scan of the rows would be over 100 ms in every step.
     assert!(times[times.len() / 2] < Duration::from_millis(20));
     execute(&mut holder, "rollback").await;

@@ -182,7 +182,9 @@ impl Origin {
             end $$",
         )
         .await;
-        Self { url: url.to_owned() }
+        Self {
+            url: url.to_owned(),
+        }
     }
 
     /// As a relay may.

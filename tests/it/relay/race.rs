@@ -33,7 +33,11 @@ async fn what_committed_is_relayed_once_and_in_order_and_the_wrong_methods_fail(
     execute(&mut held, "begin").await;
     shop::note(&mut held).await.unwrap();
     let mut elsewhere = connect(&other).await;
-    execute(&mut elsewhere, "create table t (n int); begin; insert into t values (1)").await;
+    execute(
+        &mut elsewhere,
+        "create table t (n int); begin; insert into t values (1)",
+    )
+    .await;
 
     let producers = shop::Producers::start(&origin, 8, "select 1");
     wrong.stage(&origin).await;

@@ -28,8 +28,14 @@ async fn a_row_that_cannot_become_a_message_is_listed_and_can_be_sent_on() {
     let [row] = &page.rows[..] else {
         panic!("{page:?}");
     };
-    assert!(row.reason.contains("the topic has the token ``"), "{}", row.reason);
-    let uncorrected = rig.relay.resend_rejected(&local, row.id, Correction::default());
+    assert!(
+        row.reason.contains("the topic has the token ``"),
+        "{}",
+        row.reason
+    );
+    let uncorrected = rig
+        .relay
+        .resend_rejected(&local, row.id, Correction::default());
     assert!(matches!(
         uncorrected.await,
         Err(RejectedError::StillInvalid { .. })
@@ -38,7 +44,11 @@ async fn a_row_that_cannot_become_a_message_is_listed_and_can_be_sent_on() {
         topic: Some(Topic::parse("b.c").unwrap()),
         payload: None,
     };
-    let placed = rig.relay.resend_rejected(&local, row.id, correction.clone()).await.unwrap();
+    let placed = rig
+        .relay
+        .resend_rejected(&local, row.id, correction.clone())
+        .await
+        .unwrap();
     assert_eq!(placed.offset.0, 3);
     assert!(matches!(
         rig.relay.resend_rejected(&local, row.id, correction).await,

@@ -128,7 +128,11 @@ impl Producers {
                         tokio::time::sleep(Duration::from_millis(5)).await;
                         continue;
                     };
-                    if sqlx::raw_sql(settings).execute(&mut connection).await.is_err() {
+                    if sqlx::raw_sql(settings)
+                        .execute(&mut connection)
+                        .await
+                        .is_err()
+                    {
                         continue;
                     }
                     while !stop.load(Ordering::Relaxed) {

@@ -17,7 +17,11 @@ async fn work(origin: &Origin, milliseconds: u64) {
 }
 
 /// Nothing lost and nothing twice. What the origin has forgotten, and the streams have, is no phantom.
-fn assert_exact(committed: &HashSet<String>, forgotten: &HashSet<String>, url_log: &[super::Logged]) {
+fn assert_exact(
+    committed: &HashSet<String>,
+    forgotten: &HashSet<String>,
+    url_log: &[super::Logged],
+) {
     let verdict = judge(committed, url_log);
     let all: HashSet<String> = committed.union(forgotten).cloned().collect();
     let phantom = judge(&all, url_log).phantom;
@@ -46,7 +50,10 @@ async fn a_data_folder_copied_and_put_back() {
     work(&origin, 500).await;
     rig.caught_up("shop").await;
     let forgotten = shop::committed(&origin).await;
-    assert_eq!(judge(&forgotten, &read_log(&broker.url).await), Verdict::default());
+    assert_eq!(
+        judge(&forgotten, &read_log(&broker.url).await),
+        Verdict::default()
+    );
 
     server.stop().await;
     std::fs::remove_dir_all(server.data_dir()).unwrap();
@@ -109,7 +116,9 @@ async fn a_standby_is_refused_until_it_is_promoted_and_then_the_end_that_it_lack
         .await
         .unwrap();
     support::eventually("the standby to follow", || async {
-        let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&promoted.url).await.ok()?;
+        let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&promoted.url)
+            .await
+            .ok()?;
         let is_there: bool =
             sqlx::query_scalar("select pg_last_wal_replay_lsn() >= $1::text::pg_lsn")
                 .bind(&there)
@@ -183,12 +192,18 @@ async fn an_outbox_dumped_and_restored_into_a_younger_cluster() {
     .await;
     // The client programs are where the server's are; else on PATH.
     let server = std::fs::read_link(format!("/proc/{}/exe", young.pid().unwrap()));
-    let bin_dir = server.map(|path| path.parent().unwrap().to_owned()).unwrap_or_default();
+    let bin_dir = server
+        .map(|path| path.parent().unwrap().to_owned())
+        .unwrap_or_default();
     let dump = Command::new(bin_dir.join("pg_dump"))
         .arg(&origin.url)
         .output()
         .unwrap();
-    assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
+    assert!(
+        dump.status.success(),
+        "{}",
+        String::from_utf8_lossy(&dump.stderr)
+    );
     let file = young.data_dir().with_extension("sql");
     std::fs::write(&file, &dump.stdout).unwrap();
     let loaded = Command::new(bin_dir.join("psql"))
@@ -196,7 +211,11 @@ async fn an_outbox_dumped_and_restored_into_a_younger_cluster() {
         .arg(&file)
         .output()
         .unwrap();
-    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    assert!(
+        loaded.status.success(),
+        "{}",
+        String::from_utf8_lossy(&loaded.stderr)
+    );
 
     let second = rig(&broker.database, &[("shop", Some(&restored.relay_url()))]).await;
     let status = second.caught_up("shop").await;

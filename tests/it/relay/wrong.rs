@@ -32,19 +32,23 @@ pub struct Wrong {
     by_xid: Reader,
 }
 
-const COLUMNS: &str =
-    "seq, xid::text::bigint, id, key, case when payload is not null then payload::json ->> 'version' end";
+const COLUMNS: &str = "seq, xid::text::bigint, id, key, case when payload is not null then payload::json ->> 'version' end";
 
 impl Reader {
     /// Polls with a condition on the last ($1 seq, $2 xid) and an order.
     fn start(origin: &Origin, condition: &str, order: &str, stop: &Arc<AtomicBool>) -> Self {
-        let text = format!("select {COLUMNS} from postroad.outbox where {condition} order by {order}");
+        let text =
+            format!("select {COLUMNS} from postroad.outbox where {condition} order by {order}");
         let url = origin.relay_url();
         let stop = Arc::clone(stop);
         let (sender, last) = watch::channel(0);
         let task = tokio::spawn(async move {
             let mut connection = PgConnection::connect(&url).await.unwrap();
-            execute(&mut connection, "set statement_timeout = 0; set default_transaction_isolation = 'read committed'").await;
+            execute(
+                &mut connection,
+                "set statement_timeout = 0; set default_transaction_isolation = 'read committed'",
+            )
+            .await;
             let mut messages = Vec::new();
             let mut position = (0_i64, 0_i64);
             loop {
