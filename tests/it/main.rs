@@ -8,6 +8,7 @@ mod demo;
 mod end_to_end;
 mod examples;
 mod golden;
+mod http;
 mod local_postgres;
 mod program;
 mod queue;
