@@ -48,7 +48,11 @@ impl Api {
         let mut registry = Registry::default();
         let (server, engines, nodes) = (Supervisor::new(), Supervisor::new(), Supervisor::new());
         let db = database.database.clone();
-        let node = cluster::Options::new(format!("http://{address}"));
+        // The tests' server runs without fsync.
+        let node = cluster::Options {
+            allow_unsafe_postgres: true,
+            ..cluster::Options::new(format!("http://{address}"))
+        };
         let cluster = cluster::start(node, db.clone(), &nodes, &mut registry)
             .await
             .unwrap();
