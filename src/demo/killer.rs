@@ -34,9 +34,13 @@ pub(super) async fn run(
         shop.progress.kills.fetch_add(1, Ordering::Relaxed);
         // Long enough for orders to pile up without a broker.
         tokio::time::sleep(Duration::from_millis(300)).await;
+        let before = shop.progress.acknowledged();
         broker.start_again().await?;
-        // Work a little between two kills, or the later ones only meet a broker that starts.
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        // The next kill is to meet a broker at work, not one that starts.
+        while shop.progress.acknowledged() == before && !shop.enough.is_cancelled() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
     Ok(())
 }

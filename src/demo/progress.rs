@@ -17,6 +17,11 @@ pub(super) struct Progress {
 }
 
 impl Progress {
+    /// Acknowledgements of both services.
+    pub(super) fn acknowledged(&self) -> u64 {
+        self.billing.load(Ordering::Relaxed) + self.shipping.load(Ordering::Relaxed)
+    }
+
     pub(super) fn line(&self, started: Instant) -> String {
         let count = |number: &AtomicU64| thousands(number.load(Ordering::Relaxed));
         let mut line = format!(

@@ -46,10 +46,11 @@ impl Report {
     pub fn to_text(&self) -> String {
         let mut out = String::new();
         let mut line = |label: &str, figures: &[String]| {
-            let _ = write!(out, "  {label:<46}");
+            let mut row = format!("  {label:<46}");
             for figure in figures {
-                let _ = write!(out, "{figure:>12}");
+                let _ = write!(row, "{figure:>12}");
             }
+            out.push_str(row.trim_end());
             out.push('\n');
         };
         let stream = &self.stream;
@@ -154,7 +155,9 @@ impl Latencies {
 
     /// Median and 99th percentile of one service, in microseconds; zeros without a delivery.
     pub(super) fn percentiles(&self, service: Service) -> (u64, u64) {
-        let mut histogram = Histogram::<u64>::new(3).expect("three significant digits are allowed");
+        // Up to an hour; longer ones count as one.
+        let mut histogram = Histogram::<u64>::new_with_bounds(1, 3_600_000_000, 3)
+            .expect("the bounds and three significant digits are allowed");
         for (order, received) in &self.received[service as usize] {
             if let Some(committed) = self.committed.get(order) {
                 let micros = received.saturating_duration_since(*committed).as_micros();
