@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::broker::{self, Broker};
 use super::producer::Shop;
+
+/// How long a broker that started again may go without an acknowledgement before it is killed all the same.
+const WORK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Kills the broker `kills` times, spread over the orders, and ends once the last one is ready again.
 ///
@@ -37,7 +40,11 @@ pub(super) async fn run(
         let before = shop.progress.acknowledged();
         broker.start_again().await?;
         // The next kill is to meet a broker at work, not one that starts.
-        while shop.progress.acknowledged() == before && !shop.enough.is_cancelled() {
+        let since = Instant::now();
+        while shop.progress.acknowledged() == before
+            && since.elapsed() < WORK_DEADLINE
+            && !shop.enough.is_cancelled()
+        {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
