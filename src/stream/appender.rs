@@ -343,6 +343,7 @@ impl Appender {
         for tail in &settled.tails {
             let last = Offset(tail.first.0 + tail.messages.len() as i64 - 1);
             self.lasts.insert(tail.stream, last);
+            self.state.tails.commit(tail.stream, last);
         }
         for (reply, answer) in settled.answers {
             // Nobody waits any more: the append stands.

@@ -98,8 +98,9 @@ impl Cache {
         self.state().bytes
     }
 
-    /// Answers a read whole from memory, or not at all.
-    pub(super) fn read(&self, read: &Read) -> Option<Page> {
+    /// Answers a read whole from memory, or not at all. What was committed may not have got here yet: a read that runs to the
+    /// end of the stream must see it.
+    pub(super) fn read(&self, read: &Read, committed: Offset) -> Option<Page> {
         let state = self.state();
         let run = state.streams.get(&read.stream)?;
         let end = run.first.0 + run.entries.len() as i64 - 1;
@@ -125,6 +126,12 @@ impl Cache {
                 page.entries.push(Arc::clone(entry));
             }
             page.through = entry.offset;
+        }
+        let wanted = read
+            .through
+            .map_or(committed, |through| through.min(committed));
+        if page.through.0 == end && end < wanted.0 {
+            return None;
         }
         Some(page)
     }
@@ -245,12 +252,18 @@ mod tests {
         cache.push(&batch(StreamId(2), 1, 2));
         cache.push(&batch(STREAM, 5, 8));
         assert_eq!(cache.bytes(), 10_000);
-        assert_eq!(offsets(&cache.read(&read(2)).unwrap()), [3, 4, 5, 6, 7, 8]);
+        assert_eq!(
+            offsets(&cache.read(&read(2), Offset(8)).unwrap()),
+            [3, 4, 5, 6, 7, 8]
+        );
         cache.push(&batch(STREAM, 9, 9));
         assert_eq!(cache.bytes(), 7_000);
-        assert_eq!(cache.read(&read(3)), None);
-        assert_eq!(offsets(&cache.read(&read(4)).unwrap()), [5, 6, 7, 8, 9]);
-        assert_eq!(cache.read(&read(9)), None);
+        assert_eq!(cache.read(&read(3), Offset(0)), None);
+        assert_eq!(
+            offsets(&cache.read(&read(4), Offset(0)).unwrap()),
+            [5, 6, 7, 8, 9]
+        );
+        assert_eq!(cache.read(&read(9), Offset(0)), None);
         let (found, missing) = cache.fetch(STREAM, vec![Offset(9), Offset(2), Offset(5)]);
         assert_eq!(found.iter().map(|e| e.offset.0).collect::<Vec<_>>(), [5, 9]);
         assert_eq!(missing, [Offset(2)]);
@@ -267,13 +280,18 @@ mod tests {
             max_messages: 2,
             ..read(1)
         };
-        let page = cache.read(&odd).unwrap();
+        let page = cache.read(&odd, Offset(9)).unwrap();
         assert_eq!((offsets(&page), page.through), (vec![3, 5], Offset(5)));
         let small = Read {
             max_bytes: 1,
             ..read(0)
         };
-        assert_eq!(offsets(&cache.read(&small).unwrap()), [1]);
+        assert_eq!(offsets(&cache.read(&small, Offset(20)).unwrap()), [1]);
+        assert_eq!(
+            cache.read(&read(5), Offset(10)),
+            None,
+            "10 is committed and not here yet"
+        );
     }
 
     #[test]
@@ -281,8 +299,8 @@ mod tests {
         let cache = Cache::new(100_000);
         cache.push(&batch(STREAM, 1, 4));
         cache.push(&batch(STREAM, 6, 7));
-        assert_eq!(cache.read(&read(3)), None);
-        assert_eq!(offsets(&cache.read(&read(5)).unwrap()), [6, 7]);
+        assert_eq!(cache.read(&read(3), Offset(0)), None);
+        assert_eq!(offsets(&cache.read(&read(5), Offset(7)).unwrap()), [6, 7]);
         assert_eq!(cache.bytes(), 2_000);
     }
 }

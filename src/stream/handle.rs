@@ -115,7 +115,8 @@ impl Handle {
     /// # Errors
     /// The database's.
     pub async fn read(&self, read: Read) -> Result<Page, Error> {
-        if let Some(page) = self.shared.state.cache.read(&read) {
+        let committed = self.shared.state.tails.committed(read.stream);
+        if let Some(page) = self.shared.state.cache.read(&read, committed) {
             return Ok(page);
         }
         self.ask(|reply| reader::Job::Read { read, reply }).await

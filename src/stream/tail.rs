@@ -33,6 +33,8 @@ pub(super) struct Tails {
 struct Tail {
     batches: broadcast::Sender<Arc<Batch>>,
     last: watch::Sender<Offset>,
+    /// The last offset that this node has committed: at or before what it tells its callers.
+    committed: Offset,
 }
 
 impl Default for Tail {
@@ -40,6 +42,7 @@ impl Default for Tail {
         Self {
             batches: broadcast::Sender::new(TAIL_MAX_BATCHES),
             last: watch::Sender::new(Offset(0)),
+            committed: Offset(0),
         }
     }
 }
@@ -67,6 +70,19 @@ impl Tails {
         streams
             .get(&stream)
             .map_or(Offset(0), |tail| *tail.last.borrow())
+    }
+
+    /// The last offset that this node has committed.
+    pub(super) fn committed(&self, stream: StreamId) -> Offset {
+        let streams = self.streams();
+        streams
+            .get(&stream)
+            .map_or(Offset(0), |tail| tail.committed)
+    }
+
+    /// Notes a commit, before its callers are told.
+    pub(super) fn commit(&self, stream: StreamId, last: Offset) {
+        self.streams().entry(stream).or_default().committed = last;
     }
 
     /// Starts a stream's tail after an offset, unless it is further already.

@@ -18,7 +18,7 @@ use postroad::supervisor::Supervisor;
 use prometheus_client::registry::Registry;
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
-use super::support::{self, TestDatabase, eventually};
+use super::support::{self, Action, Direction, TestDatabase, eventually};
 
 /// A node with a stream engine: what one process runs.
 struct Node {
@@ -737,5 +737,79 @@ async fn hot_statements_go_by_the_index_whatever_the_size_of_the_log() {
         "{plan}"
     );
     session.close().await.unwrap();
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_cut_before_and_after_the_commit_append_once() {
+    let db = support::database().await;
+    let proxy = support::proxy(&db.url).await;
+    let database = Database::new(&proxy.url(&db.url), 2).unwrap();
+    let node = node_with(&database, "http://one", quick()).await;
+    let main = node.main().await;
+    let mut cut = HashSet::new();
+    proxy.filter(move |direction, bytes| {
+        let find = |marker: &str| {
+            let marker = marker.as_bytes();
+            let at = bytes
+                .windows(marker.len())
+                .position(|window| window == marker)?;
+            Some(bytes[at..at + marker.len() + 3].to_vec())
+        };
+        if direction == Direction::ToClient {
+            return Action::Forward;
+        }
+        // Once each: the repeat goes through.
+        match (find("before-"), find("after-")) {
+            (Some(marker), _) if cut.insert(marker.clone()) => Action::CutBefore,
+            (_, Some(marker)) if cut.insert(marker.clone()) => Action::CutAfter,
+            _ => Action::Forward,
+        }
+    });
+    let mut placed = Vec::new();
+    for n in 0..40 {
+        let kind = ["plain", "before", "after"][n % 3];
+        let one = vec![message("a", &format!("{kind}-{n:03}"), "1")];
+        placed.extend(offsets(&node.publish(one, n % 2 == 0).await.unwrap()));
+    }
+    assert_eq!(placed, (1..=40).collect::<Vec<_>>());
+    let page = node.stream.read(read(main, 0)).await.unwrap();
+    assert_eq!(page.entries.len(), 40);
+    assert_eq!(page.through, Offset(40));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_database_is_away_appends_fail_as_unavailable_or_unknown_and_then_go_on() {
+    let db = support::database().await;
+    let proxy = support::proxy(&db.url).await;
+    let database = Database::new(&proxy.url(&db.url), 2).unwrap();
+    let options = Options {
+        wait: Duration::from_secs(2),
+        ..quick()
+    };
+    let node = node_with(&database, "http://one", options).await;
+    node.publish(vec![message("a", "1", "1")], true)
+        .await
+        .unwrap();
+    proxy.cut();
+    let away = node.publish(vec![message("a", "2", "2")], true).await;
+    let is_expected = matches!(
+        away,
+        Err(AppendError::Unavailable(_) | AppendError::OutcomeUnknown)
+    );
+    assert!(is_expected, "{away:?}");
+    proxy.open();
+    // A repeat with the same id is safe, whatever became of the first.
+    let placed = eventually("the database is back", async || {
+        node.publish(vec![message("a", "2", "2")], true).await.ok()
+    })
+    .await;
+    assert_eq!(offsets(&placed), [2]);
+    let next = node
+        .publish(vec![message("a", "3", "3")], true)
+        .await
+        .unwrap();
+    assert_eq!(offsets(&next), [3]);
     node.stop().await;
 }

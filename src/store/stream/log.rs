@@ -289,7 +289,8 @@ fn read_row(row: &PgRow, topic: impl Fn(TopicId) -> Option<Topic>) -> Result<Row
                 id: row.try_get(4)?,
                 source: row.try_get(5)?,
                 kind: row.try_get(6)?,
-                topic: topic(TopicId(topic_id)).ok_or(sqlx::Error::RowNotFound)?,
+                topic: topic(TopicId(topic_id))
+                    .ok_or_else(|| sqlx::Error::Decode("a topic that is not interned".into()))?,
                 key: row.try_get(3)?,
                 subject: row.try_get(7)?,
                 time: row.try_get(8)?,
