@@ -159,9 +159,11 @@ impl Engine {
         let dispatch = self.dispatch(row.stream_id);
         let feed = dispatch.subscribe(row.id, row.patterns.clone().into());
         let slot = row.slot;
+        let progress = Arc::new(Progress::default());
         let known = Known {
             description: describe(&row),
             mailbox: None,
+            progress: Arc::clone(&progress),
         };
         self.write_known().insert(row.name.clone(), known);
         self.queues.insert(
@@ -170,7 +172,7 @@ impl Engine {
                 row,
                 dispatch,
                 feed,
-                progress: Arc::default(),
+                progress,
                 mailbox: None,
             },
         );

@@ -11,6 +11,7 @@ use super::api::{
     Received, Status, VerbItem, WAIT_MAX,
 };
 use super::metrics::Metrics;
+use super::task::Progress;
 use crate::domain::name::QueueName;
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
@@ -23,6 +24,9 @@ use crate::domain::receipt::Key;
 pub struct Handle {
     pub(in crate::queue) shared: Arc<Shared>,
 }
+
+/// How often a request looks whether its queue is recovered.
+const RECOVERY_POLL: Duration = Duration::from_millis(10);
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -75,6 +79,7 @@ pub(in crate::queue) struct Known {
     pub(in crate::queue) description: Description,
     /// None while the queue's state is not at hand.
     pub(in crate::queue) mailbox: Option<mpsc::Sender<Command>>,
+    pub(in crate::queue) progress: Arc<Progress>,
 }
 
 /// What the handles and the tasks share.
@@ -95,10 +100,20 @@ impl Shared {
         })
     }
 
-    fn mailbox(&self, queue: &QueueName) -> Result<mpsc::Sender<Command>, Error> {
-        self.find(queue)?.mailbox.ok_or(Error::Unavailable {
-            why: "its state is being recovered",
-        })
+    /// The queue's task. Waits while the queue's state is being recovered: after a start, a declare or a hand-over.
+    async fn mailbox(&self, queue: &QueueName) -> Result<mpsc::Sender<Command>, Error> {
+        let until = tokio::time::Instant::now() + self.outcome_wait;
+        loop {
+            if let Some(mailbox) = self.find(queue)?.mailbox {
+                return Ok(mailbox);
+            }
+            if tokio::time::Instant::now() >= until {
+                return Err(Error::Unavailable {
+                    why: "its state is being recovered",
+                });
+            }
+            tokio::time::sleep(RECOVERY_POLL).await;
+        }
     }
 }
 
@@ -176,7 +191,7 @@ impl Handle {
     ) -> Result<Received, Error> {
         check_receive(&request)?;
         let bound = request.wait + self.shared.outcome_wait;
-        let mailbox = self.shared.mailbox(queue)?;
+        let mailbox = self.shared.mailbox(queue).await?;
         self.shared.metrics.receives.inc();
         send(&mailbox, bound, |reply| Command::Receive { request, reply }).await
     }
@@ -203,7 +218,7 @@ impl Handle {
                 reason: item.reason,
             })
             .collect();
-        let mailbox = self.shared.mailbox(queue)?;
+        let mailbox = self.shared.mailbox(queue).await?;
         send(&mailbox, self.shared.outcome_wait, |reply| {
             Command::Settle { verb, items, reply }
         })
@@ -219,7 +234,7 @@ impl Handle {
         queue: &QueueName,
         filter: InFlightFilter,
     ) -> Result<Vec<InFlight>, Error> {
-        let mailbox = self.shared.mailbox(queue)?;
+        let mailbox = self.shared.mailbox(queue).await?;
         send(&mailbox, self.shared.outcome_wait, |reply| {
             Command::InFlight { filter, reply }
         })

@@ -1,9 +1,18 @@
-//! What the queue engine counts. A queue's own gauges are read at scrape time from the queues' descriptions.
+//! What the queue engine counts. A queue's own gauges are read at scrape time from what its task last noted.
 
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+
+use super::handle::Shared;
+use super::task::Progress;
 
 /// Counters and gauges of all queues of this process.
 #[derive(Debug, Clone)]
@@ -114,5 +123,55 @@ impl Metrics {
             "1 while the queues stand still since Postgres cannot be reached",
             self.standing.clone(),
         );
+    }
+}
+
+/// The gauges of each queue, read at scrape time.
+#[derive(Debug)]
+pub(in crate::queue) struct PerQueue(pub(in crate::queue) Arc<Shared>);
+
+type Read = fn(&Progress) -> u64;
+
+const PER_QUEUE: [(&str, &str, Read); 5] = [
+    (
+        "postroad_queue_depth_messages",
+        "Unsettled messages among those looked at",
+        |progress| progress.depth.load(Ordering::Relaxed),
+    ),
+    (
+        "postroad_queue_in_flight_messages",
+        "Live deliveries",
+        |progress| progress.live.load(Ordering::Relaxed),
+    ),
+    (
+        "postroad_queue_delayed_messages",
+        "Messages held back by a delay",
+        |progress| progress.delayed.load(Ordering::Relaxed),
+    ),
+    (
+        "postroad_queue_dead_letter_messages",
+        "Dead letters of the queue's generation",
+        |progress| progress.dead.load(Ordering::Relaxed),
+    ),
+    (
+        "postroad_queue_waiting_receives",
+        "Long polls that wait",
+        |progress| progress.waiters.load(Ordering::Relaxed),
+    ),
+];
+
+impl Collector for PerQueue {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let queues = self.0.queues.read();
+        let queues = queues.unwrap_or_else(PoisonError::into_inner);
+        for (name, help, read) in PER_QUEUE {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (queue, known) in queues.iter() {
+                let gauge =
+                    ConstGauge::new(i64::try_from(read(&known.progress)).unwrap_or(i64::MAX));
+                gauge.encode(family.encode_family(&[("queue", queue.as_str())])?)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -88,6 +88,7 @@ pub async fn start(
         outcome_wait: options.outcome_wait,
         metrics: metrics.clone(),
     });
+    registry.register_collector(Box::new(metrics::PerQueue(Arc::clone(&shared))));
     let contact = Arc::new(writer::Contact::new(At::from(cluster.now())));
     let writer = writer::Writer {
         database: database.clone(),

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -53,6 +53,12 @@ pub(in crate::queue) struct Progress {
     pub(in crate::queue) watermark: AtomicI64,
     /// Nothing is unsettled and the queue keeps up: its watermark is what the dispatcher has done.
     pub(in crate::queue) idle: AtomicBool,
+    // For the scrape: as of the task's last round.
+    pub(in crate::queue) depth: AtomicU64,
+    pub(in crate::queue) live: AtomicU64,
+    pub(in crate::queue) delayed: AtomicU64,
+    pub(in crate::queue) dead: AtomicU64,
+    pub(in crate::queue) waiters: AtomicU64,
 }
 
 /// Why a task ended.
@@ -258,6 +264,21 @@ impl Task {
         self.journal_position();
         self.submit();
         self.note_idle();
+        self.note_counts();
+    }
+
+    fn note_counts(&self) {
+        let (counts, progress) = (self.machine.counts(), &self.parts.progress);
+        let depth = counts.fresh + counts.again + counts.live + counts.delayed;
+        for (noted, now) in [
+            (&progress.depth, depth),
+            (&progress.live, counts.live),
+            (&progress.delayed, counts.delayed),
+            (&progress.dead, counts.dead),
+            (&progress.waiters, self.waiters.len() as u64),
+        ] {
+            noted.store(now, Ordering::Relaxed);
+        }
     }
 
     /// A deadline is over, and Postgres was not heard of since: nobody is charged before it answers.

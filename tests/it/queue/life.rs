@@ -25,6 +25,10 @@ async fn a_poison_message_dies_in_exactly_its_attempts_and_takes_nobody_with_it(
         wait: Duration::from_secs(10),
         ..ReceiveRequest::default()
     };
+    support::eventually("the queue to see its messages", || async {
+        (broker.status().await.depth == 10).then_some(())
+    })
+    .await;
     let (mut poison_attempts, mut batches) = (Vec::new(), Vec::new());
     // The consumer dies with offset 1, and with whatever came with it.
     while broker.status().await.depth > 0 {
