@@ -3,6 +3,7 @@
 //! A slot is recovered when its lease is taken, at the new epoch, and dropped when the epoch is gone. A queue's task that
 //! ends by a refused write has its whole slot recovered, since its state in memory ran ahead of the journal.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -177,8 +178,8 @@ impl Engine {
             },
         );
         self.shared.metrics.queues.set(self.queues.len() as i64);
-        if !self.slots.contains_key(&slot) {
-            self.slots.insert(slot, SlotState::default());
+        if let Entry::Vacant(vacant) = self.slots.entry(slot) {
+            vacant.insert(SlotState::default());
             self.hold(slot);
         }
     }

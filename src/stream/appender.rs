@@ -272,10 +272,9 @@ impl Appender {
                 error = &error as &dyn std::error::Error,
                 "an append was refused"
             );
-            for member in group.members {
+            if let Some(member) = group.members.pop() {
                 self.state.metrics.members_refused.inc();
                 let _ = member.taken.reply.send(Err(AppendError::Refused(error)));
-                return;
             }
             return;
         }

@@ -1,6 +1,10 @@
 //! The integration tests: one binary, parallel, each test with a database of its own. See `support`.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a test may take away a task of its own in the middle of anything"
+)]
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
 mod cluster;

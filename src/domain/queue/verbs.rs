@@ -218,7 +218,7 @@ impl Queue {
     }
 
     /// The message has no entry: settled, dead, or never handed out.
-    fn settle_settled(&mut self, verb: Verb, receipt: &Receipt, acked: &mut Vec<i64>) -> Outcome {
+    fn settle_settled(&mut self, verb: Verb, receipt: &Receipt, acked: &mut [i64]) -> Outcome {
         let offset = receipt.offset.0;
         if let Some(&last) = self.dead.get(&offset) {
             if verb == Verb::Ack && receipt.delivery == last {

@@ -445,15 +445,14 @@ async fn ack(
     Json(body): Json<AckBody>,
 ) -> Result<Response, Problem> {
     query.finish()?;
-    let mut items = Items::default();
-    items.items = body
-        .deliveries
-        .into_iter()
-        .map(|item| VerbItem {
-            receipt: item.receipt,
-            ..VerbItem::default()
-        })
-        .collect();
+    let items = body.deliveries.into_iter().map(|item| VerbItem {
+        receipt: item.receipt,
+        ..VerbItem::default()
+    });
+    let items = Items {
+        items: items.collect(),
+        ..Items::default()
+    };
     items.settle(&state, &name, Verb::Ack).await
 }
 

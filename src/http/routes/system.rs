@@ -78,7 +78,6 @@ fn text(content_type: &'static str, body: String) -> Response {
     get, path = "/healthz", tag = "operation",
     responses((status = 200, description = "It does", body = Health), Fails),
 )]
-#[expect(clippy::unused_async, reason = "a handler")]
 async fn healthz() -> Response {
     wire::json(StatusCode::OK, &Health { status: "ok" })
 }
@@ -92,7 +91,6 @@ async fn healthz() -> Response {
         Fails,
     ),
 )]
-#[expect(clippy::unused_async, reason = "a handler")]
 async fn readyz(Extract(state): Extract<State>) -> Response {
     let reasons = state.parts.readiness.reasons();
     let status = match reasons.is_empty() {
@@ -118,7 +116,6 @@ async fn readyz(Extract(state): Extract<State>) -> Response {
         Fails,
     ),
 )]
-#[expect(clippy::unused_async, reason = "a handler")]
 async fn metrics(Extract(state): Extract<State>) -> Result<Response, Problem> {
     let mut body = String::new();
     prometheus_client::encoding::text::encode(&mut body, &state.parts.registry)
@@ -137,7 +134,6 @@ async fn metrics(Extract(state): Extract<State>) -> Result<Response, Problem> {
         Fails,
     ),
 )]
-#[expect(clippy::unused_async, reason = "a handler")]
 async fn openapi() -> Response {
     static YAML: LazyLock<String> = LazyLock::new(openapi_yaml);
     text("application/yaml", YAML.clone())
@@ -148,7 +144,6 @@ async fn openapi() -> Response {
     get, path = "/docs", tag = "operation",
     responses((status = 200, description = "The page", body = String, content_type = "text/html; charset=utf-8"), Fails),
 )]
-#[expect(clippy::unused_async, reason = "a handler")]
 async fn docs() -> Response {
     static PAGE: LazyLock<String> = LazyLock::new(|| {
         let json = crate::http::openapi::api()
@@ -170,7 +165,6 @@ async fn docs() -> Response {
         NoPage, Reads,
     ),
 )]
-#[expect(clippy::unused_async, reason = "a handler")]
 async fn problem(slug: Result<Named<Slug>, Problem>, query: Query) -> Result<Response, Problem> {
     query.finish()?;
     let Named(Slug(kind)) =

@@ -4,7 +4,7 @@
 //!
 //! The run's shared server is `DATABASE_URL`'s (a superuser's URL) when that is set, else one that the run starts.
 
-#![allow(dead_code, reason = "each test uses what it needs")]
+#![allow(dead_code, unused_imports, reason = "each test uses what it needs")]
 
 pub mod broker;
 pub mod cluster;
