@@ -7,6 +7,7 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use super::position::{NOTHING, Position, Window};
+use super::status::State;
 use super::task::{Prepared, Run, Stepped, Trouble};
 use crate::store::origin::{Identity, Place};
 
@@ -137,6 +138,9 @@ impl Run<'_> {
         self.relay
             .status
             .send_modify(|status| status.lag_rows = count);
+        if !window.is_rerelay {
+            self.relay.set_state(State::Running, None);
+        }
         let mut after = window.after_seq;
         loop {
             let chunk = self.read_chunk(&position, &window, after).await?;

@@ -103,7 +103,7 @@ impl Rig {
         self.watch(origin).borrow().clone()
     }
 
-    /// Waits for a status, 60 s at most.
+    /// Waits for a status, 3 minutes at most: a million rows take their time in a debug build.
     pub async fn until(
         &self,
         origin: &str,
@@ -112,10 +112,10 @@ impl Rig {
     ) -> Status {
         let mut status = self.watch(origin);
         let waiting = status.wait_for(is_so);
-        let found = tokio::time::timeout(Duration::from_secs(60), waiting).await;
+        let found = tokio::time::timeout(Duration::from_secs(180), waiting).await;
         match found {
             Ok(status) => status.unwrap().clone(),
-            Err(_) => panic!("waited 60 s for {what}: {:?}", self.status(origin)),
+            Err(_) => panic!("waited 3 minutes for {what}: {:?}", self.status(origin)),
         }
     }
 
