@@ -243,6 +243,8 @@ impl Task {
 
     /// Everything that can be decided now.
     fn round(&mut self) {
+        // In this order: a confirmation after an outage is told after the outage's move of the deadlines.
+        let confirmed = self.parts.contact.confirmed();
         let outage = *self.outage.borrow_and_update();
         let moved = outage.moved - self.moved;
         if moved > 0 {
@@ -253,7 +255,7 @@ impl Task {
         self.take_in();
         if !outage.standing {
             let now = self.now();
-            self.machine.advance(now, self.parts.contact.confirmed());
+            self.machine.advance(now, confirmed);
             let is_over = |deadline: At| deadline <= now;
             if self.machine.next_deadline().is_some_and(is_over) && !self.is_probing {
                 self.probe();

@@ -25,6 +25,8 @@ const GROUP_MAX_PARTS: usize = 1_000;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 /// A call that took longer than this was an outage: the deadlines move by it.
 const STALL: Duration = Duration::from_secs(1);
+/// With nothing to write, Postgres is asked for a sign of life this often, so that an outage's beginning is known.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Pauses between attempts while Postgres is away.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -106,9 +108,19 @@ impl Writer {
         loop {
             let first = match held.take() {
                 Some(first) => first,
-                None => match self.submissions.recv().await {
-                    Some(first) => first,
-                    None => return,
+                None => match tokio::time::timeout(HEARTBEAT, self.submissions.recv()).await {
+                    Ok(Some(first)) => first,
+                    Ok(None) => return,
+                    Err(_) => {
+                        if self
+                            .write(&mut connection, &Group::default())
+                            .await
+                            .is_none()
+                        {
+                            return;
+                        }
+                        continue;
+                    }
                 },
             };
             let (group, waiting, probes) = self.gather(first, &mut numbers, &mut held);
@@ -252,12 +264,14 @@ impl Writer {
     ) -> Option<Result<GroupWritten, store::Error>> {
         let mut pause = PAUSE.0;
         let mut repeats = 0u32;
+        // An outage counts from the last call that succeeded, a heartbeat ago at most.
+        let mut away_since = None;
         loop {
             let began = (At::from(self.cluster.now()), Instant::now());
             let attempt = self.attempt(connection, group).await;
             match attempt {
                 Ok(written) => {
-                    self.confirm(began);
+                    self.confirm(began, away_since);
                     return Some(Ok(written));
                 }
                 Err(error) if error.retry() == Retry::Never && !error.is_connection_lost() => {
@@ -270,6 +284,7 @@ impl Writer {
                     if error.retry() == Retry::Now && repeats < 10 {
                         continue;
                     }
+                    away_since.get_or_insert(self.contact.confirmed());
                     self.stand_still(&error);
                 }
             }
@@ -322,29 +337,24 @@ impl Writer {
     }
 
     /// Postgres answered a call that began then. After an outage the deadlines move, before anything can expire.
-    fn confirm(&self, (began, instant): (At, Instant)) {
-        let standing = self.contact.outage.borrow().standing;
-        let stalled = instant.elapsed() > STALL;
-        let now = At::from(self.cluster.now());
-        if standing || stalled {
-            let from = if standing {
-                self.contact.confirmed()
-            } else {
-                began
-            };
-            let by = now.0.saturating_sub(from.0).max(0);
-            self.contact.outage.send_modify(|outage| {
-                outage.standing = false;
-                outage.moved += by;
-            });
-            self.metrics.standing.set(0);
-            tracing::info!(
-                milliseconds = by,
-                "Postgres answers: deadlines of live deliveries moved by its absence"
-            );
-            self.contact.confirmed.store(now.0, Ordering::Release);
-        } else {
+    fn confirm(&self, (began, instant): (At, Instant), away_since: Option<At>) {
+        let stalled_since = (instant.elapsed() > STALL).then_some(began);
+        let Some(since) = away_since.or(stalled_since) else {
             self.contact.confirmed.fetch_max(began.0, Ordering::AcqRel);
-        }
+            return;
+        };
+        let now = At::from(self.cluster.now());
+        let by = now.0.saturating_sub(since.0).max(0);
+        self.contact.outage.send_modify(|outage| {
+            outage.standing = false;
+            outage.moved += by;
+        });
+        self.metrics.standing.set(0);
+        tracing::info!(
+            milliseconds = by,
+            "Postgres answers: deadlines of live deliveries moved by its absence"
+        );
+        // After the move is told: a queue that sees this moment as confirmed has seen the move too.
+        self.contact.confirmed.fetch_max(began.0, Ordering::AcqRel);
     }
 }
