@@ -161,7 +161,10 @@ impl Latencies {
         for (order, received) in &self.received[service as usize] {
             if let Some(committed) = self.committed.get(order) {
                 let micros = received.saturating_duration_since(*committed).as_micros();
-                histogram.saturating_record(u64::try_from(micros).unwrap_or(u64::MAX));
+                // Not saturating_record: that one cuts at the present range and never lets the histogram grow.
+                histogram
+                    .record(u64::try_from(micros).unwrap_or(u64::MAX))
+                    .expect("a histogram that resizes takes every value");
             }
         }
         (
