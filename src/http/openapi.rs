@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use utoipa::openapi::{ContentBuilder, Ref, RefOr, Response, ResponseBuilder};
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, Required, Response, ResponseBuilder};
 use utoipa::{IntoResponses, OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 
@@ -137,7 +137,21 @@ fn document(kinds: &[Kind]) -> BTreeMap<String, RefOr<Response>> {
 
 /// The routes with their descriptions.
 pub(in crate::http) fn api() -> OpenApiRouter<State> {
-    routes::all(OpenApiRouter::with_openapi(Base::openapi()))
+    let mut router = routes::all(OpenApiRouter::with_openapi(Base::openapi()));
+    // An empty body counts as `{}`, or when publishing as an empty payload: only the verbs need one.
+    for (path, item) in &mut router.get_openapi_mut().paths.paths {
+        let is_verb = path.starts_with("/v1/queues/{queue}/") && !path.ends_with("/receive");
+        for operation in [&mut item.put, &mut item.post].into_iter().flatten() {
+            if let Some(RefOr::T(body)) = &mut operation.request_body {
+                body.required = Some(if is_verb {
+                    Required::True
+                } else {
+                    Required::False
+                });
+            }
+        }
+    }
+    router
 }
 
 /// The description of the API as YAML, OpenAPI 3.1. `make openapi` writes it to `openapi.yaml`.

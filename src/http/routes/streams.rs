@@ -206,7 +206,7 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
 /// Declare a stream: make it, or change its settings. Repeating it changes nothing.
 #[utoipa::path(
     put, path = "/v1/streams/{stream}", tag = "streams",
-    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main")),
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "orders")),
     request_body = Declaration,
     responses(
         (status = 200, description = "It was there, and has these settings now", body = Stream),
