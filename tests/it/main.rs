@@ -17,5 +17,6 @@ mod local_postgres;
 mod program;
 mod queue;
 mod relay;
+mod soak;
 mod stream;
 mod support;
