@@ -21,14 +21,12 @@ use postroad::store::{self, Database};
 use postroad::supervisor::Supervisor;
 use postroad::{cluster, stream};
 use prometheus_client::registry::Registry;
-use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::sync::watch;
 
 /// The engines that a relay needs, on a broker's database.
 pub struct Rig {
     pub relay: relay::Handle,
-    pub stream: stream::Handle,
     pub cluster: cluster::Handle,
     supervisors: [Supervisor; 3],
 }
@@ -86,7 +84,7 @@ pub async fn rig_with(
     assert!(text.contains("postroad_relay_lag_rows"), "{text}");
     Rig {
         relay,
-        stream,
+
         cluster,
         supervisors: [first, second, third],
     }
@@ -203,13 +201,6 @@ impl Origin {
 
     pub async fn producer(&self) -> PgConnection {
         connect(&self.producer_url()).await
-    }
-
-    pub fn producers(&self, size: u32) -> PgPool {
-        PgPoolOptions::new()
-            .max_connections(size)
-            .connect_lazy(&self.producer_url())
-            .unwrap()
     }
 }
 

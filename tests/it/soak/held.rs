@@ -40,7 +40,7 @@ async fn age(connection: &mut PgConnection, updates: u64) {
     sqlx::query(sqlx::AssertSqlSafe(format!(
         "do $$ begin for i in 1..{updates} loop
              update postroad_broker.node set expires_at = expires_at where dead_at is null;
-             update postroad_broker.queue_checkpoint set written_at = written_at;
+             update postroad_broker.queue_checkpoint set state = state;
              commit;
          end loop; end $$"
     )))
@@ -64,7 +64,7 @@ async fn dead_rows(connection: &mut PgConnection) -> Vec<(String, i64, i64)> {
     .unwrap()
 }
 
-/// Messages per second, and the latency's p50 and p99 in ms, of a stretch of the run.
+/// Messages per second in a stretch of the run.
 fn window(received: &Received, from: Instant, to: Instant) -> f64 {
     let count: usize = received
         .batches
@@ -125,7 +125,6 @@ async fn load_with(held: Held) {
     let stretch = Duration::from_secs((seconds / 6).clamp(1, 10));
     let first = window(&received, started, started + stretch);
     let last = window(&received, ended - stretch, ended);
-    // The latencies come in the order of the consumers, so both ends are cut by the number of the message instead.
     let mut latencies = received.latencies.clone();
     println!(
         "{held:?} held, {seconds} s at {per_second}/s: first {stretch:?} {first:.0}/s, last {last:.0}/s; latency p50 {:.1} ms, p99 {:.1} ms",

@@ -69,13 +69,15 @@ async fn the_stream_has_exactly_what_pgbench_committed() {
     relayed(&program, Duration::from_secs(60)).await;
 
     // Per product: what committed is 1..n, and the stream has 1..n in this order.
-    let mut next = vec![1; 21];
+    let mut next = [1; 21];
     let mut after = 0;
     let mut in_stream = 0;
     loop {
         let (_, page) = program
             .http
-            .get(&format!("/v1/streams/main/messages?after={after}&limit=1000"))
+            .get(&format!(
+                "/v1/streams/main/messages?after={after}&max_messages=1000"
+            ))
             .await;
         let messages = page["messages"].as_array().unwrap();
         if messages.is_empty() {
@@ -100,7 +102,7 @@ async fn the_stream_has_exactly_what_pgbench_committed() {
 }
 
 fn find_pgbench() -> Option<std::path::PathBuf> {
-    let folder = postroad::local_postgres::find_binaries(None).ok()?;
-    let pgbench = folder.join("pgbench");
-    pgbench.exists().then_some(pgbench)
+    let found = postroad::local_postgres::find();
+    let programs = found.iter().map(|one| one.bin_dir.join("pgbench"));
+    programs.into_iter().find(|pgbench| pgbench.exists())
 }

@@ -241,7 +241,9 @@ impl Log {
 
 /// Starts the program with these variables and no other `POSTROAD_*` ones, and does not wait.
 pub fn launch(variables: &[(String, String)]) -> (Child, Log) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_postroad"));
+    // A release build, say: the figures of a soak are of the program that users run.
+    let program = std::env::var_os("POSTROAD_TEST_PROGRAM");
+    let mut command = Command::new(program.unwrap_or(env!("CARGO_BIN_EXE_postroad").into()));
     command
         .arg("serve")
         .current_dir("/")
