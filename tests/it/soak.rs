@@ -41,8 +41,8 @@ struct Received {
     times: HashMap<u64, u32>,
     /// When how many came, for windows of time.
     batches: Vec<(Instant, usize)>,
-    /// Seconds from a delivery's commit to its receipt, where the message says when it was committed.
-    latencies: Vec<f64>,
+    /// When, and seconds from a message's insert to its receipt, where the message says when it was inserted.
+    latencies: Vec<(Instant, f64)>,
 }
 
 /// Several consumers of a queue. Each receives and acknowledges until told to stop.
@@ -136,7 +136,7 @@ async fn consume_once(
             .entry(data["n"].as_u64().unwrap())
             .or_default() += 1;
         if let Some(at) = data["at"].as_f64() {
-            received.latencies.push(now - at);
+            received.latencies.push((Instant::now(), now - at));
         }
     }
     received.batches.push((Instant::now(), deliveries.len()));

@@ -64,15 +64,26 @@ async fn dead_rows(connection: &mut PgConnection) -> Vec<(String, i64, i64)> {
     .unwrap()
 }
 
-/// Messages per second in a stretch of the run.
-fn window(received: &Received, from: Instant, to: Instant) -> f64 {
+/// A stretch of the run in words: messages per second, and the latency's p50 and p99.
+fn stretch(received: &Received, from: Instant, to: Instant) -> String {
     let count: usize = received
         .batches
         .iter()
         .filter(|(at, _)| (from..to).contains(at))
         .map(|(_, count)| count)
         .sum();
-    count as f64 / (to - from).as_secs_f64()
+    let mut latencies: Vec<f64> = received
+        .latencies
+        .iter()
+        .filter(|(at, _)| (from..to).contains(at))
+        .map(|(_, latency)| *latency)
+        .collect();
+    format!(
+        "{:.0}/s, p50 {:.1} ms, p99 {:.1} ms",
+        count as f64 / (to - from).as_secs_f64(),
+        quantile(&mut latencies, 0.5) * 1e3,
+        quantile(&mut latencies, 0.99) * 1e3,
+    )
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -122,14 +133,11 @@ async fn load_with(held: Held) {
     assert_eq!(received.times.len() as u64, expected);
     assert!(received.times.values().all(|&times| times == 1));
 
-    let stretch = Duration::from_secs((seconds / 6).clamp(1, 10));
-    let first = window(&received, started, started + stretch);
-    let last = window(&received, ended - stretch, ended);
-    let mut latencies = received.latencies.clone();
+    let part = Duration::from_secs((seconds / 6).clamp(1, 10));
     println!(
-        "{held:?} held, {seconds} s at {per_second}/s: first {stretch:?} {first:.0}/s, last {last:.0}/s; latency p50 {:.1} ms, p99 {:.1} ms",
-        quantile(&mut latencies, 0.5) * 1e3,
-        quantile(&mut latencies, 0.99) * 1e3,
+        "{held:?} held, {seconds} s at {per_second}/s: first {part:?} {}; last {}",
+        stretch(&received, started, started + part),
+        stretch(&received, ended - part, ended),
     );
     for (table, dead, bytes) in &after {
         let old = before.iter().find(|(name, ..)| name == table);
@@ -153,7 +161,7 @@ async fn load_with(held: Held) {
         sqlx::query("rollback").execute(&mut other).await.unwrap();
     }
     let (_, queue) = http.get("/v1/queues/held").await;
-    assert_eq!(queue["depth"], Value::from(0), "{queue}");
+    assert_eq!(queue["status"]["depth"], Value::from(0), "{queue}");
     assert!(program.stop().await.success());
 }
 
