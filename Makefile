@@ -26,6 +26,13 @@ run: ## Run the broker, on a private local Postgres unless DATABASE_URL is set
 test: ## Run all tests
 	@$(WITH_POSTGRES) cargo test $(ARGS)
 
+.PHONY: soak
+soak: ## Run the long tests at full size on a release build, and print their figures (about ten minutes)
+	@$(WITH_POSTGRES) cargo build --release --quiet; \
+	POSTROAD_TEST_PROGRAM="$$PWD/target/release/postroad" POSTROAD_SOAK_BACKLOG=1000000 POSTROAD_SOAK_HELD_SECONDS=120 \
+	POSTROAD_SOAK_HELD_RATE=2000 POSTROAD_SOAK_AGE=20000 POSTROAD_SOAK_PGBENCH_SECONDS=30 \
+	cargo test --test it soak:: -- --nocapture --test-threads 1
+
 .PHONY: check
 check: ## Run what has to pass before a change lands: format, lints, docs, tests, drift, dependencies
 	cargo fmt --all --check
