@@ -53,6 +53,10 @@ pub(in crate::queue) struct Loaded {
 pub(in crate::queue) struct Intake {
     mode: Mode,
     last: watch::Receiver<Offset>,
+    /// Up to where retention dropped everything.
+    floor: watch::Receiver<Offset>,
+    /// As the floor, as far as the queue has given up what is there.
+    lost_through: Offset,
     loaded: BTreeMap<i64, Arc<Entry>>,
     loaded_bytes: usize,
     /// Bytes of an event, about.
@@ -68,6 +72,8 @@ impl Intake {
         Self {
             mode: Mode::Scanning,
             last: stream.last_offset(id),
+            floor: stream.floor(id),
+            lost_through: Offset(0),
             loaded: BTreeMap::new(),
             loaded_bytes: 0,
             usual_bytes: 64 * 1024,
@@ -121,12 +127,48 @@ impl Intake {
         }
     }
 
+    /// Waits until retention drops more. Never resolves when the stream is gone. Cancel-safe.
+    pub(in crate::queue) async fn floor_raised(&mut self) {
+        if self.floor.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     fn may_read(&self) -> bool {
         self.retry_at.is_none_or(|at| at <= Instant::now())
     }
 }
 
 impl Task {
+    /// Gives up what retention's hard limit dropped, live or not: its receipts are `gone` from then on. Otherwise what
+    /// happens to be in memory would still go out, until a restart.
+    pub(in crate::queue) fn give_up_dropped(&mut self) {
+        let floor = *self.intake.floor.borrow_and_update();
+        if floor <= self.intake.lost_through {
+            return;
+        }
+        self.intake.lost_through = floor;
+        while let Some((&offset, _)) = self.intake.loaded.first_key_value()
+            && offset <= floor.0
+        {
+            self.intake.take(Offset(offset));
+        }
+        let count = self.machine.lose_through(floor);
+        if count > 0 {
+            self.note_lost(count, floor);
+        }
+    }
+
+    fn note_lost(&self, count: usize, through: Offset) {
+        tracing::error!(
+            queue = %self.parts.name,
+            count,
+            through = %through,
+            "unsettled messages are gone: retention's hard limit passed the queue"
+        );
+        self.parts.shared.metrics.lost.inc_by(count as u64);
+    }
+
     /// Takes what the feed brought, and starts the next scan if the queue is behind.
     pub(in crate::queue) fn take_in(&mut self) {
         if self.intake.mode == Mode::Fed {
@@ -285,13 +327,7 @@ impl Task {
             self.intake.take(Offset(offset));
         }
         if !missing.is_empty() {
-            tracing::error!(
-                queue = %self.parts.name,
-                count = missing.len(),
-                first = %missing[0],
-                "unsettled messages are gone: retention's hard limit passed the queue"
-            );
-            self.parts.shared.metrics.lost.inc_by(missing.len() as u64);
+            self.note_lost(missing.len(), missing[missing.len() - 1]);
             self.machine.lose(missing);
         }
     }

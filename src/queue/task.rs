@@ -210,6 +210,7 @@ impl Task {
                 written = committed(&mut self.submitted) => self.finish_part(written),
                 Some(done) = self.work.next() => self.finish_work(done),
                 () = self.parts.feed.filled() => {}
+                () = self.intake.floor_raised() => {}
                 _ = self.outage.changed() => {}
                 () = tokio::time::sleep_until(wake_at) => {}
                 () = supervisor.stopping() => {}
@@ -253,6 +254,7 @@ impl Task {
                 .shift(Duration::from_millis(moved.unsigned_abs()));
         }
         self.take_in();
+        self.give_up_dropped();
         if !outage.standing {
             let now = self.now();
             self.machine.advance(now, confirmed);

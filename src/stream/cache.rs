@@ -94,6 +94,11 @@ impl Cache {
         self.state().forget(stream);
     }
 
+    /// Forgets what retention dropped.
+    pub(super) fn forget_through(&self, stream: StreamId, floor: Offset) {
+        self.state().forget_through(stream, floor);
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.state().bytes
     }
@@ -185,6 +190,28 @@ impl State {
         }
     }
 
+    /// Whole batches go; of one that retention cut in two, the first part goes and its bytes stay counted until the rest goes.
+    fn forget_through(&mut self, stream: StreamId, floor: Offset) {
+        let bytes = &mut self.bytes;
+        self.batches.retain(|&(of, last, size)| {
+            let is_gone = of == stream && last <= floor;
+            if is_gone {
+                *bytes -= size;
+            }
+            !is_gone
+        });
+        if let Some(run) = self.streams.get_mut(&stream)
+            && floor >= run.first
+        {
+            let count = (floor.0 - run.first.0 + 1) as usize;
+            run.entries.drain(..count.min(run.entries.len()));
+            run.first = floor.next();
+            if run.entries.is_empty() {
+                self.streams.remove(&stream);
+            }
+        }
+    }
+
     fn forget(&mut self, stream: StreamId) {
         if self.streams.remove(&stream).is_some() {
             let bytes = &mut self.bytes;
@@ -267,6 +294,33 @@ mod tests {
         let (found, missing) = cache.fetch(STREAM, vec![Offset(9), Offset(2), Offset(5)]);
         assert_eq!(found.iter().map(|e| e.offset.0).collect::<Vec<_>>(), [5, 9]);
         assert_eq!(missing, [Offset(2)]);
+    }
+
+    #[test]
+    fn what_retention_dropped_is_not_served_from_memory() {
+        let cache = Cache::new(100_000);
+        cache.push(&batch(STREAM, 1, 4));
+        cache.push(&batch(StreamId(2), 1, 2));
+        cache.push(&batch(STREAM, 5, 8));
+        cache.forget_through(STREAM, Offset(6));
+        let wanted = vec![Offset(4), Offset(6), Offset(7)];
+        let (found, missing) = cache.fetch(STREAM, wanted);
+        assert_eq!(found.iter().map(|e| e.offset.0).collect::<Vec<_>>(), [7]);
+        assert_eq!(missing, [Offset(4), Offset(6)]);
+        assert_eq!(
+            cache.bytes(),
+            6_000,
+            "the first batch's bytes are no longer counted"
+        );
+        cache.push(&batch(STREAM, 9, 9));
+        assert_eq!(
+            offsets(&cache.read(&read(6), Offset(9)).unwrap()),
+            [7, 8, 9]
+        );
+        cache.forget_through(STREAM, Offset(9));
+        assert_eq!(cache.bytes(), 2_000);
+        cache.push(&batch(STREAM, 10, 10));
+        assert_eq!(offsets(&cache.read(&read(9), Offset(10)).unwrap()), [10]);
     }
 
     #[test]

@@ -49,6 +49,16 @@ pub(super) struct State {
     pub(super) metrics: Metrics,
 }
 
+impl State {
+    /// Retention dropped everything up to `floor`: what is in memory goes too, or whoever happens to find it there would
+    /// still hand it out.
+    pub(super) fn raise_floor(&self, stream: StreamId, floor: Offset) {
+        if self.tails.raise_floor(stream, floor) {
+            self.cache.forget_through(stream, floor);
+        }
+    }
+}
+
 impl Handle {
     /// Declares a stream: creates it, or changes its settings. A message published after the answer goes where the patterns
     /// say.
@@ -174,6 +184,13 @@ impl Handle {
     #[must_use]
     pub fn last_offset(&self, stream: StreamId) -> watch::Receiver<Offset> {
         self.shared.state.tails.last_offset(stream)
+    }
+
+    /// The offset up to which retention dropped everything; `Offset(0)` before it dropped anything. Known at once on the node
+    /// that drops, with the next poll on others.
+    #[must_use]
+    pub fn floor(&self, stream: StreamId) -> watch::Receiver<Offset> {
+        self.shared.state.tails.floor(stream)
     }
 
     /// The last offset appended before `at`; `Offset(0)`, or the last one dropped, when none was.

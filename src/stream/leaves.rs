@@ -203,6 +203,7 @@ impl Maintenance {
             .await;
             match emptied {
                 Ok(Some(floor)) => {
+                    self.state.raise_floor(stream.id, floor);
                     tracing::info!(
                         stream = stream.name.as_str(),
                         floor = floor.0,

@@ -186,6 +186,7 @@ async fn start_tails(
         let top = store::stream::read_top(connection, stream, floor).await?;
         let last = top.unwrap_or(floor);
         state.tails.start(stream, last);
+        state.raise_floor(stream, floor);
         lasts.insert(stream, last);
     }
     Ok(lasts)

@@ -35,6 +35,8 @@ struct Tail {
     last: watch::Sender<Offset>,
     /// The last offset that this node has committed: at or before what it tells its callers.
     committed: Offset,
+    /// Everything up to it is gone by retention.
+    floor: watch::Sender<Offset>,
 }
 
 impl Default for Tail {
@@ -43,6 +45,7 @@ impl Default for Tail {
             batches: broadcast::Sender::new(TAIL_MAX_BATCHES),
             last: watch::Sender::new(Offset(0)),
             committed: Offset(0),
+            floor: watch::Sender::new(Offset(0)),
         }
     }
 }
@@ -62,6 +65,21 @@ impl Tails {
 
     pub(super) fn last_offset(&self, stream: StreamId) -> watch::Receiver<Offset> {
         self.streams().entry(stream).or_default().last.subscribe()
+    }
+
+    pub(super) fn floor(&self, stream: StreamId) -> watch::Receiver<Offset> {
+        self.streams().entry(stream).or_default().floor.subscribe()
+    }
+
+    /// Notes that everything up to `floor` is gone. Whether that is news.
+    pub(super) fn raise_floor(&self, stream: StreamId, floor: Offset) -> bool {
+        let mut streams = self.streams();
+        let tail = streams.entry(stream).or_default();
+        tail.floor.send_if_modified(|now| {
+            let is_higher = floor > *now;
+            *now = (*now).max(floor);
+            is_higher
+        })
     }
 
     /// The last offset passed on.
@@ -259,6 +277,9 @@ impl TailTask {
         self.connection = Some(connection);
         for (stream, top) in tops {
             self.fill(stream, top).await;
+        }
+        for &(stream, floor) in &heads {
+            self.state.raise_floor(stream, floor);
         }
         for stream in known {
             if !heads.iter().any(|&(there, _)| there == stream) {

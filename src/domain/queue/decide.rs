@@ -302,6 +302,23 @@ impl Queue {
         }
     }
 
+    /// As [`Queue::lose`], for all that is unsettled up to `through`. Returns how many.
+    pub fn lose_through(&mut self, through: Offset) -> usize {
+        let fresh = self.fresh.iter().map(|offset| offset as i64);
+        let mut gone: Vec<Offset> = fresh
+            .take_while(|&offset| offset <= through.0)
+            .map(Offset)
+            .collect();
+        gone.extend(
+            self.entries
+                .range(..=through.0)
+                .map(|(&offset, _)| Offset(offset)),
+        );
+        let count = gone.len();
+        self.lose(gone);
+        count
+    }
+
     /// Live deadlines move by an outage: the consumers could not settle while Postgres was away.
     pub fn shift(&mut self, by: std::time::Duration) {
         let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
