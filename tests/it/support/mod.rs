@@ -8,6 +8,7 @@
 
 pub mod broker;
 pub mod cluster;
+pub mod consumer;
 pub mod database;
 pub mod proxy;
 
@@ -18,6 +19,7 @@ use tokio::runtime::Runtime;
 
 pub use broker::{Http, Program, TestBroker, broker, broker_with, program};
 pub use cluster::{Cluster, cluster, cluster_of_copy, cluster_with, copy_folder};
+pub use consumer::Consumer;
 pub use database::{TestDatabase, database, empty_database};
 pub use proxy::{Action, Direction, Proxy, proxy};
 

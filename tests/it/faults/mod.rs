@@ -1,0 +1,24 @@
+//! What breaks, end to end: the real program and real clients over HTTP, killed, cut off and left without Postgres at the
+//! wrong moment. The engines' own tests are in `queue`, `stream` and `relay`; here is what a client sees.
+
+mod cut;
+mod outage;
+mod poison;
+mod postgres_killed;
+mod restart;
+mod retention;
+
+use serde_json::{Value, json};
+
+/// A queue that tries again at once.
+fn at_once(max_attempts: u32) -> Value {
+    json!({"topics": ["orders.*"], "max_attempts": max_attempts, "retry": {"delays_seconds": [0]}})
+}
+
+/// A size from the environment, or the everyday one.
+fn size(variable: &str, everyday: usize) -> usize {
+    std::env::var(variable)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(everyday)
+}
