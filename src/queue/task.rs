@@ -340,6 +340,7 @@ impl Task {
                 let _ = reply.send(Ok(self.in_flight(&filter)));
             }
             Command::Status { reply } => {
+                self.drop_gone_waiters();
                 let _ = reply.send(self.status());
             }
             Command::Change(declaration) => {
