@@ -23,6 +23,14 @@ create table postroad_broker.queue (
 create index queue_slot on postroad_broker.queue (slot);
 create index queue_stream_id on postroad_broker.queue (stream_id);
 
+-- Queues that were deleted: when the name is used again, their receipts are told from those of other queues.
+create table postroad_broker.former_queue (
+    id bigint primary key,
+    name text not null,
+    deleted_at timestamptz not null default clock_timestamp()
+);
+create index former_queue_name on postroad_broker.former_queue (name);
+
 -- The whole state of a queue as of a group of its slot. Rewritten once per turn of the journal.
 create table postroad_broker.queue_checkpoint (
     queue_id bigint primary key references postroad_broker.queue (id) on delete cascade,

@@ -416,6 +416,7 @@ impl Engine {
                 .map_err(stream_error)?,
             _ => Offset(0),
         };
+        let former = store::queue::find_former_queues(&self.database, &name).await?;
         let new = NewQueue {
             name: name.clone(),
             stream_id: stream.id,
@@ -442,6 +443,7 @@ impl Engine {
                     start_offset,
                     slot: Slot::of(id),
                     created_at,
+                    former,
                 };
                 Ok((self.begin(row), Declared::Created))
             }
@@ -467,13 +469,14 @@ impl Engine {
     fn begin(&mut self, row: QueueRow) -> Description {
         let description = describe(&row);
         let (id, slot) = (row.id, row.slot);
-        let machine = Queue::new(
+        let mut machine = Queue::new(
             id,
             row.generation,
             row.start_offset,
             row.settings.clone(),
             Random::new(id.0 as u64),
         );
+        machine.set_former(row.former.clone());
         self.add(row);
         let state = self.slots.get(&slot);
         if let Some(state) = state

@@ -143,7 +143,8 @@ impl Handle {
         .await
     }
 
-    /// Deletes a queue. Its receipts are `unknown` from then on, its dead letters are gone with it.
+    /// Deletes a queue. Its dead letters are gone with it; once the name is used again, its receipts are
+    /// `gone`.
     ///
     /// # Errors
     /// [`Error::NotFound`], or the database's.

@@ -52,6 +52,7 @@ fn rebuild(row: &QueueRow, parts: &[StatePart]) -> Result<Queue, crate::domain::
         Some(part) => Queue::from_checkpoint(&part.data, id, generation, settings, random)?,
         None => Queue::new(id, generation, row.start_offset, settings, random),
     };
+    queue.set_former(row.former.clone());
     for part in parts {
         for record in decode(&part.data)? {
             queue.apply(&record);

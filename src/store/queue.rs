@@ -34,6 +34,8 @@ pub struct QueueRow {
     pub slot: Slot,
     /// When it was made.
     pub created_at: DateTime<Utc>,
+    /// Queues that had its name before, and were deleted.
+    pub former: Vec<QueueId>,
 }
 
 /// A queue to be made.
@@ -79,7 +81,8 @@ pub async fn find_queues(database: &Database) -> Result<Vec<QueueRow>, Error> {
     const DOING: &str = "reading queues";
     let rows = sqlx::query(
         "select q.id, q.name, q.stream_id, s.name as stream, q.patterns, q.settings::text as settings, \
-            q.start::text as start, q.generation, q.start_offset, q.slot, q.created_at \
+            q.start::text as start, q.generation, q.start_offset, q.slot, q.created_at, \
+            array(select f.id from postroad_broker.former_queue f where f.name = q.name order by f.id desc limit 1000) as former \
          from postroad_broker.queue q join postroad_broker.stream s on s.id = q.stream_id order by q.id",
     )
     .fetch_all(database.pool())
@@ -122,6 +125,10 @@ fn read_queue(row: &sqlx::postgres::PgRow) -> Result<QueueRow, Error> {
         start_offset: Offset(column(row, "start_offset")?),
         slot: Slot(column(row, "slot")?),
         created_at: column(row, "created_at")?,
+        former: column::<Vec<i64>>(row, "former")?
+            .into_iter()
+            .map(QueueId)
+            .collect(),
     })
 }
 
@@ -186,6 +193,24 @@ pub async fn insert_queue(database: &Database, queue: &NewQueue) -> Result<Inser
     }
 }
 
+/// The queues that had this name and were deleted, the last thousand of them.
+///
+/// # Errors
+/// The database's.
+pub async fn find_former_queues(
+    database: &Database,
+    name: &QueueName,
+) -> Result<Vec<QueueId>, Error> {
+    let ids: Vec<i64> = sqlx::query_scalar(
+        "select id from postroad_broker.former_queue where name = $1 order by id desc limit 1000",
+    )
+    .bind(name.as_str())
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query("reading former queues"))?;
+    Ok(ids.into_iter().map(QueueId).collect())
+}
+
 /// Changes a queue's filter and settings.
 ///
 /// # Errors
@@ -208,12 +233,17 @@ pub async fn update_queue(
     Ok(())
 }
 
-/// Deletes a queue with its checkpoint and dead letters. Its journal rows go with their segments.
+/// Deletes a queue with its checkpoint and dead letters. Its journal rows go with their segments. That it was there is
+/// remembered for 30 days, longer than anybody keeps a receipt.
 ///
 /// # Errors
 /// The database's.
 pub async fn delete_queue(database: &Database, id: QueueId) -> Result<(), Error> {
-    sqlx::query("delete from postroad_broker.queue where id = $1")
+    sqlx::query(
+        "with gone as (delete from postroad_broker.queue where id = $1 returning id, name), \
+            forgotten as (delete from postroad_broker.former_queue where deleted_at < clock_timestamp() - interval '30 days') \
+         insert into postroad_broker.former_queue (id, name) select id, name from gone",
+    )
         .bind(id.0)
         .execute(database.pool())
         .await

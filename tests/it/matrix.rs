@@ -53,12 +53,13 @@ const LIVE_AGAIN: [&str; 5] = [
     "dead_lettered",
 ];
 
-const MATRIX: [Row; 17] = [
+const MATRIX: [Row; 18] = [
     same("malformed", "unknown"),
     same("mac_wrong", "unknown"),
     same("other_queue", "unknown"),
     same("former_generation", "gone"),
     same("later_generation", "gone"),
+    same("recreated", "gone"),
     same("lost_to_the_hard_limit", "gone"),
     same("acked", "already_settled"),
     row("rejected", DEAD, DEAD_AGAIN),
@@ -192,6 +193,12 @@ async fn bring_about(consumer: &Consumer, state: &str, taken: &[Value]) {
                 consumer.in_flight().await.is_empty().then_some(())
             })
             .await;
+        }
+        "recreated" => {
+            let path = format!("/v1/queues/{state}");
+            let (status, answer) = consumer.http.delete(&path).await;
+            assert!(status.is_success(), "{answer}");
+            consumer.http.declare(&path, &declaration(state)).await;
         }
         "lost_to_the_hard_limit" => {
             support::eventually("the messages to be dropped", || async {

@@ -214,6 +214,8 @@ pub struct Counts {
 pub struct Queue {
     id: QueueId,
     generation: Generation,
+    /// Queues that had this one's name before, and were deleted.
+    former: Vec<QueueId>,
     settings: Settings,
     random: Random,
     /// Every message at or below was looked at.

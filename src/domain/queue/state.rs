@@ -25,6 +25,7 @@ impl Queue {
         Self {
             id,
             generation,
+            former: Vec::new(),
             settings,
             random,
             scanned: start.0 - 1,
@@ -64,6 +65,11 @@ impl Queue {
     /// Changes what the queue does from now on.
     pub fn change_settings(&mut self, settings: Settings) {
         self.settings = settings;
+    }
+
+    /// Names the queues that had this one's name before: their receipts are `gone`, not unknown.
+    pub fn set_former(&mut self, former: Vec<QueueId>) {
+        self.former = former;
     }
 
     /// Every message at or below was looked at.

@@ -131,7 +131,10 @@ impl Queue {
             return Outcome::Unknown;
         };
         if receipt.queue != self.id {
-            return Outcome::Unknown;
+            return match self.former.contains(&receipt.queue) {
+                true => Outcome::Gone { incident: false },
+                false => Outcome::Unknown,
+            };
         }
         let offset = receipt.offset.0;
         if receipt.generation != self.generation || self.lost.contains(offset as u64) {
