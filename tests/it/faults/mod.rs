@@ -2,6 +2,7 @@
 //! wrong moment. The engines' own tests are in `queue`, `stream` and `relay`; here is what a client sees.
 
 mod cut;
+mod disconnect;
 mod outage;
 mod poison;
 mod postgres_killed;
