@@ -33,6 +33,10 @@ soak: ## Run the long tests at full size on a release build, and print their fig
 	POSTROAD_SOAK_HELD_RATE=2000 POSTROAD_SOAK_AGE=20000 POSTROAD_SOAK_PGBENCH_SECONDS=30 \
 	cargo test --test it soak:: -- --nocapture --test-threads 1
 
+.PHONY: check-api
+check-api: ## Run schemathesis over the API of a broker of its own (needs python3; a few minutes)
+	@$(WITH_POSTGRES) cargo build --release --quiet; scripts/check-api.sh --max-time 180
+
 .PHONY: check
 check: ## Run what has to pass before a change lands: format, lints, docs, tests, drift, dependencies
 	cargo fmt --all --check

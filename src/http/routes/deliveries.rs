@@ -114,7 +114,7 @@ verb_bodies! {
         #[schema(minimum = 0, maximum = 43200)]
         delay_seconds: Option<f64>,
         /// Why it failed, for the dead letter.
-        #[schema(min_length = 1, max_length = 256)]
+        #[schema(min_length = 1, max_length = 1024)]
         reason: Option<String>,
     }
     ExtendBody, ExtendItem, Extend, ExtendDelivery {
@@ -129,7 +129,7 @@ verb_bodies! {
     }
     RejectBody, RejectItem, Reject, RejectDelivery {
         /// Why it cannot succeed, for the dead letter.
-        #[schema(min_length = 1, max_length = 256)]
+        #[schema(min_length = 1, max_length = 1024)]
         reason: Option<String>,
     }
 }

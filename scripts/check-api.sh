@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Runs schemathesis over openapi.yaml against a broker of its own on a data folder of its own, and stops both. Needs python3 with
+# venv; schemathesis comes from PyPI at the version below. PROGRAM names the broker's program (default: a release build).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+version=4.32.5
+program=${PROGRAM:-target/release/postroad}
+examples=${EXAMPLES:-20}
+seed=${SEED:-1}
+folder=$(mktemp -d "${TMPDIR:-/tmp}/postroad-api.XXXXXX")
+chmod 755 "$folder"
+broker=
+trap 'if [ -n "$broker" ]; then kill "$broker" 2>/dev/null || true; wait "$broker" 2>/dev/null || true; fi; rm -rf "$folder"' EXIT
+
+tool=${SCHEMATHESIS:-}
+if [ -z "$tool" ]; then
+    python3 -m venv "$folder/venv"
+    "$folder/venv/bin/pip" install --quiet --disable-pip-version-check "schemathesis==$version"
+    tool=$folder/venv/bin/schemathesis
+fi
+
+POSTROAD_LOG_FORMAT=json "$program" serve --bind 127.0.0.1:0 --data-dir "$folder/data" 2>"$folder/log" &
+broker=$!
+url=
+for _ in $(seq 300); do
+    url=$(sed -n 's/.*"postroad is ready".*"url":"\([^"]*\)".*/\1/p; s/.*"url":"\([^"]*\)".*"postroad is ready".*/\1/p' "$folder/log" | head -n 1)
+    [ -z "$url" ] || break
+    kill -0 "$broker" 2>/dev/null || { cat "$folder/log" >&2; exit 1; }
+    sleep 0.1
+done
+
+# What the specification cannot say: which values of an open text are valid (a topic's pattern, a cursor, two parameters that
+# exclude each other), so valid-looking data may be refused with 422.
+status=0
+"$tool" run "$url/openapi.yaml" --seed "$seed" --max-examples "$examples" --request-timeout 70 --workers 4 \
+    --exclude-checks positive_data_acceptance --continue-on-failure "$@" || status=$?
+if grep -qE '"level":"ERROR"|panicked' "$folder/log"; then
+    echo "the broker logged errors:" >&2
+    grep -E '"level":"ERROR"|panicked' "$folder/log" | head -n 20 >&2
+    status=1
+fi
+exit "$status"
