@@ -222,6 +222,19 @@ struct Parts {
     database: Database,
 }
 
+/// The address that the node's row has when none is advertised. A node takes over at once what is held under its own address,
+/// so it must be one that no process elsewhere has: loopback and `0.0.0.0` are those of every machine.
+fn node_address(listening: SocketAddr) -> String {
+    let ip = listening.ip();
+    if ip.is_loopback() || ip.is_unspecified() {
+        let host = rustix::system::uname();
+        let host = host.nodename().to_string_lossy().into_owned();
+        format!("http://{host}:{}", listening.port())
+    } else {
+        format!("http://{listening}")
+    }
+}
+
 async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Parts, Error> {
     let listener = TcpListener::bind(config.bind)
         .await
@@ -237,7 +250,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     let mut registry = Registry::default();
     let cluster = cluster::start(
         cluster::Options {
-            address: config.advertise_url.clone().unwrap_or_else(|| url.clone()),
+            address: (config.advertise_url.clone()).unwrap_or_else(|| node_address(address)),
             ttl: config.node_ttl,
             heartbeat: config.node_heartbeat,
             allow_unsafe_postgres: config.allow_unsafe_postgres,

@@ -119,7 +119,7 @@ pub const KEYS: &[Key] = &[
         "advertise_url",
         "",
         "an http or https URL",
-        "The URL at which other nodes reach this one. Without it, `http://` and the address listened on.",
+        "The URL at which other nodes reach this one. Without it, `http://` and the address listened on, with the machine's name for a loopback address or 0.0.0.0. No two nodes may have the same.",
         |c, t| http_url(t).map(|v| c.advertise_url = Some(v)),
     ),
     Key {

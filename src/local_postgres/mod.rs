@@ -240,7 +240,7 @@ pub async fn start(settings: Settings, supervisor: &Supervisor) -> Result<Handle
     let running = server::start(&folder, &installation, &settings).await?;
     tracing::info!(
         data = %folder.cluster_dir.display(),
-        psql = %format!("psql -h {} -U {USER} {DATABASE}", folder.socket_dir.display()),
+        psql = ?format!("psql -h {} -U {USER} {DATABASE}", folder.socket_dir.display()),
         version = installation.version,
         adopted = running.is_adopted(),
         "local Postgres is running"

@@ -179,9 +179,10 @@ impl Relay {
             (Some(detail), true) => {
                 tracing::debug!(origin = %self.name, state = state.as_str(), detail, "relay still paused");
             }
-            (None, _) => {
-                tracing::info!(origin = %self.name, state = state.as_str(), "relay paused");
+            (None, false) => {
+                tracing::info!(origin = %self.name, state = state.as_str(), "relay stands by");
             }
+            (None, true) => {}
         }
         self.set_state(state, detail);
     }

@@ -70,14 +70,18 @@ impl Database {
         &self.pool
     }
 
-    /// Where the database is, for logs: host, port and name, never the password.
+    /// Where the database is, for logs: host (or the socket's folder), port and name, never the password.
     #[must_use]
     pub fn place(&self) -> String {
+        let name = self.options.get_database().unwrap_or_default();
+        if let Some(socket) = self.options.get_socket() {
+            return format!("{}:{}/{name}", socket.display(), self.options.get_port());
+        }
         format!(
             "{}:{}/{}",
             self.options.get_host(),
             self.options.get_port(),
-            self.options.get_database().unwrap_or_default()
+            name
         )
     }
 
