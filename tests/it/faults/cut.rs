@@ -65,10 +65,12 @@ async fn a_cut_around_a_commit_is_found_out_and_doubles_nothing() {
         for (action, name) in [(Action::CutBefore, "before"), (Action::CutAfter, "after")] {
             let id = format!("cut-{name}-{round}");
             trap.arm(&id, action);
-            let placed = publish_ids(&program.http, "orders.created", std::slice::from_ref(&id)).await;
+            let placed =
+                publish_ids(&program.http, "orders.created", std::slice::from_ref(&id)).await;
             assert!(trap.has_sprung());
             assert_eq!(placed[0]["duplicate"], false, "{id}: {placed:?}");
-            let again = publish_ids(&program.http, "orders.created", std::slice::from_ref(&id)).await;
+            let again =
+                publish_ids(&program.http, "orders.created", std::slice::from_ref(&id)).await;
             assert_eq!(again[0]["duplicate"], true);
             assert_eq!(again[0]["offset"], placed[0]["offset"]);
 
