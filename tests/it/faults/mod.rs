@@ -3,9 +3,9 @@
 
 mod cut;
 mod disconnect;
+mod killed;
 mod outage;
 mod poison;
-mod postgres_killed;
 mod restart;
 mod retention;
 

@@ -1,4 +1,4 @@
-//! kill -9 of Postgres under a load of publishes and acks.
+//! kill -9 of Postgres, and of the program, under a load of publishes and acks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,8 +17,8 @@ const CONSUMERS: usize = 3;
 /// What consumers saw and were told, by offset.
 #[derive(Default)]
 struct History {
-    /// The delivery that was acked, with a 200.
-    acked: Mutex<BTreeMap<u64, u64>>,
+    /// The delivery that was acked, with a 200, and whether that was the first answer rather than a repeat's.
+    acked: Mutex<BTreeMap<u64, (u64, bool)>>,
     /// Deliveries, in the order in which they came.
     delivered: Mutex<Vec<(u64, u64, u64)>>,
 }
@@ -28,6 +28,26 @@ impl History {
         let number = |member: &str| delivery[member].as_u64().unwrap();
         let seen = (number("offset"), number("delivery"), number("attempt"));
         self.delivered.lock().unwrap().push(seen);
+    }
+
+    fn ack(&self, delivery: &Value, outcome: &Value) {
+        let number = |member: &str| delivery[member].as_u64().unwrap();
+        let (offset, delivery) = (number("offset"), number("delivery"));
+        let mut acked = self.acked.lock().unwrap();
+        match outcome["result"].as_str().unwrap() {
+            "acked" => {
+                let before = acked.insert(offset, (delivery, true));
+                let is_first = before.is_none_or(|(_, is_first)| !is_first);
+                assert!(is_first, "{offset} was acked twice");
+            }
+            // A repeat of an ack whose answer was lost; or somebody else was faster, who says more.
+            "already_settled" => {
+                acked.entry(offset).or_insert((delivery, false));
+            }
+            // Its time was up, and it is somebody else's by now.
+            "stale" => {}
+            other => panic!("{other}"),
+        }
     }
 }
 
@@ -62,22 +82,33 @@ async fn consume(consumer: Consumer, history: Arc<History>, wanted: Arc<AtomicUs
             continue;
         }
         let outcomes = consumer.settle("ack", &items(deliveries, &json!({}))).await;
-        let mut acked = history.acked.lock().unwrap();
-        for (delivery, outcome) in deliveries.iter().zip(outcomes) {
-            let number = |member: &str| delivery[member].as_u64().unwrap();
-            // A repeat of an ack whose answer was lost is told so.
-            if ["acked", "already_settled"].contains(&outcome["result"].as_str().unwrap()) {
-                acked.insert(number("offset"), number("delivery"));
-            }
+        for (delivery, outcome) in deliveries.iter().zip(&outcomes) {
+            history.ack(delivery, outcome);
         }
     }
 }
 
+/// Who is killed.
+#[derive(Debug, Clone, Copy)]
+enum Victim {
+    Postgres,
+    Program,
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_postgres_loses_nothing_acknowledged_and_redelivers_nothing_acked() {
+    kill_under_load(Victim::Postgres).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_program_loses_nothing_acknowledged_and_redelivers_nothing_acked() {
+    kill_under_load(Victim::Program).await;
+}
+
+async fn kill_under_load(victim: Victim) {
     let cluster = support::cluster().await;
     let url = cluster.create_database("shop").await;
-    let program = support::program(&url, &[]).await;
+    let mut program = support::program(&url, &[]).await;
     let consumer = Consumer::declare(&program.http, "billing", &at_once(16)).await;
     let (published, history) = (Arc::default(), Arc::new(History::default()));
     let (is_over, wanted) = (
@@ -96,18 +127,26 @@ async fn a_killed_postgres_loses_nothing_acknowledged_and_redelivers_nothing_ack
             tokio::spawn(consume(consumer.clone(), history, wanted))
         })
         .collect();
-    for _ in 0..size("POSTROAD_TEST_POSTGRES_KILLS", 3) {
+    for _ in 0..size("POSTROAD_TEST_KILLS", 3) {
         let before = history.acked.lock().unwrap().len();
         support::eventually("acks", || async {
             (history.acked.lock().unwrap().len() > before + 200).then_some(())
         })
         .await;
-        let pid = cluster.pid();
-        cluster.kill();
-        support::eventually("another Postgres", || async {
-            (cluster.pid().is_some() && cluster.pid() != pid).then_some(())
-        })
-        .await;
+        match victim {
+            Victim::Program => {
+                program.kill().await;
+                program.start().await;
+            }
+            Victim::Postgres => {
+                let pid = cluster.pid();
+                cluster.kill();
+                support::eventually("another Postgres", || async {
+                    (cluster.pid().is_some() && cluster.pid() != pid).then_some(())
+                })
+                .await;
+            }
+        }
     }
     is_over.store(true, Ordering::Relaxed);
     for producer in producers {
@@ -120,33 +159,35 @@ async fn a_killed_postgres_loses_nothing_acknowledged_and_redelivers_nothing_ack
             .expect("all messages are acked in time")
             .unwrap();
     }
-    let stream = stream_ids(&program.http, "main").await;
     let published = published.lock().unwrap().clone();
-    let found: BTreeMap<String, u64> = stream.iter().map(|(o, id)| (id.clone(), *o)).collect();
-    assert_eq!(found.len(), stream.len(), "no id twice");
-    assert_eq!(
-        found, published,
-        "all that was published, where it was said to be"
-    );
-    let acked = history.acked.lock().unwrap().clone();
-    assert!(acked.keys().eq(published.values().collect::<BTreeSet<_>>()));
-    let delivered = history.delivered.lock().unwrap().clone();
-    let late = delivered
-        .iter()
-        .filter(|(offset, delivery, _)| acked[offset] < *delivery);
-    assert_eq!(late.count(), 0, "delivered after its ack was answered");
-    let charged = delivered
-        .iter()
-        .filter(|(_, _, attempt)| *attempt > 1)
-        .count();
-    println!(
-        "{} published, {} deliveries, {charged} at a second attempt",
-        published.len(),
-        delivered.len()
-    );
+    check(&program.http, &published, &history).await;
     let numbers = consumer.status().await;
     assert_eq!(
         (&numbers["depth"], &numbers["dead_letters"]),
         (&json!(0), &json!(0))
+    );
+}
+
+async fn check(http: &Http, published: &BTreeMap<String, u64>, history: &History) {
+    let stream = stream_ids(http, "main").await;
+    let found: BTreeMap<String, u64> = stream.iter().map(|(o, id)| (id.clone(), *o)).collect();
+    assert_eq!(found.len(), stream.len(), "no id twice");
+    assert_eq!(
+        &found, published,
+        "all that was published, where it was said to be"
+    );
+    let acked = history.acked.lock().unwrap();
+    assert!(acked.keys().eq(published.values().collect::<BTreeSet<_>>()));
+    let delivered = history.delivered.lock().unwrap();
+    let late = delivered
+        .iter()
+        .filter(|(offset, delivery, _)| acked[offset].0 < *delivery);
+    assert_eq!(late.count(), 0, "delivered after its ack was answered");
+    let is_again = |seen: &&(u64, u64, u64)| seen.2 > 1;
+    println!(
+        "{} published, {} deliveries, {} at a second attempt",
+        published.len(),
+        delivered.len(),
+        delivered.iter().filter(is_again).count(),
     );
 }
