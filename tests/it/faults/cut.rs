@@ -104,7 +104,8 @@ async fn a_cut_around_a_commit_is_found_out_and_doubles_nothing() {
     assert_eq!(consumer.status().await["depth"], 0);
 }
 
-async fn unknown(http: &Http, path: &str, content: &str, body: &Value) {
+/// A request that must be answered 503 with this type of problem, and the time after which to ask again.
+async fn refused(http: &Http, path: &str, content: &str, body: &Value, problem: &str) {
     let request = http.client.post(format!("{}{path}", http.base));
     let request = request
         .header("content-type", content)
@@ -113,7 +114,7 @@ async fn unknown(http: &Http, path: &str, content: &str, body: &Value) {
     let (status, headers) = (answer.status(), answer.headers().clone());
     let body: Value = answer.json().await.unwrap();
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}: {body}");
-    assert_eq!(body["type"], "/problems/outcome-unknown", "{path}");
+    assert_eq!(body["type"], problem, "{path}");
     assert!(headers.contains_key("retry-after"), "{path}");
 }
 
@@ -148,17 +149,30 @@ async fn an_outcome_that_is_not_known_in_time_is_answered_so_and_a_repeat_gives_
     let nack = json!({"deliveries": items(&taken[1..], &json!({"delay_seconds": 3600}))});
     let receive = json!({"wait_seconds": 0, "receive_id": "r", "visibility_timeout_seconds": 3600});
     let began = Instant::now();
-    let batch = "application/cloudevents-batch+json";
+    let (batch, plain) = ("application/cloudevents-batch+json", "application/json");
+    let (is_unknown, is_unavailable) = ("/problems/outcome-unknown", "/problems/unavailable");
+    let publish_path = "/v1/topics/orders.created/messages";
     let first = async {
         // All of one group: the writer repeats it as it was.
         tokio::join!(
-            unknown(&http, "/v1/queues/billing/ack", "application/json", &ack),
-            unknown(&http, "/v1/queues/billing/nack", "application/json", &nack),
+            refused(&http, "/v1/queues/billing/ack", plain, &ack, is_unknown),
+            refused(&http, "/v1/queues/billing/nack", plain, &nack, is_unknown),
         );
+    };
+    // This one is never sent: nothing is unknown about it.
+    let later = async {
+        support::eventually("the connection to be gone", || async {
+            is_shut.load(Ordering::SeqCst).then_some(())
+        })
+        .await;
+        let never =
+            json!([{"specversion": "1.0", "id": "never-sent", "source": "/test", "type": "t"}]);
+        refused(&http, publish_path, batch, &never, is_unavailable).await;
     };
     tokio::join!(
         first,
-        unknown(&http, "/v1/topics/orders.created/messages", batch, &event)
+        refused(&http, publish_path, batch, &event, is_unknown),
+        later
     );
     assert!(
         began.elapsed() < Duration::from_secs(14),
@@ -168,7 +182,8 @@ async fn an_outcome_that_is_not_known_in_time_is_answered_so_and_a_repeat_gives_
     proxy.no_filter();
     let placed = publish_ids(&http, "orders.created", &["lost-answer".to_owned()]).await;
     assert_eq!(placed[0]["offset"], 4, "{placed:?}");
-    assert_eq!(stream_ids(&http, "main").await.len(), 4);
+    let there = stream_ids(&http, "main").await;
+    assert_eq!(there.len(), 4, "{there:?}");
     let acks = items(&taken[..1], &json!({}));
     consumer.settle_all("ack", &acks, "already_settled").await;
     let nacks = items(&taken[1..], &json!({"delay_seconds": 1}));

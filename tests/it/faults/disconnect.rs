@@ -292,3 +292,36 @@ async fn answers_that_are_never_written_hide_no_message_and_charge_no_attempt() 
         "{all} receives left, {read_some} in the middle of the answer, {deliveries} deliveries of {MESSAGES} messages"
     );
 }
+
+/// As above with small messages: the kernel takes an answer that nobody reads, and the broker cannot know. Such a message is
+/// there again when its time is up, no later.
+#[tokio::test(flavor = "multi_thread")]
+async fn receivers_that_leave_hide_no_message_beyond_its_deadline() {
+    const MESSAGES: usize = 20;
+    let database = support::database().await;
+    let program = support::program(&database.url, &[]).await;
+    let http = &program.http;
+    let consumer = Consumer::declare(http, "billing", &at_once(1_000)).await;
+    support::consumer::publish(http, "orders.created", MESSAGES).await;
+    let body = r#"{"wait_seconds": 0, "max_messages": 1, "visibility_timeout_seconds": 1}"#;
+    let receive = request("/v1/queues/billing/receive", "application/json", body);
+    for round in 0..rounds() {
+        leave(http, round, &receive).await;
+    }
+    nothing_is_left_behind(http, &database).await;
+    let began = Instant::now();
+    // Those that expired twice go out alone.
+    let taken = consumer.take(MESSAGES, 3_600).await;
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    let charged: u64 = taken
+        .iter()
+        .map(|d| d["attempt"].as_u64().unwrap() - 1)
+        .sum();
+    let complete = (0..rounds()).filter(|&round| Leave::of(round) != Leave::Within);
+    assert!(charged <= complete.count() as u64);
+    println!(
+        "receive: {charged} of {} were charged, all there after {took:?}",
+        rounds()
+    );
+}

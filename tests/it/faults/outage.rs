@@ -43,6 +43,12 @@ async fn a_stopped_postgres_kills_no_message_and_charges_no_attempt() {
     .await;
     // A poll from before the end of the outage outlives it.
     let waiting = tokio::spawn(async move { idle.take(1, 3_600).await });
+    // So does an ack, unless it is told that its outcome is not known and asks again.
+    let early = items(&taken[..1], &json!({}));
+    let acking = tokio::spawn({
+        let consumer = consumer.clone();
+        async move { consumer.settle("ack", &early).await }
+    });
     let receive = |wait: u32| json!({"wait_seconds": wait});
     refused(&program.http, "/v1/queues/parcels/receive", &receive(0)).await;
     refused(&program.http, "/v1/queues/parcels/receive", &receive(1)).await;
@@ -51,7 +57,6 @@ async fn a_stopped_postgres_kills_no_message_and_charges_no_attempt() {
     let standing = consumer.http.get("/v1/queues/billing").await;
     assert_eq!(standing.0.as_u16(), 200);
     assert_eq!(standing.1["status"]["standing_still"], true);
-    assert_eq!(standing.1["status"]["in_flight"], 1_000);
     cluster.start().await;
     let away = away_at.elapsed();
 
@@ -60,9 +65,14 @@ async fn a_stopped_postgres_kills_no_message_and_charges_no_attempt() {
         (status.is_success() && queue["status"]["standing_still"] == false).then_some(())
     })
     .await;
+    let acked = acking.await.unwrap();
+    assert!(
+        ["acked", "already_settled"].contains(&acked[0]["result"].as_str().unwrap()),
+        "{acked:?}"
+    );
     let live = consumer.in_flight().await;
-    assert_eq!(live.len(), 1_000, "nothing expired");
-    for (live, taken) in live.iter().zip(&taken) {
+    assert_eq!(live.len(), 999, "nothing expired");
+    for (live, taken) in live.iter().zip(&taken[1..]) {
         let moved = time(&live["visible_until"]) - time(&taken["visible_until"]);
         // The outage counts from the last sign of life, a second before at most.
         let late = away.saturating_sub(Duration::from_millis(500));
@@ -70,7 +80,7 @@ async fn a_stopped_postgres_kills_no_message_and_charges_no_attempt() {
         assert_eq!(live["attempt"], 1, "no attempt was counted");
     }
     consumer
-        .settle_all("ack", &items(&taken, &json!({})), "acked")
+        .settle_all("ack", &items(&taken[1..], &json!({})), "acked")
         .await;
     let numbers = consumer.status().await;
     assert_eq!(
