@@ -264,14 +264,12 @@ impl Writer {
     ) -> Option<Result<GroupWritten, store::Error>> {
         let mut pause = PAUSE.0;
         let mut repeats = 0u32;
-        // An outage counts from the last call that succeeded, a heartbeat ago at most.
-        let mut away_since = None;
         loop {
             let began = (At::from(self.cluster.now()), Instant::now());
             let attempt = self.attempt(connection, group).await;
             match attempt {
                 Ok(written) => {
-                    self.confirm(began, away_since);
+                    self.confirm(began);
                     return Some(Ok(written));
                 }
                 Err(error) if error.retry() == Retry::Never && !error.is_connection_lost() => {
@@ -284,7 +282,6 @@ impl Writer {
                     if error.retry() == Retry::Now && repeats < 10 {
                         continue;
                     }
-                    away_since.get_or_insert(self.contact.confirmed());
                     self.stand_still(&error);
                 }
             }
@@ -336,8 +333,12 @@ impl Writer {
         }
     }
 
-    /// Postgres answered a call that began then. After an outage the deadlines move, before anything can expire.
-    fn confirm(&self, (began, instant): (At, Instant), away_since: Option<At>) {
+    /// Postgres carried out a call that began then. After an outage the deadlines move, before anything can expire.
+    fn confirm(&self, (began, instant): (At, Instant)) {
+        // An outage counts from the last call that succeeded, a heartbeat ago at most, and lasts until one does again,
+        // whatever group that one is of: those in between may have been refused.
+        let is_standing = self.contact.outage.borrow().standing;
+        let away_since = is_standing.then(|| self.contact.confirmed());
         let stalled_since = (instant.elapsed() > STALL).then_some(began);
         let Some(since) = away_since.or(stalled_since) else {
             self.contact.confirmed.fetch_max(began.0, Ordering::AcqRel);

@@ -114,3 +114,52 @@ async fn an_outage_charges_nobody() {
     .await;
     broker.stop().await;
 }
+
+/// A standby, or a wrong password, for a moment: the group that waited is refused, and the outage must end all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_that_ends_in_a_refusal_ends() {
+    let database = support::database().await;
+    let proxy = support::proxy(&database.url).await;
+    let broker = Broker::start(
+        &database.url,
+        &proxy.url(&database.url),
+        queue::Options::default(),
+    )
+    .await;
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    broker.publish("orders.created", 2).await;
+    let taken = broker.take(1, HOUR).await;
+    proxy.cut();
+    let (queue, receipts) = (broker.queue.clone(), items(&taken));
+    let refused =
+        tokio::spawn(async move { queue.settle(&name(), Verb::Ack, receipts).await });
+    support::eventually("the queue to stand still", || async {
+        broker.status().await.standing_still.then_some(())
+    })
+    .await;
+    let function = "alter function postroad_broker.";
+    let rename = async |from: &str, to: &str| {
+        let statement = format!("{function}{from} rename to {to}");
+        sqlx::query(sqlx::AssertSqlSafe(statement))
+            .execute(&mut database.connect().await)
+            .await
+            .unwrap();
+    };
+    rename("write_queue_group", "refused").await;
+    proxy.open();
+    let refused = refused.await.unwrap();
+    assert!(refused.is_err(), "{refused:?}");
+    rename("refused", "write_queue_group").await;
+    support::eventually("the outage to end", || async {
+        (!broker.status().await.standing_still).then_some(())
+    })
+    .await;
+    broker.take(1, HOUR).await;
+    let outcomes = broker.settle(Verb::Ack, items(&taken)).await;
+    assert_eq!(outcomes, [Outcome::Acked]);
+    broker.stop().await;
+}
