@@ -253,6 +253,7 @@ end $$;
 
 -- Truncates the segments that are not written and that every checkpoint is past. Returns how many still have rows. The
 -- lock comes before the look: a group that chose the segment before the turn either is seen, or waits and inserts after.
+-- Another look comes before the lock, which every group would wait for, and which is mostly not worth it.
 create function postroad_broker.truncate_queue_journal() returns integer
 language plpgsql volatile as $$
 declare
@@ -260,6 +261,7 @@ declare
     left_count integer := 0;
     needed boolean;
     leaf text;
+    look text;
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'truncate_queue_journal needs read committed';
@@ -268,14 +270,20 @@ begin
     for segment in 0..3 loop
         leaf := format('postroad_broker.queue_journal_%s', segment);
         continue when segment = turn_now % 4 or pg_relation_size(leaf::regclass) = 0;
+        look := format(
+            'select exists (select from only %s j
+                join postroad_broker.queue q on q.id = j.queue_id and q.generation = j.generation
+                left join postroad_broker.queue_checkpoint c
+                    on c.queue_id = j.queue_id and c.generation = j.generation
+                where c.queue_id is null or (c.epoch, c.number) < (j.epoch, j.number))', leaf);
+        execute look into needed;
+        if needed then
+            left_count := left_count + 1;
+            continue;
+        end if;
         begin
             execute format('lock table only %s in access exclusive mode nowait', leaf);
-            execute format(
-                'select exists (select from only %s j
-                    join postroad_broker.queue q on q.id = j.queue_id and q.generation = j.generation
-                    left join postroad_broker.queue_checkpoint c
-                        on c.queue_id = j.queue_id and c.generation = j.generation
-                    where c.queue_id is null or (c.epoch, c.number) < (j.epoch, j.number))', leaf) into needed;
+            execute look into needed;
             if needed then
                 left_count := left_count + 1;
             else
