@@ -6,6 +6,10 @@ use super::record::{End, Record, SettledAs, to_ranges};
 use super::{At, EmptyReason, Entry, Failure, Letter, Queue, Receive, State, TIMED_OUT};
 use crate::domain::id::Offset;
 
+/// Messages handed out and not settled, live or not, after which nothing fresh goes out: each has a place in memory and in
+/// every checkpoint, and one with a long delay keeps it for long.
+pub const ENTRIES_MAX: usize = 200_000;
+
 /// A message decided to go out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Handed {
@@ -46,10 +50,16 @@ impl Queue {
         self.scanned = self.scanned.max(through.0);
     }
 
+    /// How many messages may go out for the first time.
+    fn room(&self) -> usize {
+        ENTRIES_MAX.saturating_sub(self.entries.len())
+    }
+
     /// The lowest offsets that are ready to go out, at most `count`.
     #[must_use]
     pub fn ready(&self, count: usize) -> Vec<Offset> {
-        let mut fresh = self.fresh.iter().map(|offset| offset as i64).peekable();
+        let fresh = self.fresh.iter().take(self.room());
+        let mut fresh = fresh.map(|offset| offset as i64).peekable();
         let mut again = self.again.iter().copied().peekable();
         let mut ready = Vec::new();
         while ready.len() < count {
@@ -70,7 +80,8 @@ impl Queue {
     /// Whether something is ready and may go out.
     #[must_use]
     pub fn has_ready(&self) -> bool {
-        (!self.fresh.is_empty() || !self.again.is_empty()) && !self.is_full()
+        let has_fresh = !self.fresh.is_empty() && self.room() > 0;
+        (has_fresh || !self.again.is_empty()) && !self.is_full()
     }
 
     /// Whether as many deliveries are live as the settings allow.

@@ -28,7 +28,7 @@ use roaring::RoaringTreemap;
 use super::id::{Generation, Offset, QueueId};
 use super::policy::Settings;
 
-pub use decide::{Handed, Taken};
+pub use decide::{ENTRIES_MAX, Handed, Taken};
 pub use record::{Decode, End, Record, SettledAs, decode, encode};
 pub use verbs::{Item, Outcome, Verb};
 

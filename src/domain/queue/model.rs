@@ -724,3 +724,41 @@ fn holds_are_bounded_when_the_queue_says_so() {
         }]
     );
 }
+
+#[test]
+fn unsettled_messages_have_a_bound() {
+    let many = ENTRIES_MAX + 5;
+    let wide = Settings {
+        max_in_flight: many as u32,
+        ..settings()
+    };
+    let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), wide, Random::new(1));
+    (1..=many as i64).for_each(|offset| queue.found(Offset(offset)));
+    let all = (many, u64::MAX);
+    let mut take = |queue: &mut Queue, now: i64| {
+        let receive = Receive::default();
+        let taken = queue.hand_out(At(now), Duration::from_secs(60), &receive, all, &|_| {
+            Some(1)
+        });
+        taken.handed.len()
+    };
+    assert_eq!(take(&mut queue, 0), ENTRIES_MAX);
+    let delayed = [Item {
+        receipt: Some(receipt(7, 1)),
+        delay: Some(Duration::from_secs(1)),
+        ..Item::default()
+    }];
+    queue.settle(Verb::Nack, &delayed, At(0));
+    queue.advance(At(0), At(0));
+    assert!(!queue.has_ready());
+    assert_eq!(take(&mut queue, 0), 0, "nothing fresh");
+    assert_eq!(queue.empty_reason(), EmptyReason::Delayed);
+    queue.advance(At(SECOND), At(0));
+    assert_eq!(take(&mut queue, SECOND), 1, "what is due again goes out");
+    let acked = [Item {
+        receipt: Some(receipt(9, 1)),
+        ..Item::default()
+    }];
+    queue.settle(Verb::Ack, &acked, At(SECOND));
+    assert_eq!(take(&mut queue, SECOND), 1, "a settled one makes room");
+}
