@@ -3,8 +3,8 @@
 //! A slot is recovered when its lease is taken, at the new epoch, and dropped when the epoch is gone. A queue's task that
 //! ends by a refused write has its whole slot recovered, since its state in memory ran ahead of the journal.
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -12,19 +12,18 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
-use super::api::{Declaration, Declared, Description, Error};
+use super::Options;
+use super::declare::describe;
 use super::feed::{self, Dispatch, Feed};
 use super::handle::{Command, Job, Known, Shared};
 use super::recovery;
 use super::task::{Ended, Parts, Progress, Task, Why};
 use super::writer::{Contact, Submission};
-use super::{Options, QUEUES_MAX};
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::QueueName;
-use crate::domain::policy::Start;
-use crate::domain::queue::{Queue, Random};
-use crate::store::queue::{Inserted, NewQueue, QueueRow};
+use crate::domain::queue::Queue;
+use crate::store::queue::QueueRow;
 use crate::store::{self, Database};
 use crate::stream;
 use crate::supervisor::{OnEnd, Supervisor};
@@ -39,22 +38,24 @@ const RECOVER_AGAIN: Duration = Duration::from_millis(500);
 pub(in crate::queue) const READS: usize = 4;
 
 /// One queue, as the engine keeps it.
-struct Owned {
-    row: QueueRow,
-    dispatch: Arc<Dispatch>,
+pub(in crate::queue) struct Owned {
+    pub(in crate::queue) row: QueueRow,
+    pub(in crate::queue) dispatch: Arc<Dispatch>,
     feed: Arc<Feed>,
     progress: Arc<Progress>,
     /// The task's mailbox, while it runs.
-    mailbox: Option<mpsc::Sender<Command>>,
+    pub(in crate::queue) mailbox: Option<mpsc::Sender<Command>>,
 }
 
 /// A slot that queues hash into.
 #[derive(Debug, Default)]
-struct SlotState {
+pub(in crate::queue) struct SlotState {
     /// The lease, while it is held.
-    fence: Option<Fence>,
+    pub(in crate::queue) fence: Option<Fence>,
     /// Its queues' state is at hand under this fence.
-    is_recovered: bool,
+    pub(in crate::queue) is_recovered: bool,
+    /// A change of one of its queues has no known outcome: their rows are read again with their state.
+    are_rows_stale: bool,
     /// Tasks that run. A slot is recovered only when none does.
     running: usize,
     recover_at: Option<Instant>,
@@ -70,8 +71,8 @@ pub(in crate::queue) struct Engine {
     pub(in crate::queue) writer: mpsc::Sender<Submission>,
     pub(in crate::queue) contact: Arc<Contact>,
     pub(in crate::queue) jobs: mpsc::Receiver<Job>,
-    queues: HashMap<QueueId, Owned>,
-    slots: HashMap<Slot, SlotState>,
+    pub(in crate::queue) queues: HashMap<QueueId, Owned>,
+    pub(in crate::queue) slots: HashMap<Slot, SlotState>,
     dispatches: HashMap<StreamId, Arc<Dispatch>>,
     reads: Arc<Semaphore>,
     ended: (mpsc::Sender<Ended>, mpsc::Receiver<Ended>),
@@ -156,7 +157,7 @@ impl Engine {
         }
     }
 
-    fn add(&mut self, row: QueueRow) {
+    pub(in crate::queue) fn add(&mut self, row: QueueRow) {
         let dispatch = self.dispatch(row.stream_id);
         let feed = dispatch.subscribe(row.id, row.patterns.clone().into());
         let slot = row.slot;
@@ -211,7 +212,9 @@ impl Engine {
         dispatch
     }
 
-    fn write_known(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<QueueName, Known>> {
+    pub(in crate::queue) fn write_known(
+        &self,
+    ) -> std::sync::RwLockWriteGuard<'_, HashMap<QueueName, Known>> {
         self.shared
             .queues
             .write()
@@ -256,21 +259,33 @@ impl Engine {
         if ended.why == Why::Fenced {
             self.shared.metrics.fenced.inc();
             tracing::warn!(queue = %ended.queue, slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
-            self.cluster.fenced(&ended.fence);
         }
-        let is_current = self
-            .slots
-            .get(&ended.slot)
-            .is_some_and(|slot| slot.fence.as_ref() == Some(&ended.fence));
-        if ended.why != Why::Told && is_current {
-            if ended.why == Why::Fenced
-                && let Some(slot) = self.slots.get_mut(&ended.slot)
-            {
-                slot.fence = None;
-            }
-            self.drop_slot(ended.slot).await;
+        if ended.why != Why::Told {
+            // Also when the journal was refused: what was sent before the refusal may still be under way on a connection
+            // that was lost, and must not be written behind the recovery's read. A new epoch shuts it out.
+            self.cluster.fenced(&ended.fence);
+            self.forget_fence(&ended.fence, ended.slot).await;
         }
         self.recover(ended.slot).await;
+    }
+
+    async fn forget_fence(&mut self, fence: &Fence, slot: Slot) {
+        let Some(state) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        if state.fence.as_ref() == Some(fence) {
+            state.fence = None;
+            self.drop_slot(slot).await;
+        }
+    }
+
+    /// Has the slot's queues read again, their rows included.
+    pub(in crate::queue) async fn read_again(&mut self, slot: Slot) {
+        self.drop_slot(slot).await;
+        if let Some(state) = self.slots.get_mut(&slot) {
+            state.are_rows_stale = true;
+            state.recover_at = Some(Instant::now());
+        }
     }
 
     fn forget_task(&mut self, ended: &Ended) {
@@ -303,13 +318,15 @@ impl Engine {
         if state.is_recovered || state.running > 0 || self.supervisor.is_stopping() {
             return;
         }
-        let rows: Vec<&QueueRow> = self
-            .queues
-            .values()
-            .map(|owned| &owned.row)
-            .filter(|row| row.slot == slot)
-            .collect();
-        match recovery::recover(&self.database, slot, &rows).await {
+        let recovered = match self.freshen_rows(slot).await {
+            Ok(()) => {
+                let rows = self.queues.values().map(|owned| &owned.row);
+                let rows: Vec<&QueueRow> = rows.filter(|row| row.slot == slot).collect();
+                recovery::recover(&self.database, &fence, slot, &rows).await
+            }
+            Err(error) => Err(error.into()),
+        };
+        match recovered {
             Ok(machines) => {
                 if let Some(state) = self.slots.get_mut(&slot) {
                     state.is_recovered = true;
@@ -317,6 +334,10 @@ impl Engine {
                 for (machine, unfolded) in machines {
                     self.start_task(machine, unfolded, &fence);
                 }
+            }
+            Err(recovery::Error::Fenced) => {
+                self.cluster.fenced(&fence);
+                self.forget_fence(&fence, slot).await;
             }
             Err(error) => {
                 tracing::error!(%slot, error = &error as &dyn std::error::Error, "recovering queues failed; trying again");
@@ -327,7 +348,39 @@ impl Engine {
         }
     }
 
-    fn start_task(&mut self, machine: Queue, unfolded: bool, fence: &Fence) {
+    /// Reads the rows of the slot's queues again, if a change of one has no known outcome.
+    async fn freshen_rows(&mut self, slot: Slot) -> Result<(), store::Error> {
+        if !self.slots.get(&slot).is_some_and(|s| s.are_rows_stale) {
+            return Ok(());
+        }
+        for row in store::queue::find_queues(&self.database).await? {
+            if let Some(owned) = self.queues.get_mut(&row.id)
+                && row.slot == slot
+            {
+                let id = row.id;
+                owned.row = row;
+                self.show_row(id);
+            }
+        }
+        if let Some(state) = self.slots.get_mut(&slot) {
+            state.are_rows_stale = false;
+        }
+        Ok(())
+    }
+
+    /// Lets the dispatcher and the handles see what the queue's row says.
+    pub(in crate::queue) fn show_row(&self, id: QueueId) {
+        let Some(owned) = self.queues.get(&id) else {
+            return;
+        };
+        let patterns = owned.row.patterns.clone().into();
+        owned.dispatch.subscribe(id, patterns);
+        if let Some(known) = self.write_known().get_mut(&owned.row.name) {
+            known.description = describe(&owned.row);
+        }
+    }
+
+    pub(in crate::queue) fn start_task(&mut self, machine: Queue, unfolded: bool, fence: &Fence) {
         let Some(owned) = self.queues.get_mut(&machine.id()) else {
             return;
         };
@@ -384,177 +437,6 @@ impl Engine {
         }
     }
 
-    async fn declare(
-        &mut self,
-        name: QueueName,
-        declaration: Declaration,
-    ) -> Result<(Description, Declared), Error> {
-        let existing = self.queues.values().find(|owned| owned.row.name == name);
-        if let Some(owned) = existing {
-            let id = owned.row.id;
-            return self.change(id, declaration).await;
-        }
-        if self.queues.len() >= self.options.queues_max.min(QUEUES_MAX) {
-            return Err(Error::TooManyQueues {
-                limit: self.options.queues_max.min(QUEUES_MAX),
-            });
-        }
-        let stream = match self.stream.describe(&declaration.stream).await {
-            Ok(stream) => stream,
-            Err(stream::Error::NotFound { .. }) => {
-                return Err(Error::StreamNotFound {
-                    stream: declaration.stream,
-                });
-            }
-            Err(error) => return Err(stream_error(error)),
-        };
-        let before_start = match declaration.start {
-            Start::Time(at) => self
-                .stream
-                .offset_at(stream.id, at)
-                .await
-                .map_err(stream_error)?,
-            _ => Offset(0),
-        };
-        let former = store::queue::find_former_queues(&self.database, &name).await?;
-        let new = NewQueue {
-            name: name.clone(),
-            stream_id: stream.id,
-            patterns: declaration.topics.clone(),
-            settings: declaration.settings.clone(),
-            start: declaration.start,
-            before_start,
-        };
-        match store::queue::insert_queue(&self.database, &new).await? {
-            Inserted::New {
-                id,
-                start_offset,
-                created_at,
-            } => {
-                let row = QueueRow {
-                    id,
-                    name,
-                    stream_id: stream.id,
-                    stream: declaration.stream,
-                    patterns: declaration.topics,
-                    settings: declaration.settings,
-                    start: declaration.start,
-                    generation: crate::domain::id::Generation(1),
-                    start_offset,
-                    slot: Slot::of(id),
-                    created_at,
-                    former,
-                };
-                Ok((self.begin(row), Declared::Created))
-            }
-            Inserted::NameTaken => {
-                // Another node's, or one whose insert seemed to fail: take in what is there.
-                let rows = store::queue::find_queues(&self.database).await?;
-                for row in rows {
-                    if !self.queues.contains_key(&row.id) {
-                        self.add(row);
-                    }
-                }
-                Err(Error::Unavailable {
-                    why: "it was made by another request at the same moment",
-                })
-            }
-            Inserted::NoStream => Err(Error::StreamNotFound {
-                stream: declaration.stream,
-            }),
-        }
-    }
-
-    /// Starts a queue that was just made: it has nothing to recover.
-    fn begin(&mut self, row: QueueRow) -> Description {
-        let description = describe(&row);
-        let (id, slot) = (row.id, row.slot);
-        let mut machine = Queue::new(
-            id,
-            row.generation,
-            row.start_offset,
-            row.settings.clone(),
-            Random::new(id.0 as u64),
-        );
-        machine.set_former(row.former.clone());
-        self.add(row);
-        let state = self.slots.get(&slot);
-        if let Some(state) = state
-            && state.is_recovered
-            && let Some(fence) = state.fence.clone()
-        {
-            self.start_task(machine, false, &fence);
-        }
-        description
-    }
-
-    async fn change(
-        &mut self,
-        id: QueueId,
-        declaration: Declaration,
-    ) -> Result<(Description, Declared), Error> {
-        let Some(owned) = self.queues.get_mut(&id) else {
-            return Err(Error::Stopping);
-        };
-        let row = &mut owned.row;
-        if row.stream != declaration.stream {
-            return Err(Error::StreamChange {
-                queue: row.name.clone(),
-                stream: row.stream.clone(),
-            });
-        }
-        if row.patterns == declaration.topics && row.settings == declaration.settings {
-            return Ok((describe(row), Declared::Unchanged));
-        }
-        store::queue::update_queue(
-            &self.database,
-            id,
-            &declaration.topics,
-            &declaration.settings,
-        )
-        .await?;
-        row.patterns.clone_from(&declaration.topics);
-        row.settings.clone_from(&declaration.settings);
-        let description = describe(row);
-        owned
-            .dispatch
-            .subscribe(id, declaration.topics.clone().into());
-        if let Some(mailbox) = &owned.mailbox {
-            let _ = mailbox.send(Command::Change(Box::new(declaration))).await;
-        }
-        if let Some(known) = self.write_known().get_mut(&description.name) {
-            known.description = description.clone();
-        }
-        Ok((description, Declared::Changed))
-    }
-
-    async fn delete(&mut self, name: &QueueName) -> Result<(), Error> {
-        let found = self.queues.values().find(|owned| owned.row.name == *name);
-        let Some(id) = found.map(|owned| owned.row.id) else {
-            return Err(Error::NotFound {
-                queue: name.clone(),
-            });
-        };
-        store::queue::delete_queue(&self.database, id).await?;
-        self.write_known().remove(name);
-        if let Some(owned) = self.queues.remove(&id) {
-            owned.dispatch.unsubscribe(id);
-            if let Some(mailbox) = owned.mailbox {
-                let _ = mailbox.send(Command::End).await;
-            }
-            if !self
-                .queues
-                .values()
-                .any(|other| other.row.stream_id == owned.row.stream_id)
-            {
-                self.stream
-                    .set_watermark(owned.row.stream_id, Offset(i64::MAX));
-            }
-        }
-        self.shared.metrics.queues.set(self.queues.len() as i64);
-        Ok(())
-    }
-
     /// Tells each stream how far all its queues have settled. One with no queues is told that nothing is needed.
     async fn tell_watermarks(&self) {
         let mut lowest: HashMap<StreamId, i64> = HashMap::new();
@@ -577,12 +459,10 @@ impl Engine {
         for (&stream, &watermark) in &lowest {
             self.stream.set_watermark(stream, Offset(watermark));
         }
-        if let Ok(streams) = self.stream.list().await {
-            let without: HashSet<StreamId> = streams.iter().map(|stream| stream.id).collect();
-            for stream in without {
-                if !lowest.contains_key(&stream) {
-                    self.stream.set_watermark(stream, Offset(i64::MAX));
-                }
+        let unread = store::queue::find_streams_without_queues(&self.database).await;
+        for stream in unread.unwrap_or_default() {
+            if !lowest.contains_key(&stream) {
+                self.stream.set_watermark(stream, Offset(i64::MAX));
             }
         }
     }
@@ -609,31 +489,6 @@ impl Engine {
                 );
             }
         }
-    }
-}
-
-fn stream_error(error: stream::Error) -> Error {
-    match error {
-        stream::Error::Store(error) => Error::Store(error),
-        _ => Error::Stopping,
-    }
-}
-
-fn describe(row: &QueueRow) -> Description {
-    Description {
-        id: row.id,
-        name: row.name.clone(),
-        stream_id: row.stream_id,
-        declaration: Declaration {
-            stream: row.stream.clone(),
-            topics: row.patterns.clone(),
-            start: row.start,
-            settings: row.settings.clone(),
-        },
-        generation: row.generation,
-        start_offset: row.start_offset,
-        created_at: row.created_at,
-        status: None,
     }
 }
 

@@ -49,7 +49,12 @@ pub(in crate::queue) enum Command {
     Status {
         reply: oneshot::Sender<Status>,
     },
-    /// The declaration changed.
+    /// The topics are about to change: look no further. Answered when the scan position is committed, with all that
+    /// was found up to there.
+    Pin {
+        reply: Reply<()>,
+    },
+    /// The declaration changed, or a pinned queue may go on.
     Change(Box<Declaration>),
     /// Write a checkpoint if something before this turn of the journal is not folded into one.
     Fold {
@@ -122,8 +127,8 @@ impl Handle {
     /// delivered if it matches.
     ///
     /// # Errors
-    /// [`Error::Invalid`], [`Error::StreamNotFound`], [`Error::StreamChange`], [`Error::TooManyQueues`], or the
-    /// database's.
+    /// [`Error::Invalid`], [`Error::StreamNotFound`], [`Error::StreamChange`], [`Error::TooManyQueues`],
+    /// [`Error::Unavailable`], [`Error::OutcomeUnknown`], [`Error::Stopping`], or the database's.
     pub async fn declare(
         &self,
         name: QueueName,
@@ -133,6 +138,10 @@ impl Handle {
         let count = declaration.topics.len();
         if count == 0 || count > PATTERNS_MAX {
             return Err(invalid("topics", "must be a list of 1 to 100 patterns"));
+        }
+        if self.shared.find(&name).is_ok() {
+            // A change is made to a queue whose scan position is known. If that takes too long, the engine refuses it.
+            let _ = self.shared.mailbox(&name).await;
         }
         let declaration = Box::new(declaration);
         self.ask(|reply| Job::Declare {
@@ -253,19 +262,23 @@ impl Handle {
     }
 }
 
+/// The queue's task ended before it looked at the request: nothing was decided.
+pub(in crate::queue) const ENDED: Error = Error::Unavailable {
+    why: "it ended while the request waited",
+};
+
 /// Sends a command and waits for its answer, at most `bound`.
 async fn send<T>(
     mailbox: &mpsc::Sender<Command>,
     bound: Duration,
     command: impl FnOnce(Reply<T>) -> Command,
 ) -> Result<T, Error> {
-    const ENDED: Error = Error::Unavailable {
-        why: "it ended while the request waited",
-    };
     let (reply, answer) = oneshot::channel();
     let exchange = async {
-        mailbox.send(command(reply)).await.map_err(|_| ENDED)?;
-        answer.await.unwrap_or(Err(ENDED))
+        let sent = mailbox.send(command(reply)).await;
+        sent.map_err(|_| ENDED)?;
+        // The task ended with the decision in its hands: it may be committed.
+        answer.await.unwrap_or(Err(Error::OutcomeUnknown))
     };
     match tokio::time::timeout(bound, exchange).await {
         Ok(answer) => answer,

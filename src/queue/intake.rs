@@ -62,6 +62,12 @@ pub(in crate::queue) struct Intake {
     /// Bytes of an event, about.
     usual_bytes: usize,
     is_scanning: bool,
+    /// The end of the stream as the scan under way began: what it did not find up to there is not there.
+    scan_end: Offset,
+    /// Nothing is looked at before the new patterns are known.
+    is_pinned: bool,
+    /// The scan under way goes by former patterns: what it finds does not count.
+    is_scan_void: bool,
     is_loading: bool,
     retry_at: Option<Instant>,
     received_at: Option<Instant>,
@@ -78,6 +84,9 @@ impl Intake {
             loaded_bytes: 0,
             usual_bytes: 64 * 1024,
             is_scanning: false,
+            scan_end: Offset(0),
+            is_pinned: false,
+            is_scan_void: false,
             is_loading: false,
             retry_at: None,
             received_at: None,
@@ -171,6 +180,9 @@ impl Task {
 
     /// Takes what the feed brought, and starts the next scan if the queue is behind.
     pub(in crate::queue) fn take_in(&mut self) {
+        if self.intake.is_pinned {
+            return;
+        }
         if self.intake.mode == Mode::Fed {
             // Before the feed is emptied: the watermark's reader looks at the feed first, then at this.
             self.parts.progress.idle.store(false, Ordering::SeqCst);
@@ -219,6 +231,10 @@ impl Task {
         };
         let (stream, reads) = (self.parts.stream.clone(), Arc::clone(&self.parts.reads));
         self.intake.is_scanning = true;
+        self.intake.scan_end = match self.intake.mode {
+            Mode::Joining(base) => base,
+            Mode::Scanning | Mode::Fed => *self.intake.last.borrow(),
+        };
         self.work.push(Box::pin(async move {
             let _permit = reads.acquire_owned().await;
             Done::Scanned(stream.scan(scan).await)
@@ -230,6 +246,9 @@ impl Task {
         scanned: Result<stream::Scanned, stream::Error>,
     ) {
         self.intake.is_scanning = false;
+        if std::mem::take(&mut self.intake.is_scan_void) {
+            return;
+        }
         let scanned = match scanned {
             Ok(scanned) => scanned,
             Err(error) => {
@@ -247,18 +266,26 @@ impl Task {
         if self.machine.scanned_through() > before {
             return;
         }
-        // Nothing is left of what comes after: retention dropped it.
-        match self.intake.mode {
-            Mode::Joining(base) => self.machine.looked_through(base),
-            _ => {
-                let last = *self.intake.last.borrow();
-                self.machine.looked_through(last);
-            }
-        }
+        // Nothing is left of what comes after: retention dropped it. What was appended since the scan began is not
+        // meant: it may be there and match.
+        self.machine.looked_through(self.intake.scan_end);
     }
 
-    /// The patterns changed: what is not scanned yet is looked at by the new ones.
-    pub(in crate::queue) fn change_patterns(&mut self) {
+    /// The patterns are about to change: the scan position stays where it is, so that the one that is journaled with the
+    /// change is the one from which the new patterns hold, here and after a restart.
+    pub(in crate::queue) fn pin(&mut self) {
+        self.take_in();
+        self.intake.is_pinned = true;
+        self.intake.is_scan_void = self.intake.is_scanning;
+        self.parts.progress.idle.store(false, Ordering::SeqCst);
+    }
+
+    /// Goes on, by the patterns of now: what the feed has brought since was chosen by the former ones.
+    pub(in crate::queue) fn unpin(&mut self) {
+        if std::mem::take(&mut self.intake.is_pinned) {
+            self.parts.dispatch.detach(&self.parts.feed);
+            self.intake.mode = Mode::Scanning;
+        }
         let patterns = Arc::clone(&self.parts.patterns);
         self.parts.dispatch.subscribe(self.machine.id(), patterns);
     }
@@ -267,6 +294,7 @@ impl Task {
     pub(in crate::queue) fn is_looking(&self) -> bool {
         self.intake.is_scanning
             || self.intake.is_loading && self.machine.has_ready()
+            || self.intake.is_pinned
             || self.intake.mode != Mode::Fed
             || *self.intake.last.borrow() > self.parts.dispatch.done()
     }
@@ -316,7 +344,12 @@ impl Task {
         };
         self.intake.retry_at = None;
         let mut missing = loaded.offsets;
-        missing.retain(|offset| !entries.iter().any(|entry| entry.offset == *offset));
+        // Both by offset.
+        let mut found = entries.iter().map(|entry| entry.offset).peekable();
+        missing.retain(|offset| {
+            while found.next_if(|found| found < offset).is_some() {}
+            found.peek() != Some(offset)
+        });
         for entry in entries {
             self.intake.keep(entry);
         }
@@ -334,7 +367,9 @@ impl Task {
 
     /// Tells the watermark's reader whether the dispatcher's progress is the queue's own.
     pub(in crate::queue) fn note_idle(&self) {
-        let is_idle = self.intake.mode == Mode::Fed && self.machine.oldest_unsettled().is_none();
+        let is_idle = self.intake.mode == Mode::Fed
+            && !self.intake.is_pinned
+            && self.machine.oldest_unsettled().is_none();
         let is_written = !self.is_writing();
         self.parts
             .progress

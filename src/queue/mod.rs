@@ -6,6 +6,7 @@
 //! it, and redelivers nothing before its deadline. While Postgres cannot be reached the queues stand still.
 
 mod api;
+mod declare;
 mod engine;
 mod feed;
 mod handle;
@@ -14,6 +15,7 @@ mod intake;
 mod metrics;
 mod recovery;
 mod task;
+mod waiters;
 mod writer;
 
 use std::collections::HashMap;

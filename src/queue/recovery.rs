@@ -1,9 +1,10 @@
-//! From the stored state back to machines. The lease was taken before, in a transaction of its own, so nobody else can
-//! write behind this read.
+//! From the stored state back to machines. The lease was taken before, in a transaction of its own, and its row is locked
+//! at that epoch before the read: nobody else can write behind it, and a group of this epoch that is still under way on a
+//! lost connection is waited for. A standby, where no row can be locked, is not believed.
 
 use std::collections::HashMap;
 
-use crate::domain::id::{QueueId, Slot};
+use crate::domain::id::{Fence, QueueId, Slot};
 use crate::domain::queue::{Queue, Random, decode};
 use crate::store::queue::{QueueRow, StatePart};
 use crate::store::{self, Database};
@@ -13,6 +14,8 @@ use crate::store::{self, Database};
 pub(in crate::queue) enum Error {
     #[error("the database could not be used")]
     Store(#[from] store::Error),
+    #[error("the slot was taken over")]
+    Fenced,
     #[error("the state of queue {queue} cannot be read")]
     Decode {
         queue: QueueId,
@@ -24,10 +27,12 @@ pub(in crate::queue) enum Error {
 /// The slot's queues as they were, and of each whether the journal holds rows that no checkpoint does.
 pub(in crate::queue) async fn recover(
     database: &Database,
+    fence: &Fence,
     slot: Slot,
     rows: &[&QueueRow],
 ) -> Result<Vec<(Queue, bool)>, Error> {
-    let parts = store::queue::find_queue_state(database, slot).await?;
+    let parts = store::queue::find_queue_state(database, fence, slot).await?;
+    let parts = parts.ok_or(Error::Fenced)?;
     let mut by_queue: HashMap<QueueId, Vec<StatePart>> = HashMap::new();
     for part in parts {
         by_queue.entry(part.queue).or_default().push(part);

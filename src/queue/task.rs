@@ -5,7 +5,6 @@
 //! is committed. A part that is refused or fenced ends the task: its state is dropped and read again by whoever owns the
 //! slot then.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,9 +18,10 @@ use tokio::time::Instant;
 
 use super::api::{Delivery, Error, InFlight, InFlightFilter, ReceiveRequest, Received, Status};
 use super::feed::{Dispatch, Feed};
-use super::handle::{Command, Shared};
-use super::handout::Handout;
+use super::handle::{Command, ENDED, Shared};
+use super::handout::{Handout, Promise, Promises};
 use super::intake::{Intake, Loaded};
+use super::waiters::{Waiter, Waiters};
 use super::writer::{Contact, Outage, Submission, Written};
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
@@ -101,20 +101,16 @@ pub(in crate::queue) struct Parts {
     pub(in crate::queue) supervisor: Supervisor,
 }
 
-struct Waiter {
-    request: ReceiveRequest,
-    reply: oneshot::Sender<Result<Received, Error>>,
-    since: Instant,
-    until: Instant,
-}
-
 /// An answer that waits for its commit.
 enum Answer {
     Receive {
         reply: oneshot::Sender<Result<Received, Error>>,
         handed: Vec<(Handed, Arc<Entry>)>,
-        /// A repeated receive: its deliveries are not taken back when this answer is not written either.
-        is_replay: bool,
+        /// None for a repeated receive whose first answer was written: its deliveries are not taken back.
+        promise: Option<Arc<Promise>>,
+    },
+    Pin {
+        reply: oneshot::Sender<Result<(), Error>>,
     },
     Settle {
         reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
@@ -149,9 +145,8 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) machine: Queue,
     pub(in crate::queue) intake: Intake,
     pub(in crate::queue) work: FuturesUnordered<Work>,
-    waiters: BTreeMap<u64, Waiter>,
-    waits: BTreeSet<(Instant, u64)>,
-    next_waiter: u64,
+    waiters: Waiters,
+    promises: Promises,
     answers: Vec<Answer>,
     submitted: Option<Submitted>,
     returned: (
@@ -182,9 +177,8 @@ impl Task {
             machine,
             intake,
             work: FuturesUnordered::new(),
-            waiters: BTreeMap::new(),
-            waits: BTreeSet::new(),
-            next_waiter: 0,
+            waiters: Waiters::default(),
+            promises: Promises::default(),
             answers: Vec::new(),
             submitted: None,
             returned: mpsc::unbounded_channel(),
@@ -217,7 +211,7 @@ impl Task {
             }
         }
         let why = match self.ending {
-            Some(why) => why,
+            Some(why) => self.end(why).await,
             None => self.flush().await,
         };
         self.parts.progress.idle.store(false, Ordering::Release);
@@ -301,7 +295,7 @@ impl Task {
         let instant = Instant::now();
         let now = self.now();
         let mut wake_at = self.position_at.min(self.intake.retry_at(instant));
-        if let Some(&(until, _)) = self.waits.first() {
+        if let Some((until, _)) = self.waiters.next_end() {
             wake_at = wake_at.min(until);
         }
         if !self.is_standing() {
@@ -340,13 +334,18 @@ impl Task {
                 let _ = reply.send(Ok(self.in_flight(&filter)));
             }
             Command::Status { reply } => {
-                self.drop_gone_waiters();
+                self.waiters.drop_gone();
                 let _ = reply.send(self.status());
+            }
+            Command::Pin { reply } => {
+                self.pin();
+                self.machine.journal_scan(self.machine.scanned_through());
+                self.answers.push(Answer::Pin { reply });
             }
             Command::Change(declaration) => {
                 self.machine.change_settings(declaration.settings);
                 self.parts.patterns = declaration.topics.into();
-                self.change_patterns();
+                self.unpin();
             }
             Command::Fold { before_turn } => {
                 self.fold_wanted |= self.unfolded_turn.is_some_and(|turn| turn < before_turn);
@@ -362,6 +361,7 @@ impl Task {
     ) {
         self.intake.received();
         if let Some(receive_id) = &request.receive_id {
+            self.take_back_returned();
             let handed = self.machine.replay(receive_id);
             if !handed.is_empty() {
                 let offsets = handed.iter().map(|handed| handed.offset).collect();
@@ -374,7 +374,7 @@ impl Task {
             return;
         }
         if self.waiters.len() >= WAITERS_MAX {
-            self.drop_gone_waiters();
+            self.waiters.drop_gone();
         }
         if self.waiters.len() >= WAITERS_MAX {
             let _ = reply.send(Err(Error::TooManyWaiters { limit: WAITERS_MAX }));
@@ -382,15 +382,15 @@ impl Task {
         }
         let since = Instant::now();
         let until = since + request.wait;
-        self.next_waiter += 1;
-        self.waits.insert((until, self.next_waiter));
-        let waiter = Waiter {
+        let replaced = self.waiters.add(Waiter {
             request,
             reply,
             since,
             until,
-        };
-        self.waiters.insert(self.next_waiter, waiter);
+        });
+        if let Some(replaced) = replaced {
+            let _ = replaced.reply.send(Ok(self.empty()));
+        }
     }
 
     fn replay(
@@ -410,25 +410,14 @@ impl Task {
         }));
     }
 
-    fn drop_gone_waiters(&mut self) {
-        let waits = &mut self.waits;
-        self.waiters.retain(|&number, waiter| {
-            let is_gone = waiter.reply.is_closed();
-            if is_gone {
-                waits.remove(&(waiter.until, number));
-            }
-            !is_gone
-        });
-    }
-
     /// Hands out what is ready, the longest waiter first.
     fn serve(&mut self) {
         while self.machine.has_ready() {
-            let Some((&number, waiter)) = self.waiters.first_key_value() else {
+            let Some((number, waiter)) = self.waiters.first() else {
                 break;
             };
             if waiter.reply.is_closed() {
-                self.remove_waiter(number);
+                self.waiters.remove(number);
                 continue;
             }
             let request = &waiter.request;
@@ -460,40 +449,56 @@ impl Task {
                 .metrics
                 .deliveries
                 .inc_by(handed.len() as u64);
-            if let Some(waiter) = self.remove_waiter(number) {
+            if let Some(waiter) = self.waiters.remove(number) {
+                let promise = self.promise(&handed, waiter.request.receive_id);
                 self.answers.push(Answer::Receive {
                     reply: waiter.reply,
                     handed,
-                    is_replay: false,
+                    promise: Some(promise),
                 });
             }
         }
         self.load_ahead(!self.waiters.is_empty());
     }
 
-    fn remove_waiter(&mut self, number: u64) -> Option<Waiter> {
-        let waiter = self.waiters.remove(&number)?;
-        self.waits.remove(&(waiter.until, number));
-        Some(waiter)
+    /// Deliveries that go back unless an answer that carries them is written.
+    fn promise(
+        &mut self,
+        handed: &[(Handed, Arc<Entry>)],
+        receive_id: Option<String>,
+    ) -> Arc<Promise> {
+        let receipts = handed.iter().map(|(handed, _)| self.receipt(handed));
+        let promise = Promise::new(self.returned.0.clone(), receipts.collect());
+        if let Some(receive_id) = receive_id {
+            self.promises.keep(receive_id, &promise);
+        }
+        promise
+    }
+
+    fn receipt(&self, handed: &Handed) -> Receipt {
+        Receipt {
+            queue: self.machine.id(),
+            generation: self.machine.generation(),
+            offset: handed.offset,
+            delivery: handed.delivery,
+        }
     }
 
     /// Answers those whose wait is over. While a scan or a load is under way, a short wait is stretched a little:
     /// "empty" would be a guess.
     fn end_waits(&mut self) {
         let now = Instant::now();
-        while let Some(&(until, number)) = self.waits.first()
+        while let Some((until, number)) = self.waiters.next_end()
             && until <= now
         {
             let standing = self.is_standing();
             let looking = !standing && self.is_looking();
-            let Some(mut waiter) = self.remove_waiter(number) else {
-                self.waits.remove(&(until, number));
-                continue;
+            let Some(mut waiter) = self.waiters.remove(number) else {
+                break;
             };
             if looking && now < waiter.since + GRACE {
                 waiter.until = now + GRACE_STEP;
-                self.waits.insert((waiter.until, number));
-                self.waiters.insert(number, waiter);
+                self.waiters.put(number, waiter);
                 continue;
             }
             let answer = match standing {
@@ -551,6 +556,12 @@ impl Task {
             }
         }
         self.answers.push(Answer::Settle { reply, outcomes });
+    }
+
+    fn take_back_returned(&mut self) {
+        if let Ok(first) = self.returned.1.try_recv() {
+            self.take_back(first);
+        }
     }
 
     fn take_back(&mut self, first: Vec<Receipt>) {
@@ -726,15 +737,21 @@ impl Task {
                     }));
                     return;
                 };
+                // What was given back by now is not repeated; what is repeated is not given back from here on.
+                self.take_back_returned();
+                let promise = self.promises.find(&receive_id);
+                let mut entries = entries.into_iter().peekable();
                 let handed = self.machine.replay(&receive_id);
+                // Both by offset.
                 let handed = handed.into_iter().filter_map(|handed| {
-                    let entry = entries.iter().find(|entry| entry.offset == handed.offset)?;
-                    Some((handed, Arc::clone(entry)))
+                    while entries.next_if(|e| e.offset < handed.offset).is_some() {}
+                    let entry = entries.next_if(|e| e.offset == handed.offset)?;
+                    Some((handed, entry))
                 });
                 self.answers.push(Answer::Receive {
                     handed: handed.collect(),
                     reply,
-                    is_replay: true,
+                    promise,
                 });
             }
         }
@@ -750,49 +767,71 @@ impl Task {
                 Answer::Receive {
                     reply,
                     handed,
-                    is_replay,
+                    promise,
                 } => {
                     // A caller that is gone drops the answer, and the handout in it takes the deliveries back.
-                    let _ = reply.send(Ok(self.received(handed, is_replay)));
+                    let _ = reply.send(Ok(self.received(handed, promise)));
+                }
+                Answer::Pin { reply } => {
+                    let _ = reply.send(Ok(()));
                 }
             }
         }
     }
 
-    fn received(&self, handed: Vec<(Handed, Arc<Entry>)>, is_replay: bool) -> Received {
-        let mut receipts = Vec::with_capacity(handed.len());
-        let mut deliveries = Vec::with_capacity(handed.len());
-        for (handed, entry) in handed {
-            let receipt = Receipt {
-                queue: self.machine.id(),
-                generation: self.machine.generation(),
-                offset: handed.offset,
-                delivery: handed.delivery,
-            };
-            receipts.push(receipt);
-            deliveries.push(Delivery {
-                receipt: self.parts.shared.key.seal(&receipt),
+    fn received(
+        &self,
+        handed: Vec<(Handed, Arc<Entry>)>,
+        promise: Option<Arc<Promise>>,
+    ) -> Received {
+        let deliveries: Vec<Delivery> = handed
+            .into_iter()
+            .map(|(handed, entry)| Delivery {
+                receipt: self.parts.shared.key.seal(&self.receipt(&handed)),
                 delivery: handed.delivery,
                 attempt: handed.attempt,
                 entry,
                 visible_until: handed.deadline.into(),
-            });
-        }
-        if is_replay {
-            receipts.clear();
-        }
+            })
+            .collect();
         Received {
             reason: deliveries.is_empty().then_some(EmptyReason::Empty),
             deliveries,
             next_due_at: None,
-            handout: Handout::new(self.returned.0.clone(), receipts),
+            handout: Handout::new(promise),
         }
+    }
+
+    /// Ended before the process does. What is with the writer is waited for: whoever reads the state next must find it
+    /// written, or never written. Who waits for something else learns that nothing was decided.
+    async fn end(&mut self, why: Why) -> Why {
+        self.ending = Some(why);
+        for waiter in self.waiters.take_all() {
+            let _ = waiter.reply.send(Err(ENDED));
+        }
+        self.parts.mailbox.close();
+        while let Ok(command) = self.parts.mailbox.try_recv() {
+            match command {
+                Command::Receive { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::Settle { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::InFlight { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::Pin { reply } => drop(reply.send(Err(ENDED))),
+                Command::Status { .. }
+                | Command::Change(_)
+                | Command::Fold { .. }
+                | Command::End => {}
+            }
+        }
+        if self.submitted.is_some() {
+            let written = committed(&mut self.submitted).await;
+            self.finish_part(written);
+        }
+        self.ending.unwrap_or(why)
     }
 
     /// Told to stop: long polls answer, and what is decided is written, with the scan position.
     async fn flush(&mut self) -> Why {
-        let empty: Vec<Waiter> = std::mem::take(&mut self.waiters).into_values().collect();
-        for waiter in empty {
+        for waiter in self.waiters.take_all() {
             let _ = waiter.reply.send(Ok(self.empty()));
         }
         while let Ok(command) = self.parts.mailbox.try_recv() {
@@ -800,9 +839,7 @@ impl Task {
                 self.settle(verb, &items, reply);
             }
         }
-        if let Ok(first) = self.returned.1.try_recv() {
-            self.take_back(first);
-        }
+        self.take_back_returned();
         self.machine.journal_scan(self.machine.scanned_through());
         loop {
             self.submit();

@@ -1,7 +1,7 @@
 //! Queues, their journal and checkpoints, dead letters. Called from tasks that are never aborted.
 
 use chrono::{DateTime, Utc};
-use sqlx::Row as _;
+use sqlx::{Connection as _, Row as _};
 
 use super::{Connection, Database, Error};
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
@@ -130,6 +130,21 @@ fn read_queue(row: &sqlx::postgres::PgRow) -> Result<QueueRow, Error> {
             .map(QueueId)
             .collect(),
     })
+}
+
+/// Finds the streams that no queue reads.
+///
+/// # Errors
+/// The database's.
+pub async fn find_streams_without_queues(database: &Database) -> Result<Vec<StreamId>, Error> {
+    let ids: Vec<i32> = sqlx::query_scalar(
+        "select s.id from postroad_broker.stream s \
+         where not exists (select from postroad_broker.queue q where q.stream_id = s.id)",
+    )
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query("finding streams without queues"))?;
+    Ok(ids.into_iter().map(StreamId).collect())
 }
 
 fn to_json<T: serde::Serialize>(value: &T) -> String {
@@ -262,24 +277,50 @@ pub struct StatePart {
     pub data: Vec<u8>,
 }
 
-/// Reads what the queues of a slot recover from, per queue the checkpoint first, then the journal in order.
+/// Reads what the queues of a slot recover from, per queue the checkpoint first, then the journal in order. None when the
+/// lease is no longer at the fence's epoch. The lease's row first, in a statement of its own: a group whose outcome is
+/// unknown holds it until it is decided, and the state is read by a later snapshot.
 ///
 /// # Errors
-/// The database's.
-pub async fn find_queue_state(database: &Database, slot: Slot) -> Result<Vec<StatePart>, Error> {
-    let rows: Vec<(i64, bool, Vec<u8>)> = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
-        .bind(slot.0)
-        .fetch_all(database.pool())
+/// The transaction failed.
+pub async fn find_queue_state(
+    database: &Database,
+    fence: &Fence,
+    slot: Slot,
+) -> Result<Option<Vec<StatePart>>, Error> {
+    let read = async {
+        let mut connection = database.pool().acquire().await?;
+        let mut transaction = connection.begin().await?;
+        let epoch: Option<i64> = sqlx::query_scalar(
+            "select epoch from postroad_broker.lease where name = $1 for no key update",
+        )
+        .bind(&fence.lease)
+        .fetch_optional(&mut *transaction)
+        .await?;
+        if epoch != Some(fence.epoch.0) {
+            transaction.rollback().await?;
+            return Ok(None);
+        }
+        let rows: Vec<(i64, bool, Vec<u8>)> =
+            sqlx::query_as(include_str!("sql/read_queue_state.sql"))
+                .bind(slot.0)
+                .fetch_all(&mut *transaction)
+                .await?;
+        transaction.commit().await?;
+        Ok(Some(rows))
+    };
+    let rows: Option<Vec<(i64, bool, Vec<u8>)>> = read
         .await
         .map_err(Error::query("reading the state of queues"))?;
-    Ok(rows
-        .into_iter()
-        .map(|(queue, is_journal, data)| StatePart {
-            queue: QueueId(queue),
-            is_journal,
-            data,
-        })
-        .collect())
+    Ok(rows.map(|rows| {
+        rows.into_iter()
+            .map(|(queue, is_journal, data)| StatePart {
+                queue: QueueId(queue),
+                is_journal,
+                data,
+            })
+            .collect()
+    }))
 }
 
 /// One group commit: per slot its lease, epoch and number, and what its queues wrote.

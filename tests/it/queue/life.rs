@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use postroad::domain::id::Offset;
-use postroad::domain::name::TopicPattern;
+use postroad::domain::id::{Offset, QueueId, Slot};
+use postroad::domain::name::{QueueName, TopicPattern};
 use postroad::domain::policy::{Ordering, Settings, Start};
 use postroad::queue::{self, Declaration, Declared, ReceiveRequest, Verb};
 
@@ -137,6 +137,109 @@ async fn a_receive_repeated_under_its_id_gets_the_same() {
         2,
         "a repeat that is not written takes nothing back"
     );
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeated_receive_keeps_what_the_first_answer_loses() {
+    let database = support::database().await;
+    let broker = Broker::on(&database).await;
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    broker.publish("orders.created", 2).await;
+    let request = ReceiveRequest {
+        max_messages: 2,
+        receive_id: Some("r1".into()),
+        visibility_timeout: Some(HOUR),
+        ..ReceiveRequest::default()
+    };
+    let first = broker.receive(request.clone()).await;
+    let again = broker.receive(request.clone()).await;
+    assert_eq!(again.deliveries.len(), 2);
+    drop(first);
+    let other = broker.poll().await;
+    assert!(other.deliveries.is_empty(), "{:?}", other.deliveries);
+    // The repeat is not written either: now they go back.
+    drop(again);
+    let taken = broker.take(2, HOUR).await;
+    assert!(taken.iter().all(|d| (d.delivery, d.attempt) == (2, 1)));
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_receive_id_waits_once() {
+    let database = support::database().await;
+    let broker = shared(Broker::on(&database).await);
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    let wait = || {
+        let broker = broker.clone();
+        tokio::spawn(async move {
+            let request = ReceiveRequest {
+                max_messages: 2,
+                receive_id: Some("r1".into()),
+                ..ReceiveRequest::default()
+            };
+            let received = broker.receive(request).await;
+            received.handout.written();
+            received.deliveries.len()
+        })
+    };
+    let first = wait();
+    support::eventually("the waiter", || async {
+        (broker.status().await.waiters == 1).then_some(())
+    })
+    .await;
+    let second = wait();
+    assert_eq!(first.await.unwrap(), 0, "its repeat takes its place");
+    broker.publish("orders.created", 4).await;
+    assert_eq!(second.await.unwrap(), 2);
+    assert_eq!(broker.take(2, HOUR).await[0].entry.offset, Offset(3));
+}
+
+/// The insert committed and its answer was lost: here, another hand made the row.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_whose_making_was_not_answered_is_served() {
+    let database = support::database().await;
+    let broker = Broker::on(&database).await;
+    let (made, _) = broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    broker.publish("orders.created", 1).await;
+    broker.take(1, HOUR).await;
+    let id = (1_000..)
+        .find(|&id| Slot::of(QueueId(id)) == Slot::of(made.id))
+        .unwrap();
+    sqlx::query(
+        "select c.found_offset from postroad_broker.queue q, lateral postroad_broker.create_queue( \
+            $1, 'twin', q.stream_id, q.patterns, q.settings, q.start, 'earliest', 0, q.slot) c \
+         where q.name = 'billing'",
+    )
+    .bind(id)
+    .execute(&mut database.connect().await)
+    .await
+    .unwrap();
+    let twin = QueueName::parse("twin").unwrap();
+    let (found, declared) = broker
+        .queue
+        .declare(twin.clone(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    assert_eq!((found.id, declared), (QueueId(id), Declared::Unchanged));
+    let received = broker
+        .queue
+        .receive(&twin, ReceiveRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(received.deliveries.len(), 1);
     broker.stop().await;
 }
 

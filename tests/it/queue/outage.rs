@@ -135,8 +135,7 @@ async fn an_outage_that_ends_in_a_refusal_ends() {
     let taken = broker.take(1, HOUR).await;
     proxy.cut();
     let (queue, receipts) = (broker.queue.clone(), items(&taken));
-    let refused =
-        tokio::spawn(async move { queue.settle(&name(), Verb::Ack, receipts).await });
+    let refused = tokio::spawn(async move { queue.settle(&name(), Verb::Ack, receipts).await });
     support::eventually("the queue to stand still", || async {
         broker.status().await.standing_still.then_some(())
     })

@@ -1,0 +1,289 @@
+//! Making, changing and deleting queues.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::QUEUES_MAX;
+use super::api::{Declaration, Declared, Description, Error};
+use super::engine::Engine;
+use super::handle::{Command, ENDED};
+use super::recovery;
+use crate::domain::id::{Generation, Offset, QueueId, Slot};
+use crate::domain::name::QueueName;
+use crate::domain::policy::Start;
+use crate::domain::queue::{Queue, Random};
+use crate::store;
+use crate::store::queue::{Inserted, NewQueue, QueueRow};
+use crate::stream;
+
+impl Engine {
+    pub(in crate::queue) async fn declare(
+        &mut self,
+        name: QueueName,
+        declaration: Declaration,
+    ) -> Result<(Description, Declared), Error> {
+        if let Some(id) = self.find(&name) {
+            return self.change(id, declaration).await;
+        }
+        if self.queues.len() >= self.options.queues_max.min(QUEUES_MAX) {
+            return Err(Error::TooManyQueues {
+                limit: self.options.queues_max.min(QUEUES_MAX),
+            });
+        }
+        let new = self.new_queue(name.clone(), &declaration).await?;
+        let former = store::queue::find_former_queues(&self.database, &name).await?;
+        match store::queue::insert_queue(&self.database, &new).await? {
+            Inserted::New {
+                id,
+                start_offset,
+                created_at,
+            } => {
+                let row = QueueRow {
+                    id,
+                    name,
+                    stream_id: new.stream_id,
+                    stream: declaration.stream,
+                    patterns: declaration.topics,
+                    settings: declaration.settings,
+                    start: declaration.start,
+                    generation: Generation(1),
+                    start_offset,
+                    slot: Slot::of(id),
+                    created_at,
+                    former,
+                };
+                Ok((self.begin(row), Declared::Created))
+            }
+            Inserted::NameTaken => {
+                // One whose insert seemed to fail, or another node's.
+                for row in store::queue::find_queues(&self.database).await? {
+                    if !self.queues.contains_key(&row.id) {
+                        self.take_over(row).await;
+                    }
+                }
+                match self.find(&name) {
+                    Some(id) => self.change(id, declaration).await,
+                    None => Err(Error::Unavailable {
+                        why: "it was deleted by another request at the same moment",
+                    }),
+                }
+            }
+            Inserted::NoStream => Err(Error::StreamNotFound {
+                stream: declaration.stream,
+            }),
+        }
+    }
+
+    fn find(&self, name: &QueueName) -> Option<QueueId> {
+        let mut rows = self.queues.values().map(|owned| &owned.row);
+        rows.find(|row| row.name == *name).map(|row| row.id)
+    }
+
+    async fn new_queue(
+        &self,
+        name: QueueName,
+        declaration: &Declaration,
+    ) -> Result<NewQueue, Error> {
+        let stream = match self.stream.describe(&declaration.stream).await {
+            Ok(stream) => stream,
+            Err(stream::Error::NotFound { .. }) => {
+                return Err(Error::StreamNotFound {
+                    stream: declaration.stream.clone(),
+                });
+            }
+            Err(error) => return Err(stream_error(error)),
+        };
+        let before_start = match declaration.start {
+            Start::Time(at) => self
+                .stream
+                .offset_at(stream.id, at)
+                .await
+                .map_err(stream_error)?,
+            _ => Offset(0),
+        };
+        Ok(NewQueue {
+            name,
+            stream_id: stream.id,
+            patterns: declaration.topics.clone(),
+            settings: declaration.settings.clone(),
+            start: declaration.start,
+            before_start,
+        })
+    }
+
+    /// Starts a queue that was just made: it has nothing to recover.
+    fn begin(&mut self, row: QueueRow) -> Description {
+        let description = describe(&row);
+        let (id, slot) = (row.id, row.slot);
+        let mut machine = Queue::new(
+            id,
+            row.generation,
+            row.start_offset,
+            row.settings.clone(),
+            Random::new(id.0 as u64),
+        );
+        machine.set_former(row.former.clone());
+        self.add(row);
+        let state = self.slots.get(&slot);
+        if let Some(state) = state
+            && state.is_recovered
+            && let Some(fence) = state.fence.clone()
+        {
+            self.start_task(machine, false, &fence);
+        }
+        description
+    }
+
+    /// Takes in a queue that is found in the database. One whose slot is recovered already has to be recovered alone.
+    async fn take_over(&mut self, row: QueueRow) {
+        let slot = row.slot;
+        self.add(row.clone());
+        let state = self.slots.get(&slot);
+        let Some(fence) = state
+            .filter(|state| state.is_recovered)
+            .and_then(|state| state.fence.clone())
+        else {
+            return;
+        };
+        match recovery::recover(&self.database, &fence, slot, &[&row]).await {
+            Ok(machines) => {
+                for (machine, unfolded) in machines {
+                    self.start_task(machine, unfolded, &fence);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(queue = %row.name, error = &error as &dyn std::error::Error, "recovering a queue failed; its slot is read again");
+                self.read_again(slot).await;
+            }
+        }
+    }
+
+    async fn change(
+        &mut self,
+        id: QueueId,
+        declaration: Declaration,
+    ) -> Result<(Description, Declared), Error> {
+        let Some(owned) = self.queues.get(&id) else {
+            return Err(Error::Stopping);
+        };
+        let (row, mailbox) = (owned.row.clone(), owned.mailbox.clone());
+        if row.stream != declaration.stream {
+            return Err(Error::StreamChange {
+                queue: row.name,
+                stream: row.stream,
+            });
+        }
+        if row.patterns == declaration.topics && row.settings == declaration.settings {
+            return Ok((describe(&row), Declared::Unchanged));
+        }
+        if row.patterns != declaration.topics {
+            self.pin(&row, mailbox.as_ref()).await?;
+        }
+        let (topics, settings) = (&declaration.topics, &declaration.settings);
+        let updated = store::queue::update_queue(&self.database, id, topics, settings).await;
+        if let Err(error) = updated {
+            // It may be done all the same. The stored row says which patterns hold from the journaled position on.
+            self.read_again(row.slot).await;
+            return Err(error.into());
+        }
+        if let Some(owned) = self.queues.get_mut(&id) {
+            owned.row.patterns.clone_from(&declaration.topics);
+            owned.row.settings.clone_from(&declaration.settings);
+        }
+        self.show_row(id);
+        if let Some(mailbox) = mailbox {
+            let _ = mailbox.send(Command::Change(Box::new(declaration))).await;
+        }
+        let row = self.queues.get(&id).map_or(row, |owned| owned.row.clone());
+        Ok((describe(&row), Declared::Changed))
+    }
+
+    /// Has the queue look no further, and its scan position committed with all that was found: after a restart the new
+    /// topics must neither hide what the former ones found nor bring what they had passed over.
+    async fn pin(
+        &self,
+        row: &QueueRow,
+        mailbox: Option<&mpsc::Sender<Command>>,
+    ) -> Result<(), Error> {
+        let Some(mailbox) = mailbox else {
+            return Err(Error::Unavailable {
+                why: "its state is being recovered",
+            });
+        };
+        if self.contact.outage().borrow().standing {
+            return Err(Error::Unavailable {
+                why: "Postgres cannot be reached",
+            });
+        }
+        let pinned = ask_to_pin(mailbox, self.shared.outcome_wait).await;
+        if pinned.is_err() {
+            let unchanged = Box::new(describe(row).declaration);
+            let _ = mailbox.send(Command::Change(unchanged)).await;
+        }
+        pinned
+    }
+
+    pub(in crate::queue) async fn delete(&mut self, name: &QueueName) -> Result<(), Error> {
+        let Some(id) = self.find(name) else {
+            return Err(Error::NotFound {
+                queue: name.clone(),
+            });
+        };
+        store::queue::delete_queue(&self.database, id).await?;
+        self.write_known().remove(name);
+        if let Some(owned) = self.queues.remove(&id) {
+            owned.dispatch.unsubscribe(id);
+            if let Some(mailbox) = owned.mailbox {
+                let _ = mailbox.send(Command::End).await;
+            }
+            if !self
+                .queues
+                .values()
+                .any(|other| other.row.stream_id == owned.row.stream_id)
+            {
+                self.stream
+                    .set_watermark(owned.row.stream_id, Offset(i64::MAX));
+            }
+        }
+        self.shared.metrics.queues.set(self.queues.len() as i64);
+        Ok(())
+    }
+}
+
+async fn ask_to_pin(mailbox: &mpsc::Sender<Command>, bound: Duration) -> Result<(), Error> {
+    let (reply, answer) = oneshot::channel();
+    let sent = mailbox.send(Command::Pin { reply }).await;
+    sent.map_err(|_| ENDED)?;
+    match tokio::time::timeout(bound, answer).await {
+        Ok(answer) => answer.unwrap_or(Err(ENDED)),
+        Err(_) => Err(Error::Unavailable {
+            why: "its scan position could not be written in time",
+        }),
+    }
+}
+
+fn stream_error(error: stream::Error) -> Error {
+    match error {
+        stream::Error::Store(error) => Error::Store(error),
+        _ => Error::Stopping,
+    }
+}
+
+pub(in crate::queue) fn describe(row: &QueueRow) -> Description {
+    Description {
+        id: row.id,
+        name: row.name.clone(),
+        stream_id: row.stream_id,
+        declaration: Declaration {
+            stream: row.stream.clone(),
+            topics: row.patterns.clone(),
+            start: row.start,
+            settings: row.settings.clone(),
+        },
+        generation: row.generation,
+        start_offset: row.start_offset,
+        created_at: row.created_at,
+        status: None,
+    }
+}
