@@ -735,7 +735,7 @@ fn unsettled_messages_have_a_bound() {
     let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), wide, Random::new(1));
     (1..=many as i64).for_each(|offset| queue.found(Offset(offset)));
     let all = (many, u64::MAX);
-    let mut take = |queue: &mut Queue, now: i64| {
+    let take = |queue: &mut Queue, now: i64| {
         let receive = Receive::default();
         let taken = queue.hand_out(At(now), Duration::from_secs(60), &receive, all, &|_| {
             Some(1)
