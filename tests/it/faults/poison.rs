@@ -19,7 +19,7 @@ async fn run(
     is_fatal: fn(u64) -> bool,
 ) -> (Vec<(u64, usize)>, BTreeMap<u64, u64>) {
     let (mut poison, mut others) = (Vec::new(), BTreeMap::new());
-    let body = json!({"wait_seconds": 10, "visibility_timeout_seconds": 1});
+    let body = json!({"wait_seconds": 2, "visibility_timeout_seconds": 1});
     while consumer.status().await["depth"] != 0 {
         let answer = consumer.receive(&body).await;
         let deliveries = answer["deliveries"].as_array().unwrap();

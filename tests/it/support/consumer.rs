@@ -9,8 +9,12 @@ use serde_json::{Value, json};
 
 use super::Http;
 
-/// How long a request is repeated before the test fails.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a request is repeated before the test fails: a minute, and as long as an outage is made to last.
+fn patience() -> Duration {
+    let outage = std::env::var("POSTROAD_TEST_OUTAGE_SECONDS").ok();
+    let seconds: u64 = outage.and_then(|text| text.parse().ok()).unwrap_or(0);
+    Duration::from_secs(60 + seconds)
+}
 
 /// A queue, by way of one broker. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -24,9 +28,9 @@ pub struct Consumer {
 /// Asks until the answer is 200, and gives it.
 ///
 /// # Panics
-/// With the answer, if it is neither 2xx nor 503; or after a minute.
+/// With the answer, if it is neither 2xx nor 503; or after too long a time.
 pub async fn patiently(http: &Http, method: Method, path: &str, body: Option<&Value>) -> Value {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         let answer = http.call(method.clone(), path, body).await;
         match answer {
@@ -47,7 +51,7 @@ pub async fn publish_ids(http: &Http, topic: &str, ids: &[String]) -> Vec<Value>
         .iter()
         .map(|id| json!({"specversion": "1.0", "id": id, "source": "/test", "type": "t", "data": {"id": id}}))
         .collect();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         let sent = http
             .client
