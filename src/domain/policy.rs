@@ -14,6 +14,8 @@ pub const VISIBILITY_TIMEOUT_RANGE: (Duration, Duration) =
     (Duration::from_secs(1), Duration::from_secs(12 * 60 * 60));
 /// Longest delay of a nack, a release or a retry.
 pub const DELAY_MAX: Duration = Duration::from_secs(12 * 60 * 60);
+/// A dead letter is kept for so long.
+pub const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(14 * 24 * 3_600);
 /// Default of attempts before a message is a dead letter.
 pub const MAX_ATTEMPTS: u32 = 16;
 /// Most attempts that a queue can ask for.

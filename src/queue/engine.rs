@@ -126,7 +126,8 @@ impl Engine {
     pub(in crate::queue) async fn run(mut self) {
         let mut watermarks = tokio::time::interval(WATERMARK_EVERY);
         let mut turn = tokio::time::interval(TURN_EVERY);
-        for tick in [&mut watermarks, &mut turn] {
+        let mut trim = tokio::time::interval(self.options.trim_every);
+        for tick in [&mut watermarks, &mut turn, &mut trim] {
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         }
         let supervisor = self.supervisor.clone();
@@ -142,6 +143,7 @@ impl Engine {
                 () = sleep_until(recover_at) => self.recover_due().await,
                 _ = watermarks.tick() => self.tell_watermarks().await,
                 _ = turn.tick() => self.turn_journal().await,
+                _ = trim.tick() => self.trim_letters().await,
                 () = supervisor.stopping() => {}
             }
         }
@@ -463,6 +465,27 @@ impl Engine {
         for stream in unread.unwrap_or_default() {
             if !lowest.contains_key(&stream) {
                 self.stream.set_watermark(stream, Offset(i64::MAX));
+            }
+        }
+    }
+
+    /// Has queues remove dead letters that were kept long enough: a bounded number each time.
+    async fn trim_letters(&self) {
+        let seconds = self.options.dead_letter_retention.as_secs_f64();
+        let old = match store::queue::find_old_letters(&self.database, seconds).await {
+            Ok(old) => old,
+            Err(error) => {
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "looking for old dead letters failed; trying again"
+                );
+                return;
+            }
+        };
+        for (queue, letters) in old {
+            let owned = self.queues.get(&queue);
+            if let Some(mailbox) = owned.and_then(|owned| owned.mailbox.as_ref()) {
+                let _ = mailbox.try_send(Command::Trim { letters });
             }
         }
     }

@@ -12,6 +12,7 @@ use super::api::{
 };
 use super::metrics::Metrics;
 use super::task::Progress;
+use crate::domain::id::Offset;
 use crate::domain::name::QueueName;
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
@@ -59,6 +60,10 @@ pub(in crate::queue) enum Command {
     /// Write a checkpoint if something before this turn of the journal is not folded into one.
     Fold {
         before_turn: i64,
+    },
+    /// Remove these dead letters.
+    Trim {
+        letters: Vec<Offset>,
     },
     /// End: the queue is deleted or its slot is lost. Nothing more is written.
     End,

@@ -13,6 +13,7 @@ mod handle;
 mod handout;
 mod intake;
 mod metrics;
+mod receive;
 mod recovery;
 mod task;
 mod waiters;
@@ -25,6 +26,7 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use tokio::sync::mpsc;
 
+use crate::domain::policy::DEAD_LETTER_RETENTION;
 use crate::domain::queue::At;
 use crate::domain::receipt::Key;
 use crate::store::{self, Database};
@@ -52,6 +54,10 @@ pub struct Options {
     pub journal_full_bytes: i64,
     /// A segment with anything in it is full after so long.
     pub journal_full_after: Duration,
+    /// Dead letters are kept for so long.
+    pub dead_letter_retention: Duration,
+    /// How often dead letters are looked at for those that are older.
+    pub trim_every: Duration,
 }
 
 impl Default for Options {
@@ -61,6 +67,8 @@ impl Default for Options {
             queues_max: QUEUES_MAX,
             journal_full_bytes: 16 * 1024 * 1024,
             journal_full_after: Duration::from_secs(10 * 60),
+            dead_letter_retention: DEAD_LETTER_RETENTION,
+            trim_every: Duration::from_secs(60),
         }
     }
 }

@@ -16,36 +16,29 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::api::{Delivery, Error, InFlight, InFlightFilter, ReceiveRequest, Received, Status};
+use super::api::{Error, InFlight, InFlightFilter, Received, Status};
 use super::feed::{Dispatch, Feed};
 use super::handle::{Command, ENDED, Shared};
-use super::handout::{Handout, Promise, Promises};
+use super::handout::{Promise, Promises};
 use super::intake::{Intake, Loaded};
-use super::waiters::{Waiter, Waiters};
+use super::waiters::Waiters;
 use super::writer::{Contact, Outage, Submission, Written};
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::{QueueName, TopicPattern};
-use crate::domain::queue::{
-    At, EmptyReason, End, Handed, Item, Outcome, Queue, Receive, Record, Verb, encode,
-};
+use crate::domain::queue::{At, End, Handed, Item, Outcome, Queue, Record, Verb, encode};
 use crate::domain::receipt::Receipt;
 use crate::store;
 use crate::store::queue::GroupPart;
 use crate::stream;
 use crate::supervisor::Supervisor;
 
-/// Long polls per queue.
-const WAITERS_MAX: usize = 10_000;
 /// Commands taken in one round, so that the journal gets its groups.
 const ROUND_MAX: usize = 1_000;
 /// How often the scan position of a quiet queue is journaled, if it moved far enough to be worth a row.
 const POSITION_EVERY: Duration = Duration::from_secs(30);
 const POSITION_WORTH: i64 = 10_000;
-/// A receive without a wait waits this long at most for a scan or a load that is under way.
-const GRACE: Duration = Duration::from_secs(1);
-const GRACE_STEP: Duration = Duration::from_millis(5);
 
 /// How far a queue is, for the stream's retention. Moves with commits only.
 #[derive(Debug, Default)]
@@ -102,7 +95,7 @@ pub(in crate::queue) struct Parts {
 }
 
 /// An answer that waits for its commit.
-enum Answer {
+pub(in crate::queue) enum Answer {
     Receive {
         reply: oneshot::Sender<Result<Received, Error>>,
         handed: Vec<(Handed, Arc<Entry>)>,
@@ -145,11 +138,11 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) machine: Queue,
     pub(in crate::queue) intake: Intake,
     pub(in crate::queue) work: FuturesUnordered<Work>,
-    waiters: Waiters,
-    promises: Promises,
-    answers: Vec<Answer>,
+    pub(in crate::queue) waiters: Waiters,
+    pub(in crate::queue) promises: Promises,
+    pub(in crate::queue) answers: Vec<Answer>,
     submitted: Option<Submitted>,
-    returned: (
+    pub(in crate::queue) returned: (
         mpsc::UnboundedSender<Vec<Receipt>>,
         mpsc::UnboundedReceiver<Vec<Receipt>>,
     ),
@@ -232,7 +225,7 @@ impl Task {
         self.submitted.is_some() || self.machine.has_batch()
     }
 
-    fn is_standing(&self) -> bool {
+    pub(in crate::queue) fn is_standing(&self) -> bool {
         self.outage.borrow().standing
     }
 
@@ -350,183 +343,12 @@ impl Task {
             Command::Fold { before_turn } => {
                 self.fold_wanted |= self.unfolded_turn.is_some_and(|turn| turn < before_turn);
             }
+            Command::Trim { letters } => {
+                for letter in letters {
+                    self.machine.remove_letter(letter);
+                }
+            }
             Command::End => self.ending = Some(Why::Told),
-        }
-    }
-
-    fn take_receive(
-        &mut self,
-        request: ReceiveRequest,
-        reply: oneshot::Sender<Result<Received, Error>>,
-    ) {
-        self.intake.received();
-        if let Some(receive_id) = &request.receive_id {
-            self.take_back_returned();
-            let handed = self.machine.replay(receive_id);
-            if !handed.is_empty() {
-                let offsets = handed.iter().map(|handed| handed.offset).collect();
-                return self.replay(receive_id.clone(), offsets, reply);
-            }
-        }
-        if request.wait.is_zero() && self.machine.is_full() {
-            let limit = self.machine.settings().max_in_flight;
-            let _ = reply.send(Err(Error::InFlightFull { limit }));
-            return;
-        }
-        if self.waiters.len() >= WAITERS_MAX {
-            self.waiters.drop_gone();
-        }
-        if self.waiters.len() >= WAITERS_MAX {
-            let _ = reply.send(Err(Error::TooManyWaiters { limit: WAITERS_MAX }));
-            return;
-        }
-        let since = Instant::now();
-        let until = since + request.wait;
-        let replaced = self.waiters.add(Waiter {
-            request,
-            reply,
-            since,
-            until,
-        });
-        if let Some(replaced) = replaced {
-            let _ = replaced.reply.send(Ok(self.empty()));
-        }
-    }
-
-    fn replay(
-        &mut self,
-        receive_id: String,
-        offsets: Vec<Offset>,
-        reply: oneshot::Sender<Result<Received, Error>>,
-    ) {
-        let (stream, id) = (self.parts.stream.clone(), self.parts.stream_id);
-        self.work.push(Box::pin(async move {
-            let entries = stream.fetch(id, offsets).await;
-            Done::Replayed {
-                receive_id,
-                reply,
-                entries,
-            }
-        }));
-    }
-
-    /// Hands out what is ready, the longest waiter first.
-    fn serve(&mut self) {
-        while self.machine.has_ready() {
-            let Some((number, waiter)) = self.waiters.first() else {
-                break;
-            };
-            if waiter.reply.is_closed() {
-                self.waiters.remove(number);
-                continue;
-            }
-            let request = &waiter.request;
-            let receive = Receive {
-                consumer: request.consumer.clone(),
-                receive_id: request.receive_id.clone(),
-            };
-            let visible = request
-                .visibility_timeout
-                .unwrap_or(self.machine.settings().visibility_timeout);
-            let limits = (request.max_messages as usize, request.max_bytes);
-            let now = At::from(self.parts.cluster.now());
-            let intake = &self.intake;
-            let taken = self
-                .machine
-                .hand_out(now, visible, &receive, limits, &|offset| {
-                    intake.size(offset)
-                });
-            if taken.handed.is_empty() {
-                break;
-            }
-            let handed: Vec<(Handed, Arc<Entry>)> = taken
-                .handed
-                .into_iter()
-                .filter_map(|handed| Some((handed, self.intake.take(handed.offset)?)))
-                .collect();
-            self.parts
-                .shared
-                .metrics
-                .deliveries
-                .inc_by(handed.len() as u64);
-            if let Some(waiter) = self.waiters.remove(number) {
-                let promise = self.promise(&handed, waiter.request.receive_id);
-                self.answers.push(Answer::Receive {
-                    reply: waiter.reply,
-                    handed,
-                    promise: Some(promise),
-                });
-            }
-        }
-        self.load_ahead(!self.waiters.is_empty());
-    }
-
-    /// Deliveries that go back unless an answer that carries them is written.
-    fn promise(
-        &mut self,
-        handed: &[(Handed, Arc<Entry>)],
-        receive_id: Option<String>,
-    ) -> Arc<Promise> {
-        let receipts = handed.iter().map(|(handed, _)| self.receipt(handed));
-        let promise = Promise::new(self.returned.0.clone(), receipts.collect());
-        if let Some(receive_id) = receive_id {
-            self.promises.keep(receive_id, &promise);
-        }
-        promise
-    }
-
-    fn receipt(&self, handed: &Handed) -> Receipt {
-        Receipt {
-            queue: self.machine.id(),
-            generation: self.machine.generation(),
-            offset: handed.offset,
-            delivery: handed.delivery,
-        }
-    }
-
-    /// Answers those whose wait is over. While a scan or a load is under way, a short wait is stretched a little:
-    /// "empty" would be a guess.
-    fn end_waits(&mut self) {
-        let now = Instant::now();
-        while let Some((until, number)) = self.waiters.next_end()
-            && until <= now
-        {
-            let standing = self.is_standing();
-            let looking = !standing && self.is_looking();
-            let Some(mut waiter) = self.waiters.remove(number) else {
-                break;
-            };
-            if looking && now < waiter.since + GRACE {
-                waiter.until = now + GRACE_STEP;
-                self.waiters.put(number, waiter);
-                continue;
-            }
-            let answer = match standing {
-                true => Err(Error::Unavailable {
-                    why: "Postgres cannot be reached",
-                }),
-                false => Ok(self.empty()),
-            };
-            let _ = waiter.reply.send(answer);
-        }
-    }
-
-    fn empty(&self) -> Received {
-        let reason = self.machine.empty_reason();
-        let due = match reason {
-            EmptyReason::InFlightFull => self.machine.next_deadline(),
-            _ => self
-                .machine
-                .next_due()
-                .into_iter()
-                .chain(self.machine.next_deadline())
-                .min(),
-        };
-        Received {
-            deliveries: Vec::new(),
-            reason: Some(reason),
-            next_due_at: due.map(Into::into),
-            handout: Handout::default(),
         }
     }
 
@@ -558,7 +380,7 @@ impl Task {
         self.answers.push(Answer::Settle { reply, outcomes });
     }
 
-    fn take_back_returned(&mut self) {
+    pub(in crate::queue) fn take_back_returned(&mut self) {
         if let Ok(first) = self.returned.1.try_recv() {
             self.take_back(first);
         }
@@ -730,30 +552,7 @@ impl Task {
                 receive_id,
                 reply,
                 entries,
-            } => {
-                let Ok(entries) = entries else {
-                    let _ = reply.send(Err(Error::Unavailable {
-                        why: "its messages could not be read",
-                    }));
-                    return;
-                };
-                // What was given back by now is not repeated; what is repeated is not given back from here on.
-                self.take_back_returned();
-                let promise = self.promises.find(&receive_id);
-                let mut entries = entries.into_iter().peekable();
-                let handed = self.machine.replay(&receive_id);
-                // Both by offset.
-                let handed = handed.into_iter().filter_map(|handed| {
-                    while entries.next_if(|e| e.offset < handed.offset).is_some() {}
-                    let entry = entries.next_if(|e| e.offset == handed.offset)?;
-                    Some((handed, entry))
-                });
-                self.answers.push(Answer::Receive {
-                    handed: handed.collect(),
-                    reply,
-                    promise,
-                });
-            }
+            } => self.finish_replay(&receive_id, reply, entries),
         }
     }
 
@@ -779,29 +578,6 @@ impl Task {
         }
     }
 
-    fn received(
-        &self,
-        handed: Vec<(Handed, Arc<Entry>)>,
-        promise: Option<Arc<Promise>>,
-    ) -> Received {
-        let deliveries: Vec<Delivery> = handed
-            .into_iter()
-            .map(|(handed, entry)| Delivery {
-                receipt: self.parts.shared.key.seal(&self.receipt(&handed)),
-                delivery: handed.delivery,
-                attempt: handed.attempt,
-                entry,
-                visible_until: handed.deadline.into(),
-            })
-            .collect();
-        Received {
-            reason: deliveries.is_empty().then_some(EmptyReason::Empty),
-            deliveries,
-            next_due_at: None,
-            handout: Handout::new(promise),
-        }
-    }
-
     /// Ended before the process does. What is with the writer is waited for: whoever reads the state next must find it
     /// written, or never written. Who waits for something else learns that nothing was decided.
     async fn end(&mut self, why: Why) -> Why {
@@ -819,6 +595,7 @@ impl Task {
                 Command::Status { .. }
                 | Command::Change(_)
                 | Command::Fold { .. }
+                | Command::Trim { .. }
                 | Command::End => {}
             }
         }

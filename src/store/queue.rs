@@ -465,6 +465,34 @@ pub async fn probe(connection: &mut Connection) -> Result<(), Error> {
     Ok(())
 }
 
+/// Finds dead letters that are older than `seconds`, the oldest of each queue: at most a hundred of each, and of a hundred
+/// queues.
+///
+/// # Errors
+/// The database's.
+pub async fn find_old_letters(
+    database: &Database,
+    seconds: f64,
+) -> Result<Vec<(QueueId, Vec<Offset>)>, Error> {
+    let found: Vec<(i64, Vec<i64>)> = sqlx::query_as(
+        "select q.id, array_agg(d.\"offset\") from postroad_broker.queue q, \
+            (select clock_timestamp() - make_interval(secs => $1) as before) t, \
+            lateral (select l.\"offset\" from postroad_broker.dead_letter l \
+                where l.queue_id = q.id and l.generation = q.generation and l.died_at < t.before \
+                order by l.died_at limit 100) d \
+         group by q.id limit 100",
+    )
+    .bind(seconds)
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query("finding old dead letters"))?;
+    let letters = found.into_iter().map(|(queue, offsets)| {
+        let offsets = offsets.into_iter().map(Offset);
+        (QueueId(queue), offsets.collect())
+    });
+    Ok(letters.collect())
+}
+
 /// Turns the journal to its next segment if the current one is full, and truncates segments that every checkpoint is
 /// past. Returns the turn, and how many former segments still have rows.
 ///

@@ -225,12 +225,7 @@ impl Queue {
         let offset = receipt.offset.0;
         if let Some(&last) = self.dead.get(&offset) {
             if verb == Verb::Ack && receipt.delivery == last {
-                self.pending.removed_letters.push(receipt.offset);
-                // A letter of this very batch is not to be written first and removed after.
-                self.pending
-                    .letters
-                    .retain(|letter| letter.offset != receipt.offset);
-                self.commit(Record::LetterRemoved { offset });
+                self.remove_letter(receipt.offset);
                 return Outcome::Acked;
             }
             return Outcome::DeadLettered {
@@ -247,6 +242,16 @@ impl Queue {
         } else {
             Outcome::Gone { incident: true }
         }
+    }
+
+    /// Removes a dead letter: its message is settled like any other from then on.
+    pub fn remove_letter(&mut self, offset: Offset) {
+        self.pending.removed_letters.push(offset);
+        // A letter of this very batch is not to be written first and removed after.
+        self.pending
+            .letters
+            .retain(|letter| letter.offset != offset);
+        self.commit(Record::LetterRemoved { offset: offset.0 });
     }
 
     fn nack(&mut self, offset: i64, attempts: u32, item: &Item, now: At) -> Outcome {

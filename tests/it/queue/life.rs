@@ -58,6 +58,47 @@ async fn a_poison_message_dies_in_exactly_its_attempts_and_takes_nobody_with_it(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn old_dead_letters_are_removed() {
+    let database = support::database().await;
+    let options = queue::Options {
+        trim_every: Duration::from_millis(100),
+        ..queue::Options::default()
+    };
+    let broker = Broker::start(&database.url, &database.url, options).await;
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    broker.publish("orders.created", 3).await;
+    let taken = broker.take(3, HOUR).await;
+    broker.settle(Verb::Reject, items(&taken)).await;
+    sqlx::query(
+        "update postroad_broker.dead_letter set died_at = died_at - interval '15 days' where \"offset\" < 3",
+    )
+    .execute(&mut database.connect().await)
+    .await
+    .unwrap();
+    let left = async |broker: &Broker| {
+        support::eventually("the young one to be left", || async {
+            (broker.status().await.dead_letters == 1).then_some(())
+        })
+        .await;
+    };
+    left(&broker).await;
+    let offsets: Vec<i64> =
+        sqlx::query_scalar("select \"offset\" from postroad_broker.dead_letter")
+            .fetch_all(&mut database.connect().await)
+            .await
+            .unwrap();
+    assert_eq!(offsets, [3]);
+    let outcomes = broker.settle(Verb::Ack, items(&taken[..1])).await;
+    assert_eq!(outcomes, [queue::Outcome::AlreadySettled]);
+    broker.kill();
+    left(&Broker::on(&database).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn answers_that_are_not_written_charge_nobody() {
     let database = support::database().await;
     let broker = shared(Broker::on(&database).await);
