@@ -88,7 +88,6 @@ impl Promises {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
     use crate::domain::id::{Generation, Offset, QueueId};
