@@ -30,7 +30,9 @@ pub(super) async fn prepare(database: &Database) -> Result<(), Error> {
                 }
                 return Ok(());
             }
-            Err(error) if error.retry() == Retry::Never => return Err(error.into()),
+            Err(error) if error.retry() == Retry::Never || error.is_login_refused() => {
+                return Err(error.into());
+            }
             Err(error) if pause > LONGEST_PAUSE => return Err(error.into()),
             Err(error) => {
                 tracing::warn!(error = %chain(&error), "migrating failed; trying again in {pause:?}");
@@ -61,7 +63,9 @@ async fn wait_until_up(database: &Database) -> Result<(), Error> {
                     None => Ok(()),
                 };
             }
-            Err(error) if error.retry() == Retry::Never => return Err(error.into()),
+            Err(error) if error.retry() == Retry::Never || error.is_login_refused() => {
+                return Err(error.into());
+            }
             Err(error) => {
                 if mentioned.is_none_or(|at| at.elapsed() >= MENTION_EVERY) {
                     tracing::warn!(database = %place, error = %chain(&error), "waiting for the database");

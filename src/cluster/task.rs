@@ -49,7 +49,7 @@ impl Heartbeat {
                 Err(error) => {
                     self.shared.metrics.heartbeat_failures.inc();
                     tracing::warn!(error = &error as &dyn std::error::Error, "heartbeat failed");
-                    if error.is_connection_lost() || self.connection.is_none() {
+                    if error.is_connection_spent() {
                         self.connection = None;
                     }
                     renew_at = Instant::now();

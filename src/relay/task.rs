@@ -87,7 +87,9 @@ impl Trouble {
             Self::Reload(_) => State::Connecting,
             Self::Standby => State::Standby,
             Self::NotInstalled => State::NotInstalled,
-            Self::Origin(error) if error.retry() == Retry::Never => State::Refused,
+            Self::Origin(error) if error.retry() == Retry::Never || error.is_login_refused() => {
+                State::Refused
+            }
             Self::Origin(_) => State::Unreachable,
             Self::Broker(_) | Self::Append(_) | Self::Position(_) => State::BrokerUnavailable,
         }

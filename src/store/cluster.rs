@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
+use super::bounded::{HEARTBEAT, bounded};
 use super::{Connection, Database, Error};
 use crate::domain::id::{Epoch, Fence};
 
@@ -38,18 +39,23 @@ pub async fn broker_identity(database: &Database) -> Result<BrokerIdentity, Erro
     for _ in 0..4 {
         digest.update(Uuid::new_v4().as_bytes());
     }
-    sqlx::query(
-        "insert into postroad_broker.broker (receipt_key) values ($1) on conflict do nothing",
+    bounded(
+        DOING,
+        HEARTBEAT,
+        sqlx::query(
+            "insert into postroad_broker.broker (receipt_key) values ($1) on conflict do nothing",
+        )
+        .bind(&digest.finalize()[..])
+        .execute(&mut connection),
     )
-    .bind(&digest.finalize()[..])
-    .execute(&mut connection)
-    .await
-    .map_err(Error::query(DOING))?;
-    let (id, key): (Uuid, Vec<u8>) =
+    .await?;
+    let (id, key): (Uuid, Vec<u8>) = bounded(
+        DOING,
+        HEARTBEAT,
         sqlx::query_as("select id, receipt_key from postroad_broker.broker")
-            .fetch_one(&mut connection)
-            .await
-            .map_err(Error::query(DOING))?;
+            .fetch_one(&mut connection),
+    )
+    .await?;
     let key = <[u8; 32]>::try_from(key).map_err(|key| Error::Corrupt {
         doing: DOING,
         what: format!("a receipt key of {} bytes", key.len()),
@@ -75,13 +81,16 @@ pub struct ServerSafety {
 /// The database's.
 pub async fn read_server_safety(connection: &mut Connection) -> Result<ServerSafety, Error> {
     let (fsync, full_page_writes, synchronous_commit, is_standby): (bool, bool, bool, bool) =
-        sqlx::query_as(
-            "select current_setting('fsync')::bool, current_setting('full_page_writes')::bool, \
+        bounded(
+            "reading the server's settings",
+            HEARTBEAT,
+            sqlx::query_as(
+                "select current_setting('fsync')::bool, current_setting('full_page_writes')::bool, \
              current_setting('synchronous_commit') not in ('off', 'local'), pg_is_in_recovery()",
+            )
+            .fetch_one(connection),
         )
-        .fetch_one(connection)
-        .await
-        .map_err(Error::query("reading the server's settings"))?;
+        .await?;
     let settings = [
         ("fsync", fsync),
         ("full_page_writes", full_page_writes),
@@ -105,16 +114,19 @@ pub async fn insert_node(
     address: &str,
     ttl_seconds: f64,
 ) -> Result<(i64, DateTime<Utc>), Error> {
-    sqlx::query_as(
-        "insert into postroad_broker.node (address, expires_at) \
+    bounded(
+        "registering the node",
+        HEARTBEAT,
+        sqlx::query_as(
+            "insert into postroad_broker.node (address, expires_at) \
          values ($1, clock_timestamp() + make_interval(secs => $2)) \
          returning incarnation, clock_timestamp()",
+        )
+        .bind(address)
+        .bind(ttl_seconds)
+        .fetch_one(connection),
     )
-    .bind(address)
-    .bind(ttl_seconds)
-    .fetch_one(connection)
     .await
-    .map_err(Error::query("registering the node"))
 }
 
 /// Renews a node row. `false`: the incarnation is dead, and stays so.
@@ -126,15 +138,13 @@ pub async fn renew_node(
     incarnation: i64,
     ttl_seconds: f64,
 ) -> Result<bool, Error> {
-    let renewed = sqlx::query(
+    let renewed = bounded("renewing the node", HEARTBEAT, sqlx::query(
         "update postroad_broker.node set expires_at = clock_timestamp() + make_interval(secs => $2) \
          where incarnation = $1 and dead_at is null",
     )
     .bind(incarnation)
     .bind(ttl_seconds)
-    .execute(connection)
-    .await
-    .map_err(Error::query("renewing the node"))?;
+    .execute(connection)).await?;
     Ok(renewed.rows_affected() == 1)
 }
 
@@ -143,14 +153,17 @@ pub async fn renew_node(
 /// # Errors
 /// The database's.
 pub async fn delete_old_nodes(connection: &mut Connection) -> Result<(), Error> {
-    sqlx::query(
-        "delete from postroad_broker.node n \
+    bounded(
+        "deleting old nodes",
+        HEARTBEAT,
+        sqlx::query(
+            "delete from postroad_broker.node n \
          where n.expires_at < (select clock_timestamp()) - interval '1 day' \
            and not exists (select from postroad_broker.lease l where l.holder = n.incarnation)",
+        )
+        .execute(connection),
     )
-    .execute(connection)
-    .await
-    .map_err(Error::query("deleting old nodes"))?;
+    .await?;
     Ok(())
 }
 
@@ -163,13 +176,15 @@ pub async fn take_leases(
     incarnation: i64,
     names: &[String],
 ) -> Result<Vec<Fence>, Error> {
-    let taken: Vec<(String, i64)> =
+    let taken: Vec<(String, i64)> = bounded(
+        "taking leases",
+        HEARTBEAT,
         sqlx::query_as("select lease_name, lease_epoch from postroad_broker.take_leases($1, $2)")
             .bind(incarnation)
             .bind(names)
-            .fetch_all(connection)
-            .await
-            .map_err(Error::query("taking leases"))?;
+            .fetch_all(connection),
+    )
+    .await?;
     Ok(taken
         .into_iter()
         .map(|(lease, epoch)| Fence {
@@ -188,17 +203,20 @@ pub async fn release_leases(
     incarnation: i64,
     names: &[String],
 ) -> Result<(), Error> {
-    sqlx::query(
-        "with locked as ( \
+    bounded(
+        "releasing leases",
+        HEARTBEAT,
+        sqlx::query(
+            "with locked as ( \
              select name from postroad_broker.lease where name = any ($2) and holder = $1 \
              order by name for no key update) \
          update postroad_broker.lease l set holder = null from locked where l.name = locked.name",
+        )
+        .bind(incarnation)
+        .bind(names)
+        .execute(connection),
     )
-    .bind(incarnation)
-    .bind(names)
-    .execute(connection)
-    .await
-    .map_err(Error::query("releasing leases"))?;
+    .await?;
     Ok(())
 }
 
@@ -207,13 +225,16 @@ pub async fn release_leases(
 /// # Errors
 /// The database's.
 pub async fn mark_node_dead(connection: &mut Connection, incarnation: i64) -> Result<(), Error> {
-    sqlx::query(
-        "update postroad_broker.node set dead_at = clock_timestamp() \
+    bounded(
+        "ending the node",
+        HEARTBEAT,
+        sqlx::query(
+            "update postroad_broker.node set dead_at = clock_timestamp() \
          where incarnation = $1 and dead_at is null",
+        )
+        .bind(incarnation)
+        .execute(connection),
     )
-    .bind(incarnation)
-    .execute(connection)
-    .await
-    .map_err(Error::query("ending the node"))?;
+    .await?;
     Ok(())
 }

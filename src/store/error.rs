@@ -9,7 +9,10 @@ pub enum Error {
     /// Migrations did not run.
     #[error("migrating the database failed")]
     Migrate(#[source] sqlx::migrate::MigrateError),
-    /// A statement or a connection failed.
+    /// No connection came about: the server cannot be reached, does not answer, or refuses this user or database.
+    #[error("connecting failed")]
+    Connect(#[source] sqlx::Error),
+    /// A statement failed.
     #[error("{doing} failed")]
     Query {
         /// What was being done, as a gerund: "appending messages".
@@ -49,14 +52,18 @@ impl Error {
         move |source| Self::Query { doing, source }
     }
 
+    fn driver(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Query { source, .. } | Self::Connect(source) => Some(source),
+            _ => None,
+        }
+    }
+
     /// The SQLSTATE, if the server sent one.
     #[must_use]
     pub fn sqlstate(&self) -> Option<String> {
-        match self {
-            Self::Query {
-                source: sqlx::Error::Database(error),
-                ..
-            } => error.code().map(std::borrow::Cow::into_owned),
+        match self.driver()? {
+            sqlx::Error::Database(error) => error.code().map(std::borrow::Cow::into_owned),
             _ => None,
         }
     }
@@ -73,12 +80,13 @@ impl Error {
         }
     }
 
-    /// Whether repeating the statement can help.
+    /// Whether repeating the statement can help. That a session was refused, or is one of a standby, says nothing about the
+    /// statement: both pass with the failover or the rotation of passwords that causes them.
     #[must_use]
     pub fn retry(&self) -> Retry {
         match self {
             Self::Url(_) | Self::Corrupt { .. } => Retry::Never,
-            Self::Migrate(_) => Retry::Backoff,
+            Self::Migrate(_) | Self::Connect(_) => Retry::Backoff,
             Self::Query { source, .. } => match source {
                 sqlx::Error::Database(error) => match error.code().as_deref().unwrap_or_default() {
                     "40001" | "40P01" | "55P03" => Retry::Now,
@@ -89,8 +97,10 @@ impl Error {
                     {
                         Retry::Backoff
                     }
-                    // Idle in transaction timeout ended the session.
-                    "25P03" => Retry::Backoff,
+                    // The session's transaction timeout ended it; the server is a standby.
+                    "25P03" | "25006" => Retry::Backoff,
+                    // The pool could not connect: the user or the database is refused.
+                    code if is_refused_login(code) => Retry::Backoff,
                     _ => Retry::Never,
                 },
                 sqlx::Error::Io(_)
@@ -104,20 +114,43 @@ impl Error {
         }
     }
 
+    /// Whether the server refuses the user or the database: at the start of a process most likely a mistake in the URL.
+    #[must_use]
+    pub fn is_login_refused(&self) -> bool {
+        self.sqlstate().is_some_and(|code| is_refused_login(&code))
+    }
+
     /// Whether the connection is lost, so that the outcome of what ran on it is unknown.
     #[must_use]
     pub fn is_connection_lost(&self) -> bool {
-        match self {
-            Self::Query { source, .. } => match source {
-                sqlx::Error::Database(error) => {
-                    let code = error.code().unwrap_or_default();
-                    code.starts_with("08")
-                        || matches!(&*code, "57P01" | "57P02" | "57P03" | "25P03")
-                }
-                sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => true,
-                _ => false,
-            },
+        match self.driver() {
+            Some(sqlx::Error::Database(error)) => {
+                let code = error.code().unwrap_or_default();
+                code.starts_with("08") || matches!(&*code, "57P01" | "57P02" | "57P03" | "25P03")
+            }
+            Some(sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_)) => true,
             _ => false,
         }
     }
+
+    /// Whether a new connection is needed: this one is lost, or its server has become a standby.
+    #[must_use]
+    pub fn is_connection_spent(&self) -> bool {
+        self.is_connection_lost() || self.sqlstate().as_deref() == Some("25006")
+    }
+
+    /// Whether the server refused the data itself, for a value or a constraint (SQLSTATE classes 22 and 23): it came as
+    /// far as writing it.
+    #[must_use]
+    pub fn is_data_refused(&self) -> bool {
+        matches!(self, Self::Query { .. })
+            && self
+                .sqlstate()
+                .is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
+    }
+}
+
+/// Classes 28, invalid authorization, and 3D, invalid catalogue name.
+fn is_refused_login(code: &str) -> bool {
+    code.starts_with("28") || code.starts_with("3D")
 }

@@ -1,5 +1,6 @@
 //! All SQL, and all of sqlx, by table family. Engines call functions of this module and get domain types back.
 
+mod bounded;
 pub mod cluster;
 mod error;
 pub mod migrate;
@@ -58,11 +59,9 @@ impl Database {
     /// A connection outside the pool.
     ///
     /// # Errors
-    /// The server cannot be reached or refuses.
+    /// The server cannot be reached within 10 s or refuses.
     pub async fn connect(&self) -> Result<Connection, Error> {
-        Connection::connect_with(&self.options)
-            .await
-            .map_err(Error::query("connecting"))
+        bounded::connecting(Connection::connect_with(&self.options)).await
     }
 
     /// The pool. Statements on it must run in tasks that are never aborted: see DESIGN.md on `Pool::begin`.

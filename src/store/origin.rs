@@ -13,16 +13,13 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 use uuid::Uuid;
 
+use super::bounded::{LONG_STATEMENT, bounded, connecting};
 use super::{Connection, Database, Error};
 
 /// The leaves of an outbox, part of its schema.
 pub const LEAF_COUNT: i16 = 8;
 /// The time for which one leaf is filled, part of the outbox's schema.
 pub const LEAF_PERIOD: Duration = Duration::from_secs(300);
-
-/// Longer than any statement of a relay that makes progress; a host that went away without a word answers nothing.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(120);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// On top of what every session of Postroad sets. A plan made while a leaf was small froze a sequential scan: 150 ms a step
 /// instead of 0.3. A role's statement timeout would end the manifest of a large window, and its read only default a mark.
@@ -121,22 +118,11 @@ pub enum Emptied {
     Blocked(Option<i32>),
 }
 
-async fn bounded<T>(
-    doing: &'static str,
-    limit: Duration,
-    statement: impl Future<Output = Result<T, sqlx::Error>>,
-) -> Result<T, Error> {
-    let done = tokio::time::timeout(limit, statement).await;
-    let timed_out = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
-    done.unwrap_or_else(|_| Err(timed_out()))
-        .map_err(Error::query(doing))
-}
-
 fn statement<T>(
     doing: &'static str,
     future: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> impl Future<Output = Result<T, Error>> {
-    bounded(doing, STATEMENT_TIMEOUT, future)
+    bounded(doing, LONG_STATEMENT, future)
 }
 
 impl Session {
@@ -146,8 +132,7 @@ impl Session {
     /// The origin cannot be reached within 10 s, or refuses.
     pub async fn open(database: &Database) -> Result<Self, Error> {
         let options = database.options.clone().options(SESSION);
-        let connecting = Connection::connect_with(&options);
-        let connection = bounded("connecting to the origin", CONNECT_TIMEOUT, connecting).await?;
+        let connection = connecting(Connection::connect_with(&options)).await?;
         Ok(Self { connection })
     }
 

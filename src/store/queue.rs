@@ -3,6 +3,7 @@
 use chrono::{DateTime, Utc};
 use sqlx::{Connection as _, Row as _};
 
+use super::bounded::{HEARTBEAT, STATEMENT, bounded};
 use super::{Connection, Database, Error};
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName, TopicPattern};
@@ -398,7 +399,7 @@ pub async fn write_group(
                 .map(move |offset| (part, offset))
         })
     };
-    let (turn, fenced): (i64, Vec<i16>) = sqlx::query_as(
+    let (turn, fenced): (i64, Vec<i16>) = bounded("writing the journal of queues", STATEMENT, sqlx::query_as(
         "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
             $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26)",
     )
@@ -428,9 +429,7 @@ pub async fn write_group(
     .bind(collect(removed(), |(part, _)| part.queue.0))
     .bind(collect(removed(), |(part, _)| part.generation.0))
     .bind(collect(removed(), |(_, offset)| offset.0))
-    .fetch_one(connection)
-    .await
-    .map_err(Error::query("writing the journal of queues"))?;
+    .fetch_one(connection)).await?;
     Ok(GroupWritten {
         turn,
         fenced: fenced.into_iter().map(Slot).collect(),
@@ -458,10 +457,12 @@ fn failures(letter: &Letter) -> String {
 /// # Errors
 /// The database's.
 pub async fn probe(connection: &mut Connection) -> Result<(), Error> {
-    sqlx::query("select 1")
-        .execute(connection)
-        .await
-        .map_err(Error::query("asking for a sign of life"))?;
+    bounded(
+        "asking for a sign of life",
+        HEARTBEAT,
+        sqlx::query("select 1").execute(connection),
+    )
+    .await?;
     Ok(())
 }
 

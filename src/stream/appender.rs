@@ -23,7 +23,7 @@ use crate::store::stream::{self as sql, AppendOutcome, Appended, GroupKey};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::Supervisor;
 
-/// The shortest and the longest pause before a call is repeated.
+/// The shortest and the longest pause before a call is repeated or a group is laid out anew.
 const REPEAT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 pub(super) struct Appender {
@@ -52,6 +52,16 @@ struct Failure {
     error: store::Error,
     /// Whether the append itself was sent, so that with a lost connection its outcome is unknown.
     was_sent: bool,
+}
+
+impl Failure {
+    /// Whether the database refuses the group, whenever it is tried. While the outcome of an earlier try is not known, only
+    /// a refusal that came after the look for that outcome says so.
+    fn is_final(&self, is_unknown: bool) -> bool {
+        let is_refused = self.error.retry() == Retry::Never && !self.error.is_connection_lost();
+        let is_known = !is_unknown || (self.was_sent && self.error.is_data_refused());
+        is_refused && is_known
+    }
 }
 
 impl From<store::Error> for Failure {
@@ -162,6 +172,7 @@ impl Appender {
         let started = Instant::now();
         let mut pause = REPEAT.0;
         let mut is_unknown = false;
+        let mut is_stale_again = false;
         let mut plan: Option<Plan<'_>> = None;
         loop {
             match self.attempt(&group, &mut plan, &mut key, is_unknown).await {
@@ -177,6 +188,10 @@ impl Appender {
                 Ok(AppendOutcome::Stale) => {
                     plan = None;
                     self.router.version = 0;
+                    if std::mem::replace(&mut is_stale_again, true) {
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(REPEAT.1);
+                    }
                 }
                 Ok(AppendOutcome::Expired { clock }) => {
                     self.clock = (clock, Instant::now());
@@ -197,10 +212,8 @@ impl Appender {
                     }
                     let has_time = started.elapsed() < self.options.wait;
                     let may_go_on = has_time || (is_unknown && !self.supervisor.is_stopping());
-                    let is_final = failure.error.retry() == Retry::Never
-                        && !failure.error.is_connection_lost()
-                        && !self.can_mend(&failure.error, &mut is_unknown);
-                    if is_final {
+                    let can_mend = self.can_mend(&failure.error, &mut is_unknown);
+                    if !can_mend && failure.is_final(is_unknown) {
                         drop(plan);
                         return Box::pin(self.refuse(group, failure.error)).await;
                     }
@@ -208,7 +221,7 @@ impl Appender {
                         drop(plan);
                         return Self::give_up(group, is_unknown, failure.error);
                     }
-                    if failure.error.retry() == Retry::Backoff {
+                    if failure.error.retry() != Retry::Now {
                         tokio::time::sleep(pause).await;
                         pause = (pause * 2).min(REPEAT.1);
                     }
@@ -223,20 +236,18 @@ impl Appender {
             error = &failure.error as &dyn std::error::Error,
             "an append failed"
         );
-        let is_lost = failure.error.is_connection_lost();
-        if is_lost {
+        if failure.error.is_connection_spent() {
             self.connection = None;
         }
-        is_lost && failure.was_sent
+        failure.error.is_connection_lost() && failure.was_sent
     }
 
     /// Whether the database refused for a reason that the next attempt does away with.
     fn can_mend(&mut self, error: &store::Error, is_unknown: &mut bool) -> bool {
         match error.sqlstate().as_deref() {
-            // No leaf takes an offset: others have appended, or leaves are gone.
+            // No leaf takes an offset: others have appended, or leaves are gone. Where each log stands is read again.
             Some("23514") if error.constraint().is_none() => {
                 self.ends.clear();
-                self.lasts.clear();
                 true
             }
             // An earlier try of this very group came through after all: its result is there.
@@ -305,20 +316,31 @@ impl Appender {
                 plan.insert(Plan::new(group, &mut self.router, &self.lasts))
             }
         };
-        if !is_repeat {
-            for (stream, count) in plan.append.streams() {
-                let last = self.lasts.get(&stream).copied().unwrap_or_default();
-                let through = Offset(last.0 + i64::from(count));
-                let end = self.ends.get(&stream).copied().unwrap_or_default();
-                let size = self.state.leaf_sizes.get(stream);
-                if end < through || last == Offset(0) {
+        for (stream, count) in plan.append.streams() {
+            let known_end = self.ends.get(&stream).copied();
+            if known_end.is_none() {
+                let Some(floor) = sql::find_head(connection, stream).await? else {
+                    return Ok(AppendOutcome::Stale);
+                };
+                let last = self.lasts.entry(stream).or_default();
+                let top = sql::read_top(connection, stream, *last).await?;
+                *last = (*last).max(floor).max(top.unwrap_or_default());
+            }
+            let last = self.lasts.get(&stream).copied().unwrap_or_default();
+            let through = Offset(last.0 + i64::from(count));
+            let size = self.state.leaf_sizes.get(stream);
+            match known_end {
+                Some(end) if end >= through => {
+                    if end.0 - through.0 < size / 2 {
+                        self.state.maintain.notify_one();
+                    }
+                }
+                _ => {
                     let extended = sql::extend_log(connection, stream, through, size).await?;
                     let Some(end) = extended else {
                         return Ok(AppendOutcome::Stale);
                     };
                     self.ends.insert(stream, end);
-                } else if end.0 - through.0 < size / 2 {
-                    self.state.maintain.notify_one();
                 }
             }
         }

@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use crate::domain::id::{Fence, OriginId, StreamId, TopicId};
 use crate::domain::message::Message;
+use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Error};
 
 /// One group commit, column by column, as the function `append` in `migrations/broker` takes it.
@@ -224,7 +225,9 @@ pub async fn append(
     is_repeat: bool,
     group: &Append<'_>,
 ) -> Result<AppendOutcome, Error> {
-    let (status, clock, first, at, refused, found, seen, seen_at, conflict): Columns =
+    let (status, clock, first, at, refused, found, seen, seen_at, conflict): Columns = bounded(
+        "appending",
+        STATEMENT,
         sqlx::query_as(include_str!("../sql/append_group.sql"))
             .bind(key.incarnation)
             .bind(key.number)
@@ -264,9 +267,9 @@ pub async fn append(
             .bind(&group.origins)
             .bind(&group.identities)
             .bind(&group.contents)
-            .fetch_one(connection)
-            .await
-            .map_err(Error::query("appending"))?;
+            .fetch_one(connection),
+    )
+    .await?;
     match status.as_str() {
         "stale" => Ok(AppendOutcome::Stale),
         "expired" => Ok(AppendOutcome::Expired { clock }),
@@ -301,12 +304,14 @@ pub async fn intern_topics(
     connection: &mut Connection,
     names: &[&str],
 ) -> Result<Vec<(TopicId, String)>, Error> {
-    let rows: Vec<(i32, String)> =
+    let rows: Vec<(i32, String)> = bounded(
+        "interning topics",
+        STATEMENT,
         sqlx::query_as("select topic_id, topic_name from postroad_broker.intern_topics($1)")
             .bind(names)
-            .fetch_all(connection)
-            .await
-            .map_err(Error::query("interning topics"))?;
+            .fetch_all(connection),
+    )
+    .await?;
     Ok(rows
         .into_iter()
         .map(|(id, name)| (TopicId(id), name))

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::domain::id::StreamId;
 use crate::domain::name::{StreamName, TopicPattern};
+use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Error};
 
 /// All streams at one version.
@@ -74,15 +75,13 @@ pub async fn load_catalogue(connection: &mut Connection) -> Result<Catalogue, Er
         Option<DateTime<Utc>>,
         Vec<String>,
     );
-    let rows: Vec<Columns> = sqlx::query_as(
+    let rows: Vec<Columns> = bounded(DOING, STATEMENT, sqlx::query_as(
         "select c.version, s.id, s.name, (s.settings ->> 'settled_retention_seconds')::float8, \
              (s.settings ->> 'unsettled_retention_seconds')::float8, s.created_at, \
              array(select p.pattern from postroad_broker.stream_pattern p where p.stream_id = s.id order by p.pattern) \
          from postroad_broker.catalogue c left join postroad_broker.stream s on true order by s.id",
     )
-    .fetch_all(connection)
-    .await
-    .map_err(Error::query(DOING))?;
+    .fetch_all(connection)).await?;
     let mut catalogue = Catalogue::default();
     for (version, id, name, settled, unsettled, created_at, patterns) in rows {
         catalogue.version = version;
@@ -324,13 +323,11 @@ pub async fn delete(connection: &mut Connection, stream: StreamId) -> Result<boo
 /// # Errors
 /// The database's.
 pub async fn read_sizes(connection: &mut Connection) -> Result<Vec<(StreamId, i64)>, Error> {
-    let rows: Vec<(i32, i64)> = sqlx::query_as(
+    let rows: Vec<(i32, i64)> = bounded("reading the sizes of streams", STATEMENT, sqlx::query_as(
         "select l.stream_id, coalesce(sum(pg_table_size(to_regclass('postroad_broker.' || l.table_name))), 0)::bigint \
          from postroad_broker.message_leaf l where l.emptied_at is null group by l.stream_id",
     )
-    .fetch_all(connection)
-    .await
-    .map_err(Error::query("reading the sizes of streams"))?;
+    .fetch_all(connection)).await?;
     Ok(rows
         .into_iter()
         .map(|(id, bytes)| (StreamId(id), bytes))

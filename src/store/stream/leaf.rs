@@ -5,6 +5,7 @@ use sqlx::postgres::types::PgInterval;
 use std::time::Duration;
 
 use crate::domain::id::{Offset, StreamId};
+use crate::store::bounded::{LONG_STATEMENT, STATEMENT, bounded};
 use crate::store::{Connection, Error};
 
 /// A leaf of a stream's log.
@@ -29,15 +30,18 @@ pub struct Leaf {
 /// # Errors
 /// The database's.
 pub async fn list_leaves(connection: &mut Connection) -> Result<Vec<Leaf>, Error> {
-    let rows: Vec<(i32, i64, i64, DateTime<Utc>, bool, bool)> = sqlx::query_as(
-        "select l.stream_id, l.first_offset, l.last_offset, l.created_at, \
+    let rows: Vec<(i32, i64, i64, DateTime<Utc>, bool, bool)> = bounded(
+        "listing leaves",
+        STATEMENT,
+        sqlx::query_as(
+            "select l.stream_id, l.first_offset, l.last_offset, l.created_at, \
              l.summarised_at is not null, l.emptied_at is not null \
          from postroad_broker.message_leaf l join postroad_broker.stream s on s.id = l.stream_id \
          order by l.stream_id, l.first_offset",
+        )
+        .fetch_all(connection),
     )
-    .fetch_all(connection)
-    .await
-    .map_err(Error::query("listing leaves"))?;
+    .await?;
     Ok(rows
         .into_iter()
         .map(
@@ -58,16 +62,19 @@ pub async fn list_leaves(connection: &mut Connection) -> Result<Vec<Leaf>, Error
 /// # Errors
 /// The database's.
 pub async fn list_orphans(connection: &mut Connection) -> Result<Vec<StreamId>, Error> {
-    let rows: Vec<(i32,)> = sqlx::query_as(
-        "select substring(c.relname from 9)::integer \
+    let rows: Vec<(i32,)> = bounded(
+        "listing logs of deleted streams",
+        STATEMENT,
+        sqlx::query_as(
+            "select substring(c.relname from 9)::integer \
          from pg_inherits i join pg_class c on c.oid = i.inhrelid \
          where i.inhparent = 'postroad_broker.message'::regclass \
            and not exists (select from postroad_broker.stream s \
                            where s.id = substring(c.relname from 9)::integer)",
+        )
+        .fetch_all(connection),
     )
-    .fetch_all(connection)
-    .await
-    .map_err(Error::query("listing logs of deleted streams"))?;
+    .await?;
     Ok(rows.into_iter().map(|(id,)| StreamId(id)).collect())
 }
 
@@ -81,13 +88,16 @@ pub async fn extend_log(
     through: Offset,
     leaf_size: i64,
 ) -> Result<Option<Offset>, Error> {
-    let (last,): (Option<i64>,) = sqlx::query_as("select postroad_broker.extend_log($1, $2, $3)")
-        .bind(stream.0)
-        .bind(through.0)
-        .bind(leaf_size)
-        .fetch_one(connection)
-        .await
-        .map_err(Error::query("extending a stream's log"))?;
+    let (last,): (Option<i64>,) = bounded(
+        "extending a stream's log",
+        STATEMENT,
+        sqlx::query_as("select postroad_broker.extend_log($1, $2, $3)")
+            .bind(stream.0)
+            .bind(through.0)
+            .bind(leaf_size)
+            .fetch_one(connection),
+    )
+    .await?;
     Ok(last.map(Offset))
 }
 
@@ -100,12 +110,15 @@ pub async fn summarise_leaf(
     stream: StreamId,
     first: Offset,
 ) -> Result<(), Error> {
-    sqlx::query("select postroad_broker.summarise_leaf($1, $2)")
-        .bind(stream.0)
-        .bind(first.0)
-        .execute(connection)
-        .await
-        .map_err(Error::query("summarising a leaf"))?;
+    bounded(
+        "summarising a leaf",
+        LONG_STATEMENT,
+        sqlx::query("select postroad_broker.summarise_leaf($1, $2)")
+            .bind(stream.0)
+            .bind(first.0)
+            .execute(connection),
+    )
+    .await?;
     Ok(())
 }
 
@@ -135,7 +148,9 @@ pub async fn empty_leaf(
     connection: &mut Connection,
     leaf: EmptyLeaf,
 ) -> Result<Option<Offset>, Error> {
-    let (floor,): (Option<i64>,) =
+    let (floor,): (Option<i64>,) = bounded(
+        "emptying a leaf",
+        LONG_STATEMENT,
         sqlx::query_as("select postroad_broker.empty_leaf($1, $2, $3, $4, $5, $6)")
             .bind(leaf.stream.0)
             .bind(leaf.first.0)
@@ -143,9 +158,9 @@ pub async fn empty_leaf(
             .bind(interval(leaf.settled))
             .bind(leaf.unsettled.map(interval))
             .bind(leaf.watermark.0)
-            .fetch_one(connection)
-            .await
-            .map_err(Error::query("emptying a leaf"))?;
+            .fetch_one(connection),
+    )
+    .await?;
     Ok(floor.map(Offset))
 }
 
@@ -167,12 +182,15 @@ pub async fn drop_leaf(
     stream: StreamId,
     first: Option<Offset>,
 ) -> Result<(), Error> {
-    sqlx::query("select postroad_broker.drop_leaf($1, $2)")
-        .bind(stream.0)
-        .bind(first.map(|first| first.0))
-        .execute(connection)
-        .await
-        .map_err(Error::query("dropping a leaf"))?;
+    bounded(
+        "dropping a leaf",
+        STATEMENT,
+        sqlx::query("select postroad_broker.drop_leaf($1, $2)")
+            .bind(stream.0)
+            .bind(first.map(|first| first.0))
+            .execute(connection),
+    )
+    .await?;
     Ok(())
 }
 
@@ -181,9 +199,11 @@ pub async fn drop_leaf(
 /// # Errors
 /// The database's.
 pub async fn rotate_buckets(connection: &mut Connection) -> Result<(), Error> {
-    sqlx::query("select postroad_broker.rotate_buckets()")
-        .execute(connection)
-        .await
-        .map_err(Error::query("rotating the buckets of recent ids"))?;
+    bounded(
+        "rotating the buckets of recent ids",
+        STATEMENT,
+        sqlx::query("select postroad_broker.rotate_buckets()").execute(connection),
+    )
+    .await?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use sqlx::{Executor as _, Row as _};
 use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::{Data, Message};
 use crate::domain::name::Topic;
+use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Database, Error};
 
 /// A connection for reads of the log. The leaves have no statistics (nothing analyzes them), so the planner is told: go by
@@ -16,13 +17,11 @@ use crate::store::{Connection, Database, Error};
 /// The server cannot be reached or refuses.
 pub async fn connect_reader(database: &Database) -> Result<Connection, Error> {
     let mut connection = database.connect().await?;
-    connection
-        .execute(
-            "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; \
-             set plan_cache_mode = force_custom_plan; set jit = off",
-        )
-        .await
-        .map_err(Error::query("setting up a reader's session"))?;
+    let setting_up = connection.execute(
+        "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; \
+         set plan_cache_mode = force_custom_plan; set jit = off",
+    );
+    bounded("setting up a reader's session", STATEMENT, setting_up).await?;
     Ok(connection)
 }
 
@@ -31,12 +30,15 @@ pub async fn connect_reader(database: &Database) -> Result<Connection, Error> {
 /// # Errors
 /// The database's.
 pub async fn list_heads(connection: &mut Connection) -> Result<Vec<(StreamId, Offset)>, Error> {
-    let rows: Vec<(i32, i64)> = sqlx::query_as(
-        "select stream_id, floor from postroad_broker.stream_head order by stream_id",
+    let rows: Vec<(i32, i64)> = bounded(
+        "reading the heads of streams",
+        STATEMENT,
+        sqlx::query_as(
+            "select stream_id, floor from postroad_broker.stream_head order by stream_id",
+        )
+        .fetch_all(connection),
     )
-    .fetch_all(connection)
-    .await
-    .map_err(Error::query("reading the heads of streams"))?;
+    .await?;
     Ok(rows
         .into_iter()
         .map(|(id, floor)| (StreamId(id), Offset(floor)))
@@ -51,12 +53,14 @@ pub async fn find_head(
     connection: &mut Connection,
     stream: StreamId,
 ) -> Result<Option<Offset>, Error> {
-    let row: Option<(i64,)> =
+    let row: Option<(i64,)> = bounded(
+        "reading the head of a stream",
+        STATEMENT,
         sqlx::query_as("select floor from postroad_broker.stream_head where stream_id = $1")
             .bind(stream.0)
-            .fetch_optional(connection)
-            .await
-            .map_err(Error::query("reading the head of a stream"))?;
+            .fetch_optional(connection),
+    )
+    .await?;
     Ok(row.map(|(floor,)| Offset(floor)))
 }
 
@@ -69,15 +73,18 @@ pub async fn read_top(
     stream: StreamId,
     hint: Offset,
 ) -> Result<Option<Offset>, Error> {
-    let row: Option<(i64,)> = sqlx::query_as(
-        "select \"offset\" from postroad_broker.message \
+    let row: Option<(i64,)> = bounded(
+        "reading the top of a stream",
+        STATEMENT,
+        sqlx::query_as(
+            "select \"offset\" from postroad_broker.message \
          where stream_id = $1 and \"offset\" >= $2 order by \"offset\" desc limit 1",
+        )
+        .bind(stream.0)
+        .bind(hint.0)
+        .fetch_optional(connection),
     )
-    .bind(stream.0)
-    .bind(hint.0)
-    .fetch_optional(connection)
-    .await
-    .map_err(Error::query("reading the top of a stream"))?;
+    .await?;
     Ok(row.map(|(offset,)| Offset(offset)))
 }
 
@@ -90,12 +97,14 @@ pub async fn list_topics(
     after: TopicId,
 ) -> Result<Vec<(TopicId, Topic)>, Error> {
     const DOING: &str = "reading topics";
-    let rows: Vec<(i32, String)> =
+    let rows: Vec<(i32, String)> = bounded(
+        DOING,
+        STATEMENT,
         sqlx::query_as("select id, name from postroad_broker.topic where id > $1 order by id")
             .bind(after.0)
-            .fetch_all(connection)
-            .await
-            .map_err(Error::query(DOING))?;
+            .fetch_all(connection),
+    )
+    .await?;
     rows.into_iter()
         .map(|(id, name)| match Topic::parse(&name) {
             Ok(topic) => Ok((TopicId(id), topic)),
@@ -128,7 +137,7 @@ pub async fn list_match_ranges(
     topics: &[TopicId],
 ) -> Result<Vec<MatchRange>, Error> {
     let topics: Vec<i32> = topics.iter().map(|topic| topic.0).collect();
-    let rows: Vec<(i64, i64, bool, Option<i64>, Option<i64>)> = sqlx::query_as(
+    let rows: Vec<(i64, i64, bool, Option<i64>, Option<i64>)> = bounded("reading the topics of leaves", STATEMENT, sqlx::query_as(
         "select l.first_offset, l.last_offset, l.summarised_at is not null, t.first_match, t.last_match \
          from ( \
              select * from postroad_broker.message_leaf \
@@ -144,9 +153,7 @@ pub async fn list_match_ranges(
     .bind(after.0)
     .bind(through.0)
     .bind(topics)
-    .fetch_all(connection)
-    .await
-    .map_err(Error::query("reading the topics of leaves"))?;
+    .fetch_all(connection)).await?;
     Ok(rows
         .into_iter()
         .map(
@@ -203,7 +210,9 @@ pub async fn read_slice(
     let topics = slice
         .topics
         .map(|topics| topics.iter().map(|topic| topic.0).collect::<Vec<_>>());
-    let rows: Vec<(i64, i32, Option<i64>, Option<i32>)> =
+    let rows: Vec<(i64, i32, Option<i64>, Option<i32>)> = bounded(
+        "scanning a stream",
+        STATEMENT,
         sqlx::query_as(include_str!("../sql/read_slice.sql"))
             .bind(slice.stream.0)
             .bind(slice.after.0)
@@ -211,9 +220,9 @@ pub async fn read_slice(
             .bind(topics)
             .bind(slice.key_hash)
             .bind(slice.limit as i64)
-            .fetch_all(connection)
-            .await
-            .map_err(Error::query("scanning a stream"))?;
+            .fetch_all(connection),
+    )
+    .await?;
     Ok(rows
         .into_iter()
         .map(|(offset, topic, key_hash, data_bytes)| SliceItem {
@@ -251,21 +260,17 @@ pub async fn fetch_entries(
     };
     // A run of offsets is read as a range: one descent of the index instead of one each.
     let is_run = last.0 - first.0 + 1 == offsets.len() as i64;
-    let rows = if is_run {
+    let reading = if is_run {
         sqlx::query(include_str!("../sql/fetch_range.sql"))
             .bind(stream.0)
             .bind(first.0)
             .bind(last.0)
-            .fetch_all(connection)
-            .await
     } else {
         sqlx::query(include_str!("../sql/fetch_offsets.sql"))
             .bind(stream.0)
             .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
-            .fetch_all(connection)
-            .await
     };
-    let rows = rows.map_err(Error::query(FETCHING))?;
+    let rows = bounded(FETCHING, STATEMENT, reading.fetch_all(connection)).await?;
     let mut entries = rows
         .iter()
         .map(|row| read_row(row, &topic))
@@ -326,14 +331,12 @@ pub async fn read_appended_at(
     stream: StreamId,
     offset: Offset,
 ) -> Result<Option<DateTime<Utc>>, Error> {
-    let row: Option<(DateTime<Utc>,)> = sqlx::query_as(
+    let row: Option<(DateTime<Utc>,)> = bounded("reading when a message was appended", STATEMENT, sqlx::query_as(
         "select appended_at from postroad_broker.message where stream_id = $1 and \"offset\" = $2",
     )
     .bind(stream.0)
     .bind(offset.0)
-    .fetch_optional(connection)
-    .await
-    .map_err(Error::query("reading when a message was appended"))?;
+    .fetch_optional(connection)).await?;
     Ok(row.map(|(at,)| at))
 }
 
