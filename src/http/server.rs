@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::{Request, Response};
+use axum::http::{Request, Response, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -203,7 +203,12 @@ impl Connection {
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let busy = Busy::new(&requests);
             let mut request = request.map(Body::new);
-            request.extensions_mut().insert(outgoing.clone());
+            let outgoing = if request.version() == Version::HTTP_2 {
+                outgoing.with_windows()
+            } else {
+                outgoing.clone()
+            };
+            request.extensions_mut().insert(outgoing);
             let answer = router.clone().oneshot(request);
             async move {
                 let answer: Result<Response<Body>, Infallible> = answer.await;

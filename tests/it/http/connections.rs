@@ -125,6 +125,36 @@ async fn http2_without_tls_works() {
     api.stop().await;
 }
 
+#[tokio::test]
+async fn what_waits_for_an_http2_window_is_not_written() {
+    let api = Api::start().await;
+    api.queue("q", json!({})).await;
+    let large = format!("\"{}\"", "x".repeat(200_000));
+    api.publish("a", "application/json", &[], large).await;
+    let client = reqwest::Client::builder()
+        .http2_prior_knowledge()
+        .http2_initial_stream_window_size(32_768)
+        .build()
+        .unwrap();
+    let receive = client
+        .post(api.url("/v1/queues/q/receive"))
+        .json(&json!({"wait_seconds": 5, "visibility_timeout_seconds": 3_600}));
+    let response = receive.send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    // Flushes of the same connection go by meanwhile.
+    for _ in 0..3 {
+        client.get(api.url("/healthz")).send().await.unwrap();
+    }
+    // The client leaves with most of it unread.
+    drop(response);
+    let again = client
+        .post(api.url("/v1/queues/q/receive"))
+        .json(&json!({"wait_seconds": 10}));
+    let again = super::answer(again.send().await.unwrap()).await;
+    assert_eq!(again.body["deliveries"].as_array().unwrap().len(), 1);
+    api.stop().await;
+}
+
 fn receive_head(queue: &str, wait_seconds: u32) -> String {
     let body = format!("{{\"wait_seconds\":{wait_seconds}}}");
     format!(
