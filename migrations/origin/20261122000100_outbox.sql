@@ -88,6 +88,14 @@ create table postroad.relay_mark (
     made_at timestamptz not null default clock_timestamp()
 ) with (autovacuum_enabled = false);
 
+-- Up to which of a broker's positions rows have left by TRUNCATE: written by the transaction that empties a leaf. A broker
+-- whose stored position has a lower number was restored from a backup, and no longer has messages that are gone from here.
+create table postroad.relay_emptied (
+    broker uuid primary key,
+    number bigint not null,
+    emptied_at timestamptz not null default clock_timestamp()
+);
+
 -- Called by a relay that found this database gone back in time (restored, failed over, crashed with transactions not yet
 -- flushed). Rows that were restored from elsewhere can carry transaction ids that this cluster has not handed out yet, or has
 -- handed out to a transaction that is still running: no snapshot would show them for a long time. They get the id of this

@@ -32,7 +32,7 @@ begin
         postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean),
         postroad.publish(text, bytea, text, text, jsonb, text, text, text, text, boolean)
     to postroad_producer;
-    -- A relay reads, truncates leaves that it has passed, and leaves marks.
+    -- A relay reads, truncates leaves that it has passed, and leaves marks, and notes what it has emptied.
     for leaf in
         select 'postroad.outbox'::regclass
         union all
@@ -42,6 +42,7 @@ begin
         execute format('grant select, truncate on %s to postroad_relay', leaf);
     end loop;
     grant select, insert, truncate on postroad.relay_mark to postroad_relay;
+    grant select, insert, update on postroad.relay_emptied to postroad_relay;
     grant execute on function postroad.relay_restamp() to postroad_relay;
     if to_regclass('postroad.migration') is not null then
         grant select on postroad.migration to postroad_relay;

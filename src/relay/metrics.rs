@@ -91,6 +91,13 @@ impl Collector for Metrics {
         )?;
         counter(
             to,
+            "postroad_relay_gaps",
+            "Times that rows were emptied that the broker, restored from a backup, can lack",
+            &statuses,
+            |s| s.gap_count,
+        )?;
+        counter(
+            to,
             "postroad_outbox_leaves_emptied",
             "Leaves of the outbox emptied",
             &statuses,

@@ -5,6 +5,9 @@
 //!
 //! It begins with a position that says so, stored before the first row: a crash in the middle goes on where it was, and a
 //! second step back in time begins it again. An origin seen for the first time goes the same way without the looking up.
+//!
+//! The broker's own database can go back too. Its older position still opens a window, but what was relayed and emptied after
+//! the backup is nowhere any more. The origin knows up to which position it was emptied, so that is noticed.
 
 use super::position::{NOTHING, Window};
 use super::status::State;
@@ -12,6 +15,20 @@ use super::task::{Run, Trouble};
 use crate::store;
 
 impl Run<'_> {
+    /// Messages were relayed, their rows emptied, and the broker was restored from a backup before that: they can be lost.
+    pub(super) fn note_gap(&self) {
+        tracing::error!(
+            origin = %self.relay.name,
+            stored = self.number,
+            emptied = self.emptied,
+            "INCIDENT: the broker's database is older than what was emptied from the outbox: messages relayed in between are \
+             missing, but for those that the outbox still holds"
+        );
+        self.relay
+            .status
+            .send_modify(|status| status.gap_count += 1);
+    }
+
     /// Reads all of the outbox again. Returns how many rows that was.
     pub(super) async fn rerelay(&mut self, why: &'static str) -> Result<usize, Trouble> {
         let relay = self.relay;
@@ -20,7 +37,7 @@ impl Run<'_> {
         if is_first {
             tracing::info!(origin = %relay.name, "relaying all that the outbox holds: {why}");
         } else {
-            tracing::warn!(origin = %relay.name, position = self.number, "the origin went back in time, reading all of its outbox again: {why}");
+            tracing::warn!(origin = %relay.name, position = self.number, "reading all of the outbox again: {why}");
             relay.status.send_modify(|status| status.rerelay_count += 1);
             // Before anything else: the rotation would take the old snapshots at their word.
             let forgotten =

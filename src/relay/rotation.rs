@@ -10,9 +10,9 @@ use super::position::Position;
 use super::status::Blocked;
 use super::task::{Run, Trouble};
 use crate::store;
-use crate::store::origin::Emptied;
+use crate::store::origin::{Emptied, Passed};
 
-/// Appends between two folds of the journal of positions.
+/// Positions in the journal of an origin at which it is folded.
 const JOURNAL_FOLD_APPENDS: i64 = 2_000;
 /// Marks between two folds of an origin's marks.
 const MARK_FOLD_COUNT: u32 = 2_000;
@@ -31,9 +31,10 @@ pub(super) struct Rotation {
 }
 
 impl Rotation {
-    pub(super) fn new(number: i64) -> Self {
+    /// `folded_number`: the checkpoint's. A relay whose sessions are short folds too.
+    pub(super) fn new(folded_number: i64) -> Self {
         Self {
-            folded_number: number,
+            folded_number,
             // Unknown how many there are: the first fold comes early.
             mark_count: MARK_FOLD_COUNT / 2,
             noted: None,
@@ -118,7 +119,7 @@ impl Run<'_> {
         }
         self.rotation.rotated_at = Some(Instant::now());
         let finding = store::relay::find_passed_position(&self.relay.broker, self.relay.id, grace);
-        let Some(text) = finding.await.map_err(Trouble::Broker)? else {
+        let Some((number, text)) = finding.await.map_err(Trouble::Broker)? else {
             return Ok(());
         };
         let passed: Position = serde_json::from_str(&text).map_err(Trouble::Position)?;
@@ -130,7 +131,12 @@ impl Run<'_> {
             .retain(|leaf, _| leaves.contains(leaf));
         let mut emptied_count = 0;
         for leaf in leaves {
-            let emptying = self.session.empty_leaf(leaf, &passed.snapshot);
+            let passed = Passed {
+                broker: self.relay.cluster.identity().id,
+                number,
+                snapshot: &passed.snapshot,
+            };
+            let emptying = self.session.empty_leaf(leaf, passed);
             match emptying.await.map_err(Trouble::Origin)? {
                 Emptied::Yes => {
                     emptied_count += 1;

@@ -103,6 +103,8 @@ pub struct Status {
     pub rejected_count: u64,
     /// Times that this process read all of the outbox again.
     pub rerelay_count: u64,
+    /// Times that this process found rows emptied that the broker's database, restored from a backup, can lack.
+    pub gap_count: u64,
     /// Windows opened by this process.
     pub step_count: u64,
     /// How long the last window took to open.
@@ -128,6 +130,7 @@ impl Status {
             relayed_count: 0,
             rejected_count: 0,
             rerelay_count: 0,
+            gap_count: 0,
             step_count: 0,
             step_time: Duration::ZERO,
             emptied_count: 0,

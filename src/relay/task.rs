@@ -118,6 +118,9 @@ pub(super) struct Run<'a> {
     /// The stored position and its number.
     pub(super) number: i64,
     pub(super) position: Option<Position>,
+    /// The number of the position up to which rows have left the outbox. Higher than the stored one only when the broker's
+    /// database went back in time.
+    pub(super) emptied: i64,
     /// A later snapshot after which nothing was found. Good for this session only: no mark stands behind it.
     pub(super) cursor: Option<String>,
     pub(super) rotation: Rotation,
@@ -252,6 +255,8 @@ impl Relay {
         if !session.is_installed().await.map_err(Trouble::Origin)? {
             return Err(Trouble::NotInstalled);
         }
+        let emptied = session.find_emptied(self.cluster.identity().id).await;
+        let emptied = emptied.map_err(Trouble::Origin)?;
         let rejected = store::relay::count_rejected(&self.broker, self.id).await;
         let rejected = rejected.map_err(Trouble::Broker)?;
         self.status.send_modify(|status| {
@@ -265,8 +270,9 @@ impl Relay {
             backend_pid: None,
             number: stored.number,
             position,
+            emptied,
             cursor: None,
-            rotation: Rotation::new(stored.number),
+            rotation: Rotation::new(stored.folded),
         })
     }
 }
@@ -323,6 +329,11 @@ impl Run<'_> {
         self.settle(prepared.position, prepared.count, prepared.rejected, placed)
     }
 
+    /// The next position's number. Beyond what was emptied, so that a broker restored from a backup goes through a gap once.
+    fn next_number(&self) -> i64 {
+        self.number.max(self.emptied) + 1
+    }
+
     /// Turns rows into a member that follows the stored position.
     pub(super) async fn prepare(
         &self,
@@ -338,7 +349,7 @@ impl Run<'_> {
             origin: self.relay.id,
             fence: self.fence.clone(),
             from: self.number,
-            to: self.number + 1,
+            to: self.next_number(),
             position: position.to_text(),
             rejected,
         };
@@ -359,7 +370,7 @@ impl Run<'_> {
         placed: Result<Vec<stream::Placed>, AppendError>,
     ) -> Result<(), Trouble> {
         let placed = placed?;
-        self.number += 1;
+        self.number = self.next_number();
         self.position = Some(position);
         self.cursor = None;
         let number = self.number;

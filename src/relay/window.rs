@@ -56,6 +56,11 @@ impl Run<'_> {
             status.step_time = started.elapsed();
         });
         let rows = match self.position.clone() {
+            _ if self.number < self.emptied => {
+                self.note_gap();
+                self.rerelay("the broker's database went back in time")
+                    .await?
+            }
             None => self.rerelay("its outbox was never relayed").await?,
             Some(position) if went_back(&position, &identity).is_some() => {
                 let why = went_back(&position, &identity).unwrap_or_default();

@@ -103,8 +103,19 @@ pub struct Place {
     pub block: u32,
     /// The line of its ctid.
     pub line: u16,
-    /// Bytes of its payload.
+    /// Bytes of its payload and its headers.
     pub bytes: u32,
+}
+
+/// A stored position that was passed a grace ago.
+#[derive(Debug, Clone, Copy)]
+pub struct Passed<'a> {
+    /// The broker that stored it.
+    pub broker: Uuid,
+    /// Its number.
+    pub number: i64,
+    /// Its snapshot.
+    pub snapshot: &'a str,
 }
 
 /// How an attempt to empty a leaf ended.
@@ -358,7 +369,21 @@ impl Session {
         statement("looking for leaves to empty", looking).await
     }
 
-    /// Empties a leaf if every row in it was committed before `snapshot`, a position that has been stored for the grace.
+    /// The highest number of a position of this broker that an emptied row was passed by; 0 when none was.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn find_emptied(&mut self, broker: Uuid) -> Result<i64, Error> {
+        let finding = sqlx::query_scalar(
+            "select coalesce(max(number), 0) from postroad.relay_emptied where broker = $1",
+        )
+        .bind(broker)
+        .fetch_one(&mut self.connection);
+        statement("reading what was emptied", finding).await
+    }
+
+    /// Empties a leaf if every row in it was committed before the snapshot of a position that has been stored for the grace, and
+    /// notes the position's number for [`Session::find_emptied`], in the same transaction.
     ///
     /// The order is what makes it safe: first the lock that no transaction with a row in the leaf can be holding against, then, in
     /// a new statement whose snapshot therefore sees whatever they committed, the look for rows that were not passed, then
@@ -366,7 +391,8 @@ impl Session {
     ///
     /// # Errors
     /// The transaction failed.
-    pub async fn empty_leaf(&mut self, leaf: i16, snapshot: &str) -> Result<Emptied, Error> {
+    pub async fn empty_leaf(&mut self, leaf: i16, passed: Passed<'_>) -> Result<Emptied, Error> {
+        let snapshot = passed.snapshot;
         // The leaf is one of eight names of the schema.
         let probe = format!(
             "select exists (select from postroad.outbox_{leaf}
@@ -392,6 +418,15 @@ impl Session {
                 transaction.rollback().await?;
                 return Ok(Emptied::NotYet);
             }
+            sqlx::query(
+                "insert into postroad.relay_emptied as noted (broker, number) values ($1, $2)
+                on conflict (broker) do update set number = excluded.number, emptied_at = excluded.emptied_at
+                where noted.number < excluded.number",
+            )
+            .bind(passed.broker)
+            .bind(passed.number)
+            .execute(&mut *transaction)
+            .await?;
             sqlx::query(AssertSqlSafe(format!("truncate postroad.outbox_{leaf}")))
                 .execute(&mut *transaction)
                 .await?;

@@ -16,6 +16,8 @@ pub struct StoredPosition {
     pub number: i64,
     /// JSON text; none with number 0.
     pub text: Option<String>,
+    /// The number up to which the journal is folded into the checkpoint.
+    pub folded: i64,
 }
 
 /// What taking a relay up found.
@@ -87,12 +89,15 @@ pub async fn recover_position(
             transaction.rollback().await?;
             return Ok(Recovered::Fenced);
         }
-        let latest: Option<(i64, String)> = sqlx::query_as(
-            "select number, position
+        let latest: Option<(i64, String, i64)> = sqlx::query_as(
+            "select number, position, folded
             from (
-                select number, position from postroad_broker.relay_checkpoint where origin_id = $1
+                select number, position, number as folded
+                from postroad_broker.relay_checkpoint where origin_id = $1
                 union all
-                select number, position from postroad_broker.relay_journal where origin_id = $1
+                select number, position, coalesce(
+                    (select c.number from postroad_broker.relay_checkpoint as c where c.origin_id = $1), 0)
+                from postroad_broker.relay_journal where origin_id = $1
             ) as positions
             order by number desc
             limit 1",
@@ -102,13 +107,15 @@ pub async fn recover_position(
         .await?;
         transaction.commit().await?;
         Ok(Recovered::Position(match latest {
-            Some((number, text)) => StoredPosition {
+            Some((number, text, folded)) => StoredPosition {
                 number,
                 text: Some(text),
+                folded,
             },
             None => StoredPosition {
                 number: 0,
                 text: None,
+                folded: 0,
             },
         }))
     };
@@ -230,7 +237,7 @@ pub async fn delete_history(
         .map_err(Error::query("forgetting a relay's history"))
 }
 
-/// The latest position that has been stored for the grace, as JSON text.
+/// The latest position that has been stored for the grace: its number and JSON text.
 ///
 /// # Errors
 /// The statement failed.
@@ -238,9 +245,9 @@ pub async fn find_passed_position(
     database: &Database,
     origin: OriginId,
     grace: Duration,
-) -> Result<Option<String>, Error> {
-    let finding = sqlx::query_scalar(
-        "select position from postroad_broker.relay_history
+) -> Result<Option<(i64, String)>, Error> {
+    let finding = sqlx::query_as(
+        "select number, position from postroad_broker.relay_history
         where origin_id = $1 and passed_at <= clock_timestamp() - make_interval(secs => $2)
         order by number desc
         limit 1",

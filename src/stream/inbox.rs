@@ -134,6 +134,7 @@ fn check(member: &Member) -> Result<usize, AppendError> {
         }
         bytes += MESSAGE_OVERHEAD_BYTES + message.data.bytes().len();
         bytes += texts(message).map(str::len).sum::<usize>();
+        bytes += extension_bytes(message);
     }
     if messages.len() > MEMBER_MAX_MESSAGES || bytes > MEMBER_MAX_BYTES {
         return Err(AppendError::TooLarge {
@@ -142,6 +143,16 @@ fn check(member: &Member) -> Result<usize, AppendError> {
         });
     }
     Ok(bytes)
+}
+
+/// What the extensions take as JSON, about.
+fn extension_bytes(message: &Message) -> usize {
+    const AROUND: usize = 16;
+    let size = |value: &serde_json::Value| value.as_str().map_or(0, str::len);
+    let items = message.extensions.iter();
+    items
+        .map(|(name, value)| AROUND + name.len() + size(value))
+        .sum()
 }
 
 fn texts(message: &Message) -> impl Iterator<Item = &str> {

@@ -48,6 +48,8 @@ struct Origin {
     rejected_count: u64,
     /// Times that this process read all of the outbox again.
     rerelay_count: u64,
+    /// Times that this process found rows emptied that the broker's database, restored from a backup, can lack.
+    gap_count: u64,
     /// The part of the outbox that cannot be emptied since somebody holds a lock on it.
     blocked: Option<Blocked>,
 }
@@ -144,6 +146,7 @@ fn origin(status: Status, now: DateTime<Utc>) -> Origin {
         relayed_count: status.relayed_count,
         rejected_count: status.rejected_count,
         rerelay_count: status.rerelay_count,
+        gap_count: status.gap_count,
         blocked: status.blocked.map(|blocked| Blocked {
             leaf: blocked.leaf,
             pid: blocked.pid,

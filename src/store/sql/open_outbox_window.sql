@@ -1,6 +1,6 @@
 -- Opens a relay's window: what became visible between the snapshot $1 and now. One row at least; the first carries the identity
 -- and the new snapshot, and each row with a seq is an outbox row. $2 is the position's mark (null: none to look for), $3 the
--- most rows, $4 the most bytes of payloads returned. With more than $3 rows, or a null `is_whole`, the window is large.
+-- most rows, $4 the most bytes of payloads and headers returned. With more than $3 rows, or a null `is_whole`, the window is large.
 --
 -- Why it is safe:
 --  * It is one statement at read committed, so pg_current_snapshot() is the snapshot that everything here is read by: the rows,
@@ -55,7 +55,7 @@ numbered as (
     select
         found.*,
         row_number() over (order by found.seq) as n,
-        sum(coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)) over (order by found.seq rows unbounded preceding)
+        sum(coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0) + coalesce(octet_length(headers::text), 0)) over (order by found.seq rows unbounded preceding)
             <= $4::bigint as is_whole
     from found
 ),

@@ -123,3 +123,104 @@ async fn journals_and_marks_are_folded() {
     assert_eq!(read_log(&broker.url).await.len() as u64, count + 1);
     rig.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_begins_with_a_long_journal_folds_it() {
+    let broker = support::database().await;
+    let origin = Origin::install(&broker.url).await;
+    let rig = super::rig(&broker.database, &[("local", None)]).await;
+    let mut producer = origin.producer().await;
+    let insert = "insert into postroad.outbox (topic) values ('a')";
+    execute(&mut producer, insert).await;
+    rig.caught_up("local").await;
+    rig.stop().await;
+    // What many short sessions leave behind.
+    let mut journal = broker.connect().await;
+    execute(
+        &mut journal,
+        "insert into postroad_broker.relay_journal (origin_id, number, epoch, position, appended_at)
+        select j.origin_id, j.number + n, j.epoch, j.position, j.appended_at
+        from (select * from postroad_broker.relay_journal order by number desc limit 1) as j, generate_series(1, 2500) as n",
+    )
+    .await;
+    let rig = super::rig(&broker.database, &[("local", None)]).await;
+    let length = support::eventually("the journal is folded", async || {
+        let length: i64 = sqlx::query_scalar("select count(*) from postroad_broker.relay_journal")
+            .fetch_one(&mut broker.connect().await)
+            .await
+            .unwrap();
+        (length < 10).then_some(length)
+    })
+    .await;
+    println!("{length} rows left");
+    execute(&mut producer, insert).await;
+    let status = rig.caught_up("local").await;
+    assert_eq!(status.rerelay_count, 0);
+    assert_eq!(read_log(&broker.url).await.len(), 2);
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_restored_from_before_what_was_emptied_says_so_and_relays_what_is_there() {
+    let server = support::cluster().await;
+    let origin = Origin::install(&server.create_database("shop").await).await;
+    let relay_url = origin.relay_url();
+    let origins = [("shop", Some(relay_url.as_str()))];
+    let options = relay::Options {
+        grace: Duration::from_secs(1),
+        ..relay::Options::default()
+    };
+    let broker = support::database().await;
+    let rig = rig_with(&broker.database, &origins, options.clone()).await;
+    let mut owner = origin.owner().await;
+    let insert = |id: &str, distance: i32| {
+        format!(
+            "insert into postroad.outbox (topic, id, bucket)
+            select 'a', '{id}', ((floor(extract(epoch from now()) / 300)::bigint + {distance}) % 8)::smallint"
+        )
+    };
+    execute(&mut owner, &insert("before", 0)).await;
+    rig.caught_up("shop").await;
+    let mut broker_owner = broker.connect().await;
+    execute(
+        &mut broker_owner,
+        "create table backup_position as select * from postroad_broker.relay_journal;
+        create table backup_message as select * from postroad_broker.message",
+    )
+    .await;
+    execute(&mut owner, &insert("gone", 4)).await;
+    rig.caught_up("shop").await;
+    rig.until("shop", "the leaf to be emptied", |status| {
+        status.emptied_count == 1
+    })
+    .await;
+    execute(&mut owner, &insert("kept", 0)).await;
+    rig.caught_up("shop").await;
+    assert_eq!(rig.status("shop").gap_count, 0);
+    rig.stop().await;
+
+    // As a restored backup has it. The mark of the old position is still in the origin.
+    execute(
+        &mut broker_owner,
+        "truncate postroad_broker.relay_journal, postroad_broker.relay_history, postroad_broker.relay_checkpoint;
+        insert into postroad_broker.relay_journal select * from backup_position;
+        delete from postroad_broker.message;
+        insert into postroad_broker.message select * from backup_message",
+    )
+    .await;
+    let rig = rig_with(&broker.database, &origins, options.clone()).await;
+    let status = rig.caught_up("shop").await;
+    assert_eq!((status.gap_count, status.rerelay_count), (1, 1));
+    let ids: Vec<String> = read_log(&broker.url)
+        .await
+        .into_iter()
+        .map(|logged| logged.id)
+        .collect();
+    assert_eq!(ids, ["before", "kept"], "what is there, and nothing twice");
+    rig.stop().await;
+    // Said once.
+    let rig = rig_with(&broker.database, &origins, options).await;
+    let status = rig.caught_up("shop").await;
+    assert_eq!((status.gap_count, status.rerelay_count), (0, 0));
+    rig.stop().await;
+}
