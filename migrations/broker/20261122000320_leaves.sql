@@ -162,18 +162,26 @@ language plpgsql volatile
 set lock_timeout = '50ms'
 as $$
 declare
-    v_period bigint := postroad_broker.half_day(clock_timestamp());
-    v_ids text := format('recent_id_%s', (v_period + 2) % 5);
-    v_results text := format('append_journal_%s', (v_period + 2) % 4);
+    v_now timestamptz := clock_timestamp();
+    v_table text;
+    v_period text;
     v_has_rows boolean;
-    v_name text;
+    v_is_now boolean;
 begin
-    foreach v_name in array array[v_ids, v_results] loop
-        execute format('select exists (select from postroad_broker.%I)', v_name) into v_has_rows;
+    for v_table, v_period in
+        select * from (values
+            ('recent_id_' || (postroad_broker.half_day(v_now) + 2) % 5, 'half_day'),
+            ('append_journal_' || (postroad_broker.ten_minutes(v_now) + 2) % 4, 'ten_minutes')
+        ) as due
+    loop
+        execute format('select exists (select from postroad_broker.%I)', v_table) into v_has_rows;
         if v_has_rows then
-            execute format('lock table postroad_broker.%I in access exclusive mode nowait', v_name);
-            if postroad_broker.half_day(clock_timestamp()) = v_period then
-                execute format('truncate postroad_broker.%I', v_name);
+            execute format('lock table postroad_broker.%I in access exclusive mode nowait', v_table);
+            -- Still the same period.
+            execute format('select postroad_broker.%1$I($1) = postroad_broker.%1$I(clock_timestamp())', v_period)
+                into v_is_now using v_now;
+            if v_is_now then
+                execute format('truncate postroad_broker.%I', v_table);
             end if;
         end if;
     end loop;
