@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use postroad::cluster::{self, Error, Handle, Options};
 use postroad::domain::id::Slot;
-use postroad::store;
+use postroad::store::{self, Database};
 use postroad::supervisor::Supervisor;
 use prometheus_client::registry::Registry;
 use sqlx::Executor as _;
@@ -12,6 +12,10 @@ use sqlx::Executor as _;
 use super::support::{self, TestDatabase};
 
 async fn node(db: &TestDatabase, address: &str, ttl: Duration) -> (Handle, Supervisor) {
+    node_at(&db.database, address, ttl).await
+}
+
+async fn node_at(db: &Database, address: &str, ttl: Duration) -> (Handle, Supervisor) {
     let supervisor = Supervisor::new();
     let options = Options {
         ttl,
@@ -19,14 +23,9 @@ async fn node(db: &TestDatabase, address: &str, ttl: Duration) -> (Handle, Super
         allow_unsafe_postgres: true,
         ..Options::new(address)
     };
-    let handle = cluster::start(
-        options,
-        db.database.clone(),
-        &supervisor,
-        &mut Registry::default(),
-    )
-    .await
-    .unwrap();
+    let handle = cluster::start(options, db.clone(), &supervisor, &mut Registry::default())
+        .await
+        .unwrap();
     (handle, supervisor)
 }
 
@@ -224,4 +223,24 @@ async fn a_server_that_may_lose_what_it_acknowledged_is_refused() {
     let before = one.now();
     assert!(one.now() >= before);
     stop(&supervisor).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_vanishes_without_a_word_costs_no_more_than_half_a_ttl() {
+    let db = support::database().await;
+    let proxy = support::proxy(&db.url).await;
+    let database = Database::new(&proxy.url(&db.url), 2).unwrap();
+    let ttl = Duration::from_secs(10);
+    let (one, tasks) = node_at(&database, "http://one", ttl).await;
+    let incarnation = one.incarnation();
+    proxy.vanish();
+    // Asked for on a connection on which nothing is heard again.
+    let mut held = one.hold("a".to_owned());
+    let taken = tokio::time::timeout(ttl, held.wait_for(Option::is_some)).await;
+    assert!(taken.is_ok(), "the heartbeat goes on over a new connection");
+    assert_eq!(one.incarnation(), incarnation, "renewed in time");
+    let began = std::time::Instant::now();
+    let stopped = tasks.stop(Duration::from_secs(40)).await;
+    eprintln!("{stopped:?} after {:?}", began.elapsed());
+    stopped.unwrap();
 }

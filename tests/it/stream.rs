@@ -18,6 +18,7 @@ use postroad::supervisor::Supervisor;
 use prometheus_client::registry::Registry;
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
+use super::relay::as_user;
 use super::support::{self, Action, Direction, TestDatabase, eventually};
 
 /// A node with a stream engine: what one process runs.
@@ -811,5 +812,81 @@ async fn while_the_database_is_away_appends_fail_as_unavailable_or_unknown_and_t
         .await
         .unwrap();
     assert_eq!(offsets(&next), [3]);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_session_does_not_make_an_append_of_unknown_outcome_refused() {
+    let db = support::database().await;
+    let mut admin = db.connect().await;
+    let role = format!("login_{}", uuid::Uuid::new_v4().simple());
+    let create = format!("create role {role} superuser login");
+    admin.execute(sqlx::AssertSqlSafe(create)).await.unwrap();
+    let proxy = support::proxy(&as_user(&db.url, &role)).await;
+    let database = Database::new(&proxy.url(&as_user(&db.url, &role)), 2).unwrap();
+    let options = Options {
+        wait: Duration::from_secs(2),
+        ..quick()
+    };
+    let node = node_with(&database, "http://one", options).await;
+    node.publish(vec![message("a", "1", "1")], true)
+        .await
+        .unwrap();
+    let refuse = format!("alter role {role} nologin");
+    admin.execute(sqlx::AssertSqlSafe(refuse)).await.unwrap();
+    let mut is_cut = false;
+    proxy.filter(move |direction, bytes| {
+        let is_it = bytes.windows(6).any(|window| window == b"commit");
+        if is_cut || direction == Direction::ToClient || !is_it {
+            return Action::Forward;
+        }
+        is_cut = true;
+        Action::CutAfter
+    });
+    let one = || vec![message("a", "commit", "2")];
+    let unknown = node.publish(one(), true).await;
+    assert!(
+        matches!(unknown, Err(AppendError::OutcomeUnknown)),
+        "{unknown:?}"
+    );
+    let allow = format!("alter role {role} login");
+    admin.execute(sqlx::AssertSqlSafe(allow)).await.unwrap();
+    let placed = eventually("the role may log in", async || {
+        node.publish(one(), true).await.ok()
+    })
+    .await;
+    assert_eq!(placed[0].offset, Offset(2));
+    assert!(placed[0].duplicate, "it was committed once");
+    node.stop().await;
+    let drop = format!("reassign owned by {role} to current_user; drop owned by {role}; drop role {role}");
+    admin.execute(sqlx::AssertSqlSafe(drop)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_another_node_filled_is_extended() {
+    let db = support::database().await;
+    // Nobody makes leaves ahead.
+    let options = Options {
+        wait: Duration::from_secs(5),
+        maintenance: Duration::from_secs(3_600),
+        ..quick()
+    };
+    let node = node_with(&db.database, "http://one", options).await;
+    node.publish(vec![message("a", "1", "1")], true)
+        .await
+        .unwrap();
+    let filled = db
+        .connect()
+        .await
+        .execute(
+            "insert into postroad_broker.message (stream_id, \"offset\", topic_id, appended_at, id, source, data_kind, data)
+            select m.stream_id, n, m.topic_id, m.appended_at, m.id, m.source, m.data_kind, m.data
+            from postroad_broker.message m, generate_series(2, 100) n",
+        )
+        .await
+        .unwrap();
+    assert_eq!(filled.rows_affected(), 99);
+    let placed = node.publish(vec![message("a", "2", "2")], true).await;
+    assert_eq!(offsets(&placed.unwrap()), [101]);
     node.stop().await;
 }

@@ -55,6 +55,8 @@ struct Shared {
     /// Connections made under an older number are closed.
     generation: watch::Sender<u64>,
     accepted: watch::Sender<usize>,
+    /// Of the connections accepted up to this number nothing is heard again.
+    vanished: watch::Sender<usize>,
 }
 
 /// The proxy. Ends, with its connections, when dropped.
@@ -80,6 +82,7 @@ pub async fn proxy(database_url: &str) -> Proxy {
         mode: watch::Sender::new(Mode::Open),
         generation: watch::Sender::new(0),
         accepted: watch::Sender::new(0),
+        vanished: watch::Sender::new(0),
     });
     let accepting = tokio::spawn(accept(listener, Arc::clone(&shared)));
     Proxy {
@@ -130,6 +133,12 @@ impl Proxy {
         self.shared.mode.send_replace(Mode::Held);
     }
 
+    /// Nothing is heard again of the connections that there are, as when a host loses its power; new ones work.
+    pub fn vanish(&self) {
+        let accepted = *self.shared.accepted.borrow();
+        self.shared.vanished.send_replace(accepted);
+    }
+
     /// Lets everything pass again.
     pub fn open(&self) {
         self.shared.mode.send_replace(Mode::Open);
@@ -172,23 +181,24 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             continue;
         }
         shared.accepted.send_modify(|count| *count += 1);
-        tokio::spawn(serve(client, Arc::clone(&shared)));
+        let number = *shared.accepted.borrow();
+        tokio::spawn(serve(client, number, Arc::clone(&shared)));
     }
 }
 
-async fn serve(client: TcpStream, shared: Arc<Shared>) {
+async fn serve(client: TcpStream, number: usize, shared: Arc<Shared>) {
     client.set_nodelay(true).unwrap();
     let mut generation = shared.generation.subscribe();
     let work = async {
         match &shared.target {
             Target::Tcp(address) => {
                 if let Ok(server) = TcpStream::connect(address).await {
-                    join(client, server, &shared).await;
+                    join(client, server, number, &shared).await;
                 }
             }
             Target::Unix(path) => {
                 if let Ok(server) = UnixStream::connect(path).await {
-                    join(client, server, &shared).await;
+                    join(client, server, number, &shared).await;
                 }
             }
         }
@@ -199,13 +209,29 @@ async fn serve(client: TcpStream, shared: Arc<Shared>) {
     }
 }
 
-async fn join<S: AsyncRead + AsyncWrite>(client: TcpStream, server: S, shared: &Shared) {
+async fn join<S: AsyncRead + AsyncWrite>(
+    client: TcpStream,
+    server: S,
+    number: usize,
+    shared: &Shared,
+) {
+    let mut vanished = shared.vanished.subscribe();
     let (client_read, client_write) = tokio::io::split(client);
     let (server_read, server_write) = tokio::io::split(server);
     // One way at its end ends both: Postgres' protocol has no half-closed state.
-    tokio::select! {
-        () = pass(client_read, server_write, Direction::ToServer, shared) => {}
-        () = pass(server_read, client_write, Direction::ToClient, shared) => {}
+    let mut passing = std::pin::pin!(async {
+        tokio::select! {
+            () = pass(client_read, server_write, Direction::ToServer, shared) => {}
+            () = pass(server_read, client_write, Direction::ToClient, shared) => {}
+        }
+    });
+    let is_gone = tokio::select! {
+        () = &mut passing => false,
+        gone = vanished.wait_for(|last| *last >= number) => gone.is_ok(),
+    };
+    if is_gone {
+        // The sockets stay open, and nothing moves.
+        std::future::pending().await
     }
 }
 
