@@ -858,7 +858,8 @@ async fn a_refused_session_does_not_make_an_append_of_unknown_outcome_refused() 
     assert_eq!(placed[0].offset, Offset(2));
     assert!(placed[0].duplicate, "it was committed once");
     node.stop().await;
-    let drop = format!("reassign owned by {role} to current_user; drop owned by {role}; drop role {role}");
+    let drop =
+        format!("reassign owned by {role} to current_user; drop owned by {role}; drop role {role}");
     admin.execute(sqlx::AssertSqlSafe(drop)).await.unwrap();
 }
 
