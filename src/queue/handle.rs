@@ -206,9 +206,9 @@ impl Handle {
     ) -> Result<Received, Error> {
         check_receive(&request)?;
         let bound = request.wait + self.shared.outcome_wait;
-        let mailbox = self.shared.mailbox(queue).await?;
         self.shared.metrics.receives.inc();
-        send(&mailbox, bound, |reply| Command::Receive { request, reply }).await
+        self.tell(queue, bound, |reply| Command::Receive { request, reply })
+            .await
     }
 
     /// Settles deliveries by their receipts, evaluated as one request in offset order and answered in the order sent,
@@ -233,9 +233,10 @@ impl Handle {
                 reason: item.reason,
             })
             .collect();
-        let mailbox = self.shared.mailbox(queue).await?;
-        send(&mailbox, self.shared.outcome_wait, |reply| {
-            Command::Settle { verb, items, reply }
+        self.tell(queue, self.shared.outcome_wait, |reply| Command::Settle {
+            verb,
+            items,
+            reply,
         })
         .await
     }
@@ -249,11 +250,31 @@ impl Handle {
         queue: &QueueName,
         filter: InFlightFilter,
     ) -> Result<Vec<InFlight>, Error> {
-        let mailbox = self.shared.mailbox(queue).await?;
-        send(&mailbox, self.shared.outcome_wait, |reply| {
-            Command::InFlight { filter, reply }
+        self.tell(queue, self.shared.outcome_wait, |reply| Command::InFlight {
+            filter,
+            reply,
         })
         .await
+    }
+
+    /// Sends a command to the queue's task. A task that ended because its queue was deleted meanwhile leaves nothing to find
+    /// out: the queue is not there.
+    async fn tell<T>(
+        &self,
+        queue: &QueueName,
+        bound: Duration,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, Error> {
+        let mailbox = self.shared.mailbox(queue).await?;
+        match send(&mailbox, bound, command).await {
+            Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown))
+                if mailbox.is_closed() =>
+            {
+                self.shared.find(queue)?;
+                Err(error)
+            }
+            answer => answer,
+        }
     }
 
     async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, Error> {

@@ -180,3 +180,30 @@ async fn a_declaration_that_breaks_a_rule_is_named() {
         "{error}"
     );
 }
+
+#[tokio::test]
+async fn a_long_poll_hears_that_its_queue_was_deleted() {
+    let mut broker = support::broker().await;
+    let http = broker.http.clone();
+    http.declare("/v1/queues/short-lived", &json!({})).await;
+    let poll = tokio::spawn({
+        let http = http.clone();
+        async move {
+            http.post(
+                "/v1/queues/short-lived/receive",
+                &json!({"wait_seconds": 20}),
+            )
+            .await
+        }
+    });
+    support::eventually("the long poll to wait", || async {
+        let (_, queue) = http.get("/v1/queues/short-lived").await;
+        (queue["status"]["waiters"] == 1).then_some(())
+    })
+    .await;
+    let (status, _) = http.delete("/v1/queues/short-lived").await;
+    assert!(status.is_success(), "{status}");
+    let (status, answer) = poll.await.unwrap();
+    assert_eq!(status.as_u16(), 404, "{answer}");
+    broker.stop().await;
+}
