@@ -91,13 +91,7 @@ async fn kill_backends_under_load(settings: &'static str) {
         .await
         .unwrap();
         // One backend that dies so makes the server end all the others and recover.
-        assert!(
-            std::process::Command::new("kill")
-                .args(["-9", &pid.to_string()])
-                .status()
-                .unwrap()
-                .success()
-        );
+        support::send_signal(pid, rustix::process::Signal::KILL);
         drop(owner);
         let first: i64 = support::eventually("the server to recover", || async {
             let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&origin.url)

@@ -276,19 +276,14 @@ impl Program {
         self.child.kill().await.unwrap();
     }
 
-    /// Sends a signal by its name, `TERM`, `STOP`, `CONT`.
-    pub async fn signal(&self, name: &str) {
-        let sent = Command::new("kill")
-            .args(["-s", name, &self.pid().to_string()])
-            .status()
-            .await
-            .unwrap();
-        assert!(sent.success());
+    /// Sends a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        super::send_signal(i32::try_from(self.pid()).unwrap(), signal);
     }
 
     /// Stops it by SIGTERM and gives the exit status.
     pub async fn stop(&mut self) -> std::process::ExitStatus {
-        self.signal("TERM").await;
+        self.signal(rustix::process::Signal::TERM);
         self.child.wait().await.unwrap()
     }
 

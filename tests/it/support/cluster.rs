@@ -215,13 +215,7 @@ impl Cluster {
     /// Kills the postmaster with -9. It is started again by its keeper, and recovers; wait for it by connecting.
     pub fn kill(&self) {
         let pid = self.pid().expect("the server runs");
-        assert!(
-            Command::new("kill")
-                .args(["-9", &pid.to_string()])
-                .status()
-                .unwrap()
-                .success()
-        );
+        super::send_signal(pid, rustix::process::Signal::KILL);
     }
 }
 

@@ -45,6 +45,12 @@ pub fn finish<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static)
     receiver.recv().unwrap()
 }
 
+/// Sends a signal to a process of this run. By a system call: a small system has no `kill` program.
+pub fn send_signal(pid: i32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(pid).expect("a process has a number above 0");
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
 /// Waits until `check` gives a value, looking every 10 ms, 30 s at most. For states that send no event.
 ///
 /// # Panics
