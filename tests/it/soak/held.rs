@@ -88,6 +88,8 @@ fn stretch(received: &Received, from: Instant, to: Instant) -> String {
 
 #[derive(Clone, Copy, Debug)]
 enum Held {
+    /// What the other two are compared with.
+    Nothing,
     Reader,
     Writer,
 }
@@ -106,6 +108,7 @@ async fn load_with(held: Held) {
 
     let mut other = database.connect().await;
     let hold = match held {
+        Held::Nothing => "select",
         Held::Reader => {
             "begin isolation level repeatable read; select count(*) from postroad.outbox; select count(*) from postroad_broker.message"
         }
@@ -163,6 +166,11 @@ async fn load_with(held: Held) {
     let (_, queue) = http.get("/v1/queues/held").await;
     assert_eq!(queue["status"]["depth"], Value::from(0), "{queue}");
     assert!(program.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_load_alone_leaves_no_dead_rows_either() {
+    load_with(Held::Nothing).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
