@@ -152,7 +152,13 @@ create function postroad_broker.write_queue_group(
     letter_died_at timestamptz[],
     removed_slots smallint[], removed_queues bigint[], removed_generations bigint[], removed_offsets bigint[]
 ) returns table (current_turn bigint, fenced smallint[])
-language plpgsql volatile as $$
+language plpgsql volatile
+-- The plans are kept, and the first are made while the segments are empty: a sequential scan chosen then would be walked
+-- by every group once the segment is full.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
 declare
     owned smallint[];
     fresh smallint[];
