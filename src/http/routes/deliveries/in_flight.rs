@@ -1,0 +1,103 @@
+//! The list of what is in flight.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::domain::id::Offset;
+use crate::domain::name::QueueName;
+use crate::domain::policy::CONSUMER_MAX_BYTES;
+use crate::http::extract::{Named, Query};
+use crate::http::openapi::{NoQueue, Reads};
+use crate::http::problem::Problem;
+use crate::http::routes::streams::OFFSET_MAX;
+use crate::http::routes::wire;
+use crate::http::state::State;
+use crate::queue::InFlightFilter;
+
+/// Live deliveries.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = InFlightPage)]
+struct WireInFlight {
+    /// By offset.
+    deliveries: Vec<LiveDelivery>,
+    /// The next page is the one `after` this offset; null at the end.
+    next_after: Option<i64>,
+}
+
+/// A live delivery.
+#[derive(Debug, Serialize, ToSchema)]
+struct LiveDelivery {
+    offset: i64,
+    delivery: u32,
+    attempt: u32,
+    consumer: Option<String>,
+    #[schema(format = DateTime)]
+    delivered_at: String,
+    #[schema(format = DateTime)]
+    visible_until: String,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new().routes(routes!(in_flight))
+}
+
+/// List live deliveries.
+#[utoipa::path(
+    get, path = "/v1/queues/{queue}/in-flight", tag = "deliveries",
+    params(
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("consumer" = Option<String>, Query, description = "Of this consumer only", min_length = 1, max_length = 255),
+        ("after" = Option<i64>, Query, description = "Of offsets after this one", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+    ),
+    responses((status = 200, description = "A page", body = WireInFlight), NoQueue, Reads),
+)]
+async fn in_flight(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let consumer = query.text("consumer");
+    if consumer
+        .as_ref()
+        .is_some_and(|text| text.is_empty() || text.len() > CONSUMER_MAX_BYTES)
+    {
+        query.fault(
+            "consumer",
+            format!("`consumer` must be 1 to {CONSUMER_MAX_BYTES} bytes long"),
+            None,
+        );
+    }
+    let after = Offset(query.integer("after", 0..=OFFSET_MAX).unwrap_or(0));
+    let limit =
+        usize::try_from(query.integer("max_messages", 1..=1_000).unwrap_or(100)).unwrap_or(1);
+    query.finish()?;
+    let filter = InFlightFilter {
+        consumer,
+        after,
+        limit,
+    };
+    let live = state.parts.queue.in_flight(&name, filter).await?;
+    let next_after = live
+        .last()
+        .filter(|_| live.len() >= limit)
+        .map(|last| last.offset.0);
+    let deliveries = live.into_iter().map(|live| LiveDelivery {
+        offset: live.offset.0,
+        delivery: live.delivery,
+        attempt: live.attempt,
+        consumer: live.consumer,
+        delivered_at: wire::time(live.delivered_at),
+        visible_until: wire::time(live.visible_until),
+    });
+    let answer = WireInFlight {
+        deliveries: deliveries.collect(),
+        next_after,
+    };
+    Ok(wire::json(StatusCode::OK, &answer))
+}

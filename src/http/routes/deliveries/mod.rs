@@ -1,0 +1,16 @@
+//! Deliveries: receive, the verbs, and the list of what is in flight.
+
+mod in_flight;
+mod receive;
+mod verbs;
+
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::http::state::State;
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .merge(receive::routes())
+        .merge(verbs::routes())
+        .merge(in_flight::routes())
+}

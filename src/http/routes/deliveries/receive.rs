@@ -1,0 +1,212 @@
+//! Receive: a long poll, and the answer that carries the messages.
+
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Deserialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::domain::name::QueueName;
+use crate::domain::policy::CONSUMER_MAX_BYTES;
+use crate::http::body::{Handed, OnWritten, Outgoing};
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{NoQueue, QueueBounds, Writes};
+use crate::http::problem::Problem;
+use crate::http::routes::queues::TWELVE_HOURS;
+use crate::http::routes::wire::{self, Event};
+use crate::http::state::State;
+use crate::queue::{BATCH_MAX, Handout, ReceiveRequest, Received, WAIT_MAX};
+
+/// How to receive. Everything is optional.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Receive, example = json!({"max_messages": 10, "wait_seconds": 0, "consumer": "billing-1"}))]
+struct Receive {
+    /// At most so many messages; 10 without.
+    #[schema(minimum = 1, maximum = 1000)]
+    max_messages: Option<i64>,
+    /// At most so many bytes of events, but one message always; 4 MiB without.
+    #[schema(minimum = 1, maximum = 16_777_216)]
+    max_bytes: Option<i64>,
+    /// How long to wait for the first message; 20 without.
+    #[schema(minimum = 0, maximum = 50)]
+    wait_seconds: Option<f64>,
+    /// How long the deliveries are held; as the queue says without.
+    #[schema(minimum = 1, maximum = 43200)]
+    visibility_timeout_seconds: Option<f64>,
+    /// Who receives, for the list of what is in flight.
+    #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
+    consumer: Option<String>,
+    /// Repeated under the same id while its deliveries live, a receive gives the same deliveries.
+    #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
+    receive_id: Option<String>,
+}
+
+/// What was received.
+#[derive(ToSchema)]
+#[schema(as = Received)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct WireReceived {
+    /// By offset.
+    deliveries: Vec<Delivery>,
+    /// Why there are none: `empty`, `paused`, `in_flight_full`, `waiting_for_keys` or `delayed`.
+    #[schema(required = false, nullable = false, value_type = String)]
+    reason: Option<String>,
+    /// When a delayed message falls due or a live one expires.
+    #[schema(required = false, format = DateTime)]
+    next_due_at: Option<String>,
+}
+
+/// One handing-out of one message.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct Delivery {
+    /// What it is settled by.
+    receipt: String,
+    /// Its number, ever rising per message.
+    delivery: u32,
+    /// The number of the attempt: deliveries that count.
+    attempt: u32,
+    #[schema(minimum = 1)]
+    offset: i64,
+    topic: String,
+    /// Until when it is held for this consumer.
+    #[schema(format = DateTime)]
+    visible_until: String,
+    event: Event,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new().routes(routes!(receive))
+}
+
+impl OnWritten for Handout {
+    fn written(self: Box<Self>) {
+        (*self).written();
+    }
+}
+
+impl Receive {
+    fn checked(self) -> Result<ReceiveRequest, Problem> {
+        let default = ReceiveRequest::default();
+        let mut check = Check::default();
+        let max_messages = self.max_messages.map_or(default.max_messages, |value| {
+            let most = i64::try_from(BATCH_MAX).unwrap_or(i64::MAX);
+            u32::try_from(check.integer("/max_messages", value, 1..=most)).unwrap_or(1)
+        });
+        let max_bytes = self.max_bytes.map_or(default.max_bytes, |value| {
+            check
+                .integer("/max_bytes", value, 1..=16 * 1024 * 1024)
+                .unsigned_abs()
+        });
+        let wait = self.wait_seconds.map_or(default.wait, |value| {
+            check.seconds("/wait_seconds", value, 0.0..=WAIT_MAX.as_secs_f64())
+        });
+        let visibility_timeout = self
+            .visibility_timeout_seconds
+            .map(|value| check.seconds("/visibility_timeout_seconds", value, 1.0..=TWELVE_HOURS));
+        for (pointer, text) in [
+            ("/consumer", &self.consumer),
+            ("/receive_id", &self.receive_id),
+        ] {
+            if let Some(text) = text {
+                check.text(pointer, text, CONSUMER_MAX_BYTES);
+            }
+        }
+        check.finish()?;
+        Ok(ReceiveRequest {
+            max_messages,
+            max_bytes,
+            wait,
+            visibility_timeout,
+            consumer: self.consumer,
+            receive_id: self.receive_id,
+        })
+    }
+}
+
+/// Receive messages, waiting for the first one if need be.
+#[utoipa::path(
+    post, path = "/v1/queues/{queue}/receive", tag = "deliveries",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    request_body = Receive,
+    responses((status = 200, description = "Deliveries, or why there are none", body = WireReceived), NoQueue, QueueBounds, Writes),
+)]
+async fn receive(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+    outgoing: Option<Extension<Outgoing>>,
+    Json(receive): Json<Receive>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let request = receive.checked()?;
+    let received = tokio::select! {
+        // What was decided just now goes out although the process stops.
+        biased;
+        received = state.parts.queue.receive(&name, request) => received?,
+        () = state.stopping.cancelled() => {
+            let empty = &br#"{"deliveries":[],"reason":"empty","next_due_at":null}"#[..];
+            return Ok(wire::json_bytes(StatusCode::OK, empty.into()));
+        }
+    };
+    let body = print(&received);
+    if received.deliveries.is_empty() {
+        return Ok(wire::json_bytes(StatusCode::OK, body.into()));
+    }
+    let outgoing = outgoing
+        .map(|Extension(outgoing)| outgoing)
+        .unwrap_or_default();
+    let handed = Handed::new(body.into(), Box::new(received.handout), outgoing);
+    Ok(wire::json_body(StatusCode::OK, Body::new(handed)))
+}
+
+/// Events are spliced in as they are.
+fn print(received: &Received) -> Vec<u8> {
+    let bytes: usize = received
+        .deliveries
+        .iter()
+        .map(|delivery| delivery.entry.event.len() + 512)
+        .sum();
+    let mut out = Vec::with_capacity(bytes + 128);
+    out.extend_from_slice(b"{\"deliveries\":[");
+    for (number, delivery) in received.deliveries.iter().enumerate() {
+        out.extend_from_slice(if number > 0 {
+            b",{\"receipt\":"
+        } else {
+            b"{\"receipt\":"
+        });
+        wire::put(&mut out, &delivery.receipt);
+        out.extend_from_slice(b",\"delivery\":");
+        wire::put(&mut out, &delivery.delivery);
+        out.extend_from_slice(b",\"attempt\":");
+        wire::put(&mut out, &delivery.attempt);
+        out.extend_from_slice(b",\"offset\":");
+        wire::put(&mut out, &delivery.entry.offset);
+        out.extend_from_slice(b",\"topic\":");
+        wire::put(&mut out, &delivery.entry.topic);
+        out.extend_from_slice(b",\"visible_until\":");
+        wire::put(&mut out, &wire::time(delivery.visible_until));
+        out.extend_from_slice(b",\"event\":");
+        out.extend_from_slice(&delivery.entry.event);
+        out.push(b'}');
+    }
+    out.push(b']');
+    if received.deliveries.is_empty() {
+        out.extend_from_slice(b",\"reason\":");
+        wire::put(
+            &mut out,
+            &received
+                .reason
+                .unwrap_or(crate::domain::queue::EmptyReason::Empty),
+        );
+        out.extend_from_slice(b",\"next_due_at\":");
+        wire::put(&mut out, &received.next_due_at.map(wire::time));
+    }
+    out.push(b'}');
+    out
+}

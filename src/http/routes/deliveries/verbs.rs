@@ -1,0 +1,274 @@
+//! The verbs: ack, nack, extend, release, reject. One answer for all: what became of each delivery.
+
+use std::time::Duration;
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::domain::name::QueueName;
+use crate::domain::policy::REASON_MAX_BYTES;
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{NoQueue, Writes};
+use crate::http::problem::Problem;
+use crate::http::routes::queues::TWELVE_HOURS;
+use crate::http::routes::wire;
+use crate::http::state::State;
+use crate::queue::{BATCH_MAX, Outcome, Verb, VerbItem};
+
+/// A verb's body, its item, and its route, which differ in the fields of an item only.
+macro_rules! verb {
+    (
+        $(#[$doc:meta])*
+        $route:ident($path:literal, $verb:expr): $body:ident as $schema:ident,
+        $item:ident as $item_schema:ident { $($(#[$attr:meta])* $field:ident: $type:ty,)* }
+        => |$items:ident, $sent:ident| { $($set:ident: $value:expr),* }
+    ) => {
+        /// Which deliveries.
+        #[derive(Debug, Deserialize, ToSchema)]
+        #[serde(deny_unknown_fields)]
+        #[schema(as = $schema)]
+        struct $body {
+            #[schema(min_items = 1, max_items = 1000)]
+            deliveries: Vec<$item>,
+        }
+
+        /// One delivery.
+        #[derive(Debug, Deserialize, ToSchema)]
+        #[serde(deny_unknown_fields)]
+        #[schema(as = $item_schema)]
+        struct $item {
+            /// The receipt, as it was handed out.
+            receipt: String,
+            $($(#[$attr])* $field: $type,)*
+        }
+
+        $(#[$doc])*
+        #[utoipa::path(
+            post, path = $path, tag = "deliveries",
+            params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+            request_body = $body,
+            responses((status = 200, description = "What became of each", body = WireSettled), NoQueue, Writes),
+        )]
+        async fn $route(
+            Extract(state): Extract<State>,
+            Named(name): Named<QueueName>,
+            query: Query,
+            Json(body): Json<$body>,
+        ) -> Result<Response, Problem> {
+            query.finish()?;
+            let mut $items = Items::default();
+            for $sent in body.deliveries {
+                let item = VerbItem {
+                    $($set: $value,)*
+                    receipt: $sent.receipt,
+                    ..VerbItem::default()
+                };
+                $items.items.push(item);
+            }
+            $items.settle(&state, &name, $verb).await
+        }
+    };
+}
+
+verb! {
+    /// Settle deliveries: done.
+    ack("/v1/queues/{queue}/ack", Verb::Ack): AckBody as Ack,
+    AckItem as AckDelivery {} => |items, item| {}
+}
+
+verb! {
+    /// Give deliveries back as failed: they are tried again later, or become dead letters.
+    nack("/v1/queues/{queue}/nack", Verb::Nack): NackBody as Nack,
+    NackItem as NackDelivery {
+        /// Not before so long; by the queue's retry policy without.
+        #[schema(minimum = 0, maximum = 43200)]
+        delay_seconds: Option<f64>,
+        /// Why it failed, for the dead letter.
+        #[schema(min_length = 1, max_length = 1024)]
+        reason: Option<String>,
+    } => |items, item| {
+        delay: items.seconds("delay_seconds", item.delay_seconds, 0.0),
+        reason: items.reason(item.reason)
+    }
+}
+
+verb! {
+    /// Hold deliveries for longer.
+    extend("/v1/queues/{queue}/extend", Verb::Extend): ExtendBody as Extend,
+    ExtendItem as ExtendDelivery {
+        /// Held for so long from now on; the queue's visibility timeout without.
+        #[schema(minimum = 1, maximum = 43200)]
+        visibility_timeout_seconds: Option<f64>,
+    } => |items, item| {
+        extend_by: items.seconds("visibility_timeout_seconds", item.visibility_timeout_seconds, 1.0)
+    }
+}
+
+verb! {
+    /// Give deliveries back unhandled: the attempt does not count.
+    release("/v1/queues/{queue}/release", Verb::Release): ReleaseBody as Release,
+    ReleaseItem as ReleaseDelivery {
+        /// Not before so long; at once without.
+        #[schema(minimum = 0, maximum = 43200)]
+        delay_seconds: Option<f64>,
+    } => |items, item| {
+        delay: items.seconds("delay_seconds", item.delay_seconds, 0.0)
+    }
+}
+
+verb! {
+    /// Refuse deliveries for good: they become dead letters.
+    reject("/v1/queues/{queue}/reject", Verb::Reject): RejectBody as Reject,
+    RejectItem as RejectDelivery {
+        /// Why it cannot succeed, for the dead letter.
+        #[schema(min_length = 1, max_length = 1024)]
+        reason: Option<String>,
+    } => |items, item| {
+        reason: items.reason(item.reason)
+    }
+}
+
+/// What became of each delivery, in the order sent.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Settled)]
+struct WireSettled {
+    /// Deliveries for which the verb did what it says, now or before.
+    settled: usize,
+    /// The others.
+    refused: usize,
+    deliveries: Vec<WireOutcome>,
+}
+
+/// What became of one delivery.
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[schema(as = Outcome)]
+struct WireOutcome {
+    receipt: String,
+    /// `acked`, `nacked`, `extended`, `released`, `rejected`, `already_settled`, `dead_lettered`, `stale`, `gone` or
+    /// `unknown`.
+    result: &'static str,
+    /// With `nacked` and `released`: when it goes out again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime)]
+    due_at: Option<String>,
+    /// With `extended`: until when it is held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime)]
+    visible_until: Option<String>,
+    /// The dead letter that the message has become.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dead_letter: Option<String>,
+    /// With `stale`: the current attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attempt: Option<u32>,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(ack))
+        .routes(routes!(nack))
+        .routes(routes!(extend))
+        .routes(routes!(release))
+        .routes(routes!(reject))
+}
+
+/// Gathers and checks the items of a verb.
+#[derive(Default)]
+struct Items {
+    items: Vec<VerbItem>,
+    check: Check,
+}
+
+impl Items {
+    fn seconds(&mut self, field: &str, value: Option<f64>, least: f64) -> Option<Duration> {
+        let pointer = format!("/deliveries/{}/{field}", self.items.len());
+        value.map(|value| self.check.seconds(&pointer, value, least..=TWELVE_HOURS))
+    }
+
+    fn reason(&mut self, reason: Option<String>) -> Option<String> {
+        let pointer = format!("/deliveries/{}/reason", self.items.len());
+        if let Some(text) = &reason {
+            self.check.text(&pointer, text, REASON_MAX_BYTES);
+        }
+        reason
+    }
+
+    async fn settle(
+        mut self,
+        state: &State,
+        name: &QueueName,
+        verb: Verb,
+    ) -> Result<Response, Problem> {
+        if self.items.is_empty() || self.items.len() > BATCH_MAX {
+            self.check.fault(
+                "/deliveries",
+                format!("`deliveries` must have 1 to {BATCH_MAX} items"),
+            );
+        }
+        self.check.finish()?;
+        let receipts: Vec<String> = self.items.iter().map(|item| item.receipt.clone()).collect();
+        let outcomes = state.parts.queue.settle(name, verb, self.items).await?;
+        let settled = outcomes.iter().filter(|outcome| outcome.is_done()).count();
+        let deliveries = receipts.into_iter().zip(&outcomes);
+        let answer = WireSettled {
+            settled,
+            refused: outcomes.len() - settled,
+            deliveries: deliveries
+                .map(|(receipt, outcome)| wire_outcome(receipt, outcome))
+                .collect(),
+        };
+        Ok(wire::json(StatusCode::OK, &answer))
+    }
+}
+
+fn wire_outcome(receipt: String, outcome: &Outcome) -> WireOutcome {
+    let mut wire = WireOutcome {
+        receipt,
+        ..WireOutcome::default()
+    };
+    let at = |at: crate::domain::queue::At| wire::time(at.into());
+    match outcome {
+        Outcome::Acked => wire.result = "acked",
+        Outcome::Nacked {
+            due_at,
+            dead_letter,
+        } => {
+            wire.result = "nacked";
+            wire.due_at = due_at.map(at);
+            wire.dead_letter.clone_from(dead_letter);
+        }
+        Outcome::Released {
+            due_at,
+            dead_letter,
+        } => {
+            wire.result = "released";
+            wire.due_at = due_at.map(at);
+            wire.dead_letter.clone_from(dead_letter);
+        }
+        Outcome::Extended { visible_until } => {
+            wire.result = "extended";
+            wire.visible_until = Some(at(*visible_until));
+        }
+        Outcome::Rejected { dead_letter } => {
+            wire.result = "rejected";
+            wire.dead_letter = Some(dead_letter.clone());
+        }
+        Outcome::AlreadySettled => wire.result = "already_settled",
+        Outcome::DeadLettered { dead_letter } => {
+            wire.result = "dead_lettered";
+            wire.dead_letter = Some(dead_letter.clone());
+        }
+        Outcome::Stale { attempt } => {
+            wire.result = "stale";
+            wire.attempt = Some(*attempt);
+        }
+        Outcome::Gone { .. } => wire.result = "gone",
+        Outcome::Unknown => wire.result = "unknown",
+    }
+    wire
+}
