@@ -26,6 +26,7 @@ impl Queue {
         write_bitmap(&mut to, &fresh);
         write_bitmap(&mut to, &self.ahead);
         write_bitmap(&mut to, &self.lost);
+        write_bitmap(&mut to, &self.reopened);
         to.number(self.dead.len() as u64);
         let mut last = 0;
         for (&offset, &delivery) in &self.dead {
@@ -90,6 +91,7 @@ impl Queue {
         queue.fresh = read_bitmap(&mut from)?;
         queue.ahead = read_bitmap(&mut from)?;
         queue.lost = read_bitmap(&mut from)?;
+        queue.reopened = read_bitmap(&mut from)?;
         let mut last = 0i64;
         for _ in 0..from.length_of_list()? {
             last = last.wrapping_add(from.signed()?);

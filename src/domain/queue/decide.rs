@@ -51,7 +51,7 @@ impl Queue {
     }
 
     /// How many messages may go out for the first time.
-    fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         ENTRIES_MAX.saturating_sub(self.entries.len())
     }
 
@@ -283,6 +283,10 @@ impl Queue {
         let delivery = entry.delivery;
         let mut failures = entry.failures.clone();
         failures.push(failure);
+        // A letter of a former death that was removed in this very batch is replaced instead.
+        self.pending
+            .removed_letters
+            .retain(|removed| removed.0 != offset);
         self.pending.letters.push(Letter {
             offset: Offset(offset),
             delivery,
@@ -313,7 +317,8 @@ impl Queue {
         }
     }
 
-    /// As [`Queue::lose`], for all that is unsettled up to `through`. Returns how many.
+    /// As [`Queue::lose`], for all that is unsettled up to `through`, but for what was redriven: that is with its
+    /// dead letter. Returns how many.
     pub fn lose_through(&mut self, through: Offset) -> usize {
         let fresh = self.fresh.iter().map(|offset| offset as i64);
         let mut gone: Vec<Offset> = fresh
@@ -323,7 +328,8 @@ impl Queue {
         gone.extend(
             self.entries
                 .range(..=through.0)
-                .map(|(&offset, _)| Offset(offset)),
+                .map(|(&offset, _)| Offset(offset))
+                .filter(|&offset| !self.is_reopened(offset)),
         );
         let count = gone.len();
         self.lose(gone);

@@ -12,12 +12,14 @@
 mod checkpoint;
 mod decide;
 mod record;
+mod redrive;
 mod state;
 mod verbs;
 
 #[cfg(test)]
 mod model;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +32,7 @@ use super::policy::Settings;
 
 pub use decide::{ENTRIES_MAX, Handed, Taken};
 pub use record::{Decode, End, Record, SettledAs, decode, encode};
+pub use redrive::{REOPENED_MAX, Reborn};
 pub use verbs::{Item, Outcome, Verb};
 
 /// A moment by the database's clock: milliseconds since the Unix epoch.
@@ -165,7 +168,7 @@ pub struct Batch {
     pub records: Vec<Record>,
     /// Dead letters to be copied.
     pub letters: Vec<Letter>,
-    /// Dead letters to be removed, since their last delivery was acked after all.
+    /// Dead letters to be removed: by a person, or since their message was settled after all.
     pub removed_letters: Vec<Offset>,
 }
 
@@ -205,7 +208,7 @@ pub struct Counts {
     pub live: u64,
     /// Held back by a delay.
     pub delayed: u64,
-    /// Dead letters of this generation that are still there.
+    /// Dead letters that are still there and whose messages were not redriven.
     pub dead: u64,
 }
 
@@ -229,6 +232,8 @@ pub struct Queue {
     lost: RoaringTreemap,
     /// Dead letters: offset and last delivery.
     dead: BTreeMap<i64, u32>,
+    /// Redriven, and not settled since.
+    reopened: RoaringTreemap,
     /// Offsets before this one are not the queue's.
     start: i64,
 
@@ -237,6 +242,8 @@ pub struct Queue {
     delays: BTreeSet<(At, i64)>,
     again: BTreeSet<i64>,
     receives: HashMap<String, BTreeSet<i64>>,
+    /// Every entry below is a redriven one.
+    passed: Cell<i64>,
 
     pending: Batch,
 }

@@ -100,6 +100,13 @@ pub enum Record {
         /// Milliseconds.
         by: i64,
     },
+    /// Dead letters came back.
+    Redriven {
+        /// When: they are due at once.
+        at: At,
+        /// Offset, and the number of a delivery that was never handed out: those of before are lower.
+        letters: Vec<(i64, u32)>,
+    },
     /// The stream was looked at up to here; of what was not looked at before, these match and were not handed out.
     Scanned {
         /// The scan position.
@@ -184,13 +191,7 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
             to.signed(deadline.0);
             to.receive(receive);
             to.ranges(first);
-            to.number(again.len() as u64);
-            let mut last = 0i64;
-            for &(offset, delivery) in again {
-                to.signed(offset.wrapping_sub(last));
-                to.number(u64::from(delivery));
-                last = offset;
-            }
+            to.deliveries(again);
             1
         }
         Record::Settled { kind, ranges } => {
@@ -248,6 +249,11 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
             to.ranges(matched);
             8
         }
+        Record::Redriven { at, letters } => {
+            to.signed(at.0);
+            to.deliveries(letters);
+            12
+        }
     }
 }
 
@@ -257,13 +263,7 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
             let (at, deadline) = (At(from.signed()?), At(from.signed()?));
             let receive = from.receive()?;
             let first = from.ranges()?;
-            let count = from.length_of_list()?;
-            let mut again = Vec::with_capacity(count);
-            let mut last = 0i64;
-            for _ in 0..count {
-                last = last.wrapping_add(from.signed()?);
-                again.push((last, from.small()?));
-            }
+            let again = from.deliveries()?;
             Record::Delivered {
                 at,
                 deadline,
@@ -315,6 +315,10 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
         8 => Record::Scanned {
             through: from.signed()?,
             matched: from.ranges()?,
+        },
+        12 => Record::Redriven {
+            at: At(from.signed()?),
+            letters: from.deliveries()?,
         },
         _ => {
             return Err(Decode {
@@ -373,6 +377,16 @@ impl Writer<'_> {
     pub(super) fn receive(&mut self, receive: &Receive) {
         self.text(receive.consumer.as_deref());
         self.text(receive.receive_id.as_deref());
+    }
+
+    pub(super) fn deliveries(&mut self, deliveries: &[(i64, u32)]) {
+        self.number(deliveries.len() as u64);
+        let mut last = 0i64;
+        for &(offset, delivery) in deliveries {
+            self.signed(offset.wrapping_sub(last));
+            self.number(u64::from(delivery));
+            last = offset;
+        }
     }
 
     pub(super) fn ranges(&mut self, ranges: &[(i64, i64)]) {
@@ -454,6 +468,17 @@ impl<'a> Reader<'a> {
             consumer: self.text()?,
             receive_id: self.text()?,
         })
+    }
+
+    pub(super) fn deliveries(&mut self) -> Result<Vec<(i64, u32)>, Decode> {
+        let count = self.length_of_list()?;
+        let mut deliveries = Vec::with_capacity(count);
+        let mut last = 0i64;
+        for _ in 0..count {
+            last = last.wrapping_add(self.signed()?);
+            deliveries.push((last, self.small()?));
+        }
+        Ok(deliveries)
     }
 
     pub(super) fn ranges(&mut self) -> Result<Vec<(i64, i64)>, Decode> {
@@ -569,6 +594,11 @@ pub(super) mod tests {
                 }
             }),
             any::<i64>().prop_map(|by| Record::Shifted { by }),
+            (
+                at(),
+                proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5)
+            )
+                .prop_map(|(at, letters)| Record::Redriven { at, letters }),
             (0..1_000i64, ranges())
                 .prop_map(|(through, matched)| Record::Scanned { through, matched }),
         ]

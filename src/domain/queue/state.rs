@@ -1,5 +1,6 @@
 //! The state and how records change it: the one place where it changes durably.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -35,11 +36,13 @@ impl Queue {
             ahead: RoaringTreemap::new(),
             lost: RoaringTreemap::new(),
             dead: BTreeMap::new(),
+            reopened: RoaringTreemap::new(),
             start: start.0,
             deadlines: BTreeSet::new(),
             delays: BTreeSet::new(),
             again: BTreeSet::new(),
             receives: HashMap::new(),
+            passed: Cell::new(i64::MIN),
             pending: Batch::default(),
         }
     }
@@ -93,11 +96,11 @@ impl Queue {
         )
     }
 
-    /// The lowest unsettled offset among those looked at.
+    /// The lowest unsettled offset among those looked at, redriven ones aside.
     #[must_use]
     pub fn oldest_unsettled(&self) -> Option<Offset> {
         let fresh = self.fresh.min().map(|offset| offset as i64);
-        let entry = self.entries.keys().next().copied();
+        let entry = self.first_entry();
         match (fresh, entry) {
             (Some(a), Some(b)) => Some(Offset(a.min(b))),
             (a, b) => a.or(b).map(Offset),
@@ -112,7 +115,7 @@ impl Queue {
             again: self.again.len() as u64,
             live: self.deadlines.len() as u64,
             delayed: self.delays.len() as u64,
-            dead: self.dead.len() as u64,
+            dead: (self.dead.len() as u64).saturating_sub(self.reopened.len()),
         }
     }
 
@@ -146,6 +149,7 @@ impl Queue {
 
     /// Decides durably: applies the record and puts it up for the journal.
     pub(super) fn commit(&mut self, record: Record) {
+        self.remove_letters_of(&record);
         self.apply(&record);
         self.pending.records.push(record);
     }
@@ -173,7 +177,11 @@ impl Queue {
             Record::Settled { kind, ranges } => {
                 for &(from, through) in ranges {
                     for offset in from..=through {
+                        let takes_letter = self.takes_letter(offset, *kind);
                         self.apply_settled(offset, *kind);
+                        if takes_letter {
+                            self.dead.remove(&offset);
+                        }
                     }
                 }
             }
@@ -184,6 +192,7 @@ impl Queue {
             Record::LetterRemoved { offset } => {
                 self.dead.remove(offset);
             }
+            Record::Redriven { at, letters } => self.apply_redriven(*at, letters),
             Record::Ended { .. } => self.apply_ended(record),
             Record::Extended {
                 offset,
@@ -246,6 +255,7 @@ impl Queue {
     fn apply_settled(&mut self, offset: i64, kind: SettledAs) {
         self.fresh.remove(offset as u64);
         let entry = self.detach(offset);
+        self.reopened.remove(offset as u64);
         if kind == SettledAs::Gap && entry.is_some() {
             self.lost.insert(offset as u64);
         }
@@ -346,6 +356,9 @@ impl Queue {
             State::Ended { due, .. } => {
                 self.delays.insert((due, offset));
             }
+        }
+        if !self.reopened.contains(offset as u64) {
+            self.passed.set(self.passed.get().min(offset));
         }
         self.entries.insert(offset, entry);
     }

@@ -223,6 +223,9 @@ impl Queue {
     /// The message has no entry: settled, dead, or never handed out.
     fn settle_settled(&mut self, verb: Verb, receipt: &Receipt, acked: &mut [i64]) -> Outcome {
         let offset = receipt.offset.0;
+        if acked.contains(&offset) {
+            return Outcome::AlreadySettled;
+        }
         if let Some(&last) = self.dead.get(&offset) {
             if verb == Verb::Ack && receipt.delivery == last {
                 self.remove_letter(receipt.offset);
@@ -232,8 +235,7 @@ impl Queue {
                 dead_letter: dead_letter_id(self.generation, receipt.offset),
             };
         }
-        let settled = acked.contains(&offset)
-            || self.is_ahead(offset)
+        let settled = self.is_ahead(offset)
             || (offset >= self.start
                 && offset <= self.journaled
                 && !self.fresh.contains(offset as u64));
