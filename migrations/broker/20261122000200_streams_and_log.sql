@@ -51,10 +51,13 @@ create table postroad_broker.message (
     extensions text,
     -- 0 absent, 1 JSON, 2 text, 3 binary.
     data_kind smallint not null,
+    -- From the extension attribute `priority`: 0 low, 1 normal, 2 high.
+    priority smallint not null default 1,
     data bytea,
     -- The origin whose relay appended it; null when published over HTTP.
     origin_id integer,
     primary key (stream_id, "offset"),
     constraint message_offset_positive check ("offset" > 0),
-    constraint message_data_kind_known check (data_kind between 0 and 3)
+    constraint message_data_kind_known check (data_kind between 0 and 3),
+    constraint message_priority_known check (priority between 0 and 2)
 ) partition by list (stream_id);

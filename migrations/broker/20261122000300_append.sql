@@ -155,6 +155,7 @@ create function postroad_broker.append(
     m_schema text[],
     m_extensions text[],
     m_kind smallint[],
+    m_priority smallint[],
     m_data bytea[],
     m_origin integer[],
     m_identity uuid[],
@@ -297,16 +298,17 @@ begin
 
     insert into postroad_broker.message (
         stream_id, "offset", topic_id, key_hash, appended_at, key, id, source, type, subject, event_time,
-        data_content_type, data_schema, extensions, data_kind, data, origin_id
+        data_content_type, data_schema, extensions, data_kind, priority, data, origin_id
     )
     select s_id[m.stream], stream_first[m.stream] + m.rank, m.topic, m.key_hash, stream_at[m.stream], m.key, m.id,
-        m.source, m.type, m.subject, m.event_time, m.content_type, m.schema, m.extensions, m.kind, m.data, m.origin
+        m.source, m.type, m.subject, m.event_time, m.content_type, m.schema, m.extensions, m.kind, m.priority, m.data,
+        m.origin
     from unnest(
         m_stream, v_rank, m_topic, m_key_hash, m_key, m_id, m_source, m_type, m_subject, m_time, m_content_type,
-        m_schema, m_extensions, m_kind, m_data, m_origin
+        m_schema, m_extensions, m_kind, m_priority, m_data, m_origin
     ) as m (
         stream, rank, topic, key_hash, key, id, source, type, subject, event_time, content_type,
-        schema, extensions, kind, data, origin
+        schema, extensions, kind, priority, data, origin
     )
     where m.rank is not null;
 

@@ -87,6 +87,61 @@ impl Data {
     }
 }
 
+/// Which lane of a queue with priorities a message goes by: the extension attribute `priority`, which itself passes on as it came.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// `low`, or 0 to 3.
+    Low,
+    /// `normal`, 4 to 6, anything else, or none.
+    #[default]
+    Normal,
+    /// `high`, or 7 to 9.
+    High,
+}
+
+impl Priority {
+    /// The lane that an attribute's value means.
+    #[must_use]
+    pub fn of(value: &Value) -> Self {
+        let number = match value {
+            Value::String(text) => match text.as_str() {
+                "low" => return Self::Low,
+                "high" => return Self::High,
+                // `07` or `+7` is no number from 0 to 9.
+                text if text.len() == 1 => text.parse().ok(),
+                _ => None,
+            },
+            Value::Number(number) => number.as_i64(),
+            _ => None,
+        };
+        match number {
+            Some(0..=3) => Self::Low,
+            Some(7..=9) => Self::High,
+            _ => Self::Normal,
+        }
+    }
+
+    /// The number that the log's column `priority` keeps.
+    #[must_use]
+    pub const fn stored(self) -> i16 {
+        match self {
+            Self::Low => 0,
+            Self::Normal => 1,
+            Self::High => 2,
+        }
+    }
+
+    /// The lane of a log row.
+    #[must_use]
+    pub const fn from_stored(stored: i16) -> Self {
+        match stored {
+            i16::MIN..=0 => Self::Low,
+            1 => Self::Normal,
+            _ => Self::High,
+        }
+    }
+}
+
 /// A `data_kind` that no version of Postroad has written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the log holds a payload of the unknown kind {kind}")]
@@ -96,6 +151,14 @@ pub struct UnknownDataKind {
 }
 
 impl Message {
+    /// Its lane.
+    #[must_use]
+    pub fn priority(&self) -> Priority {
+        self.extensions
+            .get("priority")
+            .map_or(Priority::Normal, Priority::of)
+    }
+
     /// The event in CloudEvents' JSON format, one object. Written once per message, shared by all its readers.
     #[must_use]
     pub fn to_event_json(&self) -> Bytes {
@@ -184,6 +247,10 @@ pub struct Entry {
     pub topic: Topic,
     /// Its ordering key.
     pub key: Option<Arc<str>>,
+    /// xxh3-64 of its key.
+    pub key_hash: Option<i64>,
+    /// Its lane.
+    pub priority: Priority,
     /// The event in CloudEvents' JSON format.
     pub event: Bytes,
     /// When it was appended; never goes back over offsets.
@@ -209,6 +276,38 @@ mod tests {
             data,
             extensions: Map::from_iter([("traceparent".to_owned(), Value::from("00-1"))]),
         }
+    }
+
+    #[test]
+    fn priority_comes_from_the_attribute() {
+        for (value, priority) in [
+            (Value::from("low"), Priority::Low),
+            (Value::from("normal"), Priority::Normal),
+            (Value::from("high"), Priority::High),
+            (Value::from("0"), Priority::Low),
+            (Value::from(3), Priority::Low),
+            (Value::from("4"), Priority::Normal),
+            (Value::from(6), Priority::Normal),
+            (Value::from("7"), Priority::High),
+            (Value::from(9), Priority::High),
+            (Value::from(10), Priority::Normal),
+            (Value::from(-1), Priority::Normal),
+            (Value::from("07"), Priority::Normal),
+            (Value::from("High"), Priority::Normal),
+            (Value::from(""), Priority::Normal),
+            (Value::from("é"), Priority::Normal),
+            (Value::from(true), Priority::Normal),
+        ] {
+            let mut message = message(Data::Absent);
+            message
+                .extensions
+                .insert("priority".to_owned(), value.clone());
+            assert_eq!(message.priority(), priority, "{value}");
+            assert_eq!(Priority::from_stored(priority.stored()), priority);
+            let event = String::from_utf8(message.to_event_json().to_vec()).unwrap();
+            assert!(event.contains(&format!(r#""priority":{value}"#)), "{event}");
+        }
+        assert_eq!(message(Data::Absent).priority(), Priority::Normal);
     }
 
     #[test]

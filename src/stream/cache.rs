@@ -228,6 +228,7 @@ impl State {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use crate::domain::message::Priority;
     use bytes::Bytes;
     use chrono::DateTime;
 
@@ -243,6 +244,8 @@ mod tests {
                     offset: Offset(offset),
                     topic: Topic::parse(if offset % 2 == 0 { "even" } else { "odd" }).unwrap(),
                     key: None,
+                    key_hash: None,
+                    priority: Priority::Normal,
                     event: Bytes::from(vec![b'x'; 744]),
                     appended_at: DateTime::UNIX_EPOCH,
                 })

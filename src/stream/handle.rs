@@ -12,7 +12,7 @@ use super::catalogue::{self, Watermarks};
 use super::inbox::{Inbox, Pending};
 use super::leaves::LeafSizes;
 use super::metrics::Metrics;
-use super::request::{Batch, Member, Page, Placed, Read, Scan, Scanned};
+use super::request::{Attributes, Batch, Member, Page, Placed, Read, Scan, Scanned};
 use super::settings::{Declared, Description, Settings};
 use super::tail::Tails;
 use super::topics::Topics;
@@ -160,6 +160,33 @@ impl Handle {
                 .await?;
             found.extend(read);
             found.sort_by_key(|entry| entry.offset);
+        }
+        Ok(found)
+    }
+
+    /// The attributes that order and lanes go by, in offset order, each offset once; those that retention dropped are absent. Reads
+    /// the log without payloads, 10,000 at a time, so that a long list holds up no other reader.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn attributes(
+        &self,
+        stream: StreamId,
+        mut offsets: Vec<Offset>,
+    ) -> Result<Vec<Attributes>, Error> {
+        offsets.sort_unstable();
+        offsets.dedup();
+        let mut found = Vec::with_capacity(offsets.len());
+        for chunk in offsets.chunks(reader::ATTRIBUTES_CHUNK) {
+            let offsets = chunk.to_vec();
+            let read = self
+                .ask(|reply| reader::Job::Attributes {
+                    stream,
+                    offsets,
+                    reply,
+                })
+                .await?;
+            found.extend(read);
         }
         Ok(found)
     }

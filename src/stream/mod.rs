@@ -39,7 +39,9 @@ pub use error::{AppendError, ConflictItem, Error};
 pub use handle::Handle;
 use handle::{Shared, State};
 pub use inbox::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
-pub use request::{Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, key_hash};
+pub use request::{
+    Attributes, Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, key_hash,
+};
 pub use settings::{
     DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, PATTERN_MAX_COUNT, Retention,
     Settings, SettingsError,

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Error;
 use super::handle::State;
-use super::request::{Page, Read, Scan, ScanItem, Scanned, key_hash};
+use super::request::{Attributes, Page, Read, Scan, ScanItem, Scanned, key_hash};
 use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::Entry;
 use crate::domain::name::TopicPattern;
@@ -34,6 +34,12 @@ pub(super) enum Job {
         offsets: Vec<Offset>,
         reply: Reply<Vec<Arc<Entry>>>,
     },
+    /// At most [`ATTRIBUTES_CHUNK`] offsets, sorted.
+    Attributes {
+        stream: StreamId,
+        offsets: Vec<Offset>,
+        reply: Reply<Vec<Attributes>>,
+    },
     FindPresent {
         ids: Vec<(String, String)>,
         reply: Reply<Vec<bool>>,
@@ -51,6 +57,8 @@ const SCAN_MAX_EXAMINED: i64 = 2_000_000;
 const SLICE_MAX_OFFSETS: i64 = 250_000;
 /// Messages per statement that carries payloads.
 const FETCH_CHUNK: usize = 500;
+/// Messages whose attributes one statement reads.
+pub(super) const ATTRIBUTES_CHUNK: usize = 10_000;
 /// What an event has beside its payload, in bytes, about.
 const EVENT_OVERHEAD_BYTES: usize = 256;
 
@@ -104,6 +112,14 @@ impl Reader {
                 reply,
             } if !reply.is_closed() => {
                 let answer = self.fetch(stream, offsets).await;
+                self.answer(reply, answer);
+            }
+            Job::Attributes {
+                stream,
+                offsets,
+                reply,
+            } if !reply.is_closed() => {
+                let answer = self.attributes(stream, &offsets).await;
                 self.answer(reply, answer);
             }
             Job::FindPresent { ids, reply } if !reply.is_closed() => {
@@ -277,6 +293,7 @@ impl Reader {
             })?,
             key_hash: item.key_hash,
             bytes: event_bytes(&item),
+            priority: item.priority,
         })
     }
 
@@ -334,6 +351,48 @@ impl Reader {
             entries.extend(super::tail::fetch(connection, &state.topics, stream, chunk).await?);
         }
         Ok(entries)
+    }
+
+    async fn attributes(
+        &mut self,
+        stream: StreamId,
+        offsets: &[Offset],
+    ) -> Result<Vec<Attributes>, Error> {
+        let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
+            return Ok(Vec::new());
+        };
+        let connection = self.connected().await?;
+        // A run is read as a range: one descent of the index instead of one each.
+        if last.0 - first.0 + 1 == offsets.len() as i64 {
+            let slice = Slice {
+                stream,
+                after: Offset(first.0 - 1),
+                through: *last,
+                topics: None,
+                key_hash: None,
+                limit: offsets.len(),
+            };
+            let found = sql::read_slice(connection, &slice).await?;
+            return Ok(found
+                .into_iter()
+                .map(|item| Attributes {
+                    offset: item.offset,
+                    key_hash: item.key_hash,
+                    priority: item.priority,
+                })
+                .collect());
+        }
+        let mut found: Vec<_> = sql::fetch_attributes(connection, stream, offsets)
+            .await?
+            .into_iter()
+            .map(|row| Attributes {
+                offset: row.offset,
+                key_hash: row.key_hash,
+                priority: row.priority,
+            })
+            .collect();
+        found.sort_unstable_by_key(|one| one.offset);
+        Ok(found)
     }
 
     /// Halves the range until it is found: times never go back over offsets.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::domain::id::{Fence, Offset, OriginId, StreamId};
-use crate::domain::message::{Entry, Message};
+use crate::domain::message::{Entry, Message, Priority};
 use crate::domain::name::{Topic, TopicPattern};
 
 /// One caller's share of a group commit: appended whole or not at all.
@@ -129,6 +129,19 @@ pub struct ScanItem {
     pub key_hash: Option<i64>,
     /// Bytes of its event, about.
     pub bytes: usize,
+    /// Its lane.
+    pub priority: Priority,
+}
+
+/// What order by key and lanes go by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attributes {
+    /// The message's place.
+    pub offset: Offset,
+    /// xxh3-64 of its key, see [`key_hash`].
+    pub key_hash: Option<i64>,
+    /// Its lane.
+    pub priority: Priority,
 }
 
 /// What was appended to one stream by one commit, or read from the log after another node appended it. Batches of a stream

@@ -10,7 +10,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use super::Options;
 use super::group::truncate_times;
 use super::handle::State;
-use super::request::Batch;
+use super::request::{Batch, key_hash};
 use super::topics::Topics;
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::{Entry, Message};
@@ -303,6 +303,8 @@ pub(super) fn entry(
         offset,
         topic: message.topic.clone(),
         key: message.key.as_deref().map(Arc::from),
+        key_hash: message.key.as_deref().map(key_hash),
+        priority: message.priority(),
         event: message.to_event_json(),
         appended_at: at,
     }

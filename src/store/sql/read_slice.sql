@@ -1,5 +1,5 @@
 -- What there is between two offsets, without payloads: octet_length of a value out of line reads only its pointer.
-select m."offset", m.topic_id, m.key_hash, octet_length(m.data)
+select m."offset", m.topic_id, m.key_hash, octet_length(m.data), m.priority
 from postroad_broker.message m
 where m.stream_id = $1 and m."offset" > $2 and m."offset" <= $3
     and ($4::integer[] is null or m.topic_id = any ($4))

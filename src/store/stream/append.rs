@@ -30,6 +30,7 @@ pub struct Append<'a> {
     schemas: Vec<Option<&'a str>>,
     extensions: Vec<Option<String>>,
     kinds: Vec<i16>,
+    priorities: Vec<i16>,
     data: Vec<Option<&'a [u8]>>,
     origins: Vec<Option<i32>>,
     identities: Vec<Option<Uuid>>,
@@ -127,6 +128,7 @@ impl<'a> Append<'a> {
                     .expect("a JSON map always serializes into memory")
             }));
         self.kinds.push(message.data.kind());
+        self.priorities.push(message.priority().stored());
         let bytes: &[u8] = message.data.bytes();
         self.data.push((message.data.kind() != 0).then_some(bytes));
         self.origins.push(origin.map(|origin| origin.0));
@@ -263,6 +265,7 @@ pub async fn append(
             .bind(&group.schemas)
             .bind(&group.extensions)
             .bind(&group.kinds)
+            .bind(&group.priorities)
             .bind(&group.data)
             .bind(&group.origins)
             .bind(&group.identities)

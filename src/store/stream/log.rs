@@ -5,7 +5,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Executor as _, Row as _};
 
 use crate::domain::id::{Offset, StreamId, TopicId};
-use crate::domain::message::{Data, Message};
+use crate::domain::message::{Data, Message, Priority};
 use crate::domain::name::Topic;
 use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Database, Error};
@@ -19,6 +19,7 @@ pub async fn connect_reader(database: &Database) -> Result<Connection, Error> {
     let mut connection = database.connect().await?;
     let setting_up = connection.execute(
         "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; \
+         set enable_hashjoin = off; set enable_mergejoin = off; \
          set plan_cache_mode = force_custom_plan; set jit = off",
     );
     bounded("setting up a reader's session", STATEMENT, setting_up).await?;
@@ -197,6 +198,8 @@ pub struct SliceItem {
     pub key_hash: Option<i64>,
     /// Bytes of its payload.
     pub data_bytes: i32,
+    /// Its lane.
+    pub priority: Priority,
 }
 
 /// Looks through a slice, in offset order. The size of a payload is read without the payload.
@@ -210,7 +213,7 @@ pub async fn read_slice(
     let topics = slice
         .topics
         .map(|topics| topics.iter().map(|topic| topic.0).collect::<Vec<_>>());
-    let rows: Vec<(i64, i32, Option<i64>, Option<i32>)> = bounded(
+    let rows: Vec<(i64, i32, Option<i64>, Option<i32>, i16)> = bounded(
         "scanning a stream",
         STATEMENT,
         sqlx::query_as(include_str!("../sql/read_slice.sql"))
@@ -225,11 +228,58 @@ pub async fn read_slice(
     .await?;
     Ok(rows
         .into_iter()
-        .map(|(offset, topic, key_hash, data_bytes)| SliceItem {
+        .map(
+            |(offset, topic, key_hash, data_bytes, priority)| SliceItem {
+                offset: Offset(offset),
+                topic: TopicId(topic),
+                key_hash,
+                data_bytes: data_bytes.unwrap_or(0),
+                priority: Priority::from_stored(priority),
+            },
+        )
+        .collect())
+}
+
+/// What order by key and lanes go by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttributesRow {
+    /// The message's place.
+    pub offset: Offset,
+    /// The hash of its key.
+    pub key_hash: Option<i64>,
+    /// Its lane.
+    pub priority: Priority,
+}
+
+/// Reads the attributes of single messages, in no order. Those that are gone are absent. `offsets` ascend.
+///
+/// # Errors
+/// The database's.
+pub async fn fetch_attributes(
+    connection: &mut Connection,
+    stream: StreamId,
+    offsets: &[Offset],
+) -> Result<Vec<AttributesRow>, Error> {
+    let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
+        return Ok(Vec::new());
+    };
+    let rows: Vec<(i64, Option<i64>, i16)> = bounded(
+        "reading attributes of messages",
+        STATEMENT,
+        sqlx::query_as(include_str!("../sql/fetch_attributes.sql"))
+            .bind(stream.0)
+            .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
+            .bind(first.0)
+            .bind(last.0)
+            .fetch_all(connection),
+    )
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|(offset, key_hash, priority)| AttributesRow {
             offset: Offset(offset),
-            topic: TopicId(topic),
             key_hash,
-            data_bytes: data_bytes.unwrap_or(0),
+            priority: Priority::from_stored(priority),
         })
         .collect())
 }
@@ -245,7 +295,7 @@ pub struct Row {
     pub message: Message,
 }
 
-/// Reads messages by offset, in offset order. Those that are gone are absent. `topic` names the topics.
+/// Reads messages by offset, in offset order; `offsets` ascend. Those that are gone are absent. `topic` names the topics.
 ///
 /// # Errors
 /// The database's; a topic that is not known.
@@ -269,6 +319,8 @@ pub async fn fetch_entries(
         sqlx::query(include_str!("../sql/fetch_offsets.sql"))
             .bind(stream.0)
             .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
+            .bind(first.0)
+            .bind(last.0)
     };
     let rows = bounded(FETCHING, STATEMENT, reading.fetch_all(connection)).await?;
     let mut entries = rows

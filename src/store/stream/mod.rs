@@ -16,6 +16,7 @@ pub use leaf::{
     summarise_leaf,
 };
 pub use log::{
-    MatchRange, Row, Slice, SliceItem, connect_reader, fetch_entries, find_head, find_present,
-    list_heads, list_match_ranges, list_topics, read_appended_at, read_slice, read_top,
+    AttributesRow, MatchRange, Row, Slice, SliceItem, connect_reader, fetch_attributes,
+    fetch_entries, find_head, find_present, list_heads, list_match_ranges, list_topics,
+    read_appended_at, read_slice, read_top,
 };

@@ -4,6 +4,7 @@ mod append;
 mod faults;
 mod keeping;
 mod log;
+mod priority;
 
 use std::time::Duration;
 
