@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::task::{Done, Task, log_read_failure};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::Entry;
+use crate::domain::queue::Found;
 use crate::stream::{self, Scan};
 
 /// Ready messages in memory (offsets only) after which the scan pauses; it goes on at half of it.
@@ -188,7 +189,11 @@ impl Task {
             self.parts.progress.idle.store(false, Ordering::SeqCst);
             let fed = self.parts.dispatch.take(&self.parts.feed);
             for entry in fed.entries {
-                self.machine.found(entry.offset);
+                self.machine.found(Found {
+                    offset: entry.offset,
+                    key_hash: entry.key_hash,
+                    priority: entry.priority,
+                });
                 if self.intake.loaded_bytes < LOADED_BYTES {
                     self.intake.keep(entry);
                 }
@@ -260,7 +265,11 @@ impl Task {
         self.intake.retry_at = None;
         let before = self.machine.scanned_through();
         for item in scanned.items {
-            self.machine.found(item.offset);
+            self.machine.found(Found {
+                offset: item.offset,
+                key_hash: item.key_hash,
+                priority: item.priority,
+            });
         }
         self.machine.looked_through(scanned.through);
         if self.machine.scanned_through() > before {

@@ -3,10 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use roaring::RoaringTreemap;
-
-use super::record::{Decode, End, Reader, Writer};
-use super::{At, Entry, FAILURES_KEPT, Failure, Queue, Random, Receive, State};
+use super::record::{Decode, End};
+use super::wire::{Reader, Writer};
+use super::{At, Dead, Entry, FAILURES_KEPT, Failure, Mark, Queue, Random, Receive, State};
 use crate::domain::id::{Generation, Offset, QueueId};
 use crate::domain::policy::Settings;
 
@@ -21,17 +20,18 @@ impl Queue {
         let mut to = Writer(&mut out);
         to.signed(self.start);
         to.signed(self.journaled);
-        let mut fresh = self.fresh.clone();
-        fresh.remove_range((self.journaled.max(0) as u64 + 1)..);
-        write_bitmap(&mut to, &fresh);
-        write_bitmap(&mut to, &self.ahead);
-        write_bitmap(&mut to, &self.lost);
-        write_bitmap(&mut to, &self.reopened);
+        to.bitmap(&self.fresh.stored_through(self.journaled));
+        to.bitmap(&self.ahead);
+        to.bitmap(&self.lost);
+        to.bitmap(&self.reopened);
         to.number(self.dead.len() as u64);
         let mut last = 0;
-        for (&offset, &delivery) in &self.dead {
+        for (&offset, dead) in &self.dead {
             to.signed(offset - last);
-            to.number(u64::from(delivery));
+            to.number(u64::from(dead.delivery));
+            to.signed(dead.at.0);
+            to.key(dead.key);
+            to.0.push(u8::from(dead.holds));
             last = offset;
         }
         self.write_receives(&mut to);
@@ -88,14 +88,20 @@ impl Queue {
         let mut queue = Self::new(id, generation, Offset(start), settings, random);
         queue.journaled = from.signed()?;
         queue.scanned = queue.journaled;
-        queue.fresh = read_bitmap(&mut from)?;
-        queue.ahead = read_bitmap(&mut from)?;
-        queue.lost = read_bitmap(&mut from)?;
-        queue.reopened = read_bitmap(&mut from)?;
+        queue.fresh = from.bitmap()?.into();
+        queue.ahead = from.bitmap()?;
+        queue.lost = from.bitmap()?;
+        queue.reopened = from.bitmap()?;
         let mut last = 0i64;
         for _ in 0..from.length_of_list()? {
             last = last.wrapping_add(from.signed()?);
-            queue.dead.insert(last, from.small()?);
+            let dead = Dead {
+                delivery: from.small()?,
+                at: At(from.signed()?),
+                key: from.key()?,
+                holds: from.flag()?,
+            };
+            queue.dead.insert(last, dead);
         }
         let mut receives = Vec::new();
         for _ in 0..from.length_of_list()? {
@@ -132,6 +138,10 @@ fn write_entry(to: &mut Writer<'_>, entry: &Entry) {
     to.number(u64::from(entry.attempts));
     to.number(u64::from(entry.releases));
     to.signed(entry.since.0);
+    to.0.push(u8::from(entry.batch.is_some()));
+    if let Some(batch) = entry.batch {
+        to.signed(batch.0.wrapping_sub(entry.since.0));
+    }
     to.0.push(u8::from(entry.timed_out));
     match entry.state {
         State::Live { deadline } => {
@@ -153,6 +163,10 @@ fn write_entry(to: &mut Writer<'_>, entry: &Entry) {
 fn read_entry(from: &mut Reader<'_>, receive: Option<Arc<Receive>>) -> Result<Entry, Decode> {
     let (delivery, attempts, releases) = (from.small()?, from.small()?, from.small()?);
     let since = At(from.signed()?);
+    let batch = match from.flag()? {
+        true => Some(At(since.0.wrapping_add(from.signed()?))),
+        false => None,
+    };
     let timed_out = from.byte()? != 0;
     let state = match from.byte()? {
         255 => State::Live {
@@ -176,29 +190,17 @@ fn read_entry(from: &mut Reader<'_>, receive: Option<Arc<Receive>>) -> Result<En
         releases,
         timed_out,
         since,
+        batch,
+        mark: Mark::default(),
         state,
         receive,
         failures,
     })
 }
 
-fn write_bitmap(to: &mut Writer<'_>, bitmap: &RoaringTreemap) {
-    to.number(bitmap.serialized_size() as u64);
-    bitmap
-        .serialize_into(&mut *to.0)
-        .expect("writing into memory does not fail");
-}
-
-fn read_bitmap(from: &mut Reader<'_>) -> Result<RoaringTreemap, Decode> {
-    let length = from.length()?;
-    let bytes = from.bytes(length)?;
-    RoaringTreemap::deserialize_from(bytes).map_err(|_| Decode {
-        what: "a set that cannot be read",
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::Found;
     use super::*;
     use proptest::prelude::*;
 
@@ -225,7 +227,7 @@ mod tests {
         fn a_changed_checkpoint_does_not_panic(place: prop::sample::Index, byte: u8) {
             let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), Settings::default(), Random::new(1));
             for offset in 1..40 {
-                queue.found(Offset(offset));
+                queue.found(Found::at(offset));
             }
             let receive = Receive { consumer: Some("c".into()), receive_id: Some("r".into()) };
             queue.hand_out(At(0), std::time::Duration::from_secs(1), &receive, (9, 1_000), &|_| Some(1));

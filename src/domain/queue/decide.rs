@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::record::{End, Record, SettledAs, to_ranges};
-use super::{At, EmptyReason, Entry, Failure, Letter, Queue, Receive, State, TIMED_OUT};
+use super::{At, EmptyReason, Entry, Failure, Found, Letter, Queue, Receive, State, TIMED_OUT};
 use crate::domain::id::Offset;
 
 /// Messages handed out and not settled, live or not, after which nothing fresh goes out: each has a place in memory and in
@@ -33,14 +33,14 @@ pub struct Taken {
 }
 
 impl Queue {
-    /// A message of a matching topic was found at `offset`; everything before it was looked at.
-    pub fn found(&mut self, offset: Offset) {
-        let Offset(offset) = offset;
+    /// A message of a matching topic was found; everything before it was looked at.
+    pub fn found(&mut self, found: Found) {
+        let Offset(offset) = found.offset;
         if offset <= self.scanned {
             return;
         }
         if !self.is_ahead(offset) && !self.entries.contains_key(&offset) {
-            self.fresh.insert(offset as u64);
+            self.add_fresh(offset, found.mark());
         }
         self.scanned = offset;
     }
@@ -58,8 +58,7 @@ impl Queue {
     /// The lowest offsets that are ready to go out, at most `count`.
     #[must_use]
     pub fn ready(&self, count: usize) -> Vec<Offset> {
-        let fresh = self.fresh.iter().take(self.room());
-        let mut fresh = fresh.map(|offset| offset as i64).peekable();
+        let mut fresh = self.fresh.iter().take(self.room()).peekable();
         let mut again = self.again.iter().copied().peekable();
         let mut ready = Vec::new();
         while ready.len() < count {
@@ -176,6 +175,7 @@ impl Queue {
                 at: now,
                 deadline,
                 receive: receive.clone(),
+                in_order: false,
                 first: to_ranges(first),
                 again,
             });
@@ -295,7 +295,14 @@ impl Queue {
             failures,
             died_at: now,
         });
-        self.commit(Record::Dead { offset, delivery });
+        let key = entry.mark.key;
+        self.commit(Record::Dead {
+            offset,
+            delivery,
+            at: now,
+            key,
+            holds: false,
+        });
     }
 
     /// These messages are no longer in the log: settled as a gap. Receipts for them are `gone`.
@@ -304,7 +311,7 @@ impl Queue {
             .into_iter()
             .map(|offset| offset.0)
             .filter(|offset| {
-                self.fresh.contains(*offset as u64) || self.entries.contains_key(offset)
+                self.fresh.contains(*offset) || self.entries.contains_key(offset)
             })
             .collect();
         offsets.sort_unstable();
@@ -320,8 +327,9 @@ impl Queue {
     /// As [`Queue::lose`], for all that is unsettled up to `through`, but for what was redriven: that is with its
     /// dead letter. Returns how many.
     pub fn lose_through(&mut self, through: Offset) -> usize {
-        let fresh = self.fresh.iter().map(|offset| offset as i64);
-        let mut gone: Vec<Offset> = fresh
+        let mut gone: Vec<Offset> = self
+            .fresh
+            .iter()
             .take_while(|&offset| offset <= through.0)
             .map(Offset)
             .collect();
@@ -351,16 +359,7 @@ impl Queue {
         if through <= self.journaled {
             return;
         }
-        let from = (self.journaled + 1) as u64;
-        let mut matched = self.fresh.iter();
-        matched.advance_to(from);
-        let matched: Vec<i64> = matched
-            .take_while(|&offset| offset <= through as u64)
-            .map(|offset| offset as i64)
-            .collect();
-        self.commit(Record::Scanned {
-            through,
-            matched: to_ranges(matched),
-        });
+        let matched = self.fresh.stored_between(self.journaled + 1, through);
+        self.commit(Record::Scanned { through, matched });
     }
 }

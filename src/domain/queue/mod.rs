@@ -11,10 +11,12 @@
 
 mod checkpoint;
 mod decide;
+mod offsets;
 mod record;
 mod redrive;
 mod state;
 mod verbs;
+mod wire;
 
 #[cfg(test)]
 mod model;
@@ -28,7 +30,10 @@ use chrono::{DateTime, Utc};
 use roaring::RoaringTreemap;
 
 use super::id::{Generation, Offset, QueueId};
+use super::message::Priority;
 use super::policy::Settings;
+
+use offsets::Offsets;
 
 pub use decide::{ENTRIES_MAX, Handed, Taken};
 pub use record::{Decode, End, Record, SettledAs, decode, encode};
@@ -107,6 +112,56 @@ pub const FAILURES_KEPT: usize = 5;
 /// The reason of an attempt whose time ran out.
 pub const TIMED_OUT: &str = "timed_out";
 
+/// What the scan or the feed found: a message of a matching topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// The message.
+    pub offset: Offset,
+    /// The hash of its key.
+    pub key_hash: Option<i64>,
+    /// Its lane.
+    pub priority: Priority,
+}
+
+impl Found {
+    fn mark(&self) -> Mark {
+        Mark {
+            key: self.key_hash,
+            priority: self.priority,
+        }
+    }
+
+    #[cfg(test)]
+    fn at(offset: i64) -> Self {
+        Self {
+            offset: Offset(offset),
+            key_hash: None,
+            priority: Priority::Normal,
+        }
+    }
+}
+
+/// What order and lanes go by. It comes from the log and is in no record: a queue that needs it asks the log when it is recovered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Mark {
+    /// The hash of the message's key. Two keys of one hash wait for each other, which harms nobody.
+    key: Option<i64>,
+    priority: Priority,
+}
+
+/// A dead letter, as the queue remembers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Dead {
+    /// The last delivery.
+    delivery: u32,
+    /// When it died.
+    at: At,
+    /// The hash of its key, if the queue was ordered by key: the log may have dropped the message by now.
+    key: Option<i64>,
+    /// Whether later messages of the key wait for a person.
+    holds: bool,
+}
+
 /// A message that was handed out and is not settled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
@@ -119,6 +174,9 @@ struct Entry {
     timed_out: bool,
     /// When the last delivery began.
     since: At,
+    /// When the receive was that handed it out, if that may have brought several of its key.
+    batch: Option<At>,
+    mark: Mark,
     state: State,
     receive: Option<Arc<Receive>>,
     failures: Vec<Failure>,
@@ -225,13 +283,12 @@ pub struct Queue {
     scanned: i64,
     /// As `scanned`, as far as the journal knows.
     journaled: i64,
-    fresh: RoaringTreemap,
+    fresh: Offsets,
     entries: BTreeMap<i64, Entry>,
     ahead: RoaringTreemap,
     /// Handed out once, and lost to retention's hard limit.
     lost: RoaringTreemap,
-    /// Dead letters: offset and last delivery.
-    dead: BTreeMap<i64, u32>,
+    dead: BTreeMap<i64, Dead>,
     /// Redriven, and not settled since.
     reopened: RoaringTreemap,
     /// Offsets before this one are not the queue's.

@@ -384,7 +384,7 @@ impl Rig {
         let from = self.machine.scanned_through().0;
         for (index, matches) in self.stream.iter().enumerate().skip(from as usize) {
             if *matches {
-                self.machine.found(Offset(index as i64 + 1));
+                self.machine.found(Found::at(index as i64 + 1));
             }
         }
         self.machine
@@ -612,7 +612,7 @@ fn receives_are_bounded_by_bytes_and_replayed_by_id() {
         settings(),
         Random::new(1),
     );
-    (1..=5).for_each(|offset| queue.found(Offset(offset)));
+    (1..=5).for_each(|offset| queue.found(Found::at(offset)));
     assert_eq!(
         drain(&mut queue, 0, 5),
         [(1, 1), (2, 1)],
@@ -651,7 +651,7 @@ fn the_hundredth_release_counts() {
         settings(),
         Random::new(1),
     );
-    queue.found(Offset(1));
+    queue.found(Found::at(1));
     for delivery in 1..=103 {
         let attempt = if delivery <= 100 { 1 } else { delivery - 99 };
         assert_eq!(drain(&mut queue, 0, 1), [(1, attempt)]);
@@ -681,8 +681,8 @@ fn lost_messages_are_gone_and_other_generations_too() {
         settings(),
         Random::new(1),
     );
-    queue.found(Offset(1));
-    queue.found(Offset(2));
+    queue.found(Found::at(1));
+    queue.found(Found::at(2));
     drain(&mut queue, 0, 1);
     queue.lose(vec![Offset(1), Offset(2), Offset(7)]);
     let older = Receipt {
@@ -710,7 +710,7 @@ fn holds_are_bounded_when_the_queue_says_so() {
         ..settings()
     };
     let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), hold, Random::new(1));
-    queue.found(Offset(1));
+    queue.found(Found::at(1));
     drain(&mut queue, 0, 1);
     let items = [Item {
         receipt: Some(receipt(1, 1)),
@@ -733,7 +733,7 @@ fn unsettled_messages_have_a_bound() {
         ..settings()
     };
     let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), wide, Random::new(1));
-    (1..=many as i64).for_each(|offset| queue.found(Offset(offset)));
+    (1..=many as i64).for_each(|offset| queue.found(Found::at(offset)));
     let all = (many, u64::MAX);
     let take = |queue: &mut Queue, now: i64| {
         let receive = Receive::default();

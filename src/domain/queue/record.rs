@@ -3,12 +3,13 @@
 //! A blob is a version byte and records, each a tag, a length and a body of varints and strings. Offsets are written as
 //! differences. A reader refuses a version or a tag that it does not know: skipping a record would forget a decision.
 
+use roaring::RoaringTreemap;
+
+use super::wire::{Reader, Writer};
 use super::{At, Receive};
-use crate::domain::receipt::{read_varint, write_varint};
+use crate::domain::receipt::write_varint;
 
 const VERSION: u8 = 1;
-/// A record that stands for more offsets than this was not written by Postroad.
-const OFFSETS_MAX: u64 = 100_000_000;
 
 /// How a delivery ended without settling its message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub enum Record {
         deadline: At,
         /// Who received them.
         receive: Receive,
+        /// Whether they may be several of one key, to be settled in order.
+        in_order: bool,
         /// Those never handed out before: their delivery has the number 1.
         first: Vec<(i64, i64)>,
         /// Those handed out before: offset and number of the delivery.
@@ -63,6 +66,12 @@ pub enum Record {
         offset: i64,
         /// Its last delivery.
         delivery: u32,
+        /// When.
+        at: At,
+        /// The hash of its key, if the queue is ordered by key.
+        key: Option<i64>,
+        /// Whether its key waits for a person from now on.
+        holds: bool,
     },
     /// A dead letter was removed.
     LetterRemoved {
@@ -112,7 +121,7 @@ pub enum Record {
         /// The scan position.
         through: i64,
         /// What is fresh.
-        matched: Vec<(i64, i64)>,
+        matched: RoaringTreemap,
     },
 }
 
@@ -184,12 +193,14 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
             at,
             deadline,
             receive,
+            in_order,
             first,
             again,
         } => {
             to.signed(at.0);
             to.signed(deadline.0);
             to.receive(receive);
+            to.0.push(u8::from(*in_order));
             to.ranges(first);
             to.deliveries(again);
             1
@@ -203,9 +214,18 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
             to.ranges(ranges);
             2
         }
-        Record::Dead { offset, delivery } => {
+        Record::Dead {
+            offset,
+            delivery,
+            at,
+            key,
+            holds,
+        } => {
             to.signed(*offset);
             to.number(u64::from(*delivery));
+            to.signed(at.0);
+            to.key(*key);
+            to.0.push(u8::from(*holds));
             3
         }
         Record::LetterRemoved { offset } => {
@@ -246,7 +266,7 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
         }
         Record::Scanned { through, matched } => {
             to.signed(*through);
-            to.ranges(matched);
+            to.offsets(matched);
             8
         }
         Record::Redriven { at, letters } => {
@@ -262,12 +282,14 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
         1 => {
             let (at, deadline) = (At(from.signed()?), At(from.signed()?));
             let receive = from.receive()?;
+            let in_order = from.flag()?;
             let first = from.ranges()?;
             let again = from.deliveries()?;
             Record::Delivered {
                 at,
                 deadline,
                 receive,
+                in_order,
                 first,
                 again,
             }
@@ -288,6 +310,9 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
         3 => Record::Dead {
             offset: from.signed()?,
             delivery: from.small()?,
+            at: At(from.signed()?),
+            key: from.key()?,
+            holds: from.flag()?,
         },
         4 => Record::LetterRemoved {
             offset: from.signed()?,
@@ -314,7 +339,7 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
         7 => Record::Shifted { by: from.signed()? },
         8 => Record::Scanned {
             through: from.signed()?,
-            matched: from.ranges()?,
+            matched: from.offsets()?,
         },
         12 => Record::Redriven {
             at: At(from.signed()?),
@@ -351,170 +376,6 @@ impl End {
     }
 }
 
-/// Writes the parts that records and checkpoints are made of.
-pub(super) struct Writer<'a>(pub(super) &'a mut Vec<u8>);
-
-impl Writer<'_> {
-    pub(super) fn number(&mut self, value: u64) {
-        write_varint(self.0, value);
-    }
-
-    /// Zigzag: small numbers of either sign are short.
-    pub(super) fn signed(&mut self, value: i64) {
-        write_varint(self.0, ((value << 1) ^ (value >> 63)) as u64);
-    }
-
-    pub(super) fn text(&mut self, text: Option<&str>) {
-        match text {
-            None => self.number(0),
-            Some(text) => {
-                self.number(text.len() as u64 + 1);
-                self.0.extend_from_slice(text.as_bytes());
-            }
-        }
-    }
-
-    pub(super) fn receive(&mut self, receive: &Receive) {
-        self.text(receive.consumer.as_deref());
-        self.text(receive.receive_id.as_deref());
-    }
-
-    pub(super) fn deliveries(&mut self, deliveries: &[(i64, u32)]) {
-        self.number(deliveries.len() as u64);
-        let mut last = 0i64;
-        for &(offset, delivery) in deliveries {
-            self.signed(offset.wrapping_sub(last));
-            self.number(u64::from(delivery));
-            last = offset;
-        }
-    }
-
-    pub(super) fn ranges(&mut self, ranges: &[(i64, i64)]) {
-        self.number(ranges.len() as u64);
-        let mut last = 0i64;
-        for &(from, through) in ranges {
-            self.signed(from.wrapping_sub(last));
-            self.number(through.wrapping_sub(from) as u64);
-            last = through;
-        }
-    }
-}
-
-/// Reads the parts that records and checkpoints are made of. Never panics, and allocates no more than it was given.
-pub(super) struct Reader<'a>(pub(super) &'a [u8]);
-
-const CUT: Decode = Decode {
-    what: "a value cut short",
-};
-
-impl<'a> Reader<'a> {
-    pub(super) fn byte(&mut self) -> Result<u8, Decode> {
-        let (&byte, rest) = self.0.split_first().ok_or(CUT)?;
-        self.0 = rest;
-        Ok(byte)
-    }
-
-    pub(super) fn number(&mut self) -> Result<u64, Decode> {
-        read_varint(&mut self.0).ok_or(CUT)
-    }
-
-    pub(super) fn small(&mut self) -> Result<u32, Decode> {
-        u32::try_from(self.number()?).map_err(|_| Decode {
-            what: "a count out of range",
-        })
-    }
-
-    pub(super) fn signed(&mut self) -> Result<i64, Decode> {
-        let value = self.number()?;
-        Ok(((value >> 1) as i64) ^ -((value & 1) as i64))
-    }
-
-    /// The length of a part that follows.
-    pub(super) fn length(&mut self) -> Result<usize, Decode> {
-        match usize::try_from(self.number()?) {
-            Ok(length) if length <= self.0.len() => Ok(length),
-            _ => Err(CUT),
-        }
-    }
-
-    /// The length of a list: each of its items takes a byte at least.
-    pub(super) fn length_of_list(&mut self) -> Result<usize, Decode> {
-        self.length()
-    }
-
-    pub(super) fn bytes(&mut self, length: usize) -> Result<&'a [u8], Decode> {
-        let (bytes, rest) = self.0.split_at_checked(length).ok_or(CUT)?;
-        self.0 = rest;
-        Ok(bytes)
-    }
-
-    pub(super) fn text(&mut self) -> Result<Option<String>, Decode> {
-        let length = self.number()?;
-        if length == 0 {
-            return Ok(None);
-        }
-        let length = usize::try_from(length - 1).map_err(|_| CUT)?;
-        let bytes = self.bytes(length)?;
-        match std::str::from_utf8(bytes) {
-            Ok(text) => Ok(Some(text.to_owned())),
-            Err(_) => Err(Decode {
-                what: "a text that is not UTF-8",
-            }),
-        }
-    }
-
-    pub(super) fn receive(&mut self) -> Result<Receive, Decode> {
-        Ok(Receive {
-            consumer: self.text()?,
-            receive_id: self.text()?,
-        })
-    }
-
-    pub(super) fn deliveries(&mut self) -> Result<Vec<(i64, u32)>, Decode> {
-        let count = self.length_of_list()?;
-        let mut deliveries = Vec::with_capacity(count);
-        let mut last = 0i64;
-        for _ in 0..count {
-            last = last.wrapping_add(self.signed()?);
-            deliveries.push((last, self.small()?));
-        }
-        Ok(deliveries)
-    }
-
-    pub(super) fn ranges(&mut self) -> Result<Vec<(i64, i64)>, Decode> {
-        let out_of_range = Decode {
-            what: "a range out of range",
-        };
-        let count = self.length_of_list()?;
-        let mut ranges = Vec::with_capacity(count);
-        let (mut last, mut total) = (0i64, 0u64);
-        for _ in 0..count {
-            let from = last
-                .checked_add(self.signed()?)
-                .ok_or(out_of_range.clone())?;
-            let length = self.number()?;
-            total = total.saturating_add(length);
-            if total > OFFSETS_MAX || from < 0 {
-                return Err(out_of_range);
-            }
-            last = from
-                .checked_add(length as i64)
-                .ok_or(out_of_range.clone())?;
-            ranges.push((from, last));
-        }
-        Ok(ranges)
-    }
-
-    pub(super) fn end(&self) -> Result<(), Decode> {
-        match self.0.is_empty() {
-            true => Ok(()),
-            false => Err(Decode {
-                what: "more than was expected",
-            }),
-        }
-    }
-}
-
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 pub(super) mod tests {
@@ -544,10 +405,11 @@ pub(super) mod tests {
                 at(),
                 text(),
                 text(),
+                any::<bool>(),
                 ranges(),
                 proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5)
             )
-                .prop_map(|(at, deadline, consumer, receive_id, first, again)| {
+                .prop_map(|(at, deadline, consumer, receive_id, in_order, first, again)| {
                     Record::Delivered {
                         at,
                         deadline,
@@ -555,6 +417,7 @@ pub(super) mod tests {
                             consumer,
                             receive_id,
                         },
+                        in_order,
                         first,
                         again,
                     }
@@ -563,8 +426,15 @@ pub(super) mod tests {
                 kind: [SettledAs::Acked, SettledAs::Deleted, SettledAs::Gap][usize::from(kind)],
                 ranges,
             }),
-            (0..1_000i64, any::<u32>())
-                .prop_map(|(offset, delivery)| Record::Dead { offset, delivery }),
+            (0..1_000i64, any::<u32>(), at(), any::<Option<i64>>(), any::<bool>()).prop_map(
+                |(offset, delivery, at, key, holds)| Record::Dead {
+                    offset,
+                    delivery,
+                    at,
+                    key,
+                    holds,
+                }
+            ),
             (0..1_000i64).prop_map(|offset| Record::LetterRemoved { offset }),
             (
                 0..1_000i64,
@@ -599,8 +469,16 @@ pub(super) mod tests {
                 proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5)
             )
                 .prop_map(|(at, letters)| Record::Redriven { at, letters }),
-            (0..1_000i64, ranges())
-                .prop_map(|(through, matched)| Record::Scanned { through, matched }),
+            (0..1_000i64, ranges(), any::<bool>()).prop_map(|(through, ranges, many)| {
+                let mut matched = RoaringTreemap::new();
+                for (from, through) in ranges {
+                    matched.insert_range(from as u64..=through as u64);
+                }
+                if many {
+                    matched.extend((0..1_000).map(|number| 10_000 + 3 * number));
+                }
+                Record::Scanned { through, matched }
+            }),
         ]
     }
 

@@ -4,7 +4,7 @@
 //! dies again the letter is replaced.
 
 use super::record::{End, Record, SettledAs};
-use super::{At, Entry, Queue, State};
+use super::{At, Entry, Mark, Queue, State};
 use crate::domain::id::Offset;
 
 /// Redriven messages that are not settled yet, after which a redrive waits: each has a place in memory, and those that
@@ -43,8 +43,7 @@ impl Queue {
     }
 
     fn is_redrivable(&self, letter: &Reborn) -> bool {
-        let offset = letter.offset.0;
-        self.dead.get(&offset) == Some(&letter.delivery) && !self.is_unsettled(letter.offset)
+        self.death(letter.offset) == Some(letter.delivery) && !self.is_unsettled(letter.offset)
     }
 
     /// How many dead letters can be brought back now.
@@ -63,13 +62,13 @@ impl Queue {
     /// The delivery that a message died with, if it has a dead letter.
     #[must_use]
     pub fn death(&self, offset: Offset) -> Option<u32> {
-        self.dead.get(&offset.0).copied()
+        self.dead.get(&offset.0).map(|dead| dead.delivery)
     }
 
     /// Whether the message is there to be handed out, now or later, among those looked at.
     #[must_use]
     pub fn is_unsettled(&self, offset: Offset) -> bool {
-        self.entries.contains_key(&offset.0) || self.fresh.contains(offset.0 as u64)
+        self.entries.contains_key(&offset.0) || self.fresh.contains(offset.0)
     }
 
     /// Whether a message that matches was settled by an ack or a person: neither unsettled, nor dead, nor yet to be found.
@@ -93,6 +92,11 @@ impl Queue {
                 releases: 0,
                 timed_out: false,
                 since: at,
+                batch: None,
+                mark: Mark {
+                    key: self.dead.get(&offset).and_then(|dead| dead.key),
+                    ..Mark::default()
+                },
                 state: State::Ended {
                     end: End::Unwritten,
                     due: at,
@@ -150,7 +154,7 @@ impl Queue {
 mod tests {
     use std::time::Duration;
 
-    use super::super::{Item, Outcome, Random, Receive, Verb, decode, encode};
+    use super::super::{Found, Item, Outcome, Random, Receive, Verb, decode, encode};
     use super::*;
     use crate::domain::id::{Generation, QueueId};
     use crate::domain::policy::Settings;
@@ -169,7 +173,7 @@ mod tests {
             Random::new(7),
         );
         for offset in 1..=count {
-            queue.found(Offset(offset));
+            queue.found(Found::at(offset));
         }
         queue
     }
@@ -285,7 +289,7 @@ mod tests {
             (queue.oldest_unsettled(), queue.watermark()),
             (None, Offset(5))
         );
-        queue.found(Offset(6));
+        queue.found(Found::at(6));
         take(&mut queue, 2);
         assert_eq!(queue.oldest_unsettled(), Some(Offset(6)));
     }

@@ -8,7 +8,8 @@ use roaring::RoaringTreemap;
 
 use super::record::{End, Record, SettledAs};
 use super::{
-    At, Batch, Counts, Entry, FAILURES_KEPT, Failure, LiveDelivery, Queue, Random, Receive, State,
+    At, Batch, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Queue,
+    Random, Receive, State,
 };
 use crate::domain::id::{Generation, Offset, QueueId};
 use crate::domain::policy::Settings;
@@ -31,7 +32,7 @@ impl Queue {
             random,
             scanned: start.0 - 1,
             journaled: start.0 - 1,
-            fresh: RoaringTreemap::new(),
+            fresh: Offsets::default(),
             entries: BTreeMap::new(),
             ahead: RoaringTreemap::new(),
             lost: RoaringTreemap::new(),
@@ -99,7 +100,7 @@ impl Queue {
     /// The lowest unsettled offset among those looked at, redriven ones aside.
     #[must_use]
     pub fn oldest_unsettled(&self) -> Option<Offset> {
-        let fresh = self.fresh.min().map(|offset| offset as i64);
+        let fresh = self.fresh.first();
         let entry = self.first_entry();
         match (fresh, entry) {
             (Some(a), Some(b)) => Some(Offset(a.min(b))),
@@ -161,17 +162,19 @@ impl Queue {
                 at,
                 deadline,
                 receive,
+                in_order,
                 first,
                 again,
             } => {
+                let batch = in_order.then_some(*at);
                 let receive = (*receive != Receive::default()).then(|| Arc::new(receive.clone()));
                 for &(from, through) in first {
                     for offset in from..=through {
-                        self.apply_delivery(offset, 1, *at, *deadline, receive.as_ref());
+                        self.apply_delivery(offset, 1, (*at, *deadline), batch, receive.as_ref());
                     }
                 }
                 for &(offset, delivery) in again {
-                    self.apply_delivery(offset, delivery, *at, *deadline, receive.as_ref());
+                    self.apply_delivery(offset, delivery, (*at, *deadline), batch, receive.as_ref());
                 }
             }
             Record::Settled { kind, ranges } => {
@@ -180,17 +183,29 @@ impl Queue {
                         let takes_letter = self.takes_letter(offset, *kind);
                         self.apply_settled(offset, *kind);
                         if takes_letter {
-                            self.dead.remove(&offset);
+                            self.unbury(offset);
                         }
                     }
                 }
             }
-            Record::Dead { offset, delivery } => {
+            Record::Dead {
+                offset,
+                delivery,
+                at,
+                key,
+                holds,
+            } => {
                 self.apply_settled(*offset, SettledAs::Deleted);
-                self.dead.insert(*offset, *delivery);
+                let dead = Dead {
+                    delivery: *delivery,
+                    at: *at,
+                    key: *key,
+                    holds: *holds,
+                };
+                self.bury(*offset, dead);
             }
             Record::LetterRemoved { offset } => {
-                self.dead.remove(offset);
+                self.unbury(*offset);
             }
             Record::Redriven { at, letters } => self.apply_redriven(*at, letters),
             Record::Ended { .. } => self.apply_ended(record),
@@ -209,11 +224,14 @@ impl Queue {
             }
             Record::Shifted { by } => self.apply_shifted(*by),
             Record::Scanned { through, matched } => {
-                for &(from, last) in matched {
-                    for offset in from..=last {
-                        if !self.entries.contains_key(&offset) && !self.is_ahead(offset) {
-                            self.fresh.insert(offset as u64);
-                        }
+                for offset in matched {
+                    let offset = offset as i64;
+                    // Found again by a live queue, which knows its mark.
+                    if !self.entries.contains_key(&offset)
+                        && !self.is_ahead(offset)
+                        && !self.fresh.contains(offset)
+                    {
+                        self.add_fresh(offset, Mark::default());
                     }
                 }
                 self.journaled = self.journaled.max(*through);
@@ -233,15 +251,18 @@ impl Queue {
         &mut self,
         offset: i64,
         delivery: u32,
-        at: At,
-        deadline: At,
+        (at, deadline): (At, At),
+        batch: Option<At>,
         receive: Option<&Arc<Receive>>,
     ) {
-        self.fresh.remove(offset as u64);
+        let fresh = self.remove_fresh(offset);
         let before = self.detach(offset);
+        let mark = before.as_ref().map(|entry| entry.mark).or(fresh);
         let entry = Entry {
             delivery,
             since: at,
+            batch,
+            mark: mark.unwrap_or_default(),
             state: State::Live { deadline },
             receive: receive.map(Arc::clone),
             attempts: before.as_ref().map_or(0, |entry| entry.attempts),
@@ -253,7 +274,7 @@ impl Queue {
     }
 
     fn apply_settled(&mut self, offset: i64, kind: SettledAs) {
-        self.fresh.remove(offset as u64);
+        self.remove_fresh(offset);
         let entry = self.detach(offset);
         self.reopened.remove(offset as u64);
         if kind == SettledAs::Gap && entry.is_some() {
@@ -312,6 +333,26 @@ impl Queue {
                 self.deadlines.insert((*deadline, offset));
             }
         }
+    }
+
+    /// Every message that becomes fresh goes through here.
+    pub(super) fn add_fresh(&mut self, offset: i64, _mark: Mark) {
+        self.fresh.insert(offset);
+    }
+
+    /// Every message that is fresh no more goes through here. Gives its mark, if it was fresh.
+    pub(super) fn remove_fresh(&mut self, offset: i64) -> Option<Mark> {
+        self.fresh.remove(offset).then(Mark::default)
+    }
+
+    /// Every dead letter that comes goes through here.
+    pub(super) fn bury(&mut self, offset: i64, dead: Dead) {
+        self.dead.insert(offset, dead);
+    }
+
+    /// Every dead letter that goes goes through here.
+    pub(super) fn unbury(&mut self, offset: i64) -> Option<Dead> {
+        self.dead.remove(&offset)
     }
 
     /// Takes an entry out, with everything derived from it.

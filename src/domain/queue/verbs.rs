@@ -226,8 +226,8 @@ impl Queue {
         if acked.contains(&offset) {
             return Outcome::AlreadySettled;
         }
-        if let Some(&last) = self.dead.get(&offset) {
-            if verb == Verb::Ack && receipt.delivery == last {
+        if let Some(dead) = self.dead.get(&offset) {
+            if verb == Verb::Ack && receipt.delivery == dead.delivery {
                 self.remove_letter(receipt.offset);
                 return Outcome::Acked;
             }
@@ -238,7 +238,7 @@ impl Queue {
         let settled = self.is_ahead(offset)
             || (offset >= self.start
                 && offset <= self.journaled
-                && !self.fresh.contains(offset as u64));
+                && !self.fresh.contains(offset));
         if settled {
             Outcome::AlreadySettled
         } else {
