@@ -310,9 +310,7 @@ impl Queue {
         let mut offsets: Vec<i64> = offsets
             .into_iter()
             .map(|offset| offset.0)
-            .filter(|offset| {
-                self.fresh.contains(*offset) || self.entries.contains_key(offset)
-            })
+            .filter(|offset| self.fresh.contains(*offset) || self.entries.contains_key(offset))
             .collect();
         offsets.sort_unstable();
         offsets.dedup();

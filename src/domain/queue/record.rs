@@ -409,32 +409,39 @@ pub(super) mod tests {
                 ranges(),
                 proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5)
             )
-                .prop_map(|(at, deadline, consumer, receive_id, in_order, first, again)| {
-                    Record::Delivered {
-                        at,
-                        deadline,
-                        receive: Receive {
-                            consumer,
-                            receive_id,
-                        },
-                        in_order,
-                        first,
-                        again,
+                .prop_map(
+                    |(at, deadline, consumer, receive_id, in_order, first, again)| {
+                        Record::Delivered {
+                            at,
+                            deadline,
+                            receive: Receive {
+                                consumer,
+                                receive_id,
+                            },
+                            in_order,
+                            first,
+                            again,
+                        }
                     }
-                }),
+                ),
             (0..3u8, ranges()).prop_map(|(kind, ranges)| Record::Settled {
                 kind: [SettledAs::Acked, SettledAs::Deleted, SettledAs::Gap][usize::from(kind)],
                 ranges,
             }),
-            (0..1_000i64, any::<u32>(), at(), any::<Option<i64>>(), any::<bool>()).prop_map(
-                |(offset, delivery, at, key, holds)| Record::Dead {
+            (
+                0..1_000i64,
+                any::<u32>(),
+                at(),
+                any::<Option<i64>>(),
+                any::<bool>()
+            )
+                .prop_map(|(offset, delivery, at, key, holds)| Record::Dead {
                     offset,
                     delivery,
                     at,
                     key,
                     holds,
-                }
-            ),
+                }),
             (0..1_000i64).prop_map(|offset| Record::LetterRemoved { offset }),
             (
                 0..1_000i64,

@@ -174,7 +174,13 @@ impl Queue {
                     }
                 }
                 for &(offset, delivery) in again {
-                    self.apply_delivery(offset, delivery, (*at, *deadline), batch, receive.as_ref());
+                    self.apply_delivery(
+                        offset,
+                        delivery,
+                        (*at, *deadline),
+                        batch,
+                        receive.as_ref(),
+                    );
                 }
             }
             Record::Settled { kind, ranges } => {

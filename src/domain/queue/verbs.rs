@@ -236,9 +236,7 @@ impl Queue {
             };
         }
         let settled = self.is_ahead(offset)
-            || (offset >= self.start
-                && offset <= self.journaled
-                && !self.fresh.contains(offset));
+            || (offset >= self.start && offset <= self.journaled && !self.fresh.contains(offset));
         if settled {
             Outcome::AlreadySettled
         } else {
