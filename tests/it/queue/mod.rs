@@ -4,6 +4,7 @@
 mod life;
 mod matrix;
 mod outage;
+mod receive;
 mod restart;
 
 use std::sync::Arc;
@@ -149,7 +150,7 @@ impl Broker {
                     wait: Duration::from_secs(10),
                     visibility_timeout: Some(visible),
                     consumer: Some("test".into()),
-                    receive_id: None,
+                    ..ReceiveRequest::default()
                 })
                 .await;
             assert!(
