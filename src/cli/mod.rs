@@ -29,7 +29,7 @@ enum Command {
     Serve(ConfigFlags),
     /// Run a small shop through the broker, and prove that no message was lost, repeated or put out of order
     Demo(demo::Options),
-    /// Install the outbox's schema in a database, or print it as SQL
+    /// Install the outbox's schema in a database, or the inbox's, or print it as SQL
     Install(install::Install),
     /// Print the description of the HTTP API, openapi.yaml
     Openapi,

@@ -42,8 +42,13 @@ const ORIGIN: &[File] = &[
     file!("origin", 20261122000200, "publish"),
 ];
 
-/// Roles and what they may do; run at the end of every install.
-const GRANTS: &str = include_str!("../../migrations/origin/grants.sql");
+/// The consumer side, in the same schema as an origin's: a service can be both.
+const INBOX: &[File] = &[file!("inbox", 20261122001000, "inbox")];
+
+/// Roles of an origin and what they may do; run at the end of every install.
+const ORIGIN_GRANTS: &str = include_str!("../../migrations/origin/grants.sql");
+/// The same of an inbox.
+const INBOX_GRANTS: &str = include_str!("../../migrations/inbox/grants.sql");
 
 fn migrator(files: &[File], schema: &'static str) -> Migrator {
     let migrations = files
@@ -77,37 +82,57 @@ pub async fn broker(database: &Database) -> Result<(), Error> {
         .map_err(Error::Migrate)
 }
 
-/// Whether an origin's two roles have their rights.
+/// Whether the roles that an install is for have their rights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grants {
-    /// `postroad_producer` and `postroad_relay` are there and have what they need.
+    /// The roles are there and have what they need.
     Given,
     /// A role is missing and the installing user may not create roles: who installs must be told so.
     Skipped,
 }
 
-/// Installs an origin's schema, `postroad`, or brings it up to date, and grants the two roles their rights. Safe to call from
-/// several processes at once, and idempotent. Relays do not call it for an origin of another database: `postroad install` does.
+/// Installs an origin's schema, `postroad`, or brings it up to date, and grants `postroad_producer` and `postroad_relay` their
+/// rights. Safe to call from several processes at once, and idempotent. Relays do not call it for an origin of another
+/// database: `postroad install` does.
 ///
 /// # Errors
 /// A migration that failed, or a landed one that was edited; grants refused.
 pub async fn origin(database: &Database) -> Result<Grants, Error> {
-    migrator(ORIGIN, "postroad")
+    let roles = &["postroad_producer", "postroad_relay"];
+    install(database, ORIGIN, ORIGIN_GRANTS, roles).await
+}
+
+/// Installs the inbox in a consumer's database, in schema `postroad`, or brings it up to date, and grants `postroad_consumer` its
+/// rights. Safe to call from several processes at once, and idempotent. An outbox may stand beside it.
+///
+/// # Errors
+/// A migration that failed, or a landed one that was edited; grants refused.
+pub async fn inbox(database: &Database) -> Result<Grants, Error> {
+    install(database, INBOX, INBOX_GRANTS, &["postroad_consumer"]).await
+}
+
+async fn install(
+    database: &Database,
+    files: &[File],
+    grants: &'static str,
+    roles: &[&str],
+) -> Result<Grants, Error> {
+    migrator(files, "postroad")
         .run(database.pool())
         .await
         .map_err(Error::Migrate)?;
     let mut connection = database.connect().await?;
-    sqlx::raw_sql(GRANTS)
+    sqlx::raw_sql(grants)
         .execute(&mut connection)
         .await
-        .map_err(Error::query("granting the roles of an origin their rights"))?;
-    let roles: i64 = sqlx::query_scalar(
-        "select count(*) from pg_catalog.pg_roles where rolname in ('postroad_producer', 'postroad_relay')",
-    )
-    .fetch_one(&mut connection)
-    .await
-    .map_err(Error::query("looking up the roles of an origin"))?;
-    Ok(if roles == 2 {
+        .map_err(Error::query("granting the installed roles their rights"))?;
+    let found: i64 =
+        sqlx::query_scalar("select count(*) from pg_catalog.pg_roles where rolname = any ($1)")
+            .bind(roles)
+            .fetch_one(&mut connection)
+            .await
+            .map_err(Error::query("looking up the installed roles"))?;
+    Ok(if usize::try_from(found) == Ok(roles.len()) {
         Grants::Given
     } else {
         Grants::Skipped
@@ -118,9 +143,19 @@ pub async fn origin(database: &Database) -> Result<Grants, Error> {
 /// behind, so that script and `postroad install` can follow each other.
 #[must_use]
 pub fn origin_sql() -> String {
+    script("outbox", ORIGIN, ORIGIN_GRANTS)
+}
+
+/// What [`inbox`] does as one SQL script, on the same terms.
+#[must_use]
+pub fn inbox_sql() -> String {
+    script("inbox", INBOX, INBOX_GRANTS)
+}
+
+fn script(what: &str, files: &[File], grants: &str) -> String {
     use std::fmt::Write as _;
-    let mut script = String::from(
-        "-- Postroad's outbox: schema, function and grants. Run it as the owner of the database, in psql or by any migration tool.\n\
+    let mut script = format!(
+        "-- Postroad's {what}: schema, functions and grants. Run it as the owner of the database, in psql or by any migration tool.\n\
          begin;\n\
          create schema if not exists postroad;\n\
          create table if not exists postroad.migration (\n    \
@@ -132,7 +167,7 @@ pub fn origin_sql() -> String {
              execution_time bigint not null\n\
          );\n",
     );
-    for migration in migrator(ORIGIN, "postroad").iter() {
+    for migration in migrator(files, "postroad").iter() {
         let mut checksum = String::with_capacity(2 * migration.checksum.len());
         for byte in migration.checksum.iter() {
             write!(checksum, "{byte:02x}").expect("writing to a String cannot fail");
@@ -155,7 +190,7 @@ pub fn origin_sql() -> String {
         .expect("writing to a String cannot fail");
     }
     script.push('\n');
-    script.push_str(GRANTS);
+    script.push_str(grants);
     script.push_str("commit;\n");
     script
 }
@@ -165,17 +200,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_printed_script_has_every_migration_and_the_grants() {
-        let script = origin_sql();
-        for &(version, _, text) in ORIGIN {
-            assert!(script.contains(&format!("version = {version}")));
-            assert!(script.contains(text));
+    fn the_printed_scripts_have_every_migration_and_the_grants() {
+        for (script, files) in [(origin_sql(), ORIGIN), (inbox_sql(), INBOX)] {
+            for &(version, _, text) in files {
+                assert!(script.contains(&format!("version = {version}")));
+                assert!(script.contains(text));
+                assert!(!text.contains("$postroad_"));
+            }
+            assert!(script.contains("create role"));
         }
-        assert!(script.contains("create role"));
-        assert!(
-            !ORIGIN
-                .iter()
-                .any(|(_, _, text)| text.contains("$postroad_"))
-        );
+    }
+
+    #[test]
+    fn both_sides_can_stand_in_one_database() {
+        for (version, ..) in INBOX {
+            assert!(ORIGIN.iter().all(|(other, ..)| other != version));
+        }
     }
 }

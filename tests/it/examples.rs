@@ -166,3 +166,48 @@ async fn the_node_consumer_stops_in_order_while_it_waits() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("stopped"));
     broker.stop().await.unwrap();
 }
+
+#[tokio::test]
+async fn the_python_consumer_with_an_inbox_books_each_order_once_wherever_it_dies() {
+    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    if !is_there(&python, &["-c", "import psycopg"]).await {
+        return;
+    }
+    let database = support::database().await;
+    let own = support::empty_database().await;
+    postroad::store::migrate::inbox(&own.database)
+        .await
+        .unwrap();
+    let broker = broker(&database).await;
+    let mut producer = database.connect().await;
+    for order in 1..=3 {
+        sqlx::query("insert into postroad.outbox (topic, id) values ('orders.created', $1)")
+            .bind(format!("order-{order}"))
+            .execute(&mut producer)
+            .await
+            .unwrap();
+    }
+    let consumer = |dies_at: &str, messages: &str| {
+        let mut command = example(&python, "consumer-inbox-python");
+        command
+            .arg("consumer.py")
+            .env("DATABASE_URL", &own.url)
+            .env("POSTROAD_URL", broker.url())
+            .env("DIE_AT", dies_at)
+            .env("MESSAGES", messages);
+        command
+    };
+    for dies_at in ["before-commit", "before-ack", "before-ack"] {
+        let status = consumer(dies_at, "0").status().await.unwrap();
+        assert!(!status.success(), "it was killed: {status}");
+    }
+    let printed = run(consumer("", "3")).await;
+    assert!(printed.contains("known "), "{printed}");
+    let booked: Vec<String> =
+        sqlx::query_scalar("select message from example_booking order by message")
+            .fetch_all(&mut own.connect().await)
+            .await
+            .unwrap();
+    assert_eq!(booked, ["order-1", "order-2", "order-3"]);
+    broker.stop().await.unwrap();
+}

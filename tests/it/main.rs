@@ -14,6 +14,7 @@ mod examples;
 mod faults;
 mod golden;
 mod http;
+mod inbox;
 mod local_postgres;
 mod matrix;
 mod program;

@@ -52,6 +52,9 @@ fn the_committed_openapi_is_the_real_one() {
 #[tokio::test]
 async fn the_schema_is_the_committed_one() {
     let database = support::database().await;
+    postroad::store::migrate::inbox(&database.database)
+        .await
+        .unwrap();
     let mut connection = database.connect().await;
     // Every name is printed with its schema, whoever asks.
     sqlx::query("set search_path = ''")
