@@ -1,6 +1,8 @@
 //! The one place that spawns tasks. A task that ends before it was told to stops the process, since a broker with a
 //! missing part would look healthy and deliver nothing.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,27 +16,40 @@ pub struct Supervisor {
     tracker: TaskTracker,
     stop: CancellationToken,
     failed: CancellationToken,
-    running: Arc<Mutex<Vec<String>>>,
+    running: Arc<Mutex<Names>>,
 }
+
+/// The names of tasks that run, and how many of each: there may be 10,000 connections beside 10,000 queues.
+type Names = HashMap<Cow<'static, str>, usize>;
 
 /// Takes a task's name off the list of those that run, however the task ends.
 struct Running {
-    name: String,
-    list: Arc<Mutex<Vec<String>>>,
+    name: Cow<'static, str>,
+    list: Arc<Mutex<Names>>,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
         let mut list = lock(&self.list);
-        if let Some(place) = list.iter().position(|name| *name == self.name) {
-            list.swap_remove(place);
+        if let Some(count) = list.get_mut(&self.name) {
+            *count -= 1;
+            if *count == 0 {
+                list.remove(&self.name);
+            }
         }
     }
 }
 
-fn lock(list: &Mutex<Vec<String>>) -> std::sync::MutexGuard<'_, Vec<String>> {
+fn lock(list: &Mutex<Names>) -> std::sync::MutexGuard<'_, Names> {
     list.lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Each name as often as a task of it runs.
+fn list(names: &Names) -> Vec<String> {
+    let each = names.iter();
+    each.flat_map(|(name, &count)| std::iter::repeat_n(name.to_string(), count))
+        .collect()
 }
 
 /// What the process does when a task ends before it was told to.
@@ -70,7 +85,7 @@ impl Supervisor {
     }
 
     /// Spawns a task. It is never aborted: it watches [`Supervisor::stopping`] and finishes its write first.
-    pub fn spawn<F>(&self, name: impl Into<String>, on_end: OnEnd, task: F)
+    pub fn spawn<F>(&self, name: impl Into<Cow<'static, str>>, on_end: OnEnd, task: F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -79,18 +94,20 @@ impl Supervisor {
             name: name.clone(),
             list: Arc::clone(&self.running),
         };
-        lock(&self.running).push(name.clone());
+        *lock(&self.running).entry(name.clone()).or_default() += 1;
+        // Moved into the task below as it is, a future would have its place there twice.
+        let task = Box::pin(task);
         let stop = self.stop.clone();
         let failed = self.failed.clone();
         self.tracker.spawn(async move {
-            let _running = running;
+            let running = running;
             // A panic must not pass for an ordinary end: the guard reports it while the stack unwinds.
             let guard = failed.clone().drop_guard();
             task.await;
             let _ = guard.disarm();
             if on_end == OnEnd::StopProcess && !stop.is_cancelled() {
                 tracing::error!(
-                    task = name,
+                    task = %running.name,
                     "a task ended before it was told to; stopping the process"
                 );
                 failed.cancel();
@@ -112,7 +129,7 @@ impl Supervisor {
     /// The names of the tasks that run now, of this supervisor and all that share its root.
     #[must_use]
     pub fn running(&self) -> Vec<String> {
-        lock(&self.running).clone()
+        list(&lock(&self.running))
     }
 
     /// Resolves when some task panicked or ended early: the process must stop. Cancel-safe.
@@ -129,7 +146,7 @@ impl Supervisor {
         self.tracker.close();
         match tokio::time::timeout(deadline, self.tracker.wait()).await {
             Ok(()) => Ok(()),
-            Err(_) => Err(lock(&self.running).clone()),
+            Err(_) => Err(list(&lock(&self.running))),
         }
     }
 }

@@ -63,6 +63,18 @@ create table postroad_broker.queue_journal_2 partition of postroad_broker.queue_
 create table postroad_broker.queue_journal_3 partition of postroad_broker.queue_journal for values in (3)
     with (autovacuum_enabled = off);
 
+-- How far those queues of a slot are that keep up and have nothing unsettled: one row for all of them, written now and then,
+-- instead of journal rows. The arrays go together; a queue's place counts in its generation only.
+create table postroad_broker.queue_position (
+    slot smallint primary key,
+    queue_ids bigint[] not null,
+    generations bigint[] not null,
+    throughs bigint[] not null,
+    constraint queue_position_slot_in_range check (slot between 0 and 63),
+    constraint queue_position_arrays_match check (
+        cardinality(queue_ids) = cardinality(generations) and cardinality(queue_ids) = cardinality(throughs))
+);
+
 -- Which segment is written. Changed when it is full.
 create table postroad_broker.queue_journal_turn (
     singleton boolean primary key default true,
@@ -235,6 +247,37 @@ begin
     end if;
 
     return query select turn_now, array(select s.slot from unnest(slots) s (slot) where s.slot <> all (owned));
+end $$;
+
+-- Writes the positions of slots, those whose leases the caller still holds: a former owner's would hide what a change of the
+-- topics has brought since.
+create function postroad_broker.write_queue_positions(
+    holder_incarnation bigint, slots smallint[], slot_leases text[], slot_epochs bigint[],
+    position_slots smallint[], position_queues bigint[], position_generations bigint[], position_throughs bigint[]
+) returns void
+language plpgsql volatile as $$
+declare
+    owned smallint[];
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'write_queue_positions needs read committed';
+    end if;
+    with locked as (
+        select l.name, l.epoch, l.holder from postroad_broker.lease l
+        where l.name = any (slot_leases) order by l.name for no key update
+    )
+    select coalesce(array_agg(s.slot), '{}') into owned
+    from unnest(slots, slot_leases, slot_epochs) s (slot, lease, epoch)
+    join locked l on l.name = s.lease and l.epoch = s.epoch and l.holder = holder_incarnation;
+
+    insert into postroad_broker.queue_position (slot, queue_ids, generations, throughs)
+    select p.slot, array_agg(p.queue_id), array_agg(p.generation), array_agg(p.through)
+    from unnest(position_slots, position_queues, position_generations, position_throughs)
+        p (slot, queue_id, generation, through)
+    where p.slot = any (owned)
+    group by p.slot
+    on conflict (slot) do update
+        set queue_ids = excluded.queue_ids, generations = excluded.generations, throughs = excluded.throughs;
 end $$;
 
 -- Turns the journal to its next segment when the current one holds `full_bytes`, or anything for longer than

@@ -9,3 +9,4 @@ pub mod name;
 pub mod policy;
 pub mod queue;
 pub mod receipt;
+pub mod topic_index;

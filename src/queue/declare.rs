@@ -1,5 +1,6 @@
 //! Making, changing and deleting queues.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -76,8 +77,9 @@ impl Engine {
     }
 
     fn find(&self, name: &QueueName) -> Option<QueueId> {
-        let mut rows = self.queues.values().map(|owned| &owned.row);
-        rows.find(|row| row.name == *name).map(|row| row.id)
+        let known = self.shared.queues.read();
+        let known = known.unwrap_or_else(PoisonError::into_inner);
+        known.get(name).map(|known| known.description.id)
     }
 
     async fn new_queue(

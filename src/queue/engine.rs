@@ -17,10 +17,11 @@ use super::declare::describe;
 use super::feed::{self, Dispatch, Feed};
 use super::handle::{Command, Job, Known, Shared};
 use super::recovery;
+use super::scans::Scans;
 use super::task::{Ended, Parts, Progress, Task, Why};
 use super::writer::{Contact, Submission};
 use crate::cluster;
-use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
+use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::QueueName;
 use crate::domain::queue::Queue;
 use crate::store::queue::QueueRow;
@@ -34,15 +35,20 @@ const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 const TURN_EVERY: Duration = Duration::from_secs(2);
 /// A slot that could not be recovered is tried again after this.
 const RECOVER_AGAIN: Duration = Duration::from_millis(500);
-/// Reads of the log at a time, for all queues.
+/// Loads of payloads at a time, for all queues.
 pub(in crate::queue) const READS: usize = 4;
 
 /// One queue, as the engine keeps it.
 pub(in crate::queue) struct Owned {
     pub(in crate::queue) row: QueueRow,
     pub(in crate::queue) dispatch: Arc<Dispatch>,
-    feed: Arc<Feed>,
-    progress: Arc<Progress>,
+    pub(in crate::queue) feed: Arc<Feed>,
+    pub(in crate::queue) progress: Arc<Progress>,
+    /// Up to where this generation has settled all that it matches, as far as it is known here.
+    pub(in crate::queue) position: Option<(Generation, Offset)>,
+    /// The database refused its journal so many times in a row: it is recovered alone, later each time.
+    pub(in crate::queue) refusals: u32,
+    pub(in crate::queue) refused_at: Option<Instant>,
     /// The task's mailbox, while it runs.
     pub(in crate::queue) mailbox: Option<mpsc::Sender<Command>>,
 }
@@ -75,6 +81,9 @@ pub(in crate::queue) struct Engine {
     pub(in crate::queue) slots: HashMap<Slot, SlotState>,
     dispatches: HashMap<StreamId, Arc<Dispatch>>,
     reads: Arc<Semaphore>,
+    scans: Scans,
+    /// Queues to be recovered alone, and when.
+    pub(in crate::queue) alone: HashMap<QueueId, Instant>,
     ended: (mpsc::Sender<Ended>, mpsc::Receiver<Ended>),
     fences: (
         mpsc::Sender<(Slot, Option<Fence>)>,
@@ -92,6 +101,7 @@ pub(in crate::queue) struct Given {
     pub(in crate::queue) shared: Arc<Shared>,
     pub(in crate::queue) writer: mpsc::Sender<Submission>,
     pub(in crate::queue) contact: Arc<Contact>,
+    pub(in crate::queue) scans: Scans,
     pub(in crate::queue) jobs: mpsc::Receiver<Job>,
 }
 
@@ -111,6 +121,8 @@ impl Engine {
             slots: HashMap::new(),
             dispatches: HashMap::new(),
             reads: Arc::new(Semaphore::new(READS)),
+            scans: given.scans,
+            alone: HashMap::new(),
             ended: mpsc::channel(1_024),
             fences: mpsc::channel(128),
         }
@@ -127,12 +139,14 @@ impl Engine {
         let mut watermarks = tokio::time::interval(WATERMARK_EVERY);
         let mut turn = tokio::time::interval(TURN_EVERY);
         let mut trim = tokio::time::interval(self.options.trim_every);
-        for tick in [&mut watermarks, &mut turn, &mut trim] {
+        let mut positions = tokio::time::interval(self.options.positions_every);
+        for tick in [&mut watermarks, &mut turn, &mut trim, &mut positions] {
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         }
         let supervisor = self.supervisor.clone();
         while !supervisor.is_stopping() {
-            let recover_at = self.slots.values().filter_map(|slot| slot.recover_at).min();
+            let slots = self.slots.values().filter_map(|slot| slot.recover_at);
+            let recover_at = slots.chain(self.alone.values().copied()).min();
             tokio::select! {
                 job = self.jobs.recv() => match job {
                     Some(job) => self.carry_out(job).await,
@@ -144,6 +158,7 @@ impl Engine {
                 _ = watermarks.tick() => self.tell_watermarks().await,
                 _ = turn.tick() => self.turn_journal().await,
                 _ = trim.tick() => self.trim_letters().await,
+                _ = positions.tick() => self.write_positions().await,
                 () = supervisor.stopping() => {}
             }
         }
@@ -177,6 +192,9 @@ impl Engine {
                 dispatch,
                 feed,
                 progress,
+                position: None,
+                refusals: 0,
+                refused_at: None,
                 mailbox: None,
             },
         );
@@ -262,9 +280,12 @@ impl Engine {
             self.shared.metrics.fenced.inc();
             tracing::warn!(queue = %ended.queue, slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
         }
+        if ended.why == Why::Refused && self.recover_alone_later(&ended) {
+            return;
+        }
         if ended.why != Why::Told {
-            // Also when the journal was refused: what was sent before the refusal may still be under way on a connection
-            // that was lost, and must not be written behind the recovery's read. A new epoch shuts it out.
+            // Also when the writer ended: what was sent before may still be under way on a connection that was lost, and
+            // must not be written behind the recovery's read. A new epoch shuts it out.
             self.cluster.fenced(&ended.fence);
             self.forget_fence(&ended.fence, ended.slot).await;
         }
@@ -306,6 +327,7 @@ impl Engine {
         for slot in due {
             self.recover(slot).await;
         }
+        self.recover_due_alone().await;
     }
 
     /// Reads the state of the slot's queues and starts their tasks, once the lease is held and no former task runs.
@@ -386,6 +408,8 @@ impl Engine {
         let Some(owned) = self.queues.get_mut(&machine.id()) else {
             return;
         };
+        self.alone.remove(&machine.id());
+        owned.position = Some((machine.generation(), machine.journaled_through()));
         let (mailbox, commands) = mpsc::channel(1_024);
         owned.mailbox = Some(mailbox.clone());
         let row = &owned.row;
@@ -406,6 +430,7 @@ impl Engine {
             writer: self.writer.clone(),
             contact: Arc::clone(&self.contact),
             reads: Arc::clone(&self.reads),
+            scans: self.scans.clone(),
             progress: Arc::clone(&owned.progress),
             supervisor: self.supervisor.clone(),
         };
@@ -443,12 +468,9 @@ impl Engine {
     async fn tell_watermarks(&self) {
         let mut lowest: HashMap<StreamId, i64> = HashMap::new();
         for owned in self.queues.values() {
-            // In this order: see `Dispatch::take` and `Task::take_in`, which clear the flag before they empty the feed.
-            let done = owned.dispatch.done();
-            let is_fed_out = owned.feed.is_empty();
             let mut watermark = owned.progress.watermark.load(Ordering::Acquire);
-            if is_fed_out && owned.progress.idle.load(Ordering::SeqCst) {
-                watermark = watermark.max(done.0);
+            if let Some(through) = owned.idle_through() {
+                watermark = watermark.max(through.0);
             }
             let watermark = match owned.mailbox {
                 Some(_) => watermark,

@@ -1,5 +1,5 @@
-//! What the tail of a stream brings to its queues. One dispatcher per stream asks for each topic once which queues take
-//! it, so that a queue that does not match, or that nobody feeds, costs nothing per message.
+//! What the tail of a stream brings to its queues. One dispatcher per stream finds the queues that take a topic by an index,
+//! and remembers them, so that a queue that does not match, or that nobody feeds, costs nothing per message.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -10,6 +10,7 @@ use tokio::sync::{Notify, broadcast};
 use crate::domain::id::{Offset, QueueId, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::{Topic, TopicPattern};
+use crate::domain::topic_index::TopicIndex;
 use crate::stream::{self, Batch};
 use crate::supervisor::Supervisor;
 
@@ -64,8 +65,10 @@ impl Feed {
         self.wake.notified().await;
     }
 
-    pub(in crate::queue) fn is_empty(&self) -> bool {
-        self.state().entries.is_empty()
+    /// Whether what the dispatcher has done is the queue's own progress: nothing waits here, and nothing was passed over.
+    pub(in crate::queue) fn is_fed_out(&self) -> bool {
+        let state = self.state();
+        state.attached && state.entries.is_empty()
     }
 
     fn detach(&self, through: Offset) {
@@ -95,6 +98,15 @@ struct Subscribers {
     /// Rises with each change, so that the dispatcher forgets what it remembered of topics.
     version: u64,
     feeds: HashMap<QueueId, (Arc<Feed>, Arc<[TopicPattern]>)>,
+    index: TopicIndex<QueueId>,
+}
+
+impl Subscribers {
+    fn matching(&self, topic: &Topic) -> Arc<[Arc<Feed>]> {
+        let queues = self.index.matching(topic).into_iter();
+        let feeds = queues.filter_map(|queue| Some(Arc::clone(&self.feeds.get(&queue)?.0)));
+        feeds.collect()
+    }
 }
 
 impl Dispatch {
@@ -124,20 +136,34 @@ impl Dispatch {
         queue: QueueId,
         patterns: Arc<[TopicPattern]>,
     ) -> Arc<Feed> {
-        let mut subscribers = self.subscribers();
-        subscribers.version += 1;
+        let mut guard = self.subscribers();
+        let subscribers = &mut *guard;
         let (feed, kept) = subscribers
             .feeds
             .entry(queue)
-            .or_insert_with(|| (Arc::new(Feed::new()), Arc::clone(&patterns)));
-        *kept = patterns;
+            .or_insert_with(|| (Arc::new(Feed::new()), Arc::default()));
+        if *kept != patterns {
+            subscribers.version += 1;
+            for pattern in kept.iter() {
+                subscribers.index.remove(pattern, queue);
+            }
+            for pattern in patterns.iter() {
+                subscribers.index.insert(pattern, queue);
+            }
+            *kept = patterns;
+        }
         Arc::clone(feed)
     }
 
     pub(in crate::queue) fn unsubscribe(&self, queue: QueueId) {
-        let mut subscribers = self.subscribers();
+        let mut guard = self.subscribers();
+        let subscribers = &mut *guard;
         subscribers.version += 1;
-        subscribers.feeds.remove(&queue);
+        if let Some((_, patterns)) = subscribers.feeds.remove(&queue) {
+            for pattern in patterns.iter() {
+                subscribers.index.remove(pattern, queue);
+            }
+        }
     }
 
     /// Attaches a queue: everything after the answer comes by the feed, what is before it is read from the log. A batch
@@ -237,13 +263,9 @@ fn dispatch_batch(
         }
         let mut places: HashMap<*const Feed, usize> = HashMap::new();
         for entry in &batch.entries {
-            let feeds = topics.entry(entry.topic.clone()).or_insert_with(|| {
-                let matching = subscribers.feeds.values();
-                matching
-                    .filter(|(_, patterns)| patterns.iter().any(|p| p.matches(&entry.topic)))
-                    .map(|(feed, _)| Arc::clone(feed))
-                    .collect()
-            });
+            let feeds = topics
+                .entry(entry.topic.clone())
+                .or_insert_with(|| subscribers.matching(&entry.topic));
             for feed in feeds.iter() {
                 let place = *places.entry(Arc::as_ptr(feed)).or_insert_with(|| {
                     filled.push((Arc::clone(feed), Vec::new()));

@@ -128,8 +128,9 @@ impl Intake {
         }
     }
 
-    pub(in crate::queue) fn is_loading(&self) -> bool {
-        self.is_loading
+    /// Whether payloads wait in memory for a receive.
+    pub(in crate::queue) fn has_loaded(&self) -> bool {
+        !self.loaded.is_empty()
     }
 
     fn keep(&mut self, entry: Arc<Entry>) {
@@ -238,15 +239,14 @@ impl Task {
             topics: self.parts.patterns.to_vec(),
             max_items: SCAN_ITEMS,
         };
-        let (stream, reads) = (self.parts.stream.clone(), Arc::clone(&self.parts.reads));
+        let scans = self.parts.scans.clone();
         self.intake.is_scanning = true;
         self.intake.scan_end = match self.intake.mode {
             Mode::Joining(base) => base,
             Mode::Scanning | Mode::Fed => *self.intake.last.borrow(),
         };
         self.work.push(Box::pin(async move {
-            let _permit = reads.acquire_owned().await;
-            Done::Scanned(stream.scan(scan).await)
+            Done::Scanned(scans.scan(scan).await)
         }));
     }
 
@@ -378,11 +378,16 @@ impl Task {
         }
     }
 
+    /// Whether the queue keeps up and has nothing unsettled.
+    pub(in crate::queue) fn is_quiet(&self) -> bool {
+        self.intake.mode == Mode::Fed
+            && !self.intake.is_pinned
+            && self.machine.oldest_unsettled().is_none()
+    }
+
     /// Tells the watermark's reader whether the dispatcher's progress is the queue's own.
     pub(in crate::queue) fn note_idle(&self) {
-        let is_idle = self.intake.mode == Mode::Fed
-            && !self.intake.is_pinned
-            && self.machine.oldest_unsettled().is_none();
+        let is_idle = self.is_quiet();
         let is_written = !self.is_writing();
         self.parts
             .progress

@@ -29,6 +29,8 @@ pub(in crate::queue) struct Metrics {
     pub(in crate::queue) group_repeats: Counter,
     pub(in crate::queue) group_seconds: Histogram,
     pub(in crate::queue) fenced: Counter,
+    pub(in crate::queue) scans: Counter,
+    pub(in crate::queue) scans_answered: Counter,
     pub(in crate::queue) queues: Gauge,
     pub(in crate::queue) standing: Gauge,
 }
@@ -48,6 +50,8 @@ impl Metrics {
             group_repeats: Counter::default(),
             group_seconds: Histogram::new(exponential_buckets(0.000_25, 2.0, 16)),
             fenced: Counter::default(),
+            scans: Counter::default(),
+            scans_answered: Counter::default(),
             queues: Gauge::default(),
             standing: Gauge::default(),
         };
@@ -103,6 +107,16 @@ impl Metrics {
                 "postroad_queue_journal_fenced",
                 "Journal writes refused since the slot was taken over",
                 &self.fenced,
+            ),
+            (
+                "postroad_queue_scans",
+                "Scans of a log by queues that catch up",
+                &self.scans,
+            ),
+            (
+                "postroad_queue_scans_answered",
+                "Queues that those scans were for: one scan serves all that look at about the same place",
+                &self.scans_answered,
             ),
         ] {
             registry.register(name, help, counter.clone());

@@ -13,8 +13,11 @@ mod handle;
 mod handout;
 mod intake;
 mod metrics;
+mod positions;
 mod receive;
 mod recovery;
+mod refused;
+mod scans;
 mod task;
 mod waiters;
 mod writer;
@@ -34,10 +37,10 @@ use crate::supervisor::{OnEnd, Supervisor};
 use crate::{cluster, stream};
 
 pub use api::{
-    BATCH_MAX, BATCH_WAIT_MAX, Declaration, Declared, Delivery, Description, Error, InFlight,
-    InFlightFilter, Outcome, ReceiveRequest, Received, Status, Verb, VerbItem, WAIT_MAX,
+    BATCH_MAX, Declaration, Declared, Delivery, Description, Error, InFlight, InFlightFilter,
+    Outcome, ReceiveRequest, Received, Status, Verb, VerbItem, WAIT_MAX,
 };
-pub use handle::{Handle, Receiving};
+pub use handle::Handle;
 pub use handout::Handout;
 
 /// Most queues of one process (PROTOCOL.md, Parameters).
@@ -58,6 +61,10 @@ pub struct Options {
     pub dead_letter_retention: Duration,
     /// How often dead letters are looked at for those that are older.
     pub trim_every: Duration,
+    /// How often it is written down how far the queues that keep up are.
+    pub positions_every: Duration,
+    /// How many offsets such a queue must have moved to be worth a row for its slot.
+    pub position_worth: i64,
 }
 
 impl Default for Options {
@@ -69,6 +76,8 @@ impl Default for Options {
             journal_full_after: Duration::from_secs(10 * 60),
             dead_letter_retention: DEAD_LETTER_RETENTION,
             trim_every: Duration::from_secs(60),
+            positions_every: Duration::from_secs(30),
+            position_worth: 10_000,
         }
     }
 }
@@ -99,6 +108,9 @@ pub async fn start(
         metrics: metrics.clone(),
     });
     registry.register_collector(Box::new(metrics::PerQueue(Arc::clone(&shared))));
+    let (scans, scanner) =
+        scans::Scans::new(stream.clone(), metrics.clone(), supervisor.clone());
+    supervisor.spawn("queue scanner", OnEnd::StopProcess, scanner.run());
     let contact = Arc::new(writer::Contact::new(At::from(cluster.now())));
     let writer = writer::Writer {
         database: database.clone(),
@@ -118,6 +130,7 @@ pub async fn start(
         shared: Arc::clone(&shared),
         writer: writer_in,
         contact,
+        scans,
         jobs,
     });
     engine.add_all(rows);

@@ -4,8 +4,8 @@
 
 use std::collections::HashMap;
 
-use crate::domain::id::{Fence, QueueId, Slot};
-use crate::domain::queue::{Queue, Random, decode};
+use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
+use crate::domain::queue::{Queue, Random, Record, decode};
 use crate::store::queue::{QueueRow, StatePart};
 use crate::store::{self, Database};
 
@@ -31,19 +31,30 @@ pub(in crate::queue) async fn recover(
     slot: Slot,
     rows: &[&QueueRow],
 ) -> Result<Vec<(Queue, bool)>, Error> {
-    let parts = store::queue::find_queue_state(database, fence, slot).await?;
-    let parts = parts.ok_or(Error::Fenced)?;
+    let state = store::queue::find_queue_state(database, fence, slot).await?;
+    let state = state.ok_or(Error::Fenced)?;
+    let positions = state.positions.into_iter();
+    let positions: HashMap<(QueueId, Generation), Offset> = positions
+        .map(|position| ((position.queue, position.generation), position.through))
+        .collect();
     let mut by_queue: HashMap<QueueId, Vec<StatePart>> = HashMap::new();
-    for part in parts {
+    for part in state.parts {
         by_queue.entry(part.queue).or_default().push(part);
     }
     let mut machines = Vec::with_capacity(rows.len());
     for row in rows {
         let parts = by_queue.remove(&row.id).unwrap_or_default();
-        let machine = rebuild(row, &parts).map_err(|source| Error::Decode {
+        let mut machine = rebuild(row, &parts).map_err(|source| Error::Decode {
             queue: row.id,
             source,
         })?;
+        if let Some(&through) = positions.get(&(row.id, row.generation)) {
+            // With nothing unsettled at that moment: all that is known of later ones is in the journal.
+            machine.apply(&Record::Scanned {
+                through: through.0,
+                matched: Default::default(),
+            });
+        }
         machines.push((machine, parts.iter().any(|part| part.is_journal)));
     }
     Ok(machines)

@@ -18,9 +18,10 @@ use tokio::time::Instant;
 
 use super::api::{Error, InFlight, InFlightFilter, Received, Status};
 use super::feed::{Dispatch, Feed};
-use super::handle::{Acks, Command, ENDED, Shared};
+use super::handle::{Command, ENDED, Shared};
 use super::handout::{Promise, Promises};
 use super::intake::{Intake, Loaded};
+use super::scans::Scans;
 use super::waiters::Waiters;
 use super::writer::{Contact, Outage, Submission, Written};
 use crate::cluster;
@@ -61,8 +62,10 @@ pub(in crate::queue) enum Why {
     Told,
     /// Its slot was taken over.
     Fenced,
-    /// The database refused its journal, or the writer ended: its state must be read again.
+    /// The database refused its journal, and that is known: its state must be read again.
     Refused,
+    /// The writer ended, and what became of the journal is not known: its slot's state must be read again.
+    Cut,
 }
 
 /// A task's last word.
@@ -90,6 +93,7 @@ pub(in crate::queue) struct Parts {
     pub(in crate::queue) writer: mpsc::Sender<Submission>,
     pub(in crate::queue) contact: Arc<Contact>,
     pub(in crate::queue) reads: Arc<Semaphore>,
+    pub(in crate::queue) scans: Scans,
     pub(in crate::queue) progress: Arc<Progress>,
     pub(in crate::queue) supervisor: Supervisor,
 }
@@ -287,9 +291,11 @@ impl Task {
     fn wake_at(&self) -> Instant {
         let instant = Instant::now();
         let now = self.now();
-        let mut wake_at = self.position_at.min(self.intake.retry_at(instant));
-        let ends = self.waiters.next_end().map(|(until, _)| until);
-        for until in [ends, self.waiters.fills_until()].into_iter().flatten() {
+        let mut wake_at = self.intake.retry_at(instant);
+        if !self.is_quiet() || self.intake.has_loaded() {
+            wake_at = wake_at.min(self.position_at);
+        }
+        if let Some((until, _)) = self.waiters.next_end() {
             wake_at = wake_at.min(until);
         }
         if !self.is_standing() {
@@ -322,16 +328,7 @@ impl Task {
 
     fn take_command(&mut self, command: Command) {
         match command {
-            Command::Receive {
-                request,
-                acks,
-                reply,
-            } => {
-                if let Some(Acks { items, reply }) = acks {
-                    self.settle(Verb::Ack, &items, reply);
-                }
-                self.take_receive(request, reply);
-            }
+            Command::Receive { request, reply } => self.take_receive(request, reply),
             Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
             Command::InFlight { filter, reply } => {
                 let _ = reply.send(Ok(self.in_flight(&filter)));
@@ -451,7 +448,8 @@ impl Task {
         }
     }
 
-    /// A quiet queue's position is worth a row now and then: it is where the scan goes on after a restart.
+    /// The position of a queue that has something to do, and nobody who does it, is worth a row now and then: it is where the
+    /// scan goes on after a restart. Those with nothing to do share a row of their slot (`positions.rs`).
     fn journal_position(&mut self) {
         let now = Instant::now();
         if now < self.position_at || self.is_standing() {
@@ -459,6 +457,9 @@ impl Task {
         }
         self.position_at = now + POSITION_EVERY;
         self.intake.forget_if_unused();
+        if self.is_quiet() {
+            return;
+        }
         let behind = self.machine.scanned_through().0 - self.machine.journaled_through().0;
         if behind >= POSITION_WORTH {
             self.machine.journal_scan(self.machine.scanned_through());
@@ -502,7 +503,7 @@ impl Task {
             .is_err()
         {
             // The channel holds a part of every queue there can be, so the writer is gone.
-            self.ending = Some(Why::Refused);
+            self.ending = Some(Why::Cut);
             return;
         }
         self.submitted = Some(Submitted {
@@ -549,7 +550,8 @@ impl Task {
                 self.answer(part.answers);
             }
             Some(Written::Fenced) => self.ending = Some(Why::Fenced),
-            Some(Written::Refused) | None => self.ending = Some(Why::Refused),
+            Some(Written::Refused) => self.ending = Some(Why::Refused),
+            None => self.ending = Some(Why::Cut),
         }
     }
 
@@ -598,12 +600,7 @@ impl Task {
         self.parts.mailbox.close();
         while let Ok(command) = self.parts.mailbox.try_recv() {
             match command {
-                Command::Receive { reply, acks, .. } => {
-                    let _ = reply.send(Err(ENDED));
-                    if let Some(acks) = acks {
-                        let _ = acks.reply.send(Err(ENDED));
-                    }
-                }
+                Command::Receive { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Settle { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::InFlight { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Pin { reply } => drop(reply.send(Err(ENDED))),
@@ -627,15 +624,8 @@ impl Task {
             let _ = waiter.reply.send(Ok(self.empty()));
         }
         while let Ok(command) = self.parts.mailbox.try_recv() {
-            match command {
-                Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
-                Command::Receive { reply, acks, .. } => {
-                    if let Some(Acks { items, reply }) = acks {
-                        self.settle(Verb::Ack, &items, reply);
-                    }
-                    let _ = reply.send(Ok(self.empty()));
-                }
-                _ => {}
+            if let Command::Settle { verb, items, reply } = command {
+                self.settle(verb, &items, reply);
             }
         }
         self.take_back_returned();
@@ -664,9 +654,10 @@ async fn committed(submitted: &mut Option<Submitted>) -> Option<Written> {
 
 /// Whether an error of the stream is worth a word: an outage is told by the writer.
 pub(in crate::queue) fn log_read_failure(queue: &QueueName, error: &stream::Error) {
-    let is_outage =
-        matches!(error, stream::Error::Store(error) if error.retry() == store::Retry::Backoff);
-    if !is_outage {
+    // Of a scan that is shared, one queue is told what failed.
+    let is_told = matches!(error, stream::Error::Stopping)
+        || matches!(error, stream::Error::Store(error) if error.retry() == store::Retry::Backoff);
+    if !is_told {
         tracing::warn!(%queue, error = error as &dyn std::error::Error, "reading messages for a queue failed");
     }
 }

@@ -99,11 +99,28 @@ pub(in crate::queue) struct Writer {
 /// Those who wait for their parts of a group.
 type Waiting = Vec<(QueueId, Slot, oneshot::Sender<Written>)>;
 
+/// The last number used of each slot, and under which epoch.
+type Numbers = HashMap<Slot, (Epoch, i64)>;
+
+/// The slot's place in the next group, under its next number.
+fn number(numbers: &mut Numbers, slot: Slot, fence: Fence) -> GroupSlot {
+    let counter = numbers.entry(slot).or_insert((fence.epoch, 0));
+    if counter.0 != fence.epoch {
+        *counter = (fence.epoch, 0);
+    }
+    counter.1 += 1;
+    GroupSlot {
+        slot,
+        number: counter.1,
+        fence,
+    }
+}
+
 impl Writer {
     /// Runs until every sender is gone.
     pub(in crate::queue) async fn run(mut self) {
         let mut connection: Option<Connection> = None;
-        let mut numbers: HashMap<Slot, (Epoch, i64)> = HashMap::new();
+        let mut numbers = Numbers::new();
         let mut held = None;
         loop {
             let first = match held.take() {
@@ -112,11 +129,8 @@ impl Writer {
                     Ok(Some(first)) => first,
                     Ok(None) => return,
                     Err(_) => {
-                        if self
-                            .write(&mut connection, &Group::default())
-                            .await
-                            .is_none()
-                        {
+                        let probe = Group::default();
+                        if self.write_known(&mut connection, &probe).await.is_none() {
                             return;
                         }
                         continue;
@@ -124,7 +138,7 @@ impl Writer {
                 },
             };
             let (group, waiting, probes) = self.gather(first, &mut numbers, &mut held);
-            let answers = self.write(&mut connection, &group).await;
+            let answers = self.write(&mut connection, &group, &mut numbers).await;
             let Some(answers) = answers else {
                 // Told to stop while Postgres is away. Who waits learns that the outcome is not known.
                 return;
@@ -133,10 +147,7 @@ impl Writer {
                 let written = match &answers {
                     Ok(written) if written.fenced.contains(&slot) => Written::Fenced,
                     Ok(written) => Written::Committed { turn: written.turn },
-                    Err(refused) => match refused.get(&queue) {
-                        Some(turn) => Written::Committed { turn: *turn },
-                        None => Written::Refused,
-                    },
+                    Err(each) => each.get(&queue).copied().unwrap_or(Written::Refused),
                 };
                 let _ = done.send(written);
             }
@@ -149,7 +160,7 @@ impl Writer {
     fn gather(
         &mut self,
         first: Submission,
-        numbers: &mut HashMap<Slot, (Epoch, i64)>,
+        numbers: &mut Numbers,
         held: &mut Option<Submission>,
     ) -> (Group, Waiting, Vec<oneshot::Sender<()>>) {
         let mut group = Group::default();
@@ -171,16 +182,7 @@ impl Writer {
                     bytes += part.records.len() + part.checkpoint.as_ref().map_or(0, Vec::len);
                     waiting.push((part.queue, part.slot, done));
                     slots.entry(fence.lease.clone()).or_insert_with(|| {
-                        let counter = numbers.entry(part.slot).or_insert((fence.epoch, 0));
-                        if counter.0 != fence.epoch {
-                            *counter = (fence.epoch, 0);
-                        }
-                        counter.1 += 1;
-                        GroupSlot {
-                            slot: part.slot,
-                            number: counter.1,
-                            fence,
-                        }
+                        number(numbers, part.slot, fence)
                     });
                     group.parts.push(*part);
                 }
@@ -194,13 +196,14 @@ impl Writer {
         (group, waiting, probes)
     }
 
-    /// Writes until the outcome is known. Err holds the queues whose parts were committed alone, after the group as a
-    /// whole was refused. None when told to stop while Postgres is away.
+    /// Writes until the outcome is known. Err holds what became of each part by itself, after the group as a whole was
+    /// refused. None when told to stop while Postgres is away.
     async fn write(
         &self,
         connection: &mut Option<Connection>,
         group: &Group,
-    ) -> Option<Result<GroupWritten, HashMap<QueueId, i64>>> {
+        numbers: &mut Numbers,
+    ) -> Option<Result<GroupWritten, HashMap<QueueId, Written>>> {
         match self.write_known(connection, group).await? {
             Ok(written) => Some(Ok(written)),
             Err(error) if group.parts.len() <= 1 => {
@@ -215,46 +218,39 @@ impl Writer {
                     error = &error as &dyn std::error::Error,
                     "a group of queues was refused; writing each alone"
                 );
-                Some(Err(self.write_each(connection, group).await?))
+                Some(Err(self.write_each(connection, group, numbers).await?))
             }
         }
     }
 
-    /// Each part by itself, so that one that is refused fails nobody else. The slot's number serves only the first of
-    /// its queues; the others are refused and recover, which is rare enough.
+    /// Each part by itself, so that one that is refused fails nobody else. Each under a number of its own: a number that was
+    /// used stands for a group that is written, and the refused one of all is not.
     async fn write_each(
         &self,
         connection: &mut Option<Connection>,
         group: &Group,
-    ) -> Option<HashMap<QueueId, i64>> {
-        let mut committed = HashMap::new();
-        let mut used = Vec::new();
+        numbers: &mut Numbers,
+    ) -> Option<HashMap<QueueId, Written>> {
+        let mut each = HashMap::new();
         for part in &group.parts {
-            if used.contains(&part.slot) {
+            let Some(slot) = group.slots.iter().find(|slot| slot.slot == part.slot) else {
                 continue;
-            }
-            let slots = group
-                .slots
-                .iter()
-                .filter(|slot| slot.slot == part.slot)
-                .cloned()
-                .collect();
+            };
             let alone = Group {
-                slots,
+                slots: vec![number(numbers, part.slot, slot.fence.clone())],
                 parts: vec![part.clone()],
             };
-            match self.write_known(connection, &alone).await? {
-                Ok(written) if written.fenced.is_empty() => {
-                    used.push(part.slot);
-                    committed.insert(part.queue, written.turn);
-                }
-                Ok(_) => {}
+            let written = match self.write_known(connection, &alone).await? {
+                Ok(written) if written.fenced.is_empty() => Written::Committed { turn: written.turn },
+                Ok(_) => Written::Fenced,
                 Err(error) => {
                     tracing::error!(queue = %part.queue, error = &error as &dyn std::error::Error, "the journal of a queue was refused");
+                    Written::Refused
                 }
-            }
+            };
+            each.insert(part.queue, written);
         }
-        Some(committed)
+        Some(each)
     }
 
     async fn write_known(

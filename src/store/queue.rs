@@ -267,6 +267,56 @@ pub async fn delete_queue(database: &Database, id: QueueId) -> Result<(), Error>
     Ok(())
 }
 
+/// Up to where a queue that keeps up has settled all that it matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// Whose.
+    pub queue: QueueId,
+    /// In which generation.
+    pub generation: Generation,
+    /// The offset.
+    pub through: Offset,
+}
+
+/// The positions of a slot's queues.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotPositions {
+    /// The slot.
+    pub slot: Slot,
+    /// Its lease, at the writer's epoch.
+    pub fence: Fence,
+    /// Of each queue that ever kept up.
+    pub positions: Vec<Position>,
+}
+
+/// Writes the rows of slots, those that are still held; they take the place of the former ones. One statement for all.
+///
+/// # Errors
+/// The database's.
+pub async fn write_positions(
+    database: &Database,
+    incarnation: i64,
+    slots: &[SlotPositions],
+) -> Result<(), Error> {
+    let all = || {
+        let slots = slots.iter();
+        slots.flat_map(|slot| slot.positions.iter().map(move |position| (slot, position)))
+    };
+    sqlx::query("select postroad_broker.write_queue_positions($1, $2, $3, $4, $5, $6, $7, $8)")
+        .bind(incarnation)
+        .bind(collect(slots.iter(), |slot| slot.slot.0))
+        .bind(collect(slots.iter(), |slot| slot.fence.lease.clone()))
+        .bind(collect(slots.iter(), |slot| slot.fence.epoch.0))
+        .bind(collect(all(), |(slot, _)| slot.slot.0))
+        .bind(collect(all(), |(_, position)| position.queue.0))
+        .bind(collect(all(), |(_, position)| position.generation.0))
+        .bind(collect(all(), |(_, position)| position.through.0))
+        .execute(database.pool())
+        .await
+        .map_err(Error::query("writing the positions of queues"))?;
+    Ok(())
+}
+
 /// A part of a queue's stored state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StatePart {
@@ -278,7 +328,16 @@ pub struct StatePart {
     pub data: Vec<u8>,
 }
 
-/// Reads what the queues of a slot recover from, per queue the checkpoint first, then the journal in order. None when the
+/// What the queues of a slot recover from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SlotState {
+    /// Per queue the checkpoint first, then the journal in order.
+    pub parts: Vec<StatePart>,
+    /// Of queues that kept up.
+    pub positions: Vec<Position>,
+}
+
+/// Reads what the queues of a slot recover from. None when the
 /// lease is no longer at the fence's epoch. The lease's row first, in a statement of its own: a group whose outcome is
 /// unknown holds it until it is decided, and the state is read by a later snapshot.
 ///
@@ -288,7 +347,11 @@ pub async fn find_queue_state(
     database: &Database,
     fence: &Fence,
     slot: Slot,
-) -> Result<Option<Vec<StatePart>>, Error> {
+) -> Result<Option<SlotState>, Error> {
+    type Rows = (
+        Vec<(i64, bool, Vec<u8>)>,
+        Option<(Vec<i64>, Vec<i64>, Vec<i64>)>,
+    );
     let read = async {
         let mut connection = database.pool().acquire().await?;
         let mut transaction = connection.begin().await?;
@@ -302,25 +365,41 @@ pub async fn find_queue_state(
             transaction.rollback().await?;
             return Ok(None);
         }
-        let rows: Vec<(i64, bool, Vec<u8>)> =
-            sqlx::query_as(include_str!("sql/read_queue_state.sql"))
-                .bind(slot.0)
-                .fetch_all(&mut *transaction)
-                .await?;
+        let parts = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
+            .bind(slot.0)
+            .fetch_all(&mut *transaction)
+            .await?;
+        let positions = sqlx::query_as(
+            "select queue_ids, generations, throughs from postroad_broker.queue_position where slot = $1",
+        )
+        .bind(slot.0)
+        .fetch_optional(&mut *transaction)
+        .await?;
         transaction.commit().await?;
-        Ok(Some(rows))
+        Ok(Some((parts, positions)))
     };
-    let rows: Option<Vec<(i64, bool, Vec<u8>)>> = read
+    let rows: Option<Rows> = read
         .await
         .map_err(Error::query("reading the state of queues"))?;
-    Ok(rows.map(|rows| {
-        rows.into_iter()
+    Ok(rows.map(|(parts, positions)| {
+        let parts = parts
+            .into_iter()
             .map(|(queue, is_journal, data)| StatePart {
                 queue: QueueId(queue),
                 is_journal,
                 data,
-            })
-            .collect()
+            });
+        let (queues, generations, throughs) = positions.unwrap_or_default();
+        let positions = queues.into_iter().zip(generations).zip(throughs);
+        let positions = positions.map(|((queue, generation), through)| Position {
+            queue: QueueId(queue),
+            generation: Generation(generation),
+            through: Offset(through),
+        });
+        SlotState {
+            parts: parts.collect(),
+            positions: positions.collect(),
+        }
     }))
 }
 

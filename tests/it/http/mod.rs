@@ -2,7 +2,6 @@
 
 mod connections;
 mod messages;
-mod receive;
 mod refusals;
 
 use std::net::SocketAddr;

@@ -4,8 +4,8 @@
 mod life;
 mod matrix;
 mod outage;
-mod receive;
 mod restart;
+mod scale;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,7 +150,7 @@ impl Broker {
                     wait: Duration::from_secs(10),
                     visibility_timeout: Some(visible),
                     consumer: Some("test".into()),
-                    ..ReceiveRequest::default()
+                    receive_id: None,
                 })
                 .await;
             assert!(
