@@ -245,9 +245,9 @@ impl Task {
             Mode::Joining(base) => base,
             Mode::Scanning | Mode::Fed => *self.intake.last.borrow(),
         };
-        self.work.push(Box::pin(async move {
-            Done::Scanned(scans.scan(scan).await)
-        }));
+        self.work.push(Box::pin(
+            async move { Done::Scanned(scans.scan(scan).await) },
+        ));
     }
 
     pub(in crate::queue) fn finish_scan(

@@ -108,8 +108,7 @@ pub async fn start(
         metrics: metrics.clone(),
     });
     registry.register_collector(Box::new(metrics::PerQueue(Arc::clone(&shared))));
-    let (scans, scanner) =
-        scans::Scans::new(stream.clone(), metrics.clone(), supervisor.clone());
+    let (scans, scanner) = scans::Scans::new(stream.clone(), metrics.clone(), supervisor.clone());
     supervisor.spawn("queue scanner", OnEnd::StopProcess, scanner.run());
     let contact = Arc::new(writer::Contact::new(At::from(cluster.now())));
     let writer = writer::Writer {

@@ -52,8 +52,7 @@ impl Engine {
         });
         let rows: Vec<SlotPositions> = rows.collect();
         let incarnation = self.cluster.incarnation();
-        if let Err(error) =
-            store::queue::write_positions(&self.database, incarnation, &rows).await
+        if let Err(error) = store::queue::write_positions(&self.database, incarnation, &rows).await
         {
             tracing::debug!(
                 error = &error as &dyn std::error::Error,

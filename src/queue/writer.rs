@@ -181,9 +181,9 @@ impl Writer {
                     }
                     bytes += part.records.len() + part.checkpoint.as_ref().map_or(0, Vec::len);
                     waiting.push((part.queue, part.slot, done));
-                    slots.entry(fence.lease.clone()).or_insert_with(|| {
-                        number(numbers, part.slot, fence)
-                    });
+                    slots
+                        .entry(fence.lease.clone())
+                        .or_insert_with(|| number(numbers, part.slot, fence));
                     group.parts.push(*part);
                 }
             }
@@ -241,7 +241,9 @@ impl Writer {
                 parts: vec![part.clone()],
             };
             let written = match self.write_known(connection, &alone).await? {
-                Ok(written) if written.fenced.is_empty() => Written::Committed { turn: written.turn },
+                Ok(written) if written.fenced.is_empty() => {
+                    Written::Committed { turn: written.turn }
+                }
                 Ok(_) => Written::Fenced,
                 Err(error) => {
                     tracing::error!(queue = %part.queue, error = &error as &dyn std::error::Error, "the journal of a queue was refused");

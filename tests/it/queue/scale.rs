@@ -177,11 +177,7 @@ async fn a_queue_whose_journal_is_refused_takes_no_other_of_its_slot_with_it() {
             let received = receive(&broker, &other).await.unwrap();
             let items = items(&received.deliveries);
             received.handout.written();
-            broker
-                .queue
-                .settle(&other, Verb::Ack, items)
-                .await
-                .unwrap();
+            broker.queue.settle(&other, Verb::Ack, items).await.unwrap();
         }
     };
     tokio::join!(refusals, work);
