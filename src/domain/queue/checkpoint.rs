@@ -24,6 +24,12 @@ impl Queue {
         to.bitmap(&self.ahead);
         to.bitmap(&self.lost);
         to.bitmap(&self.reopened);
+        self.write_dead(&mut to);
+        self.write_receives(&mut to);
+        out
+    }
+
+    pub(super) fn write_dead(&self, to: &mut Writer<'_>) {
         to.number(self.dead.len() as u64);
         let mut last = 0;
         for (&offset, dead) in &self.dead {
@@ -34,8 +40,21 @@ impl Queue {
             to.0.push(u8::from(dead.holds));
             last = offset;
         }
-        self.write_receives(&mut to);
-        out
+    }
+
+    pub(super) fn read_dead(&mut self, from: &mut Reader<'_>) -> Result<(), Decode> {
+        let mut last = 0i64;
+        for _ in 0..from.length_of_list()? {
+            last = last.wrapping_add(from.signed()?);
+            let dead = Dead {
+                delivery: from.small()?,
+                at: At(from.signed()?),
+                key: from.key()?,
+                holds: from.flag()?,
+            };
+            self.bury(last, dead);
+        }
+        Ok(())
     }
 
     /// Receives are shared by the deliveries of a batch: each is written once, and entries name it by its number.
@@ -92,17 +111,7 @@ impl Queue {
         queue.ahead = from.bitmap()?;
         queue.lost = from.bitmap()?;
         queue.reopened = from.bitmap()?;
-        let mut last = 0i64;
-        for _ in 0..from.length_of_list()? {
-            last = last.wrapping_add(from.signed()?);
-            let dead = Dead {
-                delivery: from.small()?,
-                at: At(from.signed()?),
-                key: from.key()?,
-                holds: from.flag()?,
-            };
-            queue.dead.insert(last, dead);
-        }
+        queue.read_dead(&mut from)?;
         let mut receives = Vec::new();
         for _ in 0..from.length_of_list()? {
             receives.push(Arc::new(from.receive()?));

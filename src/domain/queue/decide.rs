@@ -233,7 +233,7 @@ impl Queue {
         }
     }
 
-    fn expire(&mut self, offset: i64, now: At) {
+    pub(super) fn expire(&mut self, offset: i64, now: At) {
         let Some(entry) = self.entries.get(&offset) else {
             return;
         };

@@ -11,6 +11,7 @@
 
 mod checkpoint;
 mod decide;
+mod manage;
 mod offsets;
 mod record;
 mod redrive;
@@ -36,6 +37,7 @@ use super::policy::Settings;
 use offsets::Offsets;
 
 pub use decide::{ENTRIES_MAX, Handed, Taken};
+pub use manage::{Inspected, Standing, Whose};
 pub use record::{Decode, End, Record, SettledAs, decode, encode};
 pub use redrive::{REOPENED_MAX, Reborn};
 pub use verbs::{Item, Outcome, Verb};
