@@ -18,6 +18,8 @@ use super::handout::Handout;
 pub const BATCH_MAX: usize = 1_000;
 /// Longest wait of a receive.
 pub const WAIT_MAX: Duration = Duration::from_secs(50);
+/// Longest wait of a receive for its batch to fill.
+pub const BATCH_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// What a queue is to be.
 #[derive(Debug, Clone, PartialEq)]
@@ -100,12 +102,18 @@ pub struct ReceiveRequest {
     pub max_bytes: u64,
     /// How long to wait for the first message, at most 50 s.
     pub wait: Duration,
+    /// From the first message on, how long to wait for others until there are `max_messages`, at most 5 s. Never beyond
+    /// the end of `wait`.
+    pub batch_wait: Duration,
     /// Held for this long; the queue's own time without.
     pub visibility_timeout: Option<Duration>,
     /// Who receives, at most 255 bytes: for the in-flight list.
     pub consumer: Option<String>,
     /// A receive repeated under the same id, at most 255 bytes, gets the same deliveries while they live.
     pub receive_id: Option<String>,
+    /// Receipts of deliveries that are done, at most 1,000: acknowledged before anything is handed out, and whatever
+    /// becomes of the wait.
+    pub ack: Vec<String>,
 }
 
 impl Default for ReceiveRequest {
@@ -114,9 +122,11 @@ impl Default for ReceiveRequest {
             max_messages: 10,
             max_bytes: 4 * 1024 * 1024,
             wait: Duration::from_secs(20),
+            batch_wait: Duration::ZERO,
             visibility_timeout: None,
             consumer: None,
             receive_id: None,
+            ack: Vec::new(),
         }
     }
 }
@@ -124,6 +134,8 @@ impl Default for ReceiveRequest {
 /// The answer to a receive.
 #[derive(Debug)]
 pub struct Received {
+    /// What became of the receipts that came along to be acknowledged, in the order sent.
+    pub acked: Vec<Outcome>,
     /// The messages, by offset.
     pub deliveries: Vec<Delivery>,
     /// Why there are none.
@@ -133,6 +145,20 @@ pub struct Received {
     /// Call [`Handout::written`] once the answer is on the wire; dropped without it, the deliveries are released and
     /// not charged.
     pub handout: Handout,
+}
+
+impl Received {
+    /// No deliveries, for this reason.
+    #[must_use]
+    pub fn nothing(reason: EmptyReason) -> Self {
+        Self {
+            acked: Vec::new(),
+            deliveries: Vec::new(),
+            reason: Some(reason),
+            next_due_at: None,
+            handout: Handout::default(),
+        }
+    }
 }
 
 /// One message handed out.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::api::{
-    BATCH_MAX, Declaration, Declared, Description, Error, InFlight, InFlightFilter, ReceiveRequest,
-    Received, Status, VerbItem, WAIT_MAX,
+    BATCH_MAX, BATCH_WAIT_MAX, Declaration, Declared, Description, Error, InFlight, InFlightFilter,
+    ReceiveRequest, Received, Status, VerbItem, WAIT_MAX,
 };
 use super::metrics::Metrics;
 use super::task::Progress;
@@ -17,7 +17,7 @@ use crate::domain::name::QueueName;
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
 };
-use crate::domain::queue::{Item, Outcome, Verb};
+use crate::domain::queue::{EmptyReason, Item, Outcome, Verb};
 use crate::domain::receipt::Key;
 
 /// The queues of this process. Cheap to clone. Every future can be dropped at any time.
@@ -36,6 +36,7 @@ type Reply<T> = oneshot::Sender<Result<T, Error>>;
 pub(in crate::queue) enum Command {
     Receive {
         request: ReceiveRequest,
+        acks: Option<Acks>,
         reply: Reply<Received>,
     },
     Settle {
@@ -67,6 +68,14 @@ pub(in crate::queue) enum Command {
     },
     /// End: the queue is deleted or its slot is lost. Nothing more is written.
     End,
+}
+
+/// Receipts that come along with a receive, acknowledged first and answered by themselves: their commit does not wait for
+/// the long poll.
+#[derive(Debug)]
+pub(in crate::queue) struct Acks {
+    pub(in crate::queue) items: Vec<Item>,
+    pub(in crate::queue) reply: Reply<Vec<Outcome>>,
 }
 
 /// What is asked of the engine's own task.
@@ -204,11 +213,67 @@ impl Handle {
         queue: &QueueName,
         request: ReceiveRequest,
     ) -> Result<Received, Error> {
+        self.begin_receive(queue, request).await?.finish().await
+    }
+
+    /// As [`Handle::receive`], in two steps: returns when what came along to be acknowledged is committed. What is handed
+    /// out is in the same commit, if there is something at once. The acknowledgements stay whatever becomes of the rest.
+    ///
+    /// # Errors
+    /// As [`Handle::receive`].
+    pub async fn begin_receive(
+        &self,
+        queue: &QueueName,
+        mut request: ReceiveRequest,
+    ) -> Result<Receiving, Error> {
         check_receive(&request)?;
-        let bound = request.wait + self.shared.outcome_wait;
         self.shared.metrics.receives.inc();
-        self.tell(queue, bound, |reply| Command::Receive { request, reply })
-            .await
+        let until = request.wait + self.shared.outcome_wait;
+        let (acks, acked) = self.acks(std::mem::take(&mut request.ack));
+        let mailbox = self.shared.mailbox(queue).await?;
+        let (reply, answer) = oneshot::channel();
+        let sent = mailbox.send(Command::Receive {
+            request,
+            acks,
+            reply,
+        });
+        let begun = bounded(self.shared.outcome_wait, async {
+            sent.await.map_err(|_| ENDED)?;
+            match acked {
+                Some(acked) => acked.await.unwrap_or(Err(Error::OutcomeUnknown)),
+                None => Ok(Vec::new()),
+            }
+        });
+        let acked = self.explained(queue, &mailbox, begun.await)?;
+        Ok(Receiving {
+            acked,
+            handle: self.clone(),
+            queue: queue.clone(),
+            mailbox,
+            answer,
+            bound: until,
+        })
+    }
+
+    fn acks(
+        &self,
+        receipts: Vec<String>,
+    ) -> (
+        Option<Acks>,
+        Option<oneshot::Receiver<Result<Vec<Outcome>, Error>>>,
+    ) {
+        if receipts.is_empty() {
+            return (None, None);
+        }
+        let (reply, acked) = oneshot::channel();
+        let items = receipts.iter().map(|receipt| Item {
+            receipt: self.shared.key.open(receipt),
+            delay: None,
+            extend_by: None,
+            reason: None,
+        });
+        let items = items.collect();
+        (Some(Acks { items, reply }), Some(acked))
     }
 
     /// Settles deliveries by their receipts, evaluated as one request in offset order and answered in the order sent,
@@ -257,8 +322,7 @@ impl Handle {
         .await
     }
 
-    /// Sends a command to the queue's task. A task that ended because its queue was deleted meanwhile leaves nothing to find
-    /// out: the queue is not there.
+    /// Sends a command to the queue's task.
     async fn tell<T>(
         &self,
         queue: &QueueName,
@@ -266,7 +330,18 @@ impl Handle {
         command: impl FnOnce(Reply<T>) -> Command,
     ) -> Result<T, Error> {
         let mailbox = self.shared.mailbox(queue).await?;
-        match send(&mailbox, bound, command).await {
+        let answer = send(&mailbox, bound, command).await;
+        self.explained(queue, &mailbox, answer)
+    }
+
+    /// A task that ended because its queue was deleted meanwhile leaves nothing to find out: the queue is not there.
+    fn explained<T>(
+        &self,
+        queue: &QueueName,
+        mailbox: &mpsc::Sender<Command>,
+        answer: Result<T, Error>,
+    ) -> Result<T, Error> {
+        match answer {
             Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown))
                 if mailbox.is_closed() =>
             {
@@ -306,9 +381,58 @@ async fn send<T>(
         // The task ended with the decision in its hands: it may be committed.
         answer.await.unwrap_or(Err(Error::OutcomeUnknown))
     };
+    bounded(bound, exchange).await
+}
+
+/// Waits for an answer at most so long. What is asked for goes on by itself.
+async fn bounded<T>(
+    bound: Duration,
+    exchange: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
     match tokio::time::timeout(bound, exchange).await {
         Ok(answer) => answer,
         Err(_) => Err(Error::OutcomeUnknown),
+    }
+}
+
+/// A receive whose acknowledgements are committed.
+#[derive(Debug)]
+#[must_use = "dropping it takes the waiter away"]
+pub struct Receiving {
+    /// What became of the receipts that came along, in the order sent.
+    pub acked: Vec<Outcome>,
+    handle: Handle,
+    queue: QueueName,
+    mailbox: mpsc::Sender<Command>,
+    answer: oneshot::Receiver<Result<Received, Error>>,
+    bound: Duration,
+}
+
+impl Receiving {
+    /// Waits for messages, as [`Handle::receive`] does. Dropping the future takes the waiter away.
+    ///
+    /// # Errors
+    /// As [`Handle::receive`]. Not [`Error::InFlightFull`] if something came along to be acknowledged: what became of
+    /// that must be told.
+    pub async fn finish(self) -> Result<Received, Error> {
+        let Self {
+            acked,
+            handle,
+            queue,
+            mailbox,
+            answer,
+            bound,
+        } = self;
+        // The task ended with the decision in its hands: it may be committed.
+        let exchange = async { answer.await.unwrap_or(Err(Error::OutcomeUnknown)) };
+        let answer = bounded(bound, exchange).await;
+        let received = match handle.explained(&queue, &mailbox, answer) {
+            Err(Error::InFlightFull { .. }) if !acked.is_empty() => {
+                Received::nothing(EmptyReason::InFlightFull)
+            }
+            answer => answer?,
+        };
+        Ok(Received { acked, ..received })
     }
 }
 
@@ -345,6 +469,12 @@ fn check_receive(request: &ReceiveRequest) -> Result<(), Error> {
     }
     if request.wait > WAIT_MAX {
         return Err(invalid("wait_seconds", "must be from 0 to 50"));
+    }
+    if request.batch_wait > BATCH_WAIT_MAX {
+        return Err(invalid("batch_wait_seconds", "must be from 0 to 5"));
+    }
+    if request.ack.len() > BATCH_MAX {
+        return Err(invalid("ack", "must be a list of at most 1000"));
     }
     if request
         .visibility_timeout

@@ -133,6 +133,10 @@ impl Intake {
         !self.loaded.is_empty()
     }
 
+    pub(in crate::queue) fn is_loading(&self) -> bool {
+        self.is_loading
+    }
+
     fn keep(&mut self, entry: Arc<Entry>) {
         let bytes = entry.event.len();
         self.usual_bytes = (self.usual_bytes * 15 + bytes) / 16;

@@ -37,10 +37,10 @@ use crate::supervisor::{OnEnd, Supervisor};
 use crate::{cluster, stream};
 
 pub use api::{
-    BATCH_MAX, Declaration, Declared, Delivery, Description, Error, InFlight, InFlightFilter,
-    Outcome, ReceiveRequest, Received, Status, Verb, VerbItem, WAIT_MAX,
+    BATCH_MAX, BATCH_WAIT_MAX, Declaration, Declared, Delivery, Description, Error, InFlight,
+    InFlightFilter, Outcome, ReceiveRequest, Received, Status, Verb, VerbItem, WAIT_MAX,
 };
-pub use handle::Handle;
+pub use handle::{Handle, Receiving};
 pub use handout::Handout;
 
 /// Most queues of one process (PROTOCOL.md, Parameters).

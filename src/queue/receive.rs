@@ -8,11 +8,12 @@ use tokio::time::Instant;
 
 use super::api::{Delivery, Error, ReceiveRequest, Received};
 use super::handout::{Handout, Promise};
+use super::intake::Intake;
 use super::task::{Answer, Done, Task};
 use super::waiters::Waiter;
 use crate::domain::id::Offset;
 use crate::domain::message::Entry;
-use crate::domain::queue::{At, EmptyReason, Handed, Receive};
+use crate::domain::queue::{At, EmptyReason, Handed, Queue, Receive};
 use crate::domain::receipt::Receipt;
 use crate::stream;
 
@@ -21,6 +22,18 @@ const WAITERS_MAX: usize = 10_000;
 /// A receive without a wait waits this long at most for a scan or a load that is under way.
 const GRACE: Duration = Duration::from_secs(1);
 const GRACE_STEP: Duration = Duration::from_millis(5);
+
+/// Whether a receive would gain nothing by waiting for more: as many messages, or bytes, as it can be handed are there.
+fn is_full(machine: &Queue, intake: &Intake, request: &ReceiveRequest) -> bool {
+    let limit = machine.settings().max_in_flight as usize;
+    let room = limit.saturating_sub(machine.counts().live as usize);
+    let wanted = (request.max_messages as usize).min(room);
+    let ready = machine.ready(wanted);
+    let sizes = ready.iter().map_while(|&offset| intake.size(offset));
+    let (loaded, bytes) = sizes.fold((0, 0), |(count, sum), size| (count + 1, sum + size));
+    let is_loaded = loaded == ready.len() || !intake.is_loading();
+    bytes >= request.max_bytes || ready.len() >= wanted && is_loaded
+}
 
 type Reply = oneshot::Sender<Result<Received, Error>>;
 
@@ -75,13 +88,11 @@ impl Task {
     /// Hands out what is ready, the longest waiter first.
     pub(in crate::queue) fn serve(&mut self) {
         while self.machine.has_ready() {
-            let Some((number, waiter)) = self.waiters.first() else {
+            let (machine, intake) = (&self.machine, &self.intake);
+            let is_full = |request: &ReceiveRequest| is_full(machine, intake, request);
+            let Some((number, waiter)) = self.waiters.next(Instant::now(), is_full) else {
                 break;
             };
-            if waiter.reply.is_closed() {
-                self.waiters.remove(number);
-                continue;
-            }
             let request = &waiter.request;
             let receive = Receive {
                 consumer: request.consumer.clone(),
@@ -185,10 +196,8 @@ impl Task {
                 .min(),
         };
         Received {
-            deliveries: Vec::new(),
-            reason: Some(reason),
             next_due_at: due.map(Into::into),
-            handout: Handout::default(),
+            ..Received::nothing(reason)
         }
     }
 
@@ -208,6 +217,7 @@ impl Task {
             })
             .collect();
         Received {
+            acked: Vec::new(),
             reason: deliveries.is_empty().then_some(EmptyReason::Empty),
             deliveries,
             next_due_at: None,

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::api::{Error, InFlight, InFlightFilter, Received, Status};
 use super::feed::{Dispatch, Feed};
-use super::handle::{Command, ENDED, Shared};
+use super::handle::{Acks, Command, ENDED, Shared};
 use super::handout::{Promise, Promises};
 use super::intake::{Intake, Loaded};
 use super::scans::Scans;
@@ -295,7 +295,8 @@ impl Task {
         if !self.is_quiet() || self.intake.has_loaded() {
             wake_at = wake_at.min(self.position_at);
         }
-        if let Some((until, _)) = self.waiters.next_end() {
+        let ends = self.waiters.next_end().map(|(until, _)| until);
+        for until in [ends, self.waiters.fills_until()].into_iter().flatten() {
             wake_at = wake_at.min(until);
         }
         if !self.is_standing() {
@@ -328,7 +329,16 @@ impl Task {
 
     fn take_command(&mut self, command: Command) {
         match command {
-            Command::Receive { request, reply } => self.take_receive(request, reply),
+            Command::Receive {
+                request,
+                acks,
+                reply,
+            } => {
+                if let Some(Acks { items, reply }) = acks {
+                    self.settle(Verb::Ack, &items, reply);
+                }
+                self.take_receive(request, reply);
+            }
             Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
             Command::InFlight { filter, reply } => {
                 let _ = reply.send(Ok(self.in_flight(&filter)));
@@ -600,7 +610,12 @@ impl Task {
         self.parts.mailbox.close();
         while let Ok(command) = self.parts.mailbox.try_recv() {
             match command {
-                Command::Receive { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::Receive { reply, acks, .. } => {
+                    let _ = reply.send(Err(ENDED));
+                    if let Some(acks) = acks {
+                        let _ = acks.reply.send(Err(ENDED));
+                    }
+                }
                 Command::Settle { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::InFlight { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Pin { reply } => drop(reply.send(Err(ENDED))),
@@ -624,8 +639,15 @@ impl Task {
             let _ = waiter.reply.send(Ok(self.empty()));
         }
         while let Ok(command) = self.parts.mailbox.try_recv() {
-            if let Command::Settle { verb, items, reply } = command {
-                self.settle(verb, &items, reply);
+            match command {
+                Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
+                Command::Receive { reply, acks, .. } => {
+                    if let Some(Acks { items, reply }) = acks {
+                        self.settle(Verb::Ack, &items, reply);
+                    }
+                    let _ = reply.send(Ok(self.empty()));
+                }
+                _ => {}
             }
         }
         self.take_back_returned();

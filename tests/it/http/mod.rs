@@ -2,6 +2,7 @@
 
 mod connections;
 mod messages;
+mod receive;
 mod refusals;
 
 use std::net::SocketAddr;

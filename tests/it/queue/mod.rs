@@ -4,6 +4,7 @@
 mod life;
 mod matrix;
 mod outage;
+mod receive;
 mod restart;
 mod scale;
 
@@ -150,7 +151,7 @@ impl Broker {
                     wait: Duration::from_secs(10),
                     visibility_timeout: Some(visible),
                     consumer: Some("test".into()),
-                    receive_id: None,
+                    ..ReceiveRequest::default()
                 })
                 .await;
             assert!(

@@ -10,8 +10,10 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::verbs::{AckItem, WireSettled};
 use crate::domain::name::QueueName;
 use crate::domain::policy::CONSUMER_MAX_BYTES;
+use crate::domain::queue::EmptyReason;
 use crate::http::body::{Handed, OnWritten, Outgoing};
 use crate::http::extract::{Check, Json, Named, Query};
 use crate::http::openapi::{NoQueue, QueueBounds, Writes};
@@ -19,7 +21,7 @@ use crate::http::problem::Problem;
 use crate::http::routes::queues::TWELVE_HOURS;
 use crate::http::routes::wire::{self, Event};
 use crate::http::state::State;
-use crate::queue::{BATCH_MAX, Handout, ReceiveRequest, Received, WAIT_MAX};
+use crate::queue::{BATCH_MAX, BATCH_WAIT_MAX, Handout, ReceiveRequest, Received, WAIT_MAX};
 
 /// How to receive. Everything is optional.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -35,6 +37,10 @@ struct Receive {
     /// How long to wait for the first message; 20 without.
     #[schema(minimum = 0, maximum = 50)]
     wait_seconds: Option<f64>,
+    /// From the first message on, how long to wait for others until there are `max_messages`; 0 without, and never
+    /// beyond `wait_seconds`. Other receives take what is ready meanwhile.
+    #[schema(minimum = 0, maximum = 5)]
+    batch_wait_seconds: Option<f64>,
     /// How long the deliveries are held; as the queue says without.
     #[schema(minimum = 1, maximum = 43200)]
     visibility_timeout_seconds: Option<f64>,
@@ -44,6 +50,11 @@ struct Receive {
     /// Repeated under the same id while its deliveries live, a receive gives the same deliveries.
     #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
     receive_id: Option<String>,
+    /// Deliveries that are done. They are acknowledged first, in the commit of what is handed out, and at once: the wait
+    /// for messages does not delay it, and a receive that is given up does not undo it.
+    #[schema(min_items = 0, max_items = 1000)]
+    #[serde(default)]
+    ack: Vec<AckItem>,
 }
 
 /// What was received.
@@ -51,6 +62,10 @@ struct Receive {
 #[schema(as = Received)]
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct WireReceived {
+    /// What became of the deliveries to acknowledge; missing if there were none. Those that were refused keep nothing
+    /// from being handed out.
+    #[schema(required = false, nullable = false)]
+    ack: Option<WireSettled>,
     /// By offset.
     deliveries: Vec<Delivery>,
     /// Why there are none: `empty`, `paused`, `in_flight_full`, `waiting_for_keys` or `delayed`.
@@ -106,6 +121,14 @@ impl Receive {
         let wait = self.wait_seconds.map_or(default.wait, |value| {
             check.seconds("/wait_seconds", value, 0.0..=WAIT_MAX.as_secs_f64())
         });
+        let batch_wait = self.batch_wait_seconds.map_or(default.batch_wait, |value| {
+            let most = BATCH_WAIT_MAX.as_secs_f64();
+            check.seconds("/batch_wait_seconds", value, 0.0..=most)
+        });
+        if self.ack.len() > BATCH_MAX {
+            let detail = format!("`ack` must have at most {BATCH_MAX} items");
+            check.fault("/ack", detail);
+        }
         let visibility_timeout = self
             .visibility_timeout_seconds
             .map(|value| check.seconds("/visibility_timeout_seconds", value, 1.0..=TWELVE_HOURS));
@@ -122,9 +145,11 @@ impl Receive {
             max_messages,
             max_bytes,
             wait,
+            batch_wait,
             visibility_timeout,
             consumer: self.consumer,
             receive_id: self.receive_id,
+            ack: self.ack.into_iter().map(|item| item.receipt).collect(),
         })
     }
 }
@@ -145,16 +170,9 @@ async fn receive(
 ) -> Result<Response, Problem> {
     query.finish()?;
     let request = receive.checked()?;
-    let received = tokio::select! {
-        // What was decided just now goes out although the process stops.
-        biased;
-        received = state.parts.queue.receive(&name, request) => received?,
-        () = state.stopping.cancelled() => {
-            let empty = &br#"{"deliveries":[],"reason":"empty","next_due_at":null}"#[..];
-            return Ok(wire::json_bytes(StatusCode::OK, empty.into()));
-        }
-    };
-    let body = print(&received);
+    let receipts = request.ack.clone();
+    let received = received(&state, &name, request).await?;
+    let body = print(&received, receipts);
     if received.deliveries.is_empty() {
         return Ok(wire::json_bytes(StatusCode::OK, body.into()));
     }
@@ -165,15 +183,45 @@ async fn receive(
     Ok(wire::json_body(StatusCode::OK, Body::new(handed)))
 }
 
+/// The deliveries, or nothing when the process stops. What came along to be acknowledged is waited for even then.
+async fn received(
+    state: &State,
+    name: &QueueName,
+    request: ReceiveRequest,
+) -> Result<Received, Problem> {
+    let has_acks = !request.ack.is_empty();
+    let stopping = state.stopping.cancelled();
+    tokio::pin!(stopping);
+    let begun = state.parts.queue.begin_receive(name, request);
+    let receiving = tokio::select! {
+        biased;
+        begun = begun => begun?,
+        () = &mut stopping, if !has_acks => return Ok(Received::nothing(EmptyReason::Empty)),
+    };
+    let acked = receiving.acked.clone();
+    tokio::select! {
+        // What was decided just now goes out although the process stops.
+        biased;
+        received = receiving.finish() => Ok(received?),
+        () = &mut stopping => Ok(Received { acked, ..Received::nothing(EmptyReason::Empty) }),
+    }
+}
+
 /// Events are spliced in as they are.
-fn print(received: &Received) -> Vec<u8> {
+fn print(received: &Received, receipts: Vec<String>) -> Vec<u8> {
     let bytes: usize = received
         .deliveries
         .iter()
         .map(|delivery| delivery.entry.event.len() + 512)
         .sum();
     let mut out = Vec::with_capacity(bytes + 128);
-    out.extend_from_slice(b"{\"deliveries\":[");
+    out.push(b'{');
+    if !receipts.is_empty() {
+        out.extend_from_slice(b"\"ack\":");
+        wire::put(&mut out, &WireSettled::new(receipts, &received.acked));
+        out.push(b',');
+    }
+    out.extend_from_slice(b"\"deliveries\":[");
     for (number, delivery) in received.deliveries.iter().enumerate() {
         out.extend_from_slice(if number > 0 {
             b",{\"receipt\":"
@@ -198,12 +246,7 @@ fn print(received: &Received) -> Vec<u8> {
     out.push(b']');
     if received.deliveries.is_empty() {
         out.extend_from_slice(b",\"reason\":");
-        wire::put(
-            &mut out,
-            &received
-                .reason
-                .unwrap_or(crate::domain::queue::EmptyReason::Empty),
-        );
+        wire::put(&mut out, &received.reason.unwrap_or(EmptyReason::Empty));
         out.extend_from_slice(b",\"next_due_at\":");
         wire::put(&mut out, &received.next_due_at.map(wire::time));
     }

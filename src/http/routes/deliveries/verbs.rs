@@ -41,9 +41,9 @@ macro_rules! verb {
         #[derive(Debug, Deserialize, ToSchema)]
         #[serde(deny_unknown_fields)]
         #[schema(as = $item_schema)]
-        struct $item {
+        pub(super) struct $item {
             /// The receipt, as it was handed out.
-            receipt: String,
+            pub(super) receipt: String,
             $($(#[$attr])* $field: $type,)*
         }
 
@@ -136,7 +136,7 @@ verb! {
 /// What became of each delivery, in the order sent.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Settled)]
-struct WireSettled {
+pub(super) struct WireSettled {
     /// Deliveries for which the verb did what it says, now or before.
     settled: usize,
     /// The others.
@@ -213,16 +213,22 @@ impl Items {
         self.check.finish()?;
         let receipts: Vec<String> = self.items.iter().map(|item| item.receipt.clone()).collect();
         let outcomes = state.parts.queue.settle(name, verb, self.items).await?;
+        let answer = WireSettled::new(receipts, &outcomes);
+        Ok(wire::json(StatusCode::OK, &answer))
+    }
+}
+
+impl WireSettled {
+    pub(super) fn new(receipts: Vec<String>, outcomes: &[Outcome]) -> Self {
         let settled = outcomes.iter().filter(|outcome| outcome.is_done()).count();
-        let deliveries = receipts.into_iter().zip(&outcomes);
-        let answer = WireSettled {
+        let deliveries = receipts.into_iter().zip(outcomes);
+        Self {
             settled,
             refused: outcomes.len() - settled,
             deliveries: deliveries
                 .map(|(receipt, outcome)| wire_outcome(receipt, outcome))
                 .collect(),
-        };
-        Ok(wire::json(StatusCode::OK, &answer))
+        }
     }
 }
 
