@@ -2,9 +2,10 @@
 //!
 //! The layers, each using only what stands above it (`tests/tidy.rs` holds them): [`domain`], [`supervisor`], [`store`]; the
 //! engines [`cluster`], [`stream`], [`relay`], [`queue`]; [`http`]; and the program around them, [`app`], [`cli`],
-//! [`config`], [`telemetry`], [`local_postgres`], [`demo`].
+//! [`config`], [`telemetry`], [`local_postgres`], [`demo`], [`bench`].
 
 pub mod app;
+pub mod bench;
 pub mod cli;
 pub mod cluster;
 pub mod config;

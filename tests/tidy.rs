@@ -46,6 +46,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "queue",
             "http",
             "config",
+            "telemetry",
             "local_postgres",
         ],
     ),
@@ -62,8 +63,20 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "bench",
+        &["domain", "supervisor", "store", "config", "local_postgres"],
+    ),
+    (
         "cli",
-        &["app", "config", "demo", "http", "store", "telemetry"],
+        &[
+            "app",
+            "bench",
+            "config",
+            "demo",
+            "http",
+            "store",
+            "telemetry",
+        ],
     ),
 ];
 

@@ -18,7 +18,7 @@ use crate::domain::cloudevents::Limits;
 use crate::domain::name::OriginName;
 use crate::store::{self, Database};
 use crate::supervisor::Supervisor;
-use crate::{cluster, http, local_postgres, queue, relay, stream};
+use crate::{cluster, http, local_postgres, queue, relay, stream, telemetry};
 
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
@@ -248,6 +248,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     let database = open_database(config, steps).await?;
     database::prepare(&database).await?;
     let mut registry = Registry::default();
+    telemetry::register(&mut registry);
     let cluster = cluster::start(
         cluster::Options {
             address: (config.advertise_url.clone()).unwrap_or_else(|| node_address(address)),

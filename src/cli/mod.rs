@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{self, Config, Environment};
-use crate::{demo, http, telemetry};
+use crate::{bench, demo, http, telemetry};
 
 use flags::ConfigFlags;
 
@@ -29,6 +29,8 @@ enum Command {
     Serve(ConfigFlags),
     /// Run a small shop through the broker, and prove that no message was lost, repeated or put out of order
     Demo(demo::Options),
+    /// Measure a broker, and check that it delivered everything once and in order
+    Bench(Box<bench::Options>),
     /// Install the outbox's schema in a database, or the inbox's, or print it as SQL
     Install(install::Install),
     /// Print the description of the HTTP API, openapi.yaml
@@ -74,6 +76,11 @@ async fn run(command: Command) -> ExitCode {
     match command {
         Command::Serve(flags) => with_config(&flags, serve::run).await,
         Command::Demo(options) => match demo::run(options).await {
+            Ok(report) if report.is_clean() => ExitCode::SUCCESS,
+            Ok(_) => ExitCode::FAILURE,
+            Err(error) => ended(Err(error.into())),
+        },
+        Command::Bench(options) => match bench::run(*options).await {
             Ok(report) if report.is_clean() => ExitCode::SUCCESS,
             Ok(_) => ExitCode::FAILURE,
             Err(error) => ended(Err(error.into())),

@@ -28,6 +28,7 @@ pub(in crate::queue) struct Metrics {
     pub(in crate::queue) groups: Counter,
     pub(in crate::queue) group_repeats: Counter,
     pub(in crate::queue) group_seconds: Histogram,
+    pub(in crate::queue) wait_seconds: Histogram,
     pub(in crate::queue) fenced: Counter,
     pub(in crate::queue) scans: Counter,
     pub(in crate::queue) scans_answered: Counter,
@@ -49,6 +50,7 @@ impl Metrics {
             groups: Counter::default(),
             group_repeats: Counter::default(),
             group_seconds: Histogram::new(exponential_buckets(0.000_25, 2.0, 16)),
+            wait_seconds: Histogram::new(exponential_buckets(0.000_25, 1.5, 26)),
             fenced: Counter::default(),
             scans: Counter::default(),
             scans_answered: Counter::default(),
@@ -126,6 +128,12 @@ impl Metrics {
             "How long a group commit took",
             Unit::Seconds,
             self.group_seconds.clone(),
+        );
+        registry.register_with_unit(
+            "postroad_queue_journal_wait_duration",
+            "From a queue's decision to its commit, which its answers wait for: of the oldest in each part of a group",
+            Unit::Seconds,
+            self.wait_seconds.clone(),
         );
         registry.register(
             "postroad_queues",

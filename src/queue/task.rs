@@ -116,6 +116,7 @@ pub(in crate::queue) enum Answer {
 }
 
 struct Submitted {
+    decided_at: Instant,
     done: oneshot::Receiver<Written>,
     answers: Vec<Answer>,
     has_records: bool,
@@ -146,6 +147,8 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) promises: Promises,
     pub(in crate::queue) answers: Vec<Answer>,
     submitted: Option<Submitted>,
+    /// Since when decisions wait to be submitted.
+    decided_at: Option<Instant>,
     pub(in crate::queue) returned: (
         mpsc::UnboundedSender<Vec<Receipt>>,
         mpsc::UnboundedReceiver<Vec<Receipt>>,
@@ -178,6 +181,7 @@ impl Task {
             promises: Promises::default(),
             answers: Vec::new(),
             submitted: None,
+            decided_at: None,
             returned: mpsc::unbounded_channel(),
             outage,
             moved,
@@ -477,6 +481,9 @@ impl Task {
     }
 
     fn submit(&mut self) {
+        if self.machine.has_batch() {
+            self.decided_at.get_or_insert_with(Instant::now);
+        }
         if self.submitted.is_some() {
             return;
         }
@@ -517,6 +524,7 @@ impl Task {
             return;
         }
         self.submitted = Some(Submitted {
+            decided_at: self.decided_at.take().unwrap_or_else(Instant::now),
             done: receiver,
             answers: std::mem::take(&mut self.answers),
             has_records,
@@ -548,6 +556,8 @@ impl Task {
         };
         match written {
             Some(Written::Committed { turn }) => {
+                let waited = part.decided_at.elapsed().as_secs_f64();
+                self.parts.shared.metrics.wait_seconds.observe(waited);
                 if part.is_fold {
                     self.unfolded_turn = None;
                 } else if part.has_records {

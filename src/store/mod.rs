@@ -1,5 +1,6 @@
 //! All SQL, and all of sqlx, by table family. Engines call functions of this module and get domain types back.
 
+pub mod bench;
 mod bounded;
 pub mod cluster;
 mod error;

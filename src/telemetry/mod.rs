@@ -1,10 +1,15 @@
-//! Logs: lines to standard error, as text or JSON. No payload, key, password or URL with one is ever logged.
+//! Logs: lines to standard error, as text or JSON. No payload, key, password or URL with one is ever logged. And what the
+//! process uses of the machine, for the metrics.
+
+mod process;
 
 use std::io::IsTerminal as _;
 
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, LogFormat};
+
+pub use process::register;
 
 /// Whether the text is a filter: a level, or directives.
 #[must_use]

@@ -1,0 +1,217 @@
+//! What to run: a scenario, and the options that replace what it would choose.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Scenario {
+    /// Producers commit a business row and messages by SQL; consumers receive and ack over HTTP
+    Outbox,
+    /// The same with messages published over HTTP
+    Publish,
+    /// Every message goes to several queues
+    Fanout,
+    /// A queue with ordering = key
+    Keys,
+    /// Fill a stream, then drain it
+    Backlog,
+    /// Many active queues on one stream, each with its own topic
+    Queues,
+    /// The cost of doing nothing: queues with long polls, and no message
+    Idle,
+    /// A steady load beside a reader's old snapshot, then beside an open writing transaction
+    Held,
+    /// A steady load: from commit to receipt; then the first message after a silence
+    Latency,
+}
+
+impl Scenario {
+    /// As on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Outbox => "outbox",
+            Self::Publish => "publish",
+            Self::Fanout => "fanout",
+            Self::Keys => "keys",
+            Self::Backlog => "backlog",
+            Self::Queues => "queues",
+            Self::Idle => "idle",
+            Self::Held => "held",
+            Self::Latency => "latency",
+        }
+    }
+}
+
+/// How often each key is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Skew {
+    /// All alike
+    #[default]
+    Uniform,
+    /// The n-th key 1/n as often as the first
+    Zipf,
+}
+
+/// `postroad bench`.
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = DEFAULTS)]
+pub struct Options {
+    /// What to measure
+    pub scenario: Scenario,
+    /// A running broker, such as http://127.0.0.1:8080; needs --database-url, the broker's own database. Without it a
+    /// broker is started as a process of its own
+    #[arg(long)]
+    pub url: Option<String>,
+    /// A Postgres. With --url the broker's database; without it a server on which the bench makes a database of its own,
+    /// and drops it at the end. Without either a private server is started
+    #[arg(long)]
+    pub database_url: Option<String>,
+    /// Where the private Postgres keeps its data; kept for the next run
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+    /// Producers, each with a connection of its own
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub producers: Option<u32>,
+    /// Consumers of each queue, each with a connection of its own
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub consumers: Option<u32>,
+    /// Messages per transaction or publish, and at most per receive and ack
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub batch: Option<u32>,
+    /// Bytes of a payload, which is a JSON document made up for the purpose
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
+    pub payload_bytes: u32,
+    /// Take payloads from this file instead: one JSON document per line, used in turn
+    #[arg(long)]
+    pub payload_file: Option<PathBuf>,
+    /// Messages per second, all producers together; 0 sends as fast as consumers keep up
+    #[arg(long)]
+    pub rate: Option<u32>,
+    /// Seconds that are measured, in each round
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seconds: Option<u64>,
+    /// Seconds of load before the measuring begins, in each round
+    #[arg(long)]
+    pub warmup_seconds: Option<u64>,
+    /// Messages of `backlog`
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub messages: u64,
+    /// Queues
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub queues: Option<u32>,
+    /// Ordering keys; 0 sends messages without a key
+    #[arg(long)]
+    pub keys: Option<u32>,
+    /// How often each key is used
+    #[arg(long, value_enum, default_value_t = Skew::Uniform)]
+    pub skew: Skew,
+    /// How many messages may be on their way before producers wait, so that a load without --rate stays in balance
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub outstanding: Option<u32>,
+    /// Let transactions hold messages alone, without a business row
+    #[arg(long)]
+    pub no_business_row: bool,
+    /// Rounds of everything that is measured, in turn; figures are medians. 3 with --baseline, else 1
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: Option<u32>,
+    /// Measure, on the same Postgres and in turn with the broker: plain batched inserts, a queue made from a table, and the
+    /// plainest form of the scenario
+    #[arg(long)]
+    pub baseline: bool,
+    /// Write everything that was measured to this file, as JSON
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+    /// Write a page with charts to this file
+    #[arg(long)]
+    pub html: Option<PathBuf>,
+    /// Give up on messages when none has come for so many seconds
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    pub patience_seconds: u64,
+    /// The seed of every random choice
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+const DEFAULTS: &str = "\
+Defaults by scenario (consumers are per queue):
+  outbox   4 producers, 4 consumers, batches of 10, 10 s
+  publish  32 producers, 32 consumers, message by message, 10 s
+  fanout   4 producers, 10 queues, 2 consumers, batches of 10, 10 s
+  keys     4 producers, 4 consumers, 100,000 keys, batches of 10, 10 s
+  backlog  4 producers, 4 consumers, batches of 1,000
+  queues   4 producers, 1,000 queues, 1 consumer, batches of 10, 10 s
+  idle     1,000 queues, 1 consumer, 10 s
+  held     4 producers, 4 consumers, 2,000 messages/s in batches of 10, 60 s, on tables aged by 20,000 updates
+  latency  4 producers, 4 consumers, 1,000 messages/s one by one, 10 s; then 20 single messages, 1 s apart
+
+Exit status: 0 all was delivered once and in order, 1 it was not or the bench failed, 2 the command line is wrong.";
+
+/// The options with the scenario's own choices filled in.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub(super) struct Load {
+    pub(super) producers: u32,
+    pub(super) consumers: u32,
+    pub(super) batch: u32,
+    pub(super) rate: u32,
+    pub(super) seconds: u64,
+    pub(super) warmup_seconds: u64,
+    pub(super) messages: u64,
+    pub(super) queues: u32,
+    pub(super) keys: u32,
+    pub(super) outstanding: u32,
+    pub(super) business_row: bool,
+    pub(super) rounds: u32,
+}
+
+impl Options {
+    pub(super) fn load(&self) -> Load {
+        use Scenario::{Backlog, Fanout, Held, Idle, Keys, Latency, Publish, Queues};
+        let (producers, consumers, batch) = match self.scenario {
+            Publish => (32, 32, 1),
+            Fanout => (4, 2, 10),
+            Backlog => (4, 4, 1_000),
+            Queues | Idle => (4, 1, 10),
+            Latency => (4, 4, 1),
+            _ => (4, 4, 10),
+        };
+        let producers = self.producers.unwrap_or(producers);
+        let consumers = self.consumers.unwrap_or(consumers);
+        let batch = self.batch.unwrap_or(batch);
+        let queues = self.queues.unwrap_or(match self.scenario {
+            Fanout => 10,
+            Queues | Idle => 1_000,
+            _ => 1,
+        });
+        let all = producers.saturating_add(consumers.saturating_mul(queues));
+        let outstanding = all.saturating_mul(batch).saturating_mul(8);
+        Load {
+            producers,
+            consumers,
+            batch,
+            rate: self.rate.unwrap_or(match self.scenario {
+                Held => 2_000,
+                Latency => 1_000,
+                _ => 0,
+            }),
+            seconds: self.seconds.unwrap_or(match self.scenario {
+                Held => 60,
+                _ => 10,
+            }),
+            warmup_seconds: self.warmup_seconds.unwrap_or(2),
+            messages: self.messages,
+            queues,
+            keys: self.keys.unwrap_or(match self.scenario {
+                Keys => 100_000,
+                _ => 0,
+            }),
+            outstanding: self
+                .outstanding
+                .unwrap_or(outstanding.clamp(4_000, 100_000)),
+            business_row: !self.no_business_row,
+            rounds: self.rounds.unwrap_or(if self.baseline { 3 } else { 1 }),
+        }
+    }
+}
