@@ -31,6 +31,7 @@ soak: ## Run the long tests at full size on a release build, and print their fig
 	@$(WITH_POSTGRES) cargo build --release --quiet; \
 	POSTROAD_TEST_PROGRAM="$$PWD/target/release/postroad" POSTROAD_SOAK_BACKLOG=1000000 POSTROAD_SOAK_HELD_SECONDS=120 \
 	POSTROAD_SOAK_HELD_RATE=2000 POSTROAD_SOAK_AGE=20000 POSTROAD_SOAK_PGBENCH_SECONDS=30 \
+	POSTROAD_SOAK_READERS=1000 POSTROAD_SOAK_READER_MESSAGES=10000 \
 	cargo test --test it soak:: -- --nocapture --test-threads 1
 
 .PHONY: check-api

@@ -9,6 +9,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::follow;
+
 /// What tells requests apart.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answered {
@@ -30,6 +32,7 @@ pub struct Metrics {
     durations: Family<Asked, Histogram, fn() -> Histogram>,
     pub(in crate::http) connections: Gauge,
     pub(in crate::http) in_flight: Gauge,
+    pub(in crate::http) readers: follow::Metrics,
 }
 
 impl Metrics {
@@ -45,6 +48,7 @@ impl Metrics {
             durations: Family::new_with_constructor(histogram),
             connections: Gauge::default(),
             in_flight: Gauge::default(),
+            readers: follow::Metrics::new(registry),
         };
         registry.register(
             "postroad_http_requests",

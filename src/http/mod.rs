@@ -8,6 +8,7 @@ mod body;
 mod connection;
 mod declaration;
 mod extract;
+mod follow;
 mod metrics;
 mod observe;
 mod openapi;

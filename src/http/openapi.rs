@@ -97,6 +97,10 @@ problem_sets! {
     NoQueue = QueueNotFound;
     /// Conflicts of declaring a stream.
     StreamConflicts = StreamOverlap;
+    /// Of a replay that asks for what is gone.
+    OffsetsLost = OffsetGone;
+    /// Bounds of following a stream.
+    TooManyReaders = TooManyRequests;
     /// Conflicts of deleting a stream.
     StreamStays = StreamHasQueues StreamIsKept;
     /// Conflicts of declaring a queue.

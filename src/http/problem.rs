@@ -82,6 +82,8 @@ kinds! {
     TooManyQueues = "too-many-queues", 409, "There are as many queues as there can be";
     /// The rejected row cannot be sent on.
     NotResendable = "not-resendable", 409, "The rejected message cannot be sent on";
+    /// Retention dropped what a reader asks for.
+    OffsetGone = "offset-gone", 410, "The messages asked for are gone";
     /// The body is too large.
     PayloadTooLarge = "payload-too-large", 413, "The request is too large";
     /// One message is too large.

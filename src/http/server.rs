@@ -62,7 +62,7 @@ pub fn serve(
     supervisor: &Supervisor,
 ) -> Result<Server, Error> {
     let address = listener.local_addr().map_err(Error::Listener)?;
-    let state = State::new(parts, options);
+    let state = State::new(parts, options, supervisor.clone());
     let router = super::router(state.clone());
     let server = Accept {
         state,

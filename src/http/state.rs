@@ -8,10 +8,12 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
+use super::follow::Readers;
 use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
 use crate::domain::name::StreamName;
+use crate::supervisor::Supervisor;
 use crate::{cluster, queue, relay, stream};
 
 /// The limits of the server.
@@ -29,6 +31,12 @@ pub struct Options {
     pub connections_max: usize,
     /// The most requests at a time on one HTTP/2 connection.
     pub streams_per_connection_max: u32,
+    /// The most readers by server-sent events at a time; further ones are answered 429.
+    pub readers_max: usize,
+    /// How long such a reader may take nothing while something waits for it, before it is disconnected.
+    pub reader_patience: Duration,
+    /// How long such a reader hears nothing at most; below `idle_timeout`.
+    pub reader_heartbeat: Duration,
     /// How long the process goes on serving after it said that it is not ready, so that balancers notice.
     pub lame_duck: Duration,
     /// How long open connections have to finish after that.
@@ -45,6 +53,9 @@ impl Default for Options {
             idle_timeout: Duration::from_secs(60),
             connections_max: 20_000,
             streams_per_connection_max: 256,
+            readers_max: 5_000,
+            reader_patience: Duration::from_secs(30),
+            reader_heartbeat: Duration::from_secs(15),
             lame_duck: Duration::ZERO,
             drain: Duration::from_secs(10),
         }
@@ -78,6 +89,8 @@ pub(in crate::http) struct State(Arc<Inner>);
 pub(in crate::http) struct Inner {
     pub(in crate::http) parts: Parts,
     pub(in crate::http) options: Options,
+    /// Who follows streams by server-sent events.
+    pub(in crate::http) readers: Readers,
     /// Long polls answer at once, with what they have.
     pub(in crate::http) stopping: CancellationToken,
     /// Streams' names by number, as far as they were asked for. Numbers are never used again.
@@ -85,8 +98,9 @@ pub(in crate::http) struct Inner {
 }
 
 impl State {
-    pub(in crate::http) fn new(parts: Parts, options: Options) -> Self {
+    pub(in crate::http) fn new(parts: Parts, options: Options, supervisor: Supervisor) -> Self {
         Self(Arc::new(Inner {
+            readers: Readers::new(supervisor, options.readers_max),
             parts,
             options,
             stopping: CancellationToken::new(),

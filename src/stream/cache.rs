@@ -116,6 +116,7 @@ impl Cache {
         let mut page = Page {
             entries: Vec::new(),
             through: read.after,
+            lost_through: None,
         };
         let mut bytes = 0;
         let skip = (read.after.0 + 1 - run.first.0) as usize;

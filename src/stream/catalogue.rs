@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Error;
 use super::handle::State;
-use super::settings::{Declared, Description, Retention, Settings};
+use super::settings::{Declared, Description, Found, Retention, Settings};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
 use crate::store::stream::{self as sql, DeclareOutcome};
@@ -27,6 +27,10 @@ pub(super) enum Job {
     Describe {
         name: StreamName,
         reply: Reply<Description>,
+    },
+    Find {
+        name: StreamName,
+        reply: Reply<Found>,
     },
     List {
         reply: Reply<Vec<Description>>,
@@ -89,6 +93,10 @@ impl CatalogueTask {
             }
             Job::Describe { name, reply } => {
                 let answer = self.describe(&name).await;
+                self.answer(reply, answer);
+            }
+            Job::Find { name, reply } => {
+                let answer = self.find(&name).await;
                 self.answer(reply, answer);
             }
             Job::List { reply } => {
@@ -165,6 +173,22 @@ impl CatalogueTask {
             .find(|stream| stream.name == *name);
         found.ok_or_else(|| Error::NotFound {
             stream: name.to_string(),
+        })
+    }
+
+    /// What a reader needs to know, without the sizes.
+    async fn find(&mut self, name: &StreamName) -> Result<Found, Error> {
+        let not_found = || Error::NotFound {
+            stream: name.to_string(),
+        };
+        let connection = self.connected().await?;
+        let streams = sql::load_catalogue(connection).await?.streams;
+        let row = streams.into_iter().find(|stream| stream.name == *name);
+        let row = row.ok_or_else(not_found)?;
+        let floor = sql::find_head(connection, row.id).await?;
+        Ok(Found {
+            id: row.id,
+            first_offset: floor.ok_or_else(not_found)?.next(),
         })
     }
 

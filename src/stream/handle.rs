@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
 
 use super::cache::Cache;
 use super::catalogue::{self, Watermarks};
@@ -13,7 +13,7 @@ use super::inbox::{Inbox, Pending};
 use super::leaves::LeafSizes;
 use super::metrics::Metrics;
 use super::request::{Attributes, Batch, Member, Page, Placed, Read, Scan, Scanned};
-use super::settings::{Declared, Description, Settings};
+use super::settings::{Declared, Description, Found, Settings};
 use super::tail::Tails;
 use super::topics::Topics;
 use super::{AppendError, Error, reader};
@@ -32,6 +32,8 @@ pub struct Handle {
 pub(super) struct Shared {
     pub(super) appends: Inbox,
     pub(super) reads: mpsc::Sender<reader::Job>,
+    /// Replays that may ask the log at a time: one reader is left for the queues.
+    pub(super) replays: Semaphore,
     pub(super) catalogue: mpsc::Sender<catalogue::Job>,
     pub(super) state: Arc<State>,
 }
@@ -89,6 +91,16 @@ impl Handle {
             .await
     }
 
+    /// Finds a stream by name: what a reader needs, and cheaper than [`Handle::describe`].
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database's.
+    pub async fn find(&self, name: &StreamName) -> Result<Found, Error> {
+        let name = name.clone();
+        self.catalogue(|reply| catalogue::Job::Find { name, reply })
+            .await
+    }
+
     /// Describes all streams, by name.
     ///
     /// # Errors
@@ -120,7 +132,8 @@ impl Handle {
         async move { Pending::append(&shared.appends, member).await }
     }
 
-    /// Reads a page, payloads included. Recent entries come from memory.
+    /// Reads a page, payloads included. Recent entries come from memory. Examines a bounded part of the log: a page can be
+    /// empty although more matches after its `through`.
     ///
     /// # Errors
     /// The database's.
@@ -129,6 +142,8 @@ impl Handle {
         if let Some(page) = self.shared.state.cache.read(&read, committed) {
             return Ok(page);
         }
+        // Never closed.
+        let _turn = self.shared.replays.acquire().await;
         self.ask(|reply| reader::Job::Read { read, reply }).await
     }
 

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use prometheus_client::registry::Registry;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
@@ -43,9 +43,10 @@ pub use request::{
     Attributes, Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, key_hash,
 };
 pub use settings::{
-    DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, PATTERN_MAX_COUNT, Retention,
-    Settings, SettingsError,
+    DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, Found, PATTERN_MAX_COUNT,
+    Retention, Settings, SettingsError,
 };
+pub use tail::entry;
 
 /// Jobs that wait for a reader or for the catalogue.
 const JOBS_MAX: usize = 1_024;
@@ -145,6 +146,7 @@ pub async fn start(
         connection: Some(connection),
     };
     supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
+    let read_count = options.readers;
     let reads = start_readers(&options, &db, &state, supervisor);
     let (catalogue, jobs) = mpsc::channel(JOBS_MAX);
     let task = catalogue::CatalogueTask {
@@ -170,6 +172,7 @@ pub async fn start(
     let shared = Shared {
         appends,
         reads,
+        replays: Semaphore::new(read_count.saturating_sub(1).max(1)),
         catalogue,
         state,
     };

@@ -53,6 +53,8 @@ pub(super) enum Job {
 
 /// Offsets that one scan examines at most before it answers.
 const SCAN_MAX_EXAMINED: i64 = 2_000_000;
+/// Offsets that one page of a replay examines at most: the next page goes on.
+const READ_MAX_EXAMINED: i64 = 250_000;
 /// Offsets per statement when only some topics are wanted, so that no statement runs for long.
 const SLICE_MAX_OFFSETS: i64 = 250_000;
 /// Messages per statement that carries payloads.
@@ -79,6 +81,7 @@ struct Walk<'a> {
     topics: Option<&'a [TopicId]>,
     key_hash: Option<i64>,
     max_items: usize,
+    max_examined: i64,
 }
 
 impl Reader {
@@ -150,14 +153,18 @@ impl Reader {
         Ok(self.connection.as_mut().expect("connected just above"))
     }
 
+    async fn floor(&mut self, stream: StreamId) -> Result<Offset, Error> {
+        let floor = sql::find_head(self.connected().await?, stream).await?;
+        floor.ok_or_else(|| Error::NotFound {
+            stream: stream.to_string(),
+        })
+    }
+
     /// The first and the last offset that there is: (floor, top).
     async fn bounds(&mut self, stream: StreamId) -> Result<(Offset, Offset), Error> {
         let hint = self.state.tails.last(stream);
+        let floor = self.floor(stream).await?;
         let connection = self.connected().await?;
-        let floor = sql::find_head(connection, stream).await?;
-        let floor = floor.ok_or_else(|| Error::NotFound {
-            stream: stream.to_string(),
-        })?;
         let top = match sql::read_top(connection, stream, hint).await? {
             None if hint > floor => sql::read_top(connection, stream, floor).await?,
             top => top,
@@ -179,7 +186,7 @@ impl Reader {
         let limit = Offset(
             walk.through
                 .0
-                .min(walk.after.0.saturating_add(SCAN_MAX_EXAMINED)),
+                .min(walk.after.0.saturating_add(walk.max_examined)),
         );
         let Some(topics) = walk.topics else {
             let end = match walk.key_hash {
@@ -194,7 +201,7 @@ impl Reader {
         }
         // Skipping costs next to nothing, so only what is looked at counts.
         let mut examined = 0;
-        while at < walk.through && items.len() < walk.max_items && examined < SCAN_MAX_EXAMINED {
+        while at < walk.through && items.len() < walk.max_items && examined < walk.max_examined {
             let connection = self.connected().await?;
             let ranges =
                 sql::list_match_ranges(connection, walk.stream, at, walk.through, topics).await?;
@@ -206,7 +213,7 @@ impl Reader {
                     at = at.max(Offset(first.0 - 1));
                     let last = last.min(walk.through);
                     while at < last {
-                        if items.len() >= walk.max_items || examined >= SCAN_MAX_EXAMINED {
+                        if items.len() >= walk.max_items || examined >= walk.max_examined {
                             return Ok((items, at));
                         }
                         let end = Offset(last.0.min(at.0 + SLICE_MAX_OFFSETS));
@@ -269,6 +276,7 @@ impl Reader {
                 topics: filter,
                 key_hash: None,
                 max_items: scan.max_items.max(1),
+                max_examined: SCAN_MAX_EXAMINED,
             })
             .await?;
         let items = found
@@ -305,6 +313,7 @@ impl Reader {
             return Ok(Page {
                 entries: Vec::new(),
                 through: after,
+                lost_through: (floor > read.after).then_some(floor),
             });
         }
         let topics = match &read.topics {
@@ -319,6 +328,7 @@ impl Reader {
                 topics: topics.as_deref(),
                 key_hash: read.key.as_deref().map(key_hash),
                 max_items: read.max_messages.max(1),
+                max_examined: READ_MAX_EXAMINED,
             })
             .await?;
         let mut offsets = Vec::with_capacity(items.len());
@@ -334,7 +344,13 @@ impl Reader {
         let mut entries = self.fetch(read.stream, offsets).await?;
         // Two keys can share a hash.
         entries.retain(|entry| super::cache::matches(&read, &entry.topic, entry.key.as_deref()));
-        Ok(Page { entries, through })
+        // Only what is still there after the last statement was there for all of them.
+        let floor = self.floor(read.stream).await?;
+        Ok(Page {
+            entries,
+            through,
+            lost_through: (floor > read.after).then_some(floor),
+        })
     }
 
     async fn fetch(

@@ -94,6 +94,8 @@ pub struct Page {
     pub entries: Vec<Arc<Entry>>,
     /// All up to here was examined: the next page starts after it.
     pub through: Offset,
+    /// Retention dropped messages after the read's `after`, up to here: they may be missing from the entries.
+    pub lost_through: Option<Offset>,
 }
 
 /// A look at what matches, without payloads.

@@ -142,6 +142,15 @@ pub struct Description {
     pub created_at: DateTime<Utc>,
 }
 
+/// A stream, as who reads it needs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// Its number.
+    pub id: StreamId,
+    /// The first offset still there; one past the last when all are gone.
+    pub first_offset: Offset,
+}
+
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {

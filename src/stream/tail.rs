@@ -292,12 +292,8 @@ impl TailTask {
 }
 
 /// An entry as readers share it.
-pub(super) fn entry(
-    stream: StreamId,
-    offset: Offset,
-    at: DateTime<Utc>,
-    message: &Message,
-) -> Entry {
+#[must_use]
+pub fn entry(stream: StreamId, offset: Offset, at: DateTime<Utc>, message: &Message) -> Entry {
     Entry {
         stream,
         offset,

@@ -5,6 +5,7 @@
 mod backlog;
 mod held;
 mod pgbench;
+mod readers;
 
 use std::collections::HashMap;
 use std::sync::Arc;

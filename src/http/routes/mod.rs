@@ -4,9 +4,10 @@ mod deliveries;
 mod origins;
 mod publish;
 pub(in crate::http) mod queues;
+mod replay;
 pub(in crate::http) mod streams;
 mod system;
-mod wire;
+pub(in crate::http) mod wire;
 
 use utoipa_axum::router::OpenApiRouter;
 
@@ -17,6 +18,7 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
     router
         .merge(publish::routes())
         .merge(streams::routes())
+        .merge(replay::routes())
         .merge(queues::routes())
         .merge(deliveries::routes())
         .merge(origins::routes())

@@ -1,7 +1,6 @@
-//! Streams: declare, describe, list, delete, replay.
+//! Streams: declare, describe, list, delete.
 
 use std::fmt::Display;
-use std::sync::Arc;
 
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
@@ -12,24 +11,22 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::wire::{self, Event};
-use crate::domain::id::Offset;
+use super::wire;
 use crate::domain::name::{StreamName, TopicPattern};
 use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::openapi::{NoStream, Reads, StreamConflicts, StreamStays, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
 use crate::stream::{
-    DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, PATTERN_MAX_COUNT, Page, Read,
-    Retention, Settings,
+    DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, PATTERN_MAX_COUNT, Retention,
+    Settings,
 };
 
 /// The longest retention, in seconds: a hundred years.
 const RETENTION_MAX_SECONDS: i64 = 100 * 366 * 86_400;
+
 /// The largest offset that every JSON parser reads exactly.
 pub(super) const OFFSET_MAX: i64 = (1 << 53) - 1;
-/// Most patterns of one replay.
-const REPLAY_PATTERNS_MAX: usize = 100;
 
 /// What a stream is to be. Everything is optional; what is left out has its default, also when it was other before.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -95,35 +92,10 @@ struct Streams {
     streams: Vec<Stream>,
 }
 
-/// A page of a stream.
-#[derive(ToSchema)]
-#[schema(as = MessagePage)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct WirePage {
-    /// By offset.
-    messages: Vec<LoggedMessage>,
-    /// The next page is the one `after` this offset. Rises although nothing matched.
-    next_after: i64,
-}
-
-/// A message in the log.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct LoggedMessage {
-    #[schema(minimum = 1)]
-    offset: i64,
-    topic: String,
-    #[schema(format = DateTime)]
-    appended_at: String,
-    #[schema(value_type = Event)]
-    event: Event,
-}
-
 pub(super) fn routes() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(declare, describe, delete))
-        .routes(routes!(replay))
 }
 
 fn seconds(duration: std::time::Duration) -> i64 {
@@ -262,123 +234,10 @@ async fn delete(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-/// Replay a stream, a page at a time.
-#[utoipa::path(
-    get, path = "/v1/streams/{stream}/messages", tag = "streams",
-    params(
-        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main"),
-        ("after" = Option<i64>, Query, description = "Messages after this offset; 0, the start, without",
-            minimum = 0, maximum = 9_007_199_254_740_991_i64),
-        ("at" = Option<String>, Query, description = "Messages appended at or after this time; not together with `after`",
-            format = DateTime),
-        ("topic" = Option<Vec<String>>, Query, description = "Only topics that match this pattern; can be repeated",
-            max_items = 100),
-        ("key" = Option<String>, Query, description = "Only this ordering key", min_length = 1, max_length = 512),
-        ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
-        ("max_bytes" = Option<i64>, Query, description = "At most so many bytes of events, but one message always; 4 MiB without",
-            minimum = 1, maximum = 16_777_216),
-    ),
-    responses((status = 200, description = "A page", body = WirePage), NoStream, Reads),
-)]
-async fn replay(
-    Extract(state): Extract<State>,
-    Named(name): Named<StreamName>,
-    mut query: Query,
-) -> Result<Response, Problem> {
-    let after = query.integer("after", 0..=OFFSET_MAX);
-    let at = query.parsed("at", parse_time);
-    if after.is_some() && at.is_some() {
-        query.fault(
-            "at",
-            "`after` and `at` cannot be given together".to_owned(),
-            None,
-        );
-    }
-    let topics = topics(&mut query);
-    let key = query.text("key");
-    if key
-        .as_ref()
-        .is_some_and(|key| key.is_empty() || key.len() > 512)
-    {
-        query.fault("key", "`key` must be 1 to 512 bytes long".to_owned(), None);
-    }
-    let max_messages = query.integer("max_messages", 1..=1_000).unwrap_or(100);
-    let max_bytes = query
-        .integer("max_bytes", 1..=16 * 1024 * 1024)
-        .unwrap_or(4 * 1024 * 1024);
-    query.finish()?;
-    let stream = &state.parts.stream;
-    let id = stream.describe(&name).await?.id;
-    let after = match at {
-        Some(at) => stream.offset_at(id, at).await?,
-        None => Offset(after.unwrap_or(0)),
-    };
-    let read = Read {
-        stream: id,
-        after,
-        through: None,
-        topics,
-        key,
-        max_messages: usize::try_from(max_messages).unwrap_or(1),
-        max_bytes: usize::try_from(max_bytes).unwrap_or(1),
-    };
-    let page = stream.read(read).await?;
-    Ok(wire::json_bytes(StatusCode::OK, print(&page, after).into()))
-}
-
-fn topics(query: &mut Query) -> Option<Arc<[TopicPattern]>> {
-    let texts = query.texts("topic");
-    if texts.len() > REPLAY_PATTERNS_MAX {
-        let detail = format!("`topic` can be given {REPLAY_PATTERNS_MAX} times");
-        query.fault("topic", detail, None);
-        return None;
-    }
-    let mut patterns = Vec::with_capacity(texts.len());
-    for text in texts {
-        match TopicPattern::parse(&text) {
-            Ok(pattern) => patterns.push(pattern),
-            Err(error) => {
-                let shown: String = text.chars().take(100).collect();
-                query.fault("topic", format!("`{shown}` {error}"), None);
-            }
-        }
-    }
-    (!patterns.is_empty()).then(|| patterns.into())
-}
-
 /// Parses a moment; the error completes "`text` …".
 pub(super) fn parse_time(text: &str) -> Result<DateTime<Utc>, impl Display + use<>> {
     match DateTime::parse_from_rfc3339(text) {
         Ok(time) => Ok(time.to_utc()),
         Err(_) => Err("is not an RFC 3339 timestamp such as 2026-11-22T03:00:00Z"),
     }
-}
-
-/// Events are spliced in as they are.
-fn print(page: &Page, after: Offset) -> Vec<u8> {
-    let bytes: usize = page
-        .entries
-        .iter()
-        .map(|entry| entry.event.len() + 400)
-        .sum();
-    let mut out = Vec::with_capacity(bytes + 64);
-    out.extend_from_slice(b"{\"messages\":[");
-    for (number, entry) in page.entries.iter().enumerate() {
-        if number > 0 {
-            out.push(b',');
-        }
-        out.extend_from_slice(b"{\"offset\":");
-        wire::put(&mut out, &entry.offset);
-        out.extend_from_slice(b",\"topic\":");
-        wire::put(&mut out, &entry.topic);
-        out.extend_from_slice(b",\"appended_at\":");
-        wire::put(&mut out, &wire::time(entry.appended_at));
-        out.extend_from_slice(b",\"event\":");
-        out.extend_from_slice(&entry.event);
-        out.push(b'}');
-    }
-    out.extend_from_slice(b"],\"next_after\":");
-    wire::put(&mut out, &page.through.max(after));
-    out.push(b'}');
-    out
 }

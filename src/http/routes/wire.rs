@@ -54,7 +54,7 @@ pub(super) struct Event {
 }
 
 /// A moment as all answers print it: UTC, microseconds.
-pub(super) fn time(at: DateTime<Utc>) -> String {
+pub(in crate::http) fn time(at: DateTime<Utc>) -> String {
     at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
@@ -84,7 +84,7 @@ pub(super) fn json_body(status: StatusCode, body: Body) -> Response {
 }
 
 /// Appends a JSON value to a body that is printed by hand.
-pub(super) fn put(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
+pub(in crate::http) fn put(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
     serde_json::to_writer(out, value).expect("a value always serializes into memory");
 }
 

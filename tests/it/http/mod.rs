@@ -1,6 +1,7 @@
 //! The HTTP API on real engines and a real database.
 
 mod connections;
+mod follow;
 mod messages;
 mod receive;
 mod refusals;

@@ -138,9 +138,11 @@ async fn scans_pass_over_leaves_that_cannot_match_and_find_all_that_do() {
     let at: Vec<i64> = found.items.iter().map(|item| item.offset.0).collect();
     assert_eq!((at, found.through), (vec![51, 451, 851], Offset(1200)));
     let found = node.stream.scan(scan(0, 2)).await.unwrap();
-    assert_eq!((found.items.len(), found.through), (2, Offset(850)));
+    // How far it looked depends on the sizes of the leaves.
+    assert_eq!(found.items.len(), 2);
+    assert!((451..851).contains(&found.through.0), "{}", found.through);
     assert_eq!(found.items[0].topic.as_str(), "rare.one");
-    let rest = node.stream.scan(scan(850, 2)).await.unwrap();
+    let rest = node.stream.scan(scan(found.through.0, 2)).await.unwrap();
     assert_eq!(
         (rest.items[0].offset, rest.through),
         (Offset(851), Offset(1200))

@@ -10,6 +10,7 @@ pub mod broker;
 pub mod cluster;
 pub mod consumer;
 pub mod database;
+pub mod events;
 pub mod proxy;
 
 use std::future::Future;
@@ -21,6 +22,7 @@ pub use broker::{Http, Program, TestBroker, broker, broker_with, program};
 pub use cluster::{Cluster, cluster, cluster_of_copy, cluster_with, copy_folder};
 pub use consumer::Consumer;
 pub use database::{TestDatabase, database, empty_database};
+pub use events::Events;
 pub use proxy::{Action, Direction, Proxy, proxy};
 
 /// Runs what outlives a single test's runtime: the shared server's keeper and the dropping of databases.

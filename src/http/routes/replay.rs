@@ -1,0 +1,253 @@
+//! Replay of a stream: JSON pages, or server-sent events that go on live.
+
+use std::sync::Arc;
+
+use axum::extract::State as Extract;
+use axum::http::header::ACCEPT;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
+use chrono::{DateTime, Utc};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::streams::{OFFSET_MAX, parse_time};
+use super::wire::{self, Event};
+use crate::domain::id::Offset;
+use crate::domain::name::{StreamName, TopicPattern};
+use crate::http::extract::{Named, Query};
+use crate::http::follow::{self, Follow};
+use crate::http::openapi::{NoStream, OffsetsLost, Reads, TooManyReaders};
+use crate::http::problem::{FieldError, Kind, Place, Problem};
+use crate::http::state::State;
+use crate::stream::{Page, Read};
+
+/// Most patterns of one replay.
+const REPLAY_PATTERNS_MAX: usize = 100;
+
+/// A page of a stream.
+#[derive(ToSchema)]
+#[schema(as = MessagePage)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct WirePage {
+    /// By offset.
+    messages: Vec<LoggedMessage>,
+    /// The next page is the one `after` this offset. Rises although nothing matched.
+    next_after: i64,
+}
+
+/// A message in the log.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct LoggedMessage {
+    #[schema(minimum = 1)]
+    offset: i64,
+    topic: String,
+    #[schema(format = DateTime)]
+    appended_at: String,
+    #[schema(value_type = Event)]
+    event: Event,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new().routes(routes!(replay))
+}
+
+/// Where a replay starts, and what it keeps to.
+struct Asked {
+    from: From,
+    topics: Option<Arc<[TopicPattern]>>,
+    key: Option<String>,
+}
+
+enum From {
+    /// The first message that there is.
+    Start,
+    /// After what the client has: whatever it misses, it must hear of.
+    After(Offset),
+    /// The first message of a time.
+    Time(DateTime<Utc>),
+}
+
+/// Replay a stream: a page at a time, or with `Accept: text/event-stream` as server-sent events that go on live.
+///
+/// An event's `id` is the message's offset, its `data` the same JSON as in a page. A client that connects again with
+/// `Last-Event-ID` goes on after it. Named events end a stream of events: `too_slow` (nothing was taken for 30 seconds),
+/// `offset_gone` (retention dropped what was not sent yet; `first_offset` is the first one left), `stream_deleted`,
+/// `stopping`.
+#[utoipa::path(
+    get, path = "/v1/streams/{stream}/messages", tag = "streams",
+    params(
+        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main"),
+        ("after" = Option<i64>, Query, description = "Messages after this offset, none of which may be gone (410); from the first \
+            one left without", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("at" = Option<String>, Query, description = "Messages appended at or after this time; not together with `after`",
+            format = DateTime),
+        ("topic" = Option<Vec<String>>, Query, description = "Only topics that match this pattern; can be repeated",
+            max_items = 100),
+        ("key" = Option<String>, Query, description = "Only this ordering key", min_length = 1, max_length = 512),
+        ("max_messages" = Option<i64>, Query, description = "Of a page: at most so many; 100 without", minimum = 1, maximum = 1000),
+        ("max_bytes" = Option<i64>, Query, description = "Of a page: at most so many bytes of events, but one message always; \
+            4 MiB without", minimum = 1, maximum = 16_777_216),
+        ("Last-Event-ID" = Option<i64>, Header, description = "Of server-sent events: the last id received; goes before `after` and `at`",
+            minimum = 0, maximum = 9_007_199_254_740_991_i64),
+    ),
+    responses(
+        (status = 200, description = "A page, or server-sent events", content(
+            (WirePage = "application/json"), (String = "text/event-stream"))),
+        NoStream, OffsetsLost, TooManyReaders, Reads,
+    ),
+)]
+async fn replay(
+    Extract(state): Extract<State>,
+    Named(name): Named<StreamName>,
+    headers: HeaderMap,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let is_live = wants_events(&headers);
+    let mut asked = asked(&mut query);
+    let max_messages = query.integer("max_messages", 1..=1_000);
+    let max_bytes = query.integer("max_bytes", 1..=16 * 1024 * 1024);
+    if is_live && (max_messages.is_some() || max_bytes.is_some()) {
+        let detail = "server-sent events have neither `max_messages` nor `max_bytes`";
+        query.fault("max_messages", detail.to_owned(), None);
+    }
+    query.finish()?;
+    if is_live && let Some(id) = last_event_id(&headers)? {
+        asked.from = From::After(id);
+    }
+    let stream = &state.parts.stream;
+    let found = stream.find(&name).await?;
+    let (after, is_resumed) = match asked.from {
+        From::Start => (Offset(0), false),
+        From::After(after) if after.next() < found.first_offset => {
+            return Err(lost(found.first_offset));
+        }
+        From::After(after) => (after, true),
+        From::Time(at) => (stream.offset_at(found.id, at).await?, false),
+    };
+    if is_live {
+        let follow = Follow {
+            stream: found.id,
+            after,
+            is_resumed,
+            topics: asked.topics,
+            key: asked.key,
+        };
+        return follow::open(&state, follow);
+    }
+    let read = Read {
+        stream: found.id,
+        after,
+        through: None,
+        topics: asked.topics,
+        key: asked.key,
+        max_messages: usize::try_from(max_messages.unwrap_or(100)).unwrap_or(1),
+        max_bytes: usize::try_from(max_bytes.unwrap_or(4 * 1024 * 1024)).unwrap_or(1),
+    };
+    let page = stream.read(read).await?;
+    match page.lost_through {
+        Some(floor) if is_resumed => Err(lost(floor.next())),
+        _ => Ok(wire::json_bytes(StatusCode::OK, print(&page, after).into())),
+    }
+}
+
+fn lost(first_offset: Offset) -> Problem {
+    let detail =
+        format!("retention dropped what was asked for; the first offset left is {first_offset}");
+    Problem::new(Kind::OffsetGone, detail).with("first_offset", first_offset.0)
+}
+
+/// Whether the client asks for server-sent events, and would not rather have JSON.
+fn wants_events(headers: &HeaderMap) -> bool {
+    let accept = headers.get_all(ACCEPT).iter();
+    let ranges = accept
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|range| range.split(';').next().unwrap_or_default().trim());
+    for range in ranges {
+        if range.eq_ignore_ascii_case("text/event-stream") {
+            return true;
+        }
+        if range.eq_ignore_ascii_case("application/json") {
+            return false;
+        }
+    }
+    false
+}
+
+fn last_event_id(headers: &HeaderMap) -> Result<Option<Offset>, Problem> {
+    let Some(value) = headers.get("last-event-id") else {
+        return Ok(None);
+    };
+    let parsed = value.to_str().ok().and_then(|text| text.parse().ok());
+    match parsed {
+        Some(id) if (0..=OFFSET_MAX).contains(&id) => Ok(Some(Offset(id))),
+        _ => Err(Problem::invalid(vec![FieldError {
+            place: Place::Header("last-event-id".to_owned()),
+            detail: "`Last-Event-ID` must be the id of an event: an offset".to_owned(),
+            allowed: None,
+        }])),
+    }
+}
+
+fn asked(query: &mut Query) -> Asked {
+    let after = query.integer("after", 0..=OFFSET_MAX);
+    let at = query.parsed("at", parse_time);
+    if after.is_some() && at.is_some() {
+        let detail = "`after` and `at` cannot be given together";
+        query.fault("at", detail.to_owned(), None);
+    }
+    let topics = topics(query);
+    let key = query.text("key");
+    let is_valid = |key: &String| (1..=512).contains(&key.len());
+    if !key.as_ref().is_none_or(is_valid) {
+        query.fault("key", "`key` must be 1 to 512 bytes long".to_owned(), None);
+    }
+    let from = match (after, at) {
+        (Some(after), _) => From::After(Offset(after)),
+        (None, Some(at)) => From::Time(at),
+        (None, None) => From::Start,
+    };
+    Asked { from, topics, key }
+}
+
+fn topics(query: &mut Query) -> Option<Arc<[TopicPattern]>> {
+    let texts = query.texts("topic");
+    if texts.len() > REPLAY_PATTERNS_MAX {
+        let detail = format!("`topic` can be given {REPLAY_PATTERNS_MAX} times");
+        query.fault("topic", detail, None);
+        return None;
+    }
+    let mut patterns = Vec::with_capacity(texts.len());
+    for text in texts {
+        match TopicPattern::parse(&text) {
+            Ok(pattern) => patterns.push(pattern),
+            Err(error) => {
+                let shown: String = text.chars().take(100).collect();
+                query.fault("topic", format!("`{shown}` {error}"), None);
+            }
+        }
+    }
+    (!patterns.is_empty()).then(|| patterns.into())
+}
+
+fn print(page: &Page, after: Offset) -> Vec<u8> {
+    let bytes: usize = page
+        .entries
+        .iter()
+        .map(|entry| entry.event.len() + 400)
+        .sum();
+    let mut out = Vec::with_capacity(bytes + 64);
+    out.extend_from_slice(b"{\"messages\":[");
+    for (number, entry) in page.entries.iter().enumerate() {
+        if number > 0 {
+            out.push(b',');
+        }
+        follow::put_message(&mut out, entry);
+    }
+    out.extend_from_slice(b"],\"next_after\":");
+    wire::put(&mut out, &page.through.max(after));
+    out.push(b'}');
+    out
+}
