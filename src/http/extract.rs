@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
+use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
 use bytes::{Bytes, BytesMut};
@@ -87,21 +88,28 @@ impl<T: DeserializeOwned + Send> FromRequest<State> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &State) -> Result<Self, Problem> {
-        if let Some(found) = request.headers().get(CONTENT_TYPE) {
-            let text = found.to_str().unwrap_or_default();
-            let essence = text.split(';').next().unwrap_or_default().trim();
-            let is_json = ["application/json", "application/x-www-form-urlencoded", ""]
-                .iter()
-                .any(|known| essence.eq_ignore_ascii_case(known));
-            if !is_json {
-                return Err(Problem::new(
-                    Kind::UnsupportedMediaType,
-                    "the body must be `application/json`",
-                ));
-            }
-        }
+        require_json(request.headers())?;
         let Whole(bytes) = Whole::from_request(request, state).await?;
         parse_json(if bytes.is_empty() { b"{}" } else { &bytes }).map(Self)
+    }
+}
+
+/// Refuses a content type that is not JSON; none counts as JSON, and so does what `curl -d` sends.
+pub(in crate::http) fn require_json(headers: &HeaderMap) -> Result<(), Problem> {
+    let Some(found) = headers.get(CONTENT_TYPE) else {
+        return Ok(());
+    };
+    let text = found.to_str().unwrap_or_default();
+    let essence = text.split(';').next().unwrap_or_default().trim();
+    let is_json = ["application/json", "application/x-www-form-urlencoded", ""]
+        .iter()
+        .any(|known| essence.eq_ignore_ascii_case(known));
+    match is_json {
+        true => Ok(()),
+        false => Err(Problem::new(
+            Kind::UnsupportedMediaType,
+            "the body must be `application/json`",
+        )),
     }
 }
 

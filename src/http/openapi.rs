@@ -142,12 +142,13 @@ fn document(kinds: &[Kind]) -> BTreeMap<String, RefOr<Response>> {
 /// The routes with their descriptions.
 pub(in crate::http) fn api() -> OpenApiRouter<State> {
     let mut router = routes::all(OpenApiRouter::with_openapi(Base::openapi()));
-    // An empty body counts as `{}`, or when publishing as an empty payload: only the verbs need one.
+    // An empty body counts as `{}`, or when publishing to a topic as an empty payload: only the others need one.
     for (path, item) in &mut router.get_openapi_mut().paths.paths {
         let is_verb = path.starts_with("/v1/queues/{queue}/") && !path.ends_with("/receive");
+        let is_needed = is_verb || path == "/v1/messages";
         for operation in [&mut item.put, &mut item.post].into_iter().flatten() {
             if let Some(RefOr::T(body)) = &mut operation.request_body {
-                body.required = Some(if is_verb {
+                body.required = Some(if is_needed {
                     Required::True
                 } else {
                     Required::False

@@ -117,6 +117,7 @@ impl Desk {
         let member = Member::Publish {
             messages: vec![message],
             check_ids: true,
+            as_one: Vec::new(),
         };
         let placed = self.stream.append(member).await;
         let placed = placed.map_err(RejectedError::Append)?;

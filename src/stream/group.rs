@@ -126,6 +126,7 @@ impl Group {
             Member::Publish {
                 messages,
                 check_ids,
+                ..
             } => {
                 if *check_ids {
                     let ids: Vec<u64> = messages.iter().map(id_hash).collect();
@@ -160,10 +161,20 @@ fn checks(member: &Member, router: &mut Router) -> Vec<(Uuid, Uuid)> {
         Member::Publish {
             messages,
             check_ids: true,
-        } => messages
-            .iter()
-            .map(|message| check(router.route(&message.topic), message))
-            .collect(),
+            as_one,
+        } => {
+            let mut checks: Vec<(Uuid, Uuid)> = messages
+                .iter()
+                .map(|message| check(router.route(&message.topic), message))
+                .collect();
+            if !as_one.is_empty() {
+                let whole = digest_whole(messages);
+                for &place in as_one {
+                    checks[place].1 = whole;
+                }
+            }
+            checks
+        }
         _ => Vec::new(),
     }
 }
@@ -198,6 +209,19 @@ fn check(stream: StreamId, message: &Message) -> (Uuid, Uuid) {
         message.data.bytes(),
     ]);
     (identity, content)
+}
+
+/// The content of a whole member: which messages in which order.
+fn digest_whole(messages: &[Message]) -> Uuid {
+    let contents: Vec<[u8; 16]> = messages
+        .iter()
+        .map(|message| {
+            let (identity, content) = check(StreamId(0), message);
+            digest(&[identity.as_bytes(), content.as_bytes()]).into_bytes()
+        })
+        .collect();
+    let parts: Vec<&[u8]> = contents.iter().map(<[u8; 16]>::as_slice).collect();
+    digest(&parts)
 }
 
 fn digest(parts: &[&[u8]]) -> Uuid {

@@ -16,6 +16,9 @@ pub enum Member {
         /// Deduplicate by (stream, source, id) within the window: the same content again is a duplicate with the first
         /// offset, other content refuses the whole member.
         check_ids: bool,
+        /// Places of messages whose ids stand for the request that they came with: their content is that of the whole member,
+        /// so that they repeat an earlier one only together with all that came with it. Empty unless ids are checked.
+        as_one: Vec<usize>,
     },
     /// Outbox rows of one origin. Its latest position number must be `from`, its lease must be held at the fence's epoch.
     Relay {

@@ -6,6 +6,7 @@
 
 mod attributes;
 mod binary;
+mod items;
 mod structured;
 #[cfg(test)]
 mod tests;
@@ -178,6 +179,19 @@ pub fn parse_event(
     context: &Context<'_>,
 ) -> Result<Message, Error> {
     structured::parse_event(event, place, number, request, context)
+}
+
+/// Turns a body of several messages, each with its own topic, into messages: see `POST /v1/messages`. `new_id` makes the id of the
+/// message at a place, for those without one.
+///
+/// # Errors
+/// Any rule that the body or one of its messages breaks.
+pub fn parse_items(
+    request: &Request<'_>,
+    limits: Limits,
+    new_id: &dyn Fn(usize) -> String,
+) -> Result<Vec<Message>, Error> {
+    items::parse(request, limits, new_id)
 }
 
 /// The media type without its parameters, in lower case.

@@ -15,7 +15,7 @@ use crate::domain::json;
 use crate::domain::message::{Data, Message};
 
 /// The members of a JSON object in the order they came, values as raw text.
-struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+pub(super) struct Members<'a>(pub(super) Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl<'de> serde::Deserialize<'de> for Members<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -111,7 +111,7 @@ pub(super) fn parse_event(
     message.ok_or(Error::Invalid(faults.0))
 }
 
-fn finish(messages: Vec<Message>, faults: Faults) -> Result<Vec<Message>, Error> {
+pub(super) fn finish(messages: Vec<Message>, faults: Faults) -> Result<Vec<Message>, Error> {
     if faults.0.is_empty() {
         Ok(messages)
     } else {
@@ -120,7 +120,7 @@ fn finish(messages: Vec<Message>, faults: Faults) -> Result<Vec<Message>, Error>
 }
 
 /// The body as JSON text. Its nesting is checked per payload, since the limit counts from there.
-fn checked(body: &Bytes) -> Result<&str, Error> {
+pub(super) fn checked(body: &Bytes) -> Result<&str, Error> {
     match json::check(body) {
         Ok(text) => Ok(text),
         Err(json::Error::TooDeep { .. }) => {
@@ -131,7 +131,7 @@ fn checked(body: &Bytes) -> Result<&str, Error> {
 }
 
 /// One event; `None` when it added faults.
-fn event(
+pub(super) fn event(
     text: &str,
     place: &str,
     number: usize,
@@ -191,7 +191,7 @@ fn event(
         .map(Some)
 }
 
-fn payload(
+pub(super) fn payload(
     data: Option<&str>,
     data_base64: Option<&str>,
     place: &str,
@@ -260,6 +260,6 @@ fn share(body: &Bytes, text: &str) -> Bytes {
 }
 
 /// A member's name as a step of a JSON pointer.
-fn escape(name: &str) -> String {
+pub(super) fn escape(name: &str) -> String {
     name.replace('~', "~0").replace('/', "~1")
 }

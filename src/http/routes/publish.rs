@@ -1,11 +1,14 @@
-//! Publishing: CloudEvents in structured, binary and batch mode, or a plain body.
+//! Publishing: to one topic, CloudEvents in structured, binary and batch mode, or a plain body; to several at once, items that
+//! each name their topic.
+
+use std::cell::RefCell;
 
 use axum::extract::{FromRequest as _, Request, State as Extract};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -15,7 +18,7 @@ use super::wire;
 use crate::domain::cloudevents::{self, Fault};
 use crate::domain::message::Message;
 use crate::domain::name::Topic;
-use crate::http::extract::{Named, Query, Whole};
+use crate::http::extract::{Named, Query, Whole, require_json};
 use crate::http::openapi::Publishes;
 use crate::http::problem::{FieldError, Kind, Place, Problem};
 use crate::http::state::State;
@@ -29,7 +32,7 @@ const IDEMPOTENCY_KEY_MAX_BYTES: usize = 255;
 /// A CloudEvent to be published. What is left out is filled in: `id` is made, `source` is `/postroad/http`, `type` is the
 /// topic. Further members are extension attributes: names of a-z and 0-9, at most 20 long; strings, booleans, integers.
 /// Lengths are limited in bytes of UTF-8, so a text of other than ASCII characters ends sooner.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
 #[schema(
     as = PublishEvent,
     example = json!({"specversion": "1.0", "id": "order-7", "source": "/shop", "type": "orders.created",
@@ -97,6 +100,81 @@ struct NewEvent {
     data: Option<serde_json::Value>,
 }
 
+/// Messages to be published together.
+#[derive(ToSchema)]
+#[schema(as = PublishMessages)]
+#[expect(dead_code, reason = "describes what domain::cloudevents reads")]
+struct NewMessages {
+    /// Each with its topic, in the order in which they get their offsets.
+    #[schema(max_items = 1000)]
+    messages: Vec<NewItem>,
+}
+
+/// One message of several: an event, or a payload that becomes one.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = PublishItem)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "describes what domain::cloudevents reads")]
+enum NewItem {
+    Event(EventItem),
+    Plain(PlainItem),
+}
+
+/// A CloudEvent and where it goes.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = PublishEventItem)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "describes what domain::cloudevents reads")]
+struct EventItem {
+    /// Where it goes.
+    #[schema(
+        min_length = 1,
+        max_length = 255,
+        pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$",
+        example = "orders.created"
+    )]
+    topic: String,
+    /// The event.
+    event: NewEvent,
+}
+
+/// A payload and where it goes.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = PublishPlainItem)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "describes what domain::cloudevents reads")]
+struct PlainItem {
+    /// Where it goes.
+    #[schema(
+        min_length = 1,
+        max_length = 255,
+        pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$",
+        example = "orders.created"
+    )]
+    topic: String,
+    /// The payload, any JSON; passed on as the text it is. Without it the message has none, which is not `null`.
+    #[schema(required = false)]
+    data: serde_json::Value,
+    /// The ordering key.
+    #[schema(
+        min_length = 1,
+        max_length = 512,
+        required = false,
+        nullable = false,
+        pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
+    )]
+    key: Option<String>,
+    /// Its id; made, if there is none.
+    #[schema(
+        min_length = 1,
+        max_length = 1024,
+        required = false,
+        nullable = false,
+        pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
+    )]
+    id: Option<String>,
+}
+
 /// Where the messages went, in the order sent.
 #[derive(Debug, Serialize, ToSchema)]
 struct Published {
@@ -119,7 +197,9 @@ struct PublishedMessage {
 }
 
 pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new().routes(routes!(publish))
+    OpenApiRouter::new()
+        .routes(routes!(publish))
+        .routes(routes!(publish_together))
 }
 
 /// Publish messages to a topic.
@@ -133,7 +213,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
         ("topic" = String, Path, description = "Tokens of A-Z a-z 0-9 _ -, separated by dots",
             min_length = 1, max_length = 255, pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$", example = "orders.created"),
         ("Idempotency-Key" = Option<String>, Header,
-            description = "Makes the ids of messages without one: the same key again, the same ids",
+            description = "Makes the ids of messages without one. The same request again: duplicates. Another one with the same key: 409",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
     request_body(content(
@@ -154,20 +234,118 @@ async fn publish(
     let headers = request.headers().clone();
     let key = idempotency_key(&headers)?;
     let Whole(body) = Whole::from_request(request, &state).await?;
-    let messages = parse(&state, &topic, &headers, key.as_deref(), body)?;
-    let published = append(&state, messages).await?;
-    Ok(wire::json(StatusCode::OK, &published))
+    let (messages, as_one) = parse_to(&state, &topic, &headers, key.as_deref(), body)?;
+    let is_batch = content_type(&headers)?.is_some_and(|text| text.contains("batch"));
+    let published = append(&state, messages, as_one, |index| match is_batch {
+        true => format!("/{index}"),
+        false => String::new(),
+    });
+    Ok(wire::json(StatusCode::OK, &published.await?))
 }
 
-fn parse(
+/// Publish messages to several topics.
+///
+/// To any number of topics and streams: all or nothing, in one commit. One fault refuses the whole request, and `errors` names
+/// the items. Deduplicated by source and id for 24 hours, as in all publishing; with `Idempotency-Key`, also where messages have no id.
+#[utoipa::path(
+    post, path = "/v1/messages", tag = "publish",
+    params(
+        ("Idempotency-Key" = Option<String>, Header,
+            description = "Makes the ids of messages without one. The same request again: duplicates. Another one with the same key: 409",
+            min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
+    ),
+    request_body(content = NewMessages, example = json!({"messages": [
+        {"topic": "orders.created", "key": "customer-7", "data": {"order": 1}},
+        {"topic": "audit.orders", "event": {"specversion": "1.0", "id": "a-1", "source": "/shop", "type": "audit", "data": "order 1"}},
+    ]})),
+    responses((status = 200, description = "Published, and durable", body = Published), Publishes),
+)]
+async fn publish_together(
+    Extract(state): Extract<State>,
+    query: Query,
+    request: Request,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let headers = request.headers().clone();
+    let key = idempotency_key(&headers)?;
+    require_json(&headers)?;
+    let Whole(body) = Whole::from_request(request, &state).await?;
+    let (messages, as_one) = parse_items(&state, &headers, key.as_deref(), body)?;
+    let published = append(&state, messages, as_one, |index| {
+        format!("/messages/{index}")
+    });
+    Ok(wire::json(StatusCode::OK, &published.await?))
+}
+
+/// Reads messages to one topic. With the places of those whose ids stand for the `Idempotency-Key`.
+fn parse_to(
     state: &State,
     topic: &Topic,
     headers: &HeaderMap,
     key: Option<&str>,
     body: Bytes,
-) -> Result<Vec<Message>, Problem> {
+) -> Result<(Vec<Message>, Vec<usize>), Problem> {
+    let ids = Ids::new(topic.as_str(), key);
+    let context = cloudevents::Context {
+        topic,
+        limits: state.options.publish,
+        new_id: &|number| ids.make(number),
+    };
+    let messages = cloudevents::parse(&incoming(headers, body)?, &context).map_err(refused)?;
+    Ok((messages, ids.derived()))
+}
+
+/// The same for messages that each name their topic.
+fn parse_items(
+    state: &State,
+    headers: &HeaderMap,
+    key: Option<&str>,
+    body: Bytes,
+) -> Result<(Vec<Message>, Vec<usize>), Problem> {
+    // No topic is empty, so these ids are none of those that a topic's own path makes.
+    let ids = Ids::new("", key);
+    let new_id = |number| ids.make(number);
+    let request = incoming(headers, body)?;
+    let messages = cloudevents::parse_items(&request, state.options.publish, &new_id);
+    Ok((messages.map_err(refused)?, ids.derived()))
+}
+
+/// Makes the ids of a request's messages that come without one.
+struct Ids<'k> {
+    scope: &'k str,
+    key: Option<&'k str>,
+    derived: RefCell<Vec<usize>>,
+}
+
+impl<'k> Ids<'k> {
+    /// For requests of one scope; with an `Idempotency-Key`, the same ids again for the same places.
+    const fn new(scope: &'k str, key: Option<&'k str>) -> Self {
+        Self {
+            scope,
+            key,
+            derived: RefCell::new(Vec::new()),
+        }
+    }
+
+    fn make(&self, number: usize) -> String {
+        let Some(key) = self.key else {
+            return Uuid::now_v7().to_string();
+        };
+        self.derived.borrow_mut().push(number);
+        let name = format!("{}\n{number}\n{key}", self.scope);
+        Uuid::new_v5(&IDEMPOTENCY, name.as_bytes()).to_string()
+    }
+
+    /// The places of the messages whose ids stand for the key.
+    fn derived(self) -> Vec<usize> {
+        self.derived.into_inner()
+    }
+}
+
+/// The request as the domain reads it.
+fn incoming(headers: &HeaderMap, body: Bytes) -> Result<cloudevents::Request<'_>, Problem> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let request = cloudevents::Request {
+    Ok(cloudevents::Request {
         content_type: content_type(headers)?,
         attributes: headers
             .iter()
@@ -178,23 +356,16 @@ fn parse(
         traceparent: text("traceparent"),
         tracestate: text("tracestate"),
         body,
-    };
-    let new_id = |number: usize| match key {
-        Some(key) => {
-            let name = format!("{topic}\n{number}\n{key}");
-            Uuid::new_v5(&IDEMPOTENCY, name.as_bytes()).to_string()
-        }
-        None => Uuid::now_v7().to_string(),
-    };
-    let context = cloudevents::Context {
-        topic,
-        limits: state.options.publish,
-        new_id: &new_id,
-    };
-    cloudevents::parse(&request, &context).map_err(refused)
+    })
 }
 
-async fn append(state: &State, messages: Vec<Message>) -> Result<Published, Problem> {
+/// Appends the messages; `place` is the JSON pointer of each, for faults.
+async fn append(
+    state: &State,
+    messages: Vec<Message>,
+    as_one: Vec<usize>,
+    place: impl Fn(usize) -> String,
+) -> Result<Published, Problem> {
     if messages.is_empty() {
         return Ok(Published {
             messages: Vec::new(),
@@ -204,8 +375,10 @@ async fn append(state: &State, messages: Vec<Message>) -> Result<Published, Prob
     let member = Member::Publish {
         messages,
         check_ids: true,
+        as_one,
     };
-    let placed = state.parts.stream.append(member).await?;
+    let placed = state.parts.stream.append(member).await;
+    let placed = placed.map_err(|error| wire::append_problem(&error, place))?;
     // The messages are published: that their stream's name cannot be read now must not look as if they were not.
     let names = state
         .stream_names(placed.iter().map(|placed| placed.stream))

@@ -118,43 +118,51 @@ impl From<stream::Error> for Problem {
     }
 }
 
+/// Why an append was refused; `place` is the JSON pointer of each message in its request.
+pub(super) fn append_problem(
+    error: &stream::AppendError,
+    place: impl Fn(usize) -> String,
+) -> Problem {
+    use stream::AppendError;
+    match error {
+        AppendError::IdConflict { items } => {
+            let errors = items.iter().map(|item| FieldError {
+                place: Place::Pointer(place(item.index)),
+                detail: if item.offset.0 > 0 {
+                    format!("the id stands for the message at offset {}", item.offset)
+                } else {
+                    "the id stands for an earlier message of this request".to_owned()
+                },
+                allowed: None,
+            });
+            Problem::new(Kind::IdConflict, error.to_string()).with_errors(errors.collect())
+        }
+        AppendError::OutcomeUnknown => Problem::new(
+            Kind::OutcomeUnknown,
+            "it is not known whether the messages were published; a repeat with the same ids is safe",
+        ),
+        AppendError::Unavailable(Some(source)) => Problem::unavailable(source),
+        AppendError::Unavailable(None) => Problem::unavailable(error),
+        AppendError::Overloaded => {
+            Problem::new(Kind::TooManyRequests, error.to_string()).retry_after(1)
+        }
+        AppendError::TooLarge { .. } => Problem::new(Kind::PayloadTooLarge, error.to_string()),
+        AppendError::Invalid { index, reason } => {
+            Problem::new(Kind::InvalidMessage, error.to_string()).with_errors(vec![FieldError {
+                place: Place::Pointer(place(*index)),
+                detail: (*reason).to_owned(),
+                allowed: None,
+            }])
+        }
+        AppendError::Stopping => stopping(),
+        AppendError::Refused(source) => Problem::internal(source),
+        AppendError::Fenced | AppendError::PositionMoved { .. } => Problem::internal(error),
+    }
+}
+
 impl From<stream::AppendError> for Problem {
     fn from(error: stream::AppendError) -> Self {
-        use stream::AppendError;
-        match &error {
-            AppendError::IdConflict { items } => {
-                let errors = items.iter().map(|item| FieldError {
-                    place: Place::Pointer(format!("/{}", item.index)),
-                    detail: if item.offset.0 > 0 {
-                        format!("the id stands for the message at offset {}", item.offset)
-                    } else {
-                        "the id stands for an earlier message of this request".to_owned()
-                    },
-                    allowed: None,
-                });
-                Self::new(Kind::IdConflict, error.to_string()).with_errors(errors.collect())
-            }
-            AppendError::OutcomeUnknown => Self::new(
-                Kind::OutcomeUnknown,
-                "it is not known whether the messages were published; a repeat with the same ids is safe",
-            ),
-            AppendError::Unavailable(Some(source)) => Self::unavailable(source),
-            AppendError::Unavailable(None) => Self::unavailable(&error),
-            AppendError::Overloaded => {
-                Self::new(Kind::TooManyRequests, error.to_string()).retry_after(1)
-            }
-            AppendError::TooLarge { .. } => Self::new(Kind::PayloadTooLarge, error.to_string()),
-            AppendError::Invalid { index, reason } => {
-                Self::new(Kind::InvalidMessage, error.to_string()).with_errors(vec![FieldError {
-                    place: Place::Pointer(format!("/{index}")),
-                    detail: (*reason).to_owned(),
-                    allowed: None,
-                }])
-            }
-            AppendError::Stopping => stopping(),
-            AppendError::Refused(source) => Self::internal(source),
-            AppendError::Fenced | AppendError::PositionMoved { .. } => Self::internal(&error),
-        }
+        append_problem(&error, |index| format!("/{index}"))
     }
 }
 

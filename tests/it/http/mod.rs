@@ -3,6 +3,7 @@
 mod connections;
 mod follow;
 mod messages;
+mod publishing;
 mod receive;
 mod refusals;
 
@@ -27,7 +28,7 @@ pub struct Api {
     server: Supervisor,
     engines: Supervisor,
     nodes: Supervisor,
-    _database: TestDatabase,
+    pub database: TestDatabase,
 }
 
 /// An answer, taken apart.
@@ -106,7 +107,7 @@ impl Api {
             server,
             engines,
             nodes,
-            _database: database,
+            database,
         }
     }
 

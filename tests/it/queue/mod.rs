@@ -119,6 +119,7 @@ impl Broker {
         let member = Member::Publish {
             messages,
             check_ids: false,
+            as_one: Vec::new(),
         };
         self.stream.append(member).await.unwrap();
     }

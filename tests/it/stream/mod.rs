@@ -82,6 +82,7 @@ impl Node {
         let member = Member::Publish {
             messages,
             check_ids,
+            as_one: Vec::new(),
         };
         self.stream.append(member).await
     }

@@ -117,6 +117,7 @@ async fn attributes_are_answered_of_the_log_without_what_is_gone() {
     let member = Member::Publish {
         messages,
         check_ids: false,
+        as_one: Vec::new(),
     };
     assert_eq!(
         offsets(&node.stream.append(member).await.unwrap()),
