@@ -53,6 +53,12 @@ pub struct Settings {
     pub max_hold: Option<Duration>,
     /// In which order messages go out.
     pub ordering: Ordering,
+    /// In order of keys: after a dead letter its key waits for a person.
+    pub hold_key: bool,
+    /// In order of keys: a receive may take several messages of one key.
+    pub key_batches: bool,
+    /// Whether messages go out by three lanes. Not together with order by key.
+    pub priorities: bool,
 }
 
 impl Default for Settings {
@@ -64,6 +70,9 @@ impl Default for Settings {
             max_in_flight: MAX_IN_FLIGHT,
             max_hold: None,
             ordering: Ordering::None,
+            hold_key: false,
+            key_batches: false,
+            priorities: false,
         }
     }
 }
@@ -74,7 +83,7 @@ impl Default for Settings {
 pub enum Ordering {
     /// By offset as far as they are ready; a failed message does not hold others back.
     None,
-    /// At most one message of a key in flight. Not available yet: [`Settings::check`] refuses it.
+    /// At most one message of a key in flight; later ones wait for it, and messages without a key for none.
     Key,
 }
 
@@ -173,7 +182,7 @@ impl Settings {
     /// Checks every value against its range.
     ///
     /// # Errors
-    /// The first value out of its range, or `ordering: key`.
+    /// The first value out of its range, or one that does not go with the others.
     pub fn check(&self) -> Result<(), Fault> {
         let (shortest, longest) = VISIBILITY_TIMEOUT_RANGE;
         within(
@@ -203,10 +212,19 @@ impl Settings {
                 "from 1 to 604800",
             )?;
         }
-        if self.ordering == Ordering::Key {
+        let is_ordered = self.ordering == Ordering::Key;
+        for (field, is_set) in [("hold_key", self.hold_key), ("key_batches", self.key_batches)] {
+            if is_set && !is_ordered {
+                return Err(Fault {
+                    field,
+                    reason: "needs `ordering` to be `key`".into(),
+                });
+            }
+        }
+        if self.priorities && is_ordered {
             return Err(Fault {
-                field: "ordering",
-                reason: "cannot be `key`: ordering by key is not available in this version".into(),
+                field: "priorities",
+                reason: "cannot be had together with `ordering: key`".into(),
             });
         }
         self.retry.check()
@@ -374,9 +392,36 @@ mod tests {
         assert_eq!(settings.check(), Ok(()));
         let keyed = Settings {
             ordering: Ordering::Key,
+            hold_key: true,
+            key_batches: true,
             ..Settings::default()
         };
-        assert_eq!(keyed.check().unwrap_err().field, "ordering");
+        assert_eq!(keyed.check(), Ok(()));
+        for (field, settings) in [
+            (
+                "priorities",
+                Settings {
+                    priorities: true,
+                    ..keyed.clone()
+                },
+            ),
+            (
+                "hold_key",
+                Settings {
+                    ordering: Ordering::None,
+                    ..keyed.clone()
+                },
+            ),
+            (
+                "key_batches",
+                Settings {
+                    key_batches: true,
+                    ..Settings::default()
+                },
+            ),
+        ] {
+            assert_eq!(settings.check().unwrap_err().field, field);
+        }
         let short = Settings {
             visibility_timeout: Duration::from_millis(999),
             ..Settings::default()

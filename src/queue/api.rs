@@ -77,6 +77,12 @@ pub struct Status {
     pub delayed: u64,
     /// Of these, ready to go out.
     pub ready: u64,
+    /// Of these, waiting for an earlier message of their key.
+    pub waiting: u64,
+    /// Unsettled, by lane, lowest first; None without lanes.
+    pub lanes: Option<[u64; 3]>,
+    /// The keys that stand still for longest, with messages that wait; at most 20.
+    pub blocked_keys: Vec<BlockedKey>,
     /// Of all times in this generation, and not removed since: dead letters.
     pub dead_letters: u64,
     /// Long polls that wait.
@@ -91,6 +97,25 @@ pub struct Status {
     pub oldest_unsettled_at: Option<DateTime<Utc>>,
     /// Whether the queue stands still since Postgres cannot be reached.
     pub standing_still: bool,
+}
+
+/// A key whose messages wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockedKey {
+    /// The key; None if the log has dropped the message that is waited for.
+    pub key: Option<Arc<str>>,
+    /// The message that is waited for.
+    pub offset: Offset,
+    /// In which state it is.
+    pub state: BlockedBy,
+    /// Its attempt; None for a dead letter.
+    pub attempt: Option<u32>,
+    /// When its time is up, or when it goes out again; None for a dead letter.
+    pub due_at: Option<DateTime<Utc>>,
+    /// Since when the key stands still, as far as it is known.
+    pub since: DateTime<Utc>,
+    /// How many messages wait.
+    pub waiting: u64,
 }
 
 /// A long poll.
@@ -177,7 +202,7 @@ pub struct Delivery {
 }
 
 /// What is done to deliveries.
-pub use crate::domain::queue::{Outcome, Verb};
+pub use crate::domain::queue::{BlockedBy, Outcome, Verb};
 
 /// One receipt of a verb request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! How messages come to a queue: by the feed while it keeps up, by scans of the log when it does not, and their payloads
 //! by loads ahead of the receives.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,12 +12,15 @@ use tokio::time::Instant;
 
 use super::task::{Done, Task, log_read_failure};
 use crate::domain::id::{Offset, StreamId};
-use crate::domain::message::Entry;
+use crate::domain::message::{Entry, Priority};
+use crate::domain::policy;
 use crate::domain::queue::Found;
 use crate::stream::{self, Scan};
 
 /// Ready messages in memory (offsets only) after which the scan pauses; it goes on at half of it.
 const READY_MAX: u64 = 200_000;
+/// As `READY_MAX`, where what is ready may be behind much that is not: with order by key and with lanes.
+const ORDERED_MAX: u64 = 4_000_000;
 /// Bytes of events that wait in memory for receives.
 const LOADED_BYTES: usize = 4 * 1024 * 1024;
 /// A queue this close to the end of the stream attaches itself to the feed.
@@ -27,7 +30,7 @@ const SCAN_ITEMS: usize = 10_000;
 /// Most messages of one load.
 const LOAD_ITEMS: usize = 1_000;
 /// A read that failed is tried again after this.
-const RETRY: Duration = Duration::from_millis(250);
+pub(in crate::queue) const RETRY: Duration = Duration::from_millis(250);
 /// Without a receive for so long, payloads are not kept.
 const UNUSED: Duration = Duration::from_secs(60);
 
@@ -70,7 +73,7 @@ pub(in crate::queue) struct Intake {
     /// The scan under way goes by former patterns: what it finds does not count.
     is_scan_void: bool,
     is_loading: bool,
-    retry_at: Option<Instant>,
+    pub(in crate::queue) retry_at: Option<Instant>,
     received_at: Option<Instant>,
 }
 
@@ -153,7 +156,7 @@ impl Intake {
         }
     }
 
-    fn may_read(&self) -> bool {
+    pub(in crate::queue) fn may_read(&self) -> bool {
         self.retry_at.is_none_or(|at| at <= Instant::now())
     }
 }
@@ -203,14 +206,14 @@ impl Task {
                     key_hash: entry.key_hash,
                     priority: entry.priority,
                 });
-                if self.intake.loaded_bytes < LOADED_BYTES {
+                if self.intake.loaded_bytes < self.share(&entry) {
                     self.intake.keep(entry);
                 }
             }
             self.machine.looked_through(fed.through);
             if !fed.attached {
                 self.intake.mode = Mode::Scanning;
-            } else if self.machine.counts().fresh >= READY_MAX {
+            } else if self.machine.counts().fresh >= self.found_max() {
                 self.parts.dispatch.detach(&self.parts.feed);
                 self.intake.mode = Mode::Scanning;
             }
@@ -220,10 +223,29 @@ impl Task {
         }
     }
 
+    fn found_max(&self) -> u64 {
+        let settings = self.machine.settings();
+        match settings.ordering == policy::Ordering::Key || settings.priorities {
+            true => ORDERED_MAX,
+            false => READY_MAX,
+        }
+    }
+
+    /// How much may be loaded for a message that the feed brought to be kept. What does not go out next must not crowd
+    /// out what does.
+    fn share(&self, entry: &Entry) -> usize {
+        let goes_early = self.machine.settings().priorities && entry.priority == Priority::High;
+        match (goes_early, self.machine.is_open(entry.offset)) {
+            (true, _) => 2 * LOADED_BYTES,
+            (false, true) => LOADED_BYTES,
+            (false, false) => LOADED_BYTES / 4,
+        }
+    }
+
     fn scan_on(&mut self) {
         let scanned = self.machine.scanned_through();
         if self.intake.mode == Mode::Scanning {
-            if self.machine.counts().fresh >= READY_MAX / 2 {
+            if self.machine.counts().fresh >= self.found_max() / 2 {
                 return;
             }
             if self.intake.last.borrow().0 - scanned.0 <= NEAR {
@@ -312,6 +334,7 @@ impl Task {
         self.intake.is_scanning
             || self.intake.is_loading && self.machine.has_ready()
             || self.intake.is_pinned
+            || self.machine.is_arranging()
             || self.intake.mode != Mode::Fed
             || *self.intake.last.borrow() > self.parts.dispatch.done()
     }
@@ -327,18 +350,15 @@ impl Task {
         }
         let wanted = (LOADED_BYTES / self.intake.usual_bytes.max(256)).clamp(16, LOAD_ITEMS);
         let ready = self.machine.ready(wanted);
-        let offsets: Vec<Offset> = ready
-            .iter()
-            .copied()
-            .filter(|offset| !self.intake.loaded.contains_key(&offset.0))
-            .collect();
+        let is_missing = |offset: &Offset| !self.intake.loaded.contains_key(&offset.0);
+        let missing = ready.iter().filter(|offset| is_missing(offset)).count();
         // The next one is missing, or so many that a read is worth its while.
-        let is_next_missing = ready
-            .first()
-            .is_some_and(|next| offsets.first() == Some(next));
-        if offsets.is_empty() || !is_next_missing && offsets.len() * 2 < wanted {
+        let is_next_missing = ready.first().is_some_and(is_missing);
+        if missing == 0 || !is_next_missing && missing * 2 < wanted {
             return;
         }
+        let mut offsets = self.machine.upcoming(wanted);
+        offsets.retain(is_missing);
         self.intake.is_loading = true;
         let (stream, reads) = (self.parts.stream.clone(), Arc::clone(&self.parts.reads));
         let id = self.parts.stream_id;
@@ -370,12 +390,7 @@ impl Task {
         for entry in entries {
             self.intake.keep(entry);
         }
-        while self.intake.loaded_bytes > 2 * LOADED_BYTES
-            && let Some((&offset, _)) = self.intake.loaded.last_key_value()
-            && self.intake.loaded.len() > 1
-        {
-            self.intake.take(Offset(offset));
-        }
+        self.unload();
         if !missing.is_empty() {
             self.note_lost(missing.len(), missing[missing.len() - 1]);
             self.machine.lose(missing);
@@ -387,6 +402,23 @@ impl Task {
         self.intake.mode == Mode::Fed
             && !self.intake.is_pinned
             && self.machine.oldest_unsettled().is_none()
+    }
+
+    /// Forgets payloads when they are too many: first what does not go out next, then what does so last.
+    fn unload(&mut self) {
+        if self.intake.loaded_bytes <= 2 * LOADED_BYTES {
+            return;
+        }
+        let next = self.machine.ready(LOAD_ITEMS);
+        let is_next: HashSet<Offset> = next.iter().copied().collect();
+        let loaded = self.intake.loaded.keys().rev().map(|&offset| Offset(offset));
+        let others: Vec<Offset> = loaded.filter(|offset| !is_next.contains(offset)).collect();
+        for offset in others.into_iter().chain(next.into_iter().skip(1).rev()) {
+            if self.intake.loaded_bytes <= LOADED_BYTES {
+                return;
+            }
+            self.intake.take(offset);
+        }
     }
 
     /// Tells the watermark's reader whether the dispatcher's progress is the queue's own.

@@ -13,6 +13,7 @@ mod handle;
 mod handout;
 mod intake;
 mod metrics;
+mod order;
 mod positions;
 mod receive;
 mod recovery;
@@ -37,7 +38,7 @@ use crate::supervisor::{OnEnd, Supervisor};
 use crate::{cluster, stream};
 
 pub use api::{
-    BATCH_MAX, BATCH_WAIT_MAX, Declaration, Declared, Delivery, Description, Error, InFlight,
+    BATCH_MAX, BATCH_WAIT_MAX, BlockedBy, BlockedKey, Declaration, Declared, Delivery, Description, Error, InFlight,
     InFlightFilter, Outcome, ReceiveRequest, Received, Status, Verb, VerbItem, WAIT_MAX,
 };
 pub use handle::{Handle, Receiving};

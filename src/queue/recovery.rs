@@ -74,5 +74,7 @@ fn rebuild(row: &QueueRow, parts: &[StatePart]) -> Result<Queue, crate::domain::
             queue.apply(&record);
         }
     }
+    // Of what is unsettled the journal does not know what order goes by.
+    queue.arrange();
     Ok(queue)
 }

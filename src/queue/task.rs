@@ -21,6 +21,7 @@ use super::feed::{Dispatch, Feed};
 use super::handle::{Acks, Command, ENDED, Shared};
 use super::handout::{Promise, Promises};
 use super::intake::{Intake, Loaded};
+use super::order::{Marked, Marks};
 use super::scans::Scans;
 use super::waiters::Waiters;
 use super::writer::{Contact, Outage, Submission, Written};
@@ -133,7 +134,9 @@ pub(in crate::queue) enum Done {
         reply: oneshot::Sender<Result<Received, Error>>,
         entries: Result<Vec<Arc<Entry>>, stream::Error>,
     },
+    Marked(Marked),
     Probed,
+    Told,
 }
 
 pub(in crate::queue) type Work = Pin<Box<dyn Future<Output = Done> + Send>>;
@@ -142,6 +145,7 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) parts: Parts,
     pub(in crate::queue) machine: Queue,
     pub(in crate::queue) intake: Intake,
+    pub(in crate::queue) marks: Marks,
     pub(in crate::queue) work: FuturesUnordered<Work>,
     pub(in crate::queue) waiters: Waiters,
     pub(in crate::queue) promises: Promises,
@@ -176,6 +180,7 @@ impl Task {
         Self {
             machine,
             intake,
+            marks: Marks::default(),
             work: FuturesUnordered::new(),
             waiters: Waiters::default(),
             promises: Promises::default(),
@@ -196,6 +201,7 @@ impl Task {
 
     pub(in crate::queue) async fn run(mut self) -> Ended {
         let supervisor = self.parts.supervisor.clone();
+        self.learn_order().await;
         while self.ending.is_none() && !supervisor.is_stopping() {
             self.round();
             let wake_at = self.wake_at();
@@ -249,6 +255,7 @@ impl Task {
                 .shift(Duration::from_millis(moved.unsigned_abs()));
         }
         self.take_in();
+        self.ask_marks();
         self.give_up_dropped();
         if !outage.standing {
             let now = self.now();
@@ -349,7 +356,7 @@ impl Task {
             }
             Command::Status { reply } => {
                 self.waiters.drop_gone();
-                let _ = reply.send(self.status());
+                self.tell_status(reply);
             }
             Command::Pin { reply } => {
                 self.pin();
@@ -357,7 +364,7 @@ impl Task {
                 self.answers.push(Answer::Pin { reply });
             }
             Command::Change(declaration) => {
-                self.machine.change_settings(declaration.settings);
+                self.change_settings(declaration.settings);
                 self.parts.patterns = declaration.topics.into();
                 self.unpin();
             }
@@ -437,7 +444,7 @@ impl Task {
             .collect()
     }
 
-    fn status(&self) -> Status {
+    pub(in crate::queue) fn status(&self) -> Status {
         let counts = self.machine.counts();
         let oldest = self.machine.oldest_unsettled();
         let idle = self.parts.progress.idle.load(Ordering::Acquire);
@@ -451,7 +458,10 @@ impl Task {
             depth: counts.fresh + counts.again + counts.live + counts.delayed,
             in_flight: counts.live,
             delayed: counts.delayed,
-            ready: counts.fresh + counts.again,
+            ready: counts.fresh + counts.again - counts.waiting,
+            waiting: counts.waiting,
+            lanes: counts.lanes,
+            blocked_keys: Vec::new(),
             dead_letters: counts.dead,
             waiters: self.waiters.len() as u64,
             watermark: self.machine.watermark().max(done),
@@ -575,9 +585,11 @@ impl Task {
         }
     }
 
-    fn finish_work(&mut self, done: Done) {
+    pub(in crate::queue) fn finish_work(&mut self, done: Done) {
         match done {
             Done::Probed => self.is_probing = false,
+            Done::Told => {}
+            Done::Marked(marked) => self.finish_marks(marked),
             Done::Scanned(scanned) => self.finish_scan(scanned),
             Done::Loaded(loaded) => self.finish_load(loaded),
             Done::Replayed {

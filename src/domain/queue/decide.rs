@@ -3,12 +3,17 @@
 use std::collections::BTreeSet;
 
 use super::record::{End, Record, SettledAs, to_ranges};
+use super::order::Order;
+use super::walk::Walk;
 use super::{At, EmptyReason, Entry, Failure, Found, Letter, Queue, Receive, State, TIMED_OUT};
 use crate::domain::id::Offset;
 
 /// Messages handed out and not settled, live or not, after which nothing fresh goes out: each has a place in memory and in
 /// every checkpoint, and one with a long delay keeps it for long.
 pub const ENTRIES_MAX: usize = 200_000;
+
+/// Messages found and not handed out that the record of one receive carries at most.
+const JOURNALED_TOGETHER: usize = 10_000;
 
 /// A message decided to go out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +31,7 @@ pub struct Handed {
 /// What a receive got.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Taken {
-    /// The messages, by offset.
+    /// The messages: by offset, and with lanes in the order of the lanes' turns.
     pub handed: Vec<Handed>,
     /// A ready message stopped the walk since it is not loaded.
     pub needs_load: bool,
@@ -55,32 +60,15 @@ impl Queue {
         ENTRIES_MAX.saturating_sub(self.entries.len())
     }
 
-    /// The lowest offsets that are ready to go out, at most `count`.
-    #[must_use]
-    pub fn ready(&self, count: usize) -> Vec<Offset> {
-        let mut fresh = self.fresh.iter().take(self.room()).peekable();
-        let mut again = self.again.iter().copied().peekable();
-        let mut ready = Vec::new();
-        while ready.len() < count {
-            let next = match (fresh.peek(), again.peek()) {
-                (Some(a), Some(b)) if a < b => fresh.next(),
-                (Some(_), None) => fresh.next(),
-                (_, Some(_)) => again.next(),
-                (None, None) => None,
-            };
-            match next {
-                Some(offset) => ready.push(Offset(offset)),
-                None => break,
-            }
-        }
-        ready
-    }
-
     /// Whether something is ready and may go out.
     #[must_use]
     pub fn has_ready(&self) -> bool {
-        let has_fresh = !self.fresh.is_empty() && self.room() > 0;
-        (has_fresh || !self.again.is_empty()) && !self.is_full()
+        let (has_fresh, has_again) = match &self.order {
+            Order::Keys(keys) => (!keys.fresh.is_empty(), !keys.again.is_empty()),
+            Order::Offsets | Order::Lanes(_) => (!self.fresh.is_empty(), !self.again.is_empty()),
+        };
+        let is_ready = has_fresh && self.room() > 0 || has_again;
+        is_ready && !self.is_full() && !self.is_arranging()
     }
 
     /// Whether as many deliveries are live as the settings allow.
@@ -94,6 +82,8 @@ impl Queue {
     pub fn empty_reason(&self) -> EmptyReason {
         if self.is_full() {
             EmptyReason::InFlightFull
+        } else if self.waiting() > 0 {
+            EmptyReason::WaitingForKeys
         } else if self.delays.is_empty() {
             EmptyReason::Empty
         } else {
@@ -113,7 +103,7 @@ impl Queue {
         self.delays.first().map(|&(at, _)| at)
     }
 
-    /// Hands out what is ready, in offset order: at most `count` messages and `bytes` bytes, but always one. `size`
+    /// Hands out what is ready, in its order: at most `count` messages and `bytes` bytes, but always one. `size`
     /// tells a message's bytes, or None when it is not loaded yet, which ends the walk.
     pub fn hand_out(
         &mut self,
@@ -133,18 +123,19 @@ impl Queue {
         let deadline = now.plus(visible);
         let mut taken = Taken::default();
         let (mut first, mut again, mut total) = (Vec::new(), Vec::new(), 0u64);
+        let mut walk = Walk::new(self);
         // Those that go alone are passed over when others are under way, and there may be many of them.
-        let looked_at = count.saturating_add(100);
-        for offset in self.ready(looked_at) {
+        for _ in 0..count.saturating_add(100) {
             if taken.handed.len() >= count {
                 break;
             }
-            let entry = self.entries.get(&offset.0);
+            let Some(offset) = walk.next() else { break };
+            let entry = self.entries.get(&offset);
             let alone = entry.is_some_and(Entry::goes_alone);
             if alone && !taken.handed.is_empty() {
                 continue;
             }
-            let Some(size) = size(offset) else {
+            let Some(size) = size(Offset(offset)) else {
                 taken.needs_load = true;
                 break;
             };
@@ -152,15 +143,16 @@ impl Queue {
             if total > bytes && !taken.handed.is_empty() {
                 break;
             }
+            walk.accept(offset);
             let (delivery, attempt) = entry.map_or((1, 1), |entry| {
                 (entry.delivery.saturating_add(1), entry.attempts + 1)
             });
             match entry {
-                Some(_) => again.push((offset.0, delivery)),
-                None => first.push(offset.0),
+                Some(_) => again.push((offset, delivery)),
+                None => first.push(offset),
             }
             taken.handed.push(Handed {
-                offset,
+                offset: Offset(offset),
                 delivery,
                 attempt,
                 deadline,
@@ -169,18 +161,24 @@ impl Queue {
                 break;
             }
         }
+        let credits = walk.credits();
+        drop(walk);
         if !taken.handed.is_empty() {
-            let last = first.last().copied();
+            let last = first.iter().max().copied();
+            if let Order::Lanes(lanes) = &mut self.order {
+                lanes.credits = credits;
+            }
+            let in_order = matches!(self.order, Order::Keys(_)) && self.settings.key_batches;
             self.commit(Record::Delivered {
                 at: now,
                 deadline,
                 receive: receive.clone(),
-                in_order: false,
+                in_order,
                 first: to_ranges(first),
                 again,
             });
             if let Some(last) = last {
-                self.journal_scan(Offset(last));
+                self.journal_scan_some(Offset(last));
             }
         }
         taken
@@ -218,6 +216,7 @@ impl Queue {
         {
             self.delays.pop_first();
             self.again.insert(offset);
+            self.fall_due(offset);
         }
         let over: BTreeSet<i64> = self
             .deadlines
@@ -296,12 +295,13 @@ impl Queue {
             died_at: now,
         });
         let key = entry.mark.key;
+        let holds = self.settings.hold_key && self.key_of(offset).is_some();
         self.commit(Record::Dead {
             offset,
             delivery,
             at: now,
             key,
-            holds: false,
+            holds,
         });
     }
 
@@ -348,6 +348,16 @@ impl Queue {
         if by > 0 && !self.deadlines.is_empty() {
             self.commit(Record::Shifted { by });
         }
+    }
+
+    /// As [`Queue::journal_scan`], but no further than a good many messages that were found: with order and lanes, what
+    /// goes out first may have millions before it.
+    fn journal_scan_some(&mut self, through: Offset) {
+        let found = self.fresh.iter_from(self.journaled + 1);
+        let mut found = found.take_while(|&offset| offset <= through.0);
+        let enough = found.nth(JOURNALED_TOGETHER).map(Offset);
+        drop(found);
+        self.journal_scan(enough.map_or(through, |enough| through.min(enough)));
     }
 
     /// Records the scan position: up to `through`, or as far as the scan came. What matched and was not handed out

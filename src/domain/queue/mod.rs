@@ -9,14 +9,18 @@
 //! `ahead`, so that the scan after a restart does not take them for fresh. Fresh messages may therefore be handed out in
 //! any order, which ordering by key and priorities need.
 
+mod blocked;
 mod checkpoint;
 mod decide;
 mod manage;
+mod members;
 mod offsets;
+mod order;
 mod record;
 mod redrive;
 mod state;
 mod verbs;
+mod walk;
 mod wire;
 
 #[cfg(test)]
@@ -35,7 +39,9 @@ use super::message::Priority;
 use super::policy::Settings;
 
 use offsets::Offsets;
+use order::Order;
 
+pub use blocked::{BlockedBy, BlockedKey};
 pub use decide::{ENTRIES_MAX, Handed, Taken};
 pub use manage::{Inspected, Standing, Whose};
 pub use record::{Decode, End, Record, SettledAs, decode, encode};
@@ -268,6 +274,10 @@ pub struct Counts {
     pub live: u64,
     /// Held back by a delay.
     pub delayed: u64,
+    /// Of `fresh` and `again`, those that wait for an earlier message of their key.
+    pub waiting: u64,
+    /// Unsettled, by lane, lowest first; None without lanes.
+    pub lanes: Option<[u64; 3]>,
     /// Dead letters that are still there and whose messages were not redriven.
     pub dead: u64,
 }
@@ -301,6 +311,9 @@ pub struct Queue {
     delays: BTreeSet<(At, i64)>,
     again: BTreeSet<i64>,
     receives: HashMap<String, BTreeSet<i64>>,
+    order: Order,
+    /// Nothing goes out before the marks of all that is unsettled are known.
+    is_arranging: bool,
     /// Every entry below is a redriven one.
     passed: Cell<i64>,
 

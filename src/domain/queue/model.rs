@@ -553,6 +553,8 @@ impl Rig {
             fresh: count(&|plain| plain == Plain::Fresh),
             again: count(&|plain| matches!(plain, Plain::Waiting { due, .. } if due <= now)),
             live: count(&|plain| matches!(plain, Plain::Live { .. })),
+            waiting: 0,
+            lanes: None,
             delayed: count(&|plain| matches!(plain, Plain::Waiting { due, .. } if due > now)),
             dead: count(&|plain| matches!(plain, Plain::Dead { .. })),
         };

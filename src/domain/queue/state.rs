@@ -8,7 +8,7 @@ use roaring::RoaringTreemap;
 
 use super::record::{End, Record, SettledAs};
 use super::{
-    At, Batch, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Queue,
+    At, Batch, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Order, Queue,
     Random, Receive, State,
 };
 use crate::domain::id::{Generation, Offset, QueueId};
@@ -28,6 +28,8 @@ impl Queue {
             id,
             generation,
             former: Vec::new(),
+            order: Order::of(&settings),
+            is_arranging: false,
             settings,
             random,
             scanned: start.0 - 1,
@@ -64,11 +66,6 @@ impl Queue {
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
-    }
-
-    /// Changes what the queue does from now on.
-    pub fn change_settings(&mut self, settings: Settings) {
-        self.settings = settings;
     }
 
     /// Names the queues that had this one's name before: their receipts are `gone`, not unknown.
@@ -116,6 +113,8 @@ impl Queue {
             again: self.again.len() as u64,
             live: self.deadlines.len() as u64,
             delayed: self.delays.len() as u64,
+            waiting: self.waiting(),
+            lanes: self.lanes(),
             dead: (self.dead.len() as u64).saturating_sub(self.reopened.len()),
         }
     }
@@ -166,24 +165,17 @@ impl Queue {
                 first,
                 again,
             } => {
-                let batch = in_order.then_some(*at);
                 let receive = (*receive != Receive::default()).then(|| Arc::new(receive.clone()));
-                for &(from, through) in first {
-                    for offset in from..=through {
-                        self.apply_delivery(offset, 1, (*at, *deadline), batch, receive.as_ref());
-                    }
-                }
-                for &(offset, delivery) in again {
-                    self.apply_delivery(
-                        offset,
-                        delivery,
-                        (*at, *deadline),
-                        batch,
-                        receive.as_ref(),
-                    );
-                }
+                let delivered = Delivered {
+                    at: *at,
+                    deadline: *deadline,
+                    batch: in_order.then_some(*at),
+                    receive,
+                };
+                self.apply_deliveries(&delivered, first, again);
             }
             Record::Settled { kind, ranges } => {
+                self.remove_waiting(ranges);
                 for &(from, through) in ranges {
                     for offset in from..=through {
                         let takes_letter = self.takes_letter(offset, *kind);
@@ -253,30 +245,23 @@ impl Queue {
         self.ahead.contains(offset as u64)
     }
 
-    fn apply_delivery(
-        &mut self,
-        offset: i64,
-        delivery: u32,
-        (at, deadline): (At, At),
-        batch: Option<At>,
-        receive: Option<&Arc<Receive>>,
-    ) {
-        let fresh = self.remove_fresh(offset);
-        let before = self.detach(offset);
-        let mark = before.as_ref().map(|entry| entry.mark).or(fresh);
-        let entry = Entry {
-            delivery,
-            since: at,
-            batch,
-            mark: mark.unwrap_or_default(),
-            state: State::Live { deadline },
-            receive: receive.map(Arc::clone),
-            attempts: before.as_ref().map_or(0, |entry| entry.attempts),
-            releases: before.as_ref().map_or(0, |entry| entry.releases),
-            timed_out: before.as_ref().is_some_and(|entry| entry.timed_out),
-            failures: before.map(|entry| entry.failures).unwrap_or_default(),
-        };
-        self.attach(offset, entry);
+    /// All are out before the first is in: each message of a batch of one key is the next of its key then.
+    fn apply_deliveries(&mut self, new: &Delivered, first: &[(i64, i64)], again: &[(i64, u32)]) {
+        let mut entries = Vec::with_capacity(again.len() + first.len());
+        for &(offset, delivery) in again {
+            let before = self.detach(offset);
+            let mark = before.as_ref().map(|entry| entry.mark).unwrap_or_default();
+            entries.push((offset, new.entry(delivery, before, mark)));
+        }
+        for offset in first.iter().flat_map(|&(from, through)| from..=through) {
+            let fresh = self.remove_fresh(offset);
+            let before = self.detach(offset);
+            let mark = before.as_ref().map(|entry| entry.mark).or(fresh);
+            entries.push((offset, new.entry(1, before, mark.unwrap_or_default())));
+        }
+        for (offset, entry) in entries {
+            self.attach(offset, entry);
+        }
     }
 
     fn apply_settled(&mut self, offset: i64, kind: SettledAs) {
@@ -341,26 +326,6 @@ impl Queue {
         }
     }
 
-    /// Every message that becomes fresh goes through here.
-    pub(super) fn add_fresh(&mut self, offset: i64, _mark: Mark) {
-        self.fresh.insert(offset);
-    }
-
-    /// Every message that is fresh no more goes through here. Gives its mark, if it was fresh.
-    pub(super) fn remove_fresh(&mut self, offset: i64) -> Option<Mark> {
-        self.fresh.remove(offset).then(Mark::default)
-    }
-
-    /// Every dead letter that comes goes through here.
-    pub(super) fn bury(&mut self, offset: i64, dead: Dead) {
-        self.dead.insert(offset, dead);
-    }
-
-    /// Every dead letter that goes goes through here.
-    pub(super) fn unbury(&mut self, offset: i64) -> Option<Dead> {
-        self.dead.remove(&offset)
-    }
-
     /// Takes an entry out, with everything derived from it.
     pub(super) fn detach(&mut self, offset: i64) -> Option<Entry> {
         let entry = self.entries.remove(&offset)?;
@@ -384,6 +349,7 @@ impl Queue {
                 self.receives.remove(id);
             }
         }
+        self.exit(offset, &entry);
         Some(entry)
     }
 
@@ -407,7 +373,36 @@ impl Queue {
         if !self.reopened.contains(offset as u64) {
             self.passed.set(self.passed.get().min(offset));
         }
+        let (mark, state) = (entry.mark, entry.state);
         self.entries.insert(offset, entry);
+        self.enter(offset, mark, state);
+    }
+}
+
+/// What the deliveries of one receive share.
+struct Delivered {
+    at: At,
+    deadline: At,
+    batch: Option<At>,
+    receive: Option<Arc<Receive>>,
+}
+
+impl Delivered {
+    fn entry(&self, delivery: u32, before: Option<Entry>, mark: Mark) -> Entry {
+        Entry {
+            delivery,
+            since: self.at,
+            batch: self.batch,
+            mark,
+            state: State::Live {
+                deadline: self.deadline,
+            },
+            receive: self.receive.clone(),
+            attempts: before.as_ref().map_or(0, |entry| entry.attempts),
+            releases: before.as_ref().map_or(0, |entry| entry.releases),
+            timed_out: before.as_ref().is_some_and(|entry| entry.timed_out),
+            failures: before.map(|entry| entry.failures).unwrap_or_default(),
+        }
     }
 }
 

@@ -83,6 +83,8 @@ pub enum Outcome {
         /// Whether to log it as an incident.
         incident: bool,
     },
+    /// An earlier message of its key, handed out by the same receive, is not settled.
+    Blocked,
     /// Not a receipt of this queue.
     Unknown,
 }
@@ -154,6 +156,7 @@ impl Queue {
             };
         }
         match (entry.state, verb) {
+            (_, Verb::Ack) if self.is_blocked(offset) => Outcome::Blocked,
             (_, Verb::Ack) => {
                 self.detach(offset);
                 acked.push(offset);
@@ -191,6 +194,10 @@ impl Queue {
                 let attempts = entry.attempts;
                 self.extend(offset, attempts, item, now)
             }
+            // Held by another receive meanwhile, its key has no second place.
+            (State::Ended { .. }, Verb::Extend) if self.is_overtaken(offset) => Outcome::Stale {
+                attempt: entry.attempt(),
+            },
             (
                 State::Ended {
                     end: End::TimedOut, ..

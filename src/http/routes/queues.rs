@@ -23,7 +23,7 @@ use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::openapi::{NoQueue, QueueConflicts, Reads, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
-use crate::queue::{self, Declared, Description, Status};
+use crate::queue::{self, BlockedBy, BlockedKey, Declared, Description, Status};
 
 /// Longest delay and visibility timeout, in seconds: 12 h.
 pub(super) const TWELVE_HOURS: f64 = 43_200.0;
@@ -60,9 +60,17 @@ struct Declaration {
     max_hold_seconds: Option<f64>,
     /// When a message that failed is tried again.
     retry: Option<Retry>,
-    /// In which order messages go out. `none`: as they are ready.
-    #[expect(dead_code, reason = "checked by its type: there is one value")]
+    /// In which order messages go out. `none`: as they are ready. `key`: of one key at most one at a time is in flight,
+    /// and later ones wait for it, over retries, too; messages without a key wait for none.
     ordering: Option<OrderingName>,
+    /// In order of keys: after a dead letter its key waits until a person deletes or redrives it. Else the key goes on.
+    hold_key: Option<bool>,
+    /// In order of keys: one receive may take several messages of a key. An ack of a later one is `blocked` while an
+    /// earlier one is not settled.
+    key_batches: Option<bool>,
+    /// Three lanes, by the attribute `priority`: of ten messages seven go to `high`, two to `normal` and one to `low`
+    /// while all have some. Not together with order by key.
+    priorities: Option<bool>,
 }
 
 /// Either the first four, with defaults of 1, 2, 900 and 0.2, or `delays_seconds`.
@@ -90,6 +98,7 @@ struct Retry {
 #[serde(rename_all = "snake_case")]
 enum OrderingName {
     None,
+    Key,
 }
 
 /// `earliest`, `latest`, an offset or a time.
@@ -143,8 +152,10 @@ struct Queue {
     max_in_flight: u32,
     max_hold_seconds: Option<Seconds>,
     retry: RetryNow,
-    /// `none`.
-    ordering: String,
+    ordering: OrderingName,
+    hold_key: bool,
+    key_batches: bool,
+    priorities: bool,
     /// The incarnation: receipts of another are `gone`.
     generation: i64,
     /// The first offset that the queue can deliver.
@@ -182,6 +193,12 @@ struct Numbers {
     delayed: u64,
     /// Of these, ready to go out.
     ready: u64,
+    /// Of these, waiting for an earlier message of their key.
+    waiting: u64,
+    /// Unsettled messages by lane; null without priorities.
+    lanes: Option<Lanes>,
+    /// The keys that stand still for longest, with messages that wait; at most 20.
+    blocked_keys: Vec<BlockedKeyNow>,
     /// Dead letters that are still there.
     dead_letters: u64,
     /// Receives that wait.
@@ -197,6 +214,70 @@ struct Numbers {
     oldest_unsettled_at: Option<String>,
     /// Whether the queue stands still since the database cannot be reached.
     standing_still: bool,
+}
+
+/// Unsettled messages by lane.
+#[derive(Debug, Serialize, ToSchema)]
+struct Lanes {
+    high: u64,
+    normal: u64,
+    low: u64,
+}
+
+/// A key whose messages wait.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = BlockedKey)]
+struct BlockedKeyNow {
+    /// The key; null if the log has dropped the message that is waited for.
+    key: Option<String>,
+    /// Since when, as far as it is known.
+    #[schema(format = DateTime)]
+    since: String,
+    /// How many of its messages wait.
+    waiting: u64,
+    by: BlockerNow,
+}
+
+/// What a key's messages wait for.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Blocker)]
+struct BlockerNow {
+    offset: i64,
+    /// The attempt that is under way or was the last; null for a dead letter.
+    attempt: Option<u32>,
+    /// `live`: handed out. `delayed`: held back by time. `held`: a dead letter that waits for a person.
+    state: BlockerState,
+    /// When its time is up, or when it goes out again; null for a dead letter.
+    #[schema(format = DateTime)]
+    due_at: Option<String>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum BlockerState {
+    Live,
+    Delayed,
+    Held,
+}
+
+impl From<BlockedKey> for BlockedKeyNow {
+    fn from(blocked: BlockedKey) -> Self {
+        Self {
+            key: blocked.key.as_deref().map(str::to_owned),
+            since: wire::time(blocked.since),
+            waiting: blocked.waiting,
+            by: BlockerNow {
+                offset: blocked.offset.0,
+                attempt: blocked.attempt,
+                state: match blocked.state {
+                    BlockedBy::Live => BlockerState::Live,
+                    BlockedBy::Delayed => BlockerState::Delayed,
+                    BlockedBy::Held => BlockerState::Held,
+                },
+                due_at: blocked.due_at.map(wire::time),
+            },
+        }
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -276,9 +357,12 @@ impl From<Description> for Queue {
             max_hold_seconds: settings.max_hold.map(seconds),
             retry: settings.retry.into(),
             ordering: match settings.ordering {
-                Ordering::None => "none".to_owned(),
-                Ordering::Key => "key".to_owned(),
+                Ordering::None => OrderingName::None,
+                Ordering::Key => OrderingName::Key,
             },
+            hold_key: settings.hold_key,
+            key_batches: settings.key_batches,
+            priorities: settings.priorities,
             generation: queue.generation.0,
             start_offset: queue.start_offset.0,
             created_at: wire::time(queue.created_at),
@@ -294,6 +378,15 @@ impl From<Status> for Numbers {
             in_flight: status.in_flight,
             delayed: status.delayed,
             ready: status.ready,
+            waiting: status.waiting,
+            lanes: status
+                .lanes
+                .map(|[low, normal, high]| Lanes { low, normal, high }),
+            blocked_keys: status
+                .blocked_keys
+                .into_iter()
+                .map(BlockedKeyNow::from)
+                .collect(),
             dead_letters: status.dead_letters,
             waiters: status.waiters,
             watermark: status.watermark.0,
@@ -373,7 +466,13 @@ impl Declaration {
             retry: self
                 .retry
                 .map_or_else(RetryPolicy::default, |retry| retry.checked(&mut check)),
-            ordering: Ordering::None,
+            ordering: match self.ordering {
+                None | Some(OrderingName::None) => Ordering::None,
+                Some(OrderingName::Key) => Ordering::Key,
+            },
+            hold_key: self.hold_key.unwrap_or_default(),
+            key_batches: self.key_batches.unwrap_or_default(),
+            priorities: self.priorities.unwrap_or_default(),
         };
         check.finish()?;
         Ok(queue::Declaration {

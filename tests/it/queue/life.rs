@@ -296,6 +296,7 @@ async fn declaring_fixes_the_start_and_changes_what_can_be_changed() {
     broker.publish("parcels.sent", 5).await;
     let keyed = Settings {
         ordering: Ordering::Key,
+        priorities: true,
         ..Settings::default()
     };
     let refused = broker.queue.declare(name(), declaration(keyed)).await;

@@ -28,6 +28,7 @@ fn word(outcome: &Outcome) -> &'static str {
         Outcome::DeadLettered { .. } => "dead_lettered",
         Outcome::Stale { .. } => "stale",
         Outcome::Gone { .. } => "gone",
+        Outcome::Blocked => "blocked",
         Outcome::Unknown => "unknown",
     }
 }

@@ -274,6 +274,7 @@ fn wire_outcome(receipt: String, outcome: &Outcome) -> WireOutcome {
             wire.attempt = Some(*attempt);
         }
         Outcome::Gone { .. } => wire.result = "gone",
+        Outcome::Blocked => wire.result = "blocked",
         Outcome::Unknown => wire.result = "unknown",
     }
     wire

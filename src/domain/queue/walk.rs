@@ -1,0 +1,206 @@
+//! The ready messages in the order in which they go out: what a receive takes, and what is to be loaded before.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::iter::Peekable;
+
+use super::Queue;
+use super::order::{Keys, LANES, Order};
+use crate::domain::id::Offset;
+
+/// Of ten messages, so many go to each lane while all have some: low, normal, high.
+const WEIGHTS: [i64; LANES] = [1, 2, 7];
+
+type Source<'a> = Box<dyn Iterator<Item = i64> + 'a>;
+
+/// Ready messages of one lane, by offset.
+struct Ready<'a> {
+    fresh: Peekable<Source<'a>>,
+    again: Peekable<Source<'a>>,
+}
+
+/// A walk over what is ready. What it gives counts as taken once it was accepted.
+pub(super) struct Walk<'a> {
+    queue: &'a Queue,
+    /// One, or a lane each.
+    ready: Vec<Ready<'a>>,
+    /// Later messages of the keys of those taken, for a queue with batches of keys.
+    followers: BTreeMap<i64, i64>,
+    /// The key of what was given last, if it is such a message.
+    follows: Option<i64>,
+    batches: Option<&'a Keys>,
+    /// How many fresh ones may still go.
+    room: usize,
+    credits: [i64; LANES],
+    /// The credits once what was given last is accepted.
+    next_credits: [i64; LANES],
+}
+
+impl<'a> Ready<'a> {
+    fn new(
+        fresh: impl Iterator<Item = i64> + 'a,
+        again: &'a BTreeSet<i64>,
+    ) -> Self {
+        let (fresh, again): (Source<'a>, Source<'a>) = (Box::new(fresh), Box::new(again.iter().copied()));
+        Self {
+            fresh: fresh.peekable(),
+            again: again.peekable(),
+        }
+    }
+
+    fn peek(&mut self, has_room: bool) -> Option<i64> {
+        let fresh = self.fresh.peek().copied().filter(|_| has_room);
+        let again = self.again.peek().copied();
+        fresh.into_iter().chain(again).min()
+    }
+
+    fn pass(&mut self, offset: i64) {
+        self.fresh.next_if_eq(&offset);
+        self.again.next_if_eq(&offset);
+    }
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(queue: &'a Queue) -> Self {
+        let mut credits = [0; LANES];
+        let mut batches = None;
+        let ready = match &queue.order {
+            Order::Offsets => vec![Ready::new(queue.fresh.iter(), &queue.again)],
+            Order::Keys(keys) => {
+                batches = queue.settings.key_batches.then_some(keys);
+                vec![Ready::new(keys.fresh.iter(), &keys.again)]
+            }
+            Order::Lanes(lanes) => {
+                credits = lanes.credits;
+                let lanes = lanes.fresh.iter().zip(&lanes.again);
+                lanes.map(|(fresh, again)| Ready::new(fresh.iter(), again)).collect()
+            }
+        };
+        Self {
+            queue,
+            ready: if queue.is_arranging { Vec::new() } else { ready },
+            followers: BTreeMap::new(),
+            follows: None,
+            batches,
+            room: queue.room(),
+            credits,
+            next_credits: credits,
+        }
+    }
+
+    /// The next one. Those that are passed over stay where they are.
+    pub(super) fn next(&mut self) -> Option<i64> {
+        let has_room = self.room > 0;
+        let place = match self.ready.len() {
+            LANES => self.lane(has_room)?,
+            _ => 0,
+        };
+        let ready = self.ready.get_mut(place)?;
+        let mut followers = self.followers.keys().copied();
+        let follower = followers.find(|&offset| has_room || !self.queue.fresh.contains(offset));
+        let offset = ready.peek(has_room).into_iter().chain(follower).min()?;
+        ready.pass(offset);
+        self.follows = self.followers.remove(&offset);
+        Some(offset)
+    }
+
+    /// Each lane with messages earns its weight, and the one that is owed most pays for all.
+    fn lane(&mut self, has_room: bool) -> Option<usize> {
+        let mut credits = self.credits;
+        let mut paid = 0;
+        let mut next: Option<usize> = None;
+        for (place, ready) in self.ready.iter_mut().enumerate() {
+            if ready.peek(has_room).is_none() {
+                credits[place] = 0;
+                continue;
+            }
+            credits[place] += WEIGHTS[place];
+            paid += WEIGHTS[place];
+            if next.is_none_or(|next| credits[place] >= credits[next]) {
+                next = Some(place);
+            }
+        }
+        credits[next?] -= paid;
+        self.next_credits = credits;
+        next
+    }
+
+    /// What was given last goes out.
+    pub(super) fn accept(&mut self, offset: i64) {
+        self.credits = self.next_credits;
+        if self.queue.fresh.contains(offset) {
+            self.room -= 1;
+        }
+        let Some(keys) = self.batches else {
+            return;
+        };
+        let entry = self.queue.entries.get(&offset);
+        let key = self
+            .follows
+            .or_else(|| keys.head(offset))
+            .or_else(|| entry.and_then(|entry| entry.mark.key));
+        if let Some(key) = key
+            && let Some(follower) = self.queue.follower(keys, key, offset)
+        {
+            self.followers.insert(follower, key);
+        }
+    }
+
+    pub(super) const fn credits(&self) -> [i64; LANES] {
+        self.credits
+    }
+}
+
+impl Queue {
+    /// The next message of a key after one that goes out, if it can go with it.
+    fn follower(&self, keys: &Keys, key: i64, offset: i64) -> Option<i64> {
+        let next = keys.get(key)?.members.first_from(offset + 1)?;
+        let is_ready = self.fresh.contains(next) || self.again.contains(&next);
+        let is_held = self.settings.hold_key && keys.holder(key, next).is_some();
+        (is_ready && !is_held).then_some(next)
+    }
+
+    /// What is ready to go out, in the order in which it goes, at most `count`.
+    #[must_use]
+    pub fn ready(&self, count: usize) -> Vec<Offset> {
+        let mut walk = Walk::new(self);
+        let mut ready = Vec::new();
+        while ready.len() < count
+            && let Some(offset) = walk.next()
+        {
+            walk.accept(offset);
+            ready.push(Offset(offset));
+        }
+        ready
+    }
+
+    /// As [`Queue::ready`], and what follows these in their keys, by offset: worth a load together, since it is ready as
+    /// soon as these are settled.
+    #[must_use]
+    pub fn upcoming(&self, count: usize) -> Vec<Offset> {
+        let mut upcoming = self.ready(count);
+        if let Order::Keys(keys) = &self.order
+            && !upcoming.is_empty()
+        {
+            let each = (count - upcoming.len()) / upcoming.len();
+            let ready = std::mem::take(&mut upcoming);
+            for offset in ready {
+                upcoming.push(offset);
+                let key = keys.head(offset.0).or_else(|| self.entries.get(&offset.0)?.mark.key);
+                let Some(key) = key.and_then(|key| keys.get(key)) else {
+                    continue;
+                };
+                let mut from = offset.0;
+                for _ in 0..each {
+                    let Some(next) = key.members.first_from(from + 1) else {
+                        break;
+                    };
+                    upcoming.push(Offset(next));
+                    from = next;
+                }
+            }
+        }
+        upcoming.sort_unstable();
+        upcoming.dedup();
+        upcoming
+    }
+}
