@@ -213,7 +213,10 @@ impl Settings {
             )?;
         }
         let is_ordered = self.ordering == Ordering::Key;
-        for (field, is_set) in [("hold_key", self.hold_key), ("key_batches", self.key_batches)] {
+        for (field, is_set) in [
+            ("hold_key", self.hold_key),
+            ("key_batches", self.key_batches),
+        ] {
             if is_set && !is_ordered {
                 return Err(Fault {
                     field,

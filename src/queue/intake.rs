@@ -411,7 +411,12 @@ impl Task {
         }
         let next = self.machine.ready(LOAD_ITEMS);
         let is_next: HashSet<Offset> = next.iter().copied().collect();
-        let loaded = self.intake.loaded.keys().rev().map(|&offset| Offset(offset));
+        let loaded = self
+            .intake
+            .loaded
+            .keys()
+            .rev()
+            .map(|&offset| Offset(offset));
         let others: Vec<Offset> = loaded.filter(|offset| !is_next.contains(offset)).collect();
         for offset in others.into_iter().chain(next.into_iter().skip(1).rev()) {
             if self.intake.loaded_bytes <= LOADED_BYTES {

@@ -38,8 +38,9 @@ use crate::supervisor::{OnEnd, Supervisor};
 use crate::{cluster, stream};
 
 pub use api::{
-    BATCH_MAX, BATCH_WAIT_MAX, BlockedBy, BlockedKey, Declaration, Declared, Delivery, Description, Error, InFlight,
-    InFlightFilter, Outcome, ReceiveRequest, Received, Status, Verb, VerbItem, WAIT_MAX,
+    BATCH_MAX, BATCH_WAIT_MAX, BlockedBy, BlockedKey, Declaration, Declared, Delivery, Description,
+    Error, InFlight, InFlightFilter, Outcome, ReceiveRequest, Received, Status, Verb, VerbItem,
+    WAIT_MAX,
 };
 pub use handle::{Handle, Receiving};
 pub use handout::Handout;

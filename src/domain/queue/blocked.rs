@@ -75,7 +75,10 @@ impl Queue {
         if self.settings.hold_key {
             for (hash, _) in keys.held() {
                 let Some(key) = keys.get(hash) else { continue };
-                let held = key.members.first().and_then(|first| keys.holder(hash, first));
+                let held = key
+                    .members
+                    .first()
+                    .and_then(|first| keys.holder(hash, first));
                 if let Some(offset) = held
                     && let Some(dead) = self.dead.get(&offset)
                 {

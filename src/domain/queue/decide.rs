@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::record::{End, Record, SettledAs, to_ranges};
 use super::order::Order;
+use super::record::{End, Record, SettledAs, to_ranges};
 use super::walk::Walk;
 use super::{At, EmptyReason, Entry, Failure, Found, Letter, Queue, Receive, State, TIMED_OUT};
 use crate::domain::id::Offset;

@@ -105,7 +105,9 @@ impl Members {
     pub(super) fn first_from(&self, offset: i64) -> Option<i64> {
         match self {
             Self::One(one) => (*one >= offset).then_some(*one),
-            Self::Few(few) => few.get(few.partition_point(|&other| other < offset)).copied(),
+            Self::Few(few) => few
+                .get(few.partition_point(|&other| other < offset))
+                .copied(),
             Self::Many(many) => {
                 let mut iter = many.iter();
                 iter.advance_to(offset.max(0) as u64);

@@ -214,7 +214,8 @@ impl Queue {
             return;
         }
         let all = keys.keys.iter_mut();
-        let changed = all.filter_map(|(&key, state)| state.members.remove_all(&gone).then_some(key));
+        let changed =
+            all.filter_map(|(&key, state)| state.members.remove_all(&gone).then_some(key));
         let changed: Vec<i64> = changed.collect();
         for offset in gone {
             self.fresh.remove(offset as i64);
@@ -449,7 +450,11 @@ impl Queue {
     #[must_use]
     pub fn unmarked(&self, after: Offset, count: usize) -> Vec<Offset> {
         let from = after.0.saturating_add(1);
-        let mut entries = self.entries.range(from..).map(|(&offset, _)| offset).peekable();
+        let mut entries = self
+            .entries
+            .range(from..)
+            .map(|(&offset, _)| offset)
+            .peekable();
         let mut fresh = self.fresh.iter_from(from).peekable();
         let next = std::iter::from_fn(|| match (fresh.peek(), entries.peek()) {
             (Some(a), Some(b)) if a < b => fresh.next(),
@@ -482,7 +487,11 @@ impl Queue {
                 .collect();
             for (offset, key) in reborn {
                 let mark = self.entries.get(&offset).map(|entry| entry.mark);
-                if let Some(Mark { key: None, priority }) = mark {
+                if let Some(Mark {
+                    key: None,
+                    priority,
+                }) = mark
+                {
                     let key = Some(key);
                     self.mark_entry(offset, Mark { key, priority });
                 }

@@ -8,8 +8,8 @@ use roaring::RoaringTreemap;
 
 use super::record::{End, Record, SettledAs};
 use super::{
-    At, Batch, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Order, Queue,
-    Random, Receive, State,
+    At, Batch, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Order,
+    Queue, Random, Receive, State,
 };
 use crate::domain::id::{Generation, Offset, QueueId};
 use crate::domain::policy::Settings;

@@ -36,11 +36,9 @@ pub(super) struct Walk<'a> {
 }
 
 impl<'a> Ready<'a> {
-    fn new(
-        fresh: impl Iterator<Item = i64> + 'a,
-        again: &'a BTreeSet<i64>,
-    ) -> Self {
-        let (fresh, again): (Source<'a>, Source<'a>) = (Box::new(fresh), Box::new(again.iter().copied()));
+    fn new(fresh: impl Iterator<Item = i64> + 'a, again: &'a BTreeSet<i64>) -> Self {
+        let (fresh, again): (Source<'a>, Source<'a>) =
+            (Box::new(fresh), Box::new(again.iter().copied()));
         Self {
             fresh: fresh.peekable(),
             again: again.peekable(),
@@ -72,12 +70,18 @@ impl<'a> Walk<'a> {
             Order::Lanes(lanes) => {
                 credits = lanes.credits;
                 let lanes = lanes.fresh.iter().zip(&lanes.again);
-                lanes.map(|(fresh, again)| Ready::new(fresh.iter(), again)).collect()
+                lanes
+                    .map(|(fresh, again)| Ready::new(fresh.iter(), again))
+                    .collect()
             }
         };
         Self {
             queue,
-            ready: if queue.is_arranging { Vec::new() } else { ready },
+            ready: if queue.is_arranging {
+                Vec::new()
+            } else {
+                ready
+            },
             followers: BTreeMap::new(),
             follows: None,
             batches,
@@ -185,7 +189,9 @@ impl Queue {
             let ready = std::mem::take(&mut upcoming);
             for offset in ready {
                 upcoming.push(offset);
-                let key = keys.head(offset.0).or_else(|| self.entries.get(&offset.0)?.mark.key);
+                let key = keys
+                    .head(offset.0)
+                    .or_else(|| self.entries.get(&offset.0)?.mark.key);
                 let Some(key) = key.and_then(|key| keys.get(key)) else {
                     continue;
                 };
