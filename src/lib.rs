@@ -1,12 +1,13 @@
 //! Postroad, a transactional outbox message broker for Postgres: one binary, one Postgres.
 //!
 //! The layers, each using only what stands above it (`tests/tidy.rs` holds them): [`domain`], [`supervisor`], [`store`]; the
-//! engines [`cluster`], [`stream`], [`relay`], [`queue`]; [`http`]; and the program around them, [`app`], [`cli`],
-//! [`config`], [`telemetry`], [`local_postgres`], [`demo`], [`bench`].
+//! engines [`cluster`], [`stream`], [`relay`], [`queue`]; [`http`]; [`client`], which knows the names of the domain alone; and
+//! the program around them, [`app`], [`cli`], [`config`], [`telemetry`], [`local_postgres`], [`demo`], [`bench`].
 
 pub mod app;
 pub mod bench;
 pub mod cli;
+pub mod client;
 pub mod cluster;
 pub mod config;
 pub mod demo;

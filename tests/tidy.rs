@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 const EDGES: &[(&str, &[&str])] = &[
     ("domain", &[]),
     ("supervisor", &[]),
+    ("client", &["domain"]),
     ("store", &["domain"]),
     ("cluster", &["domain", "supervisor", "store"]),
     ("stream", &["domain", "supervisor", "store", "cluster"]),
@@ -54,6 +55,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "demo",
         &[
             "domain",
+            "client",
             "supervisor",
             "store",
             "app",
@@ -104,7 +106,12 @@ const PLACES: &[(&str, &[&str], &str)] = &[
         &["supervisor"],
         "a task that nobody waits for is lost at the stop",
     ),
-    ("JoinSet", &["supervisor"], "dropping it aborts its tasks"),
+    (
+        "JoinSet",
+        // A worker that is dropped drops its handlers: nobody would settle what they do.
+        &["supervisor", "client"],
+        "dropping it aborts its tasks",
+    ),
 ];
 
 /// What the domain may not know: I/O and clocks.

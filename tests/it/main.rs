@@ -8,6 +8,7 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
 mod bench;
+mod client;
 mod cluster;
 mod demo;
 mod end_to_end;

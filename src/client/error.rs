@@ -1,0 +1,217 @@
+//! What can go wrong in a call, typed: no answer, a problem document, one refused delivery.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::verbs::Refused;
+use crate::domain::name;
+
+/// Why a call failed. Calls repeat by themselves what a repeat can help, so that what arrives here has been tried for as
+/// long as [`super::Options::deadline`] says.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No answer, or one that broke off: the broker is away, or has just gone. A write may or may not have happened;
+    /// the same call again is safe.
+    #[error("{call} got no answer")]
+    NoAnswer {
+        /// Method and path.
+        call: String,
+        /// What the HTTP client says.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// The broker, or something before it, refused the call.
+    #[error("{call} was refused: {problem}")]
+    Problem {
+        /// Method and path.
+        call: String,
+        /// What it said.
+        problem: Box<Problem>,
+    },
+    /// The broker did the call and refused this delivery.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// A worker stopped and could not say what became of its deliveries: the broker was away for too long. Those messages
+    /// come again.
+    #[error(
+        "the worker stopped, and the broker has not heard of what became of {count} deliveries"
+    )]
+    Untold {
+        /// How many.
+        count: usize,
+    },
+    /// The answer is not what the contract says.
+    #[error("{call} was answered with something else than expected")]
+    Answer {
+        /// Method and path.
+        call: String,
+        /// Where the JSON differs.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The value to publish has no JSON form.
+    #[error("the payload cannot be written as JSON")]
+    Payload(#[source] serde_json::Error),
+    /// A queue's, stream's or topic's name breaks the rules of names.
+    #[error(transparent)]
+    Name(#[from] name::Error),
+    /// The HTTP client could not be made.
+    #[error("making an HTTP client failed")]
+    Client(#[source] reqwest::Error),
+}
+
+impl Error {
+    /// Whether the same call later may succeed: the broker is away, starting or overloaded.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::NoAnswer { source, .. } => !source.is_builder(),
+            Self::Problem { problem, .. } => problem.is_transient(),
+            _ => false,
+        }
+    }
+
+    /// The broker's problem document, if that is what was answered.
+    #[must_use]
+    pub fn problem(&self) -> Option<&Problem> {
+        match self {
+            Self::Problem { problem, .. } => Some(problem),
+            _ => None,
+        }
+    }
+}
+
+macro_rules! kinds {
+    ($($name:ident = $slug:literal,)*) => {
+        /// The kinds of problem. Each has a page in `docs/problems`.
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub enum ProblemKind {
+            $(
+                #[doc = concat!("`", $slug, "`")]
+                $name,
+            )*
+            /// One that this client does not know, or an answer that is no problem document: what stands in its `type`.
+            Other(String),
+        }
+
+        impl ProblemKind {
+            fn of(uri: &str) -> Self {
+                match uri.rsplit('/').next().unwrap_or_default() {
+                    $($slug => Self::$name,)*
+                    _ => Self::Other(uri.to_owned()),
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    MalformedRequest = "malformed-request",
+    NotFound = "not-found",
+    StreamNotFound = "stream-not-found",
+    QueueNotFound = "queue-not-found",
+    MethodNotAllowed = "method-not-allowed",
+    RequestTimeout = "request-timeout",
+    IdConflict = "id-conflict",
+    StreamOverlap = "stream-overlap",
+    StreamHasQueues = "stream-has-queues",
+    QueueStreamFixed = "queue-stream-fixed",
+    TooManyQueues = "too-many-queues",
+    PayloadTooLarge = "payload-too-large",
+    MessageTooLarge = "message-too-large",
+    UnsupportedMediaType = "unsupported-media-type",
+    InvalidRequest = "invalid-request",
+    InvalidMessage = "invalid-message",
+    TooManyRequests = "too-many-requests",
+    Internal = "internal",
+    Unavailable = "unavailable",
+    OutcomeUnknown = "outcome-unknown",
+    NoOwner = "no-owner",
+    Stopping = "stopping",
+}
+
+/// What a refusal says of itself (RFC 9457).
+#[derive(Debug, Clone)]
+pub struct Problem {
+    /// Its kind.
+    pub kind: ProblemKind,
+    /// The HTTP status.
+    pub status: u16,
+    /// What is special about this occurrence.
+    pub detail: String,
+    /// The request's id, as it stands in the broker's log.
+    pub request_id: Option<String>,
+    /// The parts of the request that break rules.
+    pub errors: Vec<ProblemField>,
+    /// How long to wait before a repeat, if it was said.
+    pub retry_after: Option<Duration>,
+}
+
+/// A part of the request that breaks a rule.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ProblemField {
+    /// A JSON pointer into the body.
+    pub pointer: Option<String>,
+    /// A parameter of the path or the query.
+    pub parameter: Option<String>,
+    /// A header.
+    pub header: Option<String>,
+    /// What is wrong.
+    pub detail: String,
+}
+
+#[derive(Deserialize)]
+struct Document {
+    #[serde(rename = "type")]
+    kind: String,
+    detail: Option<String>,
+    request_id: Option<String>,
+    #[serde(default)]
+    errors: Vec<ProblemField>,
+}
+
+/// As much of an answer that is no problem document as an error shows.
+const SHOWN_CHARS: usize = 200;
+
+impl Problem {
+    pub(super) fn read(status: u16, retry_after: Option<Duration>, body: &[u8]) -> Self {
+        if let Ok(document) = serde_json::from_slice::<Document>(body) {
+            return Self {
+                kind: ProblemKind::of(&document.kind),
+                status,
+                detail: document.detail.unwrap_or_default(),
+                request_id: document.request_id,
+                errors: document.errors,
+                retry_after,
+            };
+        }
+        let text = String::from_utf8_lossy(body);
+        Self {
+            kind: ProblemKind::Other(String::new()),
+            status,
+            detail: text.chars().take(SHOWN_CHARS).collect(),
+            request_id: None,
+            errors: Vec::new(),
+            retry_after,
+        }
+    }
+
+    /// Too much at once, no owner, stopping, or a proxy without a broker behind it. A failure of the broker's own, 500,
+    /// is not among them: it would come again.
+    fn is_transient(&self) -> bool {
+        matches!(self.status, 408 | 421 | 429 | 502 | 503 | 504)
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.status, self.detail)?;
+        match &self.request_id {
+            Some(id) => write!(f, " (request {id})"),
+            None => Ok(()),
+        }
+    }
+}
