@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::Error;
 use super::load::Shared;
+use super::options::Ack;
 use super::tracker::Came;
 use super::wire;
 use crate::store::{self, Connection};
@@ -15,10 +16,13 @@ use crate::store::{self, Connection};
 const POLL: Duration = Duration::from_millis(5);
 /// How long a receive waits at the broker.
 const WAIT_SECONDS: u32 = 20;
+/// The same when it carries acks, whose answer comes with its own.
+const WAIT_WITH_ACKS_SECONDS: u32 = 1;
 
 /// What is read of a receive's answer; the rest is skipped.
 #[derive(Deserialize)]
 struct Received<'a> {
+    ack: Option<Settled>,
     #[serde(borrow)]
     deliveries: Vec<Delivery<'a>>,
 }
@@ -68,28 +72,64 @@ impl Consumer {
     pub(super) async fn run(mut self) -> Result<(), Error> {
         let receive = format!("/v1/queues/{}/receive", self.queue_name);
         let ack = format!("/v1/queues/{}/ack", self.queue_name);
-        let request = format!(
-            "{{\"max_messages\":{},\"wait_seconds\":{WAIT_SECONDS}}}",
-            self.shared.pace.batch
-        );
-        let mut body = Vec::new();
+        let (mut request, mut receipts) = (Vec::new(), Vec::new());
         loop {
+            let is_with_acks = !receipts.is_empty();
+            put_receive(&mut request, self.shared.pace.batch, &receipts);
+            receipts.clear();
             let answer = tokio::select! {
                 biased;
                 // A receive cut off half-way takes its connection with it: this consumer is over.
                 () = self.shared.done.cancelled() => return Ok(()),
-                answer = self.connection.post(&receive, JSON, request.as_bytes()) => answer?,
+                answer = self.connection.post(&receive, JSON, &request) => answer?,
             };
-            let count = take(&self.shared, self.queue, answer, &receive, &mut body)?;
-            if count == 0 {
+            let acked = take(&self.shared, self.queue, answer, &receive, &mut receipts)?;
+            if is_with_acks {
+                let odd = || wire::Error::Answer {
+                    path: receive.clone(),
+                    what: "it says nothing of the acks".to_owned(),
+                };
+                self.note(&acked.ok_or_else(odd)?);
+            }
+            if receipts.is_empty() || self.shared.pace.ack == Ack::WithReceive {
                 continue;
             }
-            let answer = self.connection.post(&ack, JSON, &body).await?;
+            request.clear();
+            put_receipts(&mut request, "{\"deliveries\":[", &receipts);
+            request.push(b'}');
+            receipts.clear();
+            let answer = self.connection.post(&ack, JSON, &request).await?;
             let settled: Settled = parse(answer, &ack)?;
-            self.shared.settled(settled.settled);
-            self.shared.tracker.refused(settled.refused);
+            self.note(&settled);
         }
     }
+
+    fn note(&self, settled: &Settled) {
+        self.shared.settled(settled.settled);
+        self.shared.tracker.refused(settled.refused);
+    }
+}
+
+/// A receive's body, with the acks of what came before.
+fn put_receive(body: &mut Vec<u8>, batch: u32, receipts: &[u8]) {
+    let wait = match receipts.is_empty() {
+        true => WAIT_SECONDS,
+        false => WAIT_WITH_ACKS_SECONDS,
+    };
+    body.clear();
+    body.extend_from_slice(
+        format!("{{\"max_messages\":{batch},\"wait_seconds\":{wait}").as_bytes(),
+    );
+    if !receipts.is_empty() {
+        put_receipts(body, ",\"ack\":[", receipts);
+    }
+    body.push(b'}');
+}
+
+fn put_receipts(body: &mut Vec<u8>, head: &str, receipts: &[u8]) {
+    body.extend_from_slice(head.as_bytes());
+    body.extend_from_slice(receipts);
+    body.push(b']');
 }
 
 const JSON: &str = "content-type: application/json\r\n";
@@ -102,30 +142,27 @@ fn parse<'a, T: Deserialize<'a>>(answer: &'a [u8], path: &str) -> Result<T, Erro
     })
 }
 
-/// Books what came and makes the ack's body. Gives the number of deliveries.
+/// Books what came, puts its receipts down for the ack, and gives what became of the acks that the receive carried.
 fn take(
     shared: &Shared,
     queue: usize,
     answer: &[u8],
     path: &str,
-    body: &mut Vec<u8>,
-) -> Result<usize, Error> {
+    receipts: &mut Vec<u8>,
+) -> Result<Option<Settled>, Error> {
     let at = Instant::now();
     let received: Received<'_> = parse(answer, path)?;
     if received.deliveries.is_empty() {
-        return Ok(0);
+        return Ok(received.ack);
     }
     let mut times = Vec::with_capacity(received.deliveries.len());
-    body.clear();
-    body.extend_from_slice(b"{\"deliveries\":[");
-    for (place, delivery) in received.deliveries.iter().enumerate() {
-        if place > 0 {
-            body.push(b',');
+    for delivery in &received.deliveries {
+        if !receipts.is_empty() {
+            receipts.push(b',');
         }
-        body.extend_from_slice(b"{\"receipt\":\"");
-        body.extend_from_slice(delivery.receipt.as_bytes());
-        body.extend_from_slice(b"\"}");
-        let key = delivery.event.key();
+        receipts.extend_from_slice(b"{\"receipt\":\"");
+        receipts.extend_from_slice(delivery.receipt.as_bytes());
+        receipts.extend_from_slice(b"\"}");
         // An id of somebody else's is that of no producer.
         let (producer, number) =
             identity(&shared.run, delivery.event.id).unwrap_or((usize::MAX, 0));
@@ -134,16 +171,15 @@ fn take(
             producer,
             number,
             offset: delivery.offset,
-            key,
+            key: delivery.event.key(),
         };
         times.extend(shared.tracker.came(&came, at));
     }
     for delivery in &received.deliveries {
         shared.tracker.settling(queue, delivery.event.key());
     }
-    body.extend_from_slice(b"]}");
     shared.series.came(at, &times);
-    Ok(received.deliveries.len())
+    Ok(received.ack)
 }
 
 /// Producer and number of an id of this run.

@@ -8,6 +8,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::Error;
+use super::options::Ack;
 use super::random::Keys;
 use super::series::Series;
 use super::tracker::Tracker;
@@ -17,6 +18,7 @@ use super::tracker::Tracker;
 pub(super) struct Pace {
     /// Messages per transaction, publish or receive.
     pub(super) batch: u32,
+    pub(super) ack: Ack,
     /// Messages per second, all producers together; 0 for no limit.
     pub(super) rate: u32,
     /// Messages in all; none without.

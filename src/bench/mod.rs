@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use self::broker::Broker;
 use self::measure::Measured;
 use self::options::Load;
-pub use self::options::{Options, Scenario, Skew};
+pub use self::options::{Ack, Options, Scenario, Skew};
 use self::plan::Variant;
 pub use self::report::Report;
 use crate::config;

@@ -55,6 +55,17 @@ pub enum Skew {
     Zipf,
 }
 
+/// How consumers acknowledge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ack {
+    /// With the next receive: one request and one commit per batch
+    #[default]
+    WithReceive,
+    /// By a request of its own
+    Separate,
+}
+
 /// `postroad bench`.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = DEFAULTS)]
@@ -87,6 +98,9 @@ pub struct Options {
     /// Take payloads from this file instead: one JSON document per line, used in turn
     #[arg(long)]
     pub payload_file: Option<PathBuf>,
+    /// How consumers acknowledge
+    #[arg(long, value_enum, default_value_t = Ack::WithReceive)]
+    pub ack: Ack,
     /// Messages per second, all producers together; 0 sends as fast as consumers keep up
     #[arg(long)]
     pub rate: Option<u32>,
@@ -155,6 +169,7 @@ pub(super) struct Load {
     pub(super) producers: u32,
     pub(super) consumers: u32,
     pub(super) batch: u32,
+    pub(super) ack: Ack,
     pub(super) rate: u32,
     pub(super) seconds: u64,
     pub(super) warmup_seconds: u64,
@@ -191,6 +206,7 @@ impl Options {
             producers,
             consumers,
             batch,
+            ack: self.ack,
             rate: self.rate.unwrap_or(match self.scenario {
                 Held => 2_000,
                 Latency => 1_000,

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::figures::{self, FIGURES};
 use super::live::grouped;
 use super::measure::{Measured, median};
-use super::options::Load;
+use super::options::{Ack, Load};
 use super::plan::{System, Variant};
 use super::proc::Machine;
 use super::tracker::Checked;
@@ -79,8 +79,12 @@ impl Report {
                 load.seconds, load.warmup_seconds
             ),
         };
+        let ack = match load.ack {
+            Ack::WithReceive => "acks with the next receive",
+            Ack::Separate => "acks of their own",
+        };
         format!(
-            "{}: {} producers, {} x {} consumers, batches of {}, payload {}{rate}{keys}; {length}; median of {}",
+            "{}: {} producers, {} x {} consumers, batches of {}, {ack}, payload {}{rate}{keys}; {length}; median of {}",
             self.scenario.name(),
             load.producers,
             grouped(f64::from(load.queues)),

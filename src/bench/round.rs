@@ -99,6 +99,7 @@ impl<'a> Round<'a> {
             business_row: load.business_row && !is_backlog,
             pace: Pace {
                 batch: load.batch,
+                ack: load.ack,
                 rate: load.rate,
                 most: is_backlog.then_some(load.messages),
             },
