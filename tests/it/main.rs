@@ -19,6 +19,7 @@ mod http;
 mod inbox;
 mod local_postgres;
 mod matrix;
+mod outbox;
 mod program;
 mod queue;
 mod relay;
