@@ -79,7 +79,8 @@ create function postroad_broker.empty_leaf(
     p_now timestamptz,
     p_settled interval,
     p_unsettled interval,
-    p_watermark bigint
+    p_watermark bigint,
+    p_watermark_at timestamptz
 ) returns bigint
 language plpgsql volatile
 set lock_timeout = '50ms'
@@ -112,7 +113,11 @@ begin
         into v_top, v_top_at using p_stream;
         if v_top is null
             or not (
-                (v_top_at < v_now - p_settled and v_top <= p_watermark)
+                (v_top_at < v_now - p_settled and v_top <= p_watermark
+                    -- A queue that has gone back since the watermark was told may want it. The margin is for the clocks.
+                    and not exists (
+                        select from postroad_broker.queue q
+                        where q.stream_id = p_stream and q.renewed_at > p_watermark_at - interval '5 seconds'))
                 or coalesce(v_top_at < v_now - p_unsettled, false)
             )
         then

@@ -12,6 +12,10 @@ create table postroad_broker.queue (
     -- The first offset that this generation can deliver.
     start_offset bigint not null,
     paused boolean not null default false,
+    -- What the last seek or purge was asked to do, from which generation, and what it found: its repeat gets the same answer.
+    renewal jsonb,
+    -- When this generation began. What retention was told before cannot mean it.
+    renewed_at timestamptz not null default clock_timestamp(),
     slot smallint not null,
     created_at timestamptz not null default clock_timestamp(),
     constraint queue_name_is_valid check (name ~ '^[A-Za-z0-9_.-]{1,100}$'),
@@ -38,7 +42,8 @@ create table postroad_broker.queue_checkpoint (
     epoch bigint not null,
     number bigint not null,
     state bytea not null,
-    constraint queue_checkpoint_number_positive check (number > 0)
+    -- 0: what a generation begins with, before any group of it.
+    constraint queue_checkpoint_number_not_negative check (number >= 0)
 );
 
 -- What queues decided: one row per queue and group. Inserted and truncated, never updated or deleted. A group has a number
@@ -146,6 +151,76 @@ begin
             (id, name, stream_id, patterns, settings, start, start_offset, slot)
         values (new_id, new_name, of_stream, new_patterns, new_settings, new_start, first_offset, new_slot)
         returning start_offset, created_at;
+end $$;
+
+-- Begins a queue's next generation, at another place of its stream, with the state that it takes over. Everything of the former
+-- one is void from then on: its journal and checkpoint are of another generation, and a group of it that still runs waits for the
+-- lease and then finds so. Locks: the lease, the stream's head, the queue.
+--
+-- `start_kind`: earliest, latest, offset, time (then `start_at` is the first offset that is not before `start_time`), or purge:
+-- latest, but never back. Statuses: renewed (also when this very call was carried out before), fenced (nothing done), moved (the
+-- generation is another one: nothing done), gone. `found_at_floor`: retention has dropped some of what was asked for.
+create function postroad_broker.renew_queue(
+    of_queue bigint, of_lease text, of_epoch bigint, of_holder bigint, from_generation bigint,
+    start_kind text, start_at bigint, start_time timestamptz, new_renewal jsonb, new_state bytea
+) returns table (found_status text, found_generation bigint, found_offset bigint, found_at_floor boolean)
+language plpgsql volatile as $$
+declare
+    of_stream integer;
+    head record;
+    former record;
+    end_offset bigint;
+    first_offset bigint;
+    is_at_floor boolean := false;
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'renew_queue needs read committed';
+    end if;
+    perform from postroad_broker.lease l
+        where l.name = of_lease and l.epoch = of_epoch and l.holder = of_holder for no key update;
+    if not found then
+        return query select 'fenced', null::bigint, null::bigint, null::boolean;
+        return;
+    end if;
+    select q.stream_id into of_stream from postroad_broker.queue q where q.id = of_queue;
+    select h.floor, h.floor_appended_at into head from postroad_broker.stream_head h
+        where h.stream_id = of_stream for no key update;
+    select q.generation, q.start_offset, q.renewal into former from postroad_broker.queue q
+        where q.id = of_queue for update;
+    if not found then
+        return query select 'gone', null::bigint, null::bigint, null::boolean;
+        return;
+    end if;
+    if former.generation <> from_generation then
+        return query select case when former.generation = from_generation + 1 and former.renewal @> new_renewal
+                then 'renewed' else 'moved' end,
+            former.generation, former.start_offset, (former.renewal ->> 'at_floor')::boolean;
+        return;
+    end if;
+    select m."offset" into end_offset from postroad_broker.message m
+        where m.stream_id = of_stream order by m."offset" desc limit 1;
+    end_offset := greatest(end_offset, head.floor);
+    case start_kind
+        when 'earliest' then
+            first_offset := head.floor + 1;
+        when 'latest' then
+            first_offset := end_offset + 1;
+        when 'purge' then
+            first_offset := greatest(end_offset + 1, former.start_offset);
+        else
+            first_offset := greatest(start_at, head.floor + 1);
+            is_at_floor := start_at <= head.floor
+                or (start_kind = 'time' and first_offset = head.floor + 1 and coalesce(head.floor_appended_at >= start_time, false));
+    end case;
+    update postroad_broker.queue q
+    set generation = from_generation + 1, start_offset = first_offset, renewed_at = clock_timestamp(),
+        renewal = new_renewal || jsonb_build_object('at_floor', is_at_floor)
+    where q.id = of_queue;
+    insert into postroad_broker.queue_checkpoint (queue_id, generation, epoch, number, state)
+    values (of_queue, from_generation + 1, of_epoch, 0, new_state)
+    on conflict (queue_id) do update
+        set generation = excluded.generation, epoch = excluded.epoch, number = excluded.number, state = excluded.state;
+    return query select 'renewed', from_generation + 1, first_offset, is_at_floor;
 end $$;
 
 -- Writes one group commit of the settlement writer: journal rows, checkpoints, dead letters, for the slots that the

@@ -78,6 +78,8 @@ kinds! {
     StreamIsKept = "stream-is-kept", 409, "This stream cannot be deleted";
     /// A queue's stream is fixed.
     QueueStreamFixed = "queue-stream-fixed", 409, "The stream of a queue cannot be changed";
+    /// A seek or purge counts on another generation.
+    GenerationMoved = "generation-moved", 409, "The queue is in another generation";
     /// As many queues as there can be.
     TooManyQueues = "too-many-queues", 409, "There are as many queues as there can be";
     /// The rejected row cannot be sent on.

@@ -60,6 +60,8 @@ pub struct Description {
     pub generation: Generation,
     /// The offset that the start came to: the first message that the queue can deliver.
     pub start_offset: Offset,
+    /// Whether a person has paused it: nothing is handed out.
+    pub is_paused: bool,
     /// When it was made.
     pub created_at: DateTime<Utc>,
     /// Its numbers now; None while its state is being recovered.
@@ -267,6 +269,16 @@ pub enum Error {
         queue: QueueName,
         /// The stream it reads.
         stream: StreamName,
+    },
+    /// The queue's generation is not the one that the request counts on. Answer 409.
+    #[error("the queue `{queue}` is in generation {found}, not {expected}")]
+    GenerationMoved {
+        /// The queue.
+        queue: QueueName,
+        /// The generation that the request names.
+        expected: Generation,
+        /// The one that there is.
+        found: Generation,
     },
     /// The node has as many queues as it can hold.
     #[error("there are {limit} queues already, which is the most")]

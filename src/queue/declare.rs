@@ -3,6 +3,7 @@
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::sync::{mpsc, oneshot};
 
 use super::QUEUES_MAX;
@@ -10,7 +11,7 @@ use super::api::{Declaration, Declared, Description, Error};
 use super::engine::Engine;
 use super::handle::{Command, ENDED};
 use super::recovery;
-use crate::domain::id::{Generation, Offset, QueueId, Slot};
+use crate::domain::id::{Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::QueueName;
 use crate::domain::policy::Start;
 use crate::domain::queue::{Queue, Random};
@@ -51,6 +52,8 @@ impl Engine {
                     generation: Generation(1),
                     start_offset,
                     slot: Slot::of(id),
+                    is_paused: false,
+                    renewal: None,
                     created_at,
                     former,
                 };
@@ -76,7 +79,7 @@ impl Engine {
         }
     }
 
-    fn find(&self, name: &QueueName) -> Option<QueueId> {
+    pub(in crate::queue) fn find(&self, name: &QueueName) -> Option<QueueId> {
         let known = self.shared.queues.read();
         let known = known.unwrap_or_else(PoisonError::into_inner);
         known.get(name).map(|known| known.description.id)
@@ -97,11 +100,7 @@ impl Engine {
             Err(error) => return Err(stream_error(error)),
         };
         let before_start = match declaration.start {
-            Start::Time(at) => self
-                .stream
-                .offset_at(stream.id, at)
-                .await
-                .map_err(stream_error)?,
+            Start::Time(at) => self.offset_at(stream.id, at).await?,
             _ => Offset(0),
         };
         Ok(NewQueue {
@@ -112,6 +111,16 @@ impl Engine {
             start: declaration.start,
             before_start,
         })
+    }
+
+    /// The last offset before a time.
+    pub(in crate::queue) async fn offset_at(
+        &self,
+        stream: StreamId,
+        at: DateTime<Utc>,
+    ) -> Result<Offset, Error> {
+        let found = self.stream.offset_at(stream, at).await;
+        found.map_err(stream_error)
     }
 
     /// Starts a queue that was just made: it has nothing to recover.
@@ -285,6 +294,7 @@ pub(in crate::queue) fn describe(row: &QueueRow) -> Description {
         },
         generation: row.generation,
         start_offset: row.start_offset,
+        is_paused: row.is_paused,
         created_at: row.created_at,
         status: None,
     }

@@ -421,6 +421,7 @@ impl Engine {
             slot,
             fence: fence.clone(),
             patterns: row.patterns.clone().into(),
+            is_paused: row.is_paused,
             shared: Arc::clone(&self.shared),
             stream: self.stream.clone(),
             cluster: self.cluster.clone(),
@@ -460,6 +461,21 @@ impl Engine {
             }
             Job::Delete { name, reply } => {
                 let _ = reply.send(self.delete(&name).await);
+            }
+            Job::Renew {
+                name,
+                renewal,
+                expected_generation,
+                reply,
+            } => {
+                let _ = reply.send(self.renew(&name, renewal, expected_generation).await);
+            }
+            Job::Pause {
+                name,
+                is_paused,
+                reply,
+            } => {
+                let _ = reply.send(self.set_paused(&name, is_paused).await);
             }
         }
     }

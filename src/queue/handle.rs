@@ -10,10 +10,13 @@ use super::api::{
     BATCH_MAX, BATCH_WAIT_MAX, Declaration, Declared, Description, Error, InFlight, InFlightFilter,
     ReceiveRequest, Received, Status, VerbItem, WAIT_MAX,
 };
+use super::hold::Held;
+use super::message::{Act, Acted, Expire, MessageStatus};
 use super::metrics::Metrics;
+use super::renewal::{Renewal, Renewed};
 use super::task::Progress;
-use crate::domain::id::Offset;
-use crate::domain::name::QueueName;
+use crate::domain::id::{Generation, Offset};
+use crate::domain::name::{QueueName, Topic};
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
 };
@@ -51,6 +54,19 @@ pub(in crate::queue) enum Command {
     Status {
         reply: oneshot::Sender<Status>,
     },
+    Inspect {
+        messages: Vec<(Offset, Option<Topic>)>,
+        reply: Reply<Vec<MessageStatus>>,
+    },
+    Act {
+        offset: Offset,
+        act: Act,
+        reply: Reply<Acted>,
+    },
+    Expire {
+        expire: Expire,
+        reply: Reply<Vec<Offset>>,
+    },
     /// The topics are about to change: look no further. Answered when the scan position is committed, with all that
     /// was found up to there.
     Pin {
@@ -58,6 +74,15 @@ pub(in crate::queue) enum Command {
     },
     /// The declaration changed, or a pinned queue may go on.
     Change(Box<Declaration>),
+    /// Decide nothing more; answered once all that was decided is committed.
+    Hold {
+        keeps_redriven: bool,
+        reply: oneshot::Sender<Held>,
+    },
+    /// Hand nothing out from now on, or do again.
+    Pause {
+        is_paused: bool,
+    },
     /// Write a checkpoint if something before this turn of the journal is not folded into one.
     Fold {
         before_turn: i64,
@@ -90,6 +115,17 @@ pub(in crate::queue) enum Job {
         name: QueueName,
         reply: Reply<()>,
     },
+    Renew {
+        name: QueueName,
+        renewal: Renewal,
+        expected_generation: Option<Generation>,
+        reply: Reply<Renewed>,
+    },
+    Pause {
+        name: QueueName,
+        is_paused: bool,
+        reply: Reply<()>,
+    },
 }
 
 /// One queue, as the handles find it.
@@ -120,7 +156,10 @@ impl Shared {
     }
 
     /// The queue's task. Waits while the queue's state is being recovered: after a start, a declare or a hand-over.
-    async fn mailbox(&self, queue: &QueueName) -> Result<mpsc::Sender<Command>, Error> {
+    pub(in crate::queue) async fn mailbox(
+        &self,
+        queue: &QueueName,
+    ) -> Result<mpsc::Sender<Command>, Error> {
         let until = tokio::time::Instant::now() + self.outcome_wait;
         loop {
             if let Some(mailbox) = self.find(queue)?.mailbox {
@@ -323,7 +362,7 @@ impl Handle {
     }
 
     /// Sends a command to the queue's task.
-    async fn tell<T>(
+    pub(in crate::queue) async fn tell<T>(
         &self,
         queue: &QueueName,
         bound: Duration,
@@ -352,7 +391,10 @@ impl Handle {
         }
     }
 
-    async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, Error> {
+    pub(in crate::queue) async fn ask<T>(
+        &self,
+        job: impl FnOnce(Reply<T>) -> Job,
+    ) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
         let sent = self.shared.jobs.send(job(reply)).await;
         sent.map_err(|_| Error::Stopping)?;
@@ -452,7 +494,7 @@ async fn with_status(known: Known) -> Description {
     description
 }
 
-fn invalid(field: &'static str, reason: &str) -> Error {
+pub(in crate::queue) fn invalid(field: &'static str, reason: &str) -> Error {
     Error::Invalid(Fault {
         field,
         reason: reason.to_owned(),

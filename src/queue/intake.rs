@@ -118,6 +118,14 @@ impl Intake {
         self.received_at = Some(Instant::now());
     }
 
+    pub(in crate::queue) fn received_at(&self) -> Option<Instant> {
+        self.received_at
+    }
+
+    pub(in crate::queue) fn set_received_at(&mut self, at: Option<Instant>) {
+        self.received_at = at;
+    }
+
     /// When a failed read is to be tried again; far away when none failed.
     pub(in crate::queue) fn retry_at(&self, now: Instant) -> Instant {
         self.retry_at.unwrap_or(now + Duration::from_secs(3_600))

@@ -30,6 +30,7 @@ pub(in crate::queue) struct Metrics {
     pub(in crate::queue) group_seconds: Histogram,
     pub(in crate::queue) wait_seconds: Histogram,
     pub(in crate::queue) fenced: Counter,
+    pub(in crate::queue) renewals: Counter,
     pub(in crate::queue) scans: Counter,
     pub(in crate::queue) scans_answered: Counter,
     pub(in crate::queue) queues: Gauge,
@@ -52,6 +53,7 @@ impl Metrics {
             group_seconds: Histogram::new(exponential_buckets(0.000_25, 2.0, 16)),
             wait_seconds: Histogram::new(exponential_buckets(0.000_25, 1.5, 26)),
             fenced: Counter::default(),
+            renewals: Counter::default(),
             scans: Counter::default(),
             scans_answered: Counter::default(),
             queues: Gauge::default(),
@@ -111,6 +113,11 @@ impl Metrics {
                 &self.fenced,
             ),
             (
+                "postroad_queue_renewals",
+                "Generations begun by a seek or a purge",
+                &self.renewals,
+            ),
+            (
                 "postroad_queue_scans",
                 "Scans of a log by queues that catch up",
                 &self.scans,
@@ -154,7 +161,7 @@ pub(in crate::queue) struct PerQueue(pub(in crate::queue) Arc<Shared>);
 
 type Read = fn(&Progress) -> u64;
 
-const PER_QUEUE: [(&str, &str, Read); 5] = [
+const PER_QUEUE: [(&str, &str, Read); 6] = [
     (
         "postroad_queue_depth_messages",
         "Unsettled messages among those looked at",
@@ -174,6 +181,11 @@ const PER_QUEUE: [(&str, &str, Read); 5] = [
         "postroad_queue_dead_letter_messages",
         "Dead letters of the queue's generation",
         |progress| progress.dead.load(Ordering::Relaxed),
+    ),
+    (
+        "postroad_queue_paused",
+        "1 while a person has paused the queue",
+        |progress| u64::from(progress.is_paused.load(Ordering::Relaxed)),
     ),
     (
         "postroad_queue_waiting_receives",

@@ -11,13 +11,16 @@ mod engine;
 mod feed;
 mod handle;
 mod handout;
+mod hold;
 mod intake;
+mod message;
 mod metrics;
 mod order;
 mod positions;
 mod receive;
 mod recovery;
 mod refused;
+mod renewal;
 mod scans;
 mod task;
 mod waiters;
@@ -44,6 +47,8 @@ pub use api::{
 };
 pub use handle::{Handle, Receiving};
 pub use handout::Handout;
+pub use message::{Act, Acted, Expire, INSPECT_MAX, MessageState, MessageStatus};
+pub use renewal::{Renewal, Renewed};
 
 /// Most queues of one process (PROTOCOL.md, Parameters).
 pub const QUEUES_MAX: usize = 10_000;

@@ -51,6 +51,11 @@ impl Task {
 
     pub(in crate::queue) fn change_settings(&mut self, settings: Settings) {
         self.machine.change_settings(settings);
+        self.forget_marks();
+    }
+
+    /// What was asked so far does not count.
+    pub(in crate::queue) fn forget_marks(&mut self) {
         self.marks = Marks {
             change: self.marks.change + 1,
             ..Marks::default()

@@ -87,6 +87,9 @@ impl Task {
 
     /// Hands out what is ready, the longest waiter first.
     pub(in crate::queue) fn serve(&mut self) {
+        if self.parts.is_paused {
+            return;
+        }
         while self.machine.has_ready() {
             let (machine, intake) = (&self.machine, &self.intake);
             let is_full = |request: &ReceiveRequest| is_full(machine, intake, request);
@@ -165,7 +168,7 @@ impl Task {
             && until <= now
         {
             let standing = self.is_standing();
-            let looking = !standing && self.is_looking();
+            let looking = !standing && !self.parts.is_paused && self.is_looking();
             let Some(mut waiter) = self.waiters.remove(number) else {
                 break;
             };
@@ -185,7 +188,10 @@ impl Task {
     }
 
     pub(in crate::queue) fn empty(&self) -> Received {
-        let reason = self.machine.empty_reason();
+        let reason = match self.parts.is_paused {
+            true => EmptyReason::Paused,
+            false => self.machine.empty_reason(),
+        };
         let due = match reason {
             EmptyReason::InFlightFull => self.machine.next_deadline(),
             _ => self

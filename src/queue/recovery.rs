@@ -65,7 +65,21 @@ fn rebuild(row: &QueueRow, parts: &[StatePart]) -> Result<Queue, crate::domain::
     let (id, generation, settings) = (row.id, row.generation, row.settings.clone());
     let mut parts = parts.iter().peekable();
     let mut queue = match parts.next_if(|part| !part.is_journal) {
-        Some(part) => Queue::from_checkpoint(&part.data, id, generation, settings, random)?,
+        Some(part) => {
+            let (start, data) = (row.start_offset, &part.data);
+            let begun = Queue::from_carried(
+                data,
+                id,
+                generation,
+                start,
+                settings.clone(),
+                random.clone(),
+            )?;
+            match begun {
+                Some(begun) => begun,
+                None => Queue::from_checkpoint(data, id, generation, settings, random)?,
+            }
+        }
         None => Queue::new(id, generation, row.start_offset, settings, random),
     };
     queue.set_former(row.former.clone());

@@ -20,7 +20,9 @@ use super::api::{Error, InFlight, InFlightFilter, Received, Status};
 use super::feed::{Dispatch, Feed};
 use super::handle::{Acks, Command, ENDED, Shared};
 use super::handout::{Promise, Promises};
+use super::hold::{Hold, told};
 use super::intake::{Intake, Loaded};
+use super::message::{Act, Acted};
 use super::order::{Marked, Marks};
 use super::scans::Scans;
 use super::waiters::Waiters;
@@ -54,6 +56,7 @@ pub(in crate::queue) struct Progress {
     pub(in crate::queue) delayed: AtomicU64,
     pub(in crate::queue) dead: AtomicU64,
     pub(in crate::queue) waiters: AtomicU64,
+    pub(in crate::queue) is_paused: AtomicBool,
 }
 
 /// Why a task ended.
@@ -85,6 +88,8 @@ pub(in crate::queue) struct Parts {
     pub(in crate::queue) slot: Slot,
     pub(in crate::queue) fence: Fence,
     pub(in crate::queue) patterns: Arc<[TopicPattern]>,
+    /// Nothing is handed out.
+    pub(in crate::queue) is_paused: bool,
     pub(in crate::queue) shared: Arc<Shared>,
     pub(in crate::queue) stream: stream::Handle,
     pub(in crate::queue) cluster: cluster::Handle,
@@ -114,6 +119,14 @@ pub(in crate::queue) enum Answer {
         reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
         outcomes: Vec<Outcome>,
     },
+    Act {
+        reply: oneshot::Sender<Result<Acted, Error>>,
+        acted: Acted,
+    },
+    Expired {
+        reply: oneshot::Sender<Result<Vec<Offset>, Error>>,
+        offsets: Vec<Offset>,
+    },
 }
 
 struct Submitted {
@@ -132,6 +145,12 @@ pub(in crate::queue) enum Done {
     Replayed {
         receive_id: String,
         reply: oneshot::Sender<Result<Received, Error>>,
+        entries: Result<Vec<Arc<Entry>>, stream::Error>,
+    },
+    Looked {
+        offset: Offset,
+        act: Act,
+        reply: oneshot::Sender<Result<Acted, Error>>,
         entries: Result<Vec<Arc<Entry>>, stream::Error>,
     },
     Marked(Marked),
@@ -164,7 +183,9 @@ pub(in crate::queue) struct Task {
     /// The turn of the first journal row that no checkpoint holds yet.
     unfolded_turn: Option<i64>,
     position_at: Instant,
-    ending: Option<Why>,
+    pub(in crate::queue) ending: Option<Why>,
+    /// Nothing is decided, since a new generation is about to begin.
+    pub(in crate::queue) hold: Option<Hold>,
 }
 
 impl Task {
@@ -195,6 +216,7 @@ impl Task {
             unfolded_turn: unfolded.then_some(i64::MIN),
             position_at: Instant::now() + POSITION_EVERY,
             ending: None,
+            hold: None,
             parts,
         }
     }
@@ -206,8 +228,9 @@ impl Task {
             self.round();
             let wake_at = self.wake_at();
             tokio::select! {
-                command = self.parts.mailbox.recv() => self.take_commands(command),
+                command = self.parts.mailbox.recv(), if self.hold.is_none() => self.take_commands(command),
                 Some(first) = self.returned.1.recv() => self.take_back(first),
+                verdict = told(&mut self.hold) => self.go_on(verdict),
                 written = committed(&mut self.submitted) => self.finish_part(written),
                 Some(done) = self.work.next() => self.finish_work(done),
                 () = self.parts.feed.filled() => {}
@@ -234,6 +257,13 @@ impl Task {
         At::from(self.parts.cluster.now())
     }
 
+    /// The journal has nothing of the generation that has just begun: its checkpoint was written with it.
+    pub(in crate::queue) fn begin_unfolded(&mut self) {
+        self.unfolded_turn = None;
+        self.fold_wanted = false;
+        self.is_probing = false;
+    }
+
     /// Whether decisions wait for their commit.
     pub(in crate::queue) fn is_writing(&self) -> bool {
         self.submitted.is_some() || self.machine.has_batch()
@@ -245,6 +275,9 @@ impl Task {
 
     /// Everything that can be decided now.
     fn round(&mut self) {
+        if self.hold.is_some() {
+            return self.hold_round();
+        }
         // In this order: a confirmation after an outage is told after the outage's move of the deadlines.
         let confirmed = self.parts.contact.confirmed();
         let outage = *self.outage.borrow_and_update();
@@ -285,6 +318,9 @@ impl Task {
         ] {
             noted.store(now, Ordering::Relaxed);
         }
+        progress
+            .is_paused
+            .store(self.parts.is_paused, Ordering::Relaxed);
     }
 
     /// A deadline is over, and Postgres was not heard of since: nobody is charged before it answers.
@@ -300,6 +336,9 @@ impl Task {
     }
 
     fn wake_at(&self) -> Instant {
+        if self.hold.is_some() {
+            return self.wake_held_at();
+        }
         let instant = Instant::now();
         let now = self.now();
         let mut wake_at = self.intake.retry_at(instant);
@@ -331,6 +370,9 @@ impl Task {
                 Some(command) => self.take_command(command),
                 None => break,
             }
+            if self.hold.is_some() {
+                return;
+            }
             next = self.parts.mailbox.try_recv().ok();
         }
         if let Some(command) = next {
@@ -358,6 +400,11 @@ impl Task {
                 self.waiters.drop_gone();
                 self.tell_status(reply);
             }
+            Command::Inspect { messages, reply } => {
+                let _ = reply.send(Ok(self.inspect(&messages)));
+            }
+            Command::Act { offset, act, reply } => self.take_act(offset, act, reply),
+            Command::Expire { expire, reply } => self.expire(&expire, reply),
             Command::Pin { reply } => {
                 self.pin();
                 self.machine.journal_scan(self.machine.scanned_through());
@@ -368,6 +415,16 @@ impl Task {
                 self.parts.patterns = declaration.topics.into();
                 self.unpin();
             }
+            Command::Hold {
+                keeps_redriven,
+                reply,
+            } => {
+                self.hold = Some(Hold::Draining {
+                    keeps_redriven,
+                    reply,
+                });
+            }
+            Command::Pause { is_paused } => self.parts.is_paused = is_paused,
             Command::Fold { before_turn } => {
                 self.fold_wanted |= self.unfolded_turn.is_some_and(|turn| turn < before_turn);
             }
@@ -490,7 +547,7 @@ impl Task {
         }
     }
 
-    fn submit(&mut self) {
+    pub(in crate::queue) fn submit(&mut self) {
         if self.machine.has_batch() {
             self.decided_at.get_or_insert_with(Instant::now);
         }
@@ -592,6 +649,12 @@ impl Task {
             Done::Marked(marked) => self.finish_marks(marked),
             Done::Scanned(scanned) => self.finish_scan(scanned),
             Done::Loaded(loaded) => self.finish_load(loaded),
+            Done::Looked {
+                offset,
+                act,
+                reply,
+                entries,
+            } => self.finish_look((offset, act, reply), entries),
             Done::Replayed {
                 receive_id,
                 reply,
@@ -614,6 +677,12 @@ impl Task {
                 } => {
                     // A caller that is gone drops the answer, and the handout in it takes the deliveries back.
                     let _ = reply.send(Ok(self.received(handed, promise)));
+                }
+                Answer::Act { reply, acted } => {
+                    let _ = reply.send(Ok(acted));
+                }
+                Answer::Expired { reply, offsets } => {
+                    let _ = reply.send(Ok(offsets));
                 }
                 Answer::Pin { reply } => {
                     let _ = reply.send(Ok(()));
@@ -641,8 +710,13 @@ impl Task {
                 Command::Settle { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::InFlight { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Pin { reply } => drop(reply.send(Err(ENDED))),
+                Command::Inspect { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::Act { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::Expire { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Status { .. }
                 | Command::Change(_)
+                | Command::Hold { .. }
+                | Command::Pause { .. }
                 | Command::Fold { .. }
                 | Command::Trim { .. }
                 | Command::End => {}
@@ -657,6 +731,10 @@ impl Task {
 
     /// Told to stop: long polls answer, and what is decided is written, with the scan position.
     async fn flush(&mut self) -> Why {
+        self.await_verdict().await;
+        if let Some(why) = self.ending {
+            return self.end(why).await;
+        }
         for waiter in self.waiters.take_all() {
             let _ = waiter.reply.send(Ok(self.empty()));
         }

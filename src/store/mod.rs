@@ -8,6 +8,7 @@ pub mod migrate;
 pub mod origin;
 pub mod queue;
 pub mod relay;
+pub mod renewal;
 pub mod server;
 pub mod shop;
 pub mod stream;

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{Connection as _, Row as _};
 
 use super::bounded::{HEARTBEAT, STATEMENT, bounded};
+use super::renewal::Renewed;
 use super::{Connection, Database, Error};
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName, TopicPattern};
@@ -33,6 +34,10 @@ pub struct QueueRow {
     pub start_offset: Offset,
     /// The slot that owns it.
     pub slot: Slot,
+    /// Whether a person has paused it.
+    pub is_paused: bool,
+    /// What made its generation, but for the first.
+    pub renewal: Option<Renewed>,
     /// When it was made.
     pub created_at: DateTime<Utc>,
     /// Queues that had its name before, and were deleted.
@@ -82,7 +87,8 @@ pub async fn find_queues(database: &Database) -> Result<Vec<QueueRow>, Error> {
     const DOING: &str = "reading queues";
     let rows = sqlx::query(
         "select q.id, q.name, q.stream_id, s.name as stream, q.patterns, q.settings::text as settings, \
-            q.start::text as start, q.generation, q.start_offset, q.slot, q.created_at, \
+            q.start::text as start, q.generation, q.start_offset, q.slot, q.paused, \
+            q.renewal::text as renewal, q.created_at, \
             array(select f.id from postroad_broker.former_queue f where f.name = q.name order by f.id desc limit 1000) as former \
          from postroad_broker.queue q join postroad_broker.stream s on s.id = q.stream_id order by q.id",
     )
@@ -125,6 +131,11 @@ fn read_queue(row: &sqlx::postgres::PgRow) -> Result<QueueRow, Error> {
         generation: Generation(column(row, "generation")?),
         start_offset: Offset(column(row, "start_offset")?),
         slot: Slot(column(row, "slot")?),
+        is_paused: column(row, "paused")?,
+        renewal: column::<Option<String>>(row, "renewal")?
+            .map(|text| serde_json::from_str(&text))
+            .transpose()
+            .map_err(|e| corrupt(format!("queue {id}: renewal: {e}")))?,
         created_at: column(row, "created_at")?,
         former: column::<Vec<i64>>(row, "former")?
             .into_iter()

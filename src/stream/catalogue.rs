@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -44,17 +45,17 @@ pub(super) enum Job {
 /// Up to where every queue of a stream has settled, as the queue engine tells it.
 #[derive(Debug, Default)]
 pub(super) struct Watermarks {
-    streams: Mutex<HashMap<StreamId, Offset>>,
+    streams: Mutex<HashMap<StreamId, (Offset, Instant)>>,
 }
 
 impl Watermarks {
     pub(super) fn set(&self, stream: StreamId, watermark: Offset) {
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        streams.insert(stream, watermark);
+        streams.insert(stream, (watermark, Instant::now()));
     }
 
-    /// `None` until told.
-    pub(super) fn get(&self, stream: StreamId) -> Option<Offset> {
+    /// The watermark and when it was told; `None` until then.
+    pub(super) fn get(&self, stream: StreamId) -> Option<(Offset, Instant)> {
         let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         streams.get(&stream).copied()
     }

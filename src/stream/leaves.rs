@@ -185,9 +185,10 @@ impl Maintenance {
         stream: &StreamRow,
         leaves: &[&Leaf],
     ) -> Result<i64, store::Error> {
-        let Some(watermark) = self.state.watermarks.get(stream.id) else {
+        let Some((watermark, told_at)) = self.state.watermarks.get(stream.id) else {
             return Ok(0);
         };
+        let watermark_at = self.cluster.now() - told_at.elapsed();
         for leaf in leaves.iter().filter(|leaf| !leaf.is_emptied) {
             let emptied = sql::empty_leaf(
                 connection,
@@ -198,6 +199,7 @@ impl Maintenance {
                     settled: stream.settled_retention,
                     unsettled: stream.unsettled_retention,
                     watermark,
+                    watermark_at,
                 },
             )
             .await;

@@ -9,7 +9,7 @@ use super::record::{Decode, Record, SettledAs};
 use super::wire::{Reader, Writer};
 use super::{At, Failure, Letter, Queue, Random, Receive, State};
 use crate::domain::id::{Generation, Offset, QueueId};
-use crate::domain::policy::Settings;
+use crate::domain::policy::{Ordering, Settings};
 
 /// First byte of the state that a generation begins with; a checkpoint begins with its version.
 const CARRIED: u8 = 0xc1;
@@ -21,6 +21,8 @@ pub enum Standing {
     Fresh,
     /// Handed out before, and due again.
     Ready,
+    /// Ready, and held back by an earlier message of its key.
+    Waiting,
     /// Handed out, until the deadline.
     Live {
         /// When its time is up.
@@ -49,7 +51,7 @@ impl Standing {
     pub fn is_unsettled(self) -> bool {
         matches!(
             self,
-            Self::Fresh | Self::Ready | Self::Live { .. } | Self::Delayed { .. }
+            Self::Fresh | Self::Ready | Self::Waiting | Self::Live { .. } | Self::Delayed { .. }
         )
     }
 }
@@ -90,7 +92,8 @@ impl Queue {
         let standing = match entry.map(|entry| entry.state) {
             Some(State::Live { deadline }) => Standing::Live { deadline },
             Some(State::Ended { due, .. }) if due > now => Standing::Delayed { due },
-            Some(State::Ended { .. }) => Standing::Ready,
+            Some(State::Ended { .. }) if self.is_open(offset) => Standing::Ready,
+            Some(State::Ended { .. }) => Standing::Waiting,
             None => self.standing_without_entry(offset.0),
         };
         let under_way = u32::from(matches!(standing, Standing::Live { .. }));
@@ -107,7 +110,10 @@ impl Queue {
 
     fn standing_without_entry(&self, offset: i64) -> Standing {
         if self.fresh.contains(offset) {
-            Standing::Fresh
+            match self.is_open(Offset(offset)) {
+                true => Standing::Fresh,
+                false => Standing::Waiting,
+            }
         } else if self.dead.contains_key(&offset) {
             Standing::Dead
         } else if self.lost.contains(offset as u64) {
@@ -135,8 +141,15 @@ impl Queue {
         true
     }
 
-    /// Makes a message a dead letter, whoever holds it. As [`Queue::delete`] otherwise.
-    pub fn condemn(&mut self, offset: Offset, reason: Option<String>, now: At) -> bool {
+    /// Makes a message a dead letter, whoever holds it. Its key goes on, also with `hold_key`: here is the person whom it would
+    /// wait for. `key_hash` is that of one that was not looked at yet. As [`Queue::delete`] otherwise.
+    pub fn condemn(
+        &mut self,
+        offset: Offset,
+        key_hash: Option<i64>,
+        reason: Option<String>,
+        now: At,
+    ) -> bool {
         let found = self.inspect(offset, now);
         if !found.standing.is_unsettled() && found.standing != Standing::Unseen {
             return false;
@@ -156,13 +169,15 @@ impl Queue {
             failures,
             died_at: now,
         });
-        let key = self.entries.get(&offset.0).and_then(|e| e.mark.key);
+        let entry = self.entries.get(&offset.0).map(|entry| entry.mark);
+        let mark = entry.or_else(|| self.remove_fresh(offset.0));
+        let is_ordered = self.settings.ordering == Ordering::Key;
+        let key = mark.map_or(key_hash.filter(|_| is_ordered), |mark| mark.key);
         self.commit(Record::Dead {
             offset: offset.0,
             delivery: found.delivery,
             at: now,
             key,
-            // The key waits for a person, and here is one.
             holds: false,
         });
         true
@@ -243,7 +258,7 @@ impl Queue {
         Ok(Some(queue))
     }
 
-    /// This queue in its next generation.
+    /// This queue in its next generation, which has to learn its order as a recovered one has.
     ///
     /// # Errors
     /// As [`Queue::from_carried`].
@@ -259,6 +274,7 @@ impl Queue {
             what: "not the state of a generation's beginning",
         })?;
         next.former.clone_from(&self.former);
+        next.arrange();
         Ok(next)
     }
 }
@@ -398,8 +414,8 @@ mod tests {
         take(&mut queue, 1, "a", 0);
         queue.take_batch();
         for offset in [1, 2, 9] {
-            assert!(queue.condemn(Offset(offset), Some("poison".into()), At(1)));
-            assert!(!queue.condemn(Offset(offset), None, At(1)), "once");
+            assert!(queue.condemn(Offset(offset), None, Some("poison".into()), At(1)));
+            assert!(!queue.condemn(Offset(offset), None, None, At(1)), "once");
             assert_eq!(standing(&queue, offset, 1), Standing::Dead);
         }
         let letters = queue.take_batch().letters;
@@ -416,6 +432,39 @@ mod tests {
             delivery: 0,
         };
         assert_eq!(queue.redrive(&[reborn], At(2)), [Offset(2)]);
+    }
+
+    #[test]
+    fn who_blocks_a_key_is_rejected_and_the_key_goes_on() {
+        let settings = Settings {
+            ordering: Ordering::Key,
+            hold_key: true,
+            ..Settings::default()
+        };
+        let (id, random) = (QueueId(1), Random::new(7));
+        let mut queue = Queue::new(id, Generation(1), Offset(1), settings, random);
+        for offset in 1..=4 {
+            queue.found(Found {
+                key_hash: (offset < 4).then_some(77),
+                ..Found::at(offset)
+            });
+        }
+        assert_eq!(take(&mut queue, 9, "a", 0), [1, 4]);
+        assert_eq!(standing(&queue, 2, 1), Standing::Waiting);
+        assert!(queue.condemn(Offset(1), None, None, At(1)));
+        assert_eq!(take(&mut queue, 9, "a", 2), [2]);
+        assert!(
+            queue.condemn(Offset(3), None, None, At(3)),
+            "one that waits"
+        );
+        let dead: Vec<_> = queue
+            .dead
+            .values()
+            .map(|dead| (dead.key, dead.holds))
+            .collect();
+        assert_eq!(dead, [(Some(77), false), (Some(77), false)]);
+        assert!(queue.delete(Offset(2), At(4)));
+        assert_eq!(queue.counts().waiting, 0);
     }
 
     #[test]

@@ -194,6 +194,9 @@ impl From<queue::Error> for Problem {
                 allowed: None,
             }]),
             Error::StreamChange { .. } => Self::new(Kind::QueueStreamFixed, error.to_string()),
+            Error::GenerationMoved { found, .. } => {
+                Self::new(Kind::GenerationMoved, error.to_string()).with("generation", found.0)
+            }
             Error::TooManyQueues { .. } => Self::new(Kind::TooManyQueues, error.to_string()),
             Error::Invalid(fault) => Self::invalid(vec![FieldError {
                 place: Place::Pointer(format!("/{}", fault.field.replace('.', "/"))),

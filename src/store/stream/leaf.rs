@@ -137,6 +137,8 @@ pub struct EmptyLeaf {
     pub unsettled: Option<Duration>,
     /// Up to here every queue has settled.
     pub watermark: Offset,
+    /// When that was told: queues that began a generation since are not in it.
+    pub watermark_at: DateTime<Utc>,
 }
 
 /// Empties the oldest leaf that has messages, if all of it is old enough. Returns the new floor. Fails with SQLSTATE 55P03 when
@@ -151,13 +153,14 @@ pub async fn empty_leaf(
     let (floor,): (Option<i64>,) = bounded(
         "emptying a leaf",
         LONG_STATEMENT,
-        sqlx::query_as("select postroad_broker.empty_leaf($1, $2, $3, $4, $5, $6)")
+        sqlx::query_as("select postroad_broker.empty_leaf($1, $2, $3, $4, $5, $6, $7)")
             .bind(leaf.stream.0)
             .bind(leaf.first.0)
             .bind(leaf.now)
             .bind(interval(leaf.settled))
             .bind(leaf.unsettled.map(interval))
             .bind(leaf.watermark.0)
+            .bind(leaf.watermark_at)
             .fetch_one(connection),
     )
     .await?;

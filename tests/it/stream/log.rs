@@ -91,7 +91,7 @@ async fn a_role_that_defaults_to_another_isolation_level_changes_nothing() {
         // Called at another level it refuses, rather than give an offset twice.
         let mut other = db.connect().await;
         let refused = other
-            .execute("select postroad_broker.empty_leaf(1, 1, now(), '1s', null, 0)")
+            .execute("select postroad_broker.empty_leaf(1, 1, now(), '1s', null, 0, now())")
             .await;
         assert!(refused.unwrap_err().to_string().contains("read committed"));
         for node in [one, two] {

@@ -1,0 +1,283 @@
+//! Seek and purge, which begin a new generation, and pause.
+//!
+//! The engine holds the queue's task: it decides nothing more, and what it has decided is committed and answered. Then one
+//! call raises the generation under the lock of the stream's head, with the state that the next generation begins with. The
+//! task goes on in it with its long polls; receipts of before are `gone`. When the outcome is not known the task ends, and the
+//! queue is read again from what is stored, which is one generation or the other. While it is held, the queue's watermark is as
+//! if it had settled nothing, so that retention does not drop what the queue is about to go back to.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::api::Error;
+use super::engine::Engine;
+use super::handle::{Command, Handle, Job};
+use super::hold::{Held, Verdict};
+use crate::domain::id::{Generation, Offset, QueueId};
+use crate::domain::name::QueueName;
+use crate::domain::policy::Start;
+use crate::store;
+use crate::store::queue::QueueRow;
+use crate::store::renewal::{Renew, RenewOutcome};
+
+pub use crate::store::renewal::Renewal;
+
+/// What a seek or a purge did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Renewed {
+    /// The generation that began.
+    pub generation: Generation,
+    /// The queue goes on after this offset.
+    pub through_offset: Offset,
+    /// Retention had dropped some of what was asked for: the generation begins with what is left.
+    pub at_floor: bool,
+}
+
+impl Handle {
+    /// Begins the queue's next generation: at another place (seek), or after all there is (purge). Receipts of before are
+    /// `gone`, dead letters stay, long polls go on.
+    ///
+    /// With `expected_generation`, a repeat of the request gets the answer of the first, and does nothing; without, a repeat
+    /// does it again.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::GenerationMoved`], [`Error::Unavailable`], [`Error::OutcomeUnknown`],
+    /// [`Error::Stopping`], or the database's.
+    pub async fn renew(
+        &self,
+        name: &QueueName,
+        renewal: Renewal,
+        expected_generation: Option<Generation>,
+    ) -> Result<Renewed, Error> {
+        // Waits while the queue is being recovered.
+        drop(self.shared.mailbox(name).await?);
+        let name = name.clone();
+        self.ask(|reply| Job::Renew {
+            name,
+            renewal,
+            expected_generation,
+            reply,
+        })
+        .await
+    }
+
+    /// Pauses the queue, or resumes it. Nothing is handed out while it is paused; verbs, expiry and delays go on. Repeating it
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::OutcomeUnknown`], [`Error::Stopping`], or the database's.
+    pub async fn set_paused(&self, name: &QueueName, is_paused: bool) -> Result<(), Error> {
+        let name = name.clone();
+        self.ask(|reply| Job::Pause {
+            name,
+            is_paused,
+            reply,
+        })
+        .await
+    }
+}
+
+impl Engine {
+    pub(in crate::queue) async fn renew(
+        &mut self,
+        name: &QueueName,
+        renewal: Renewal,
+        expected: Option<Generation>,
+    ) -> Result<Renewed, Error> {
+        let id = self.find(name).ok_or_else(|| Error::NotFound {
+            queue: name.clone(),
+        })?;
+        let (row, mailbox) = match self.queues.get(&id) {
+            Some(owned) => (owned.row.clone(), owned.mailbox.clone()),
+            None => return Err(Error::Stopping),
+        };
+        if let Some(expected) = expected.filter(|expected| *expected != row.generation) {
+            return repeated(&row, renewal, expected);
+        }
+        let state = self.slots.get(&row.slot);
+        let fence = state.and_then(|state| state.fence.clone());
+        let (Some(mailbox), Some(fence)) = (mailbox, fence) else {
+            return Err(RECOVERING);
+        };
+        if self.contact.outage().borrow().standing {
+            return Err(Error::Unavailable {
+                why: "Postgres cannot be reached",
+            });
+        }
+        let before_start = match renewal {
+            Renewal::Seek(Start::Time(at)) => self.offset_at(row.stream_id, at).await?,
+            _ => Offset(0),
+        };
+        let keeps_redriven = matches!(renewal, Renewal::Seek(_));
+        let held = match hold(&mailbox, keeps_redriven, self.shared.outcome_wait).await {
+            Ok(held) => held,
+            Err(error) => {
+                // It may be held all the same, and then ends since nobody tells it how to go on.
+                self.read_again(row.slot).await;
+                return Err(error);
+            }
+        };
+        let renew = Renew {
+            queue: id,
+            fence: &fence,
+            incarnation: self.cluster.incarnation(),
+            from_generation: row.generation,
+            renewal,
+            before_start,
+            state: &held.carried,
+        };
+        let outcome = store::renewal::renew_queue(&self.database, renew).await;
+        self.conclude(&row, renewal, held, outcome).await
+    }
+
+    async fn conclude(
+        &mut self,
+        row: &QueueRow,
+        renewal: Renewal,
+        held: Held,
+        outcome: Result<RenewOutcome, store::Error>,
+    ) -> Result<Renewed, Error> {
+        match outcome {
+            Ok(RenewOutcome::Renewed {
+                generation,
+                start_offset,
+                at_floor,
+            }) => {
+                self.begin_generation(row.id, renewal, (generation, start_offset, at_floor));
+                let _ = held.go_on.send(Verdict::Renewed {
+                    generation,
+                    start_offset,
+                });
+                self.shared.metrics.renewals.inc();
+                tracing::info!(
+                    queue = %row.name, ?renewal, generation = %generation, start_offset = %start_offset,
+                    "the queue begins a new generation: receipts of before are gone"
+                );
+                Ok(Renewed {
+                    generation,
+                    through_offset: Offset(start_offset.0 - 1),
+                    at_floor,
+                })
+            }
+            Ok(outcome) => {
+                drop(held);
+                self.read_again(row.slot).await;
+                Err(match outcome {
+                    RenewOutcome::Gone => Error::NotFound {
+                        queue: row.name.clone(),
+                    },
+                    _ => RECOVERING,
+                })
+            }
+            Err(error) => {
+                // Done or not: what is stored says. Nothing of the former generation is answered before that is read.
+                drop(held);
+                self.read_again(row.slot).await;
+                match error.is_connection_lost() {
+                    true => Err(Error::OutcomeUnknown),
+                    false => Err(error.into()),
+                }
+            }
+        }
+    }
+
+    fn begin_generation(
+        &mut self,
+        id: QueueId,
+        renewal: Renewal,
+        (generation, start_offset, at_floor): (Generation, Offset, bool),
+    ) {
+        if let Some(owned) = self.queues.get_mut(&id) {
+            owned.row.renewal = Some(store::renewal::Renewed {
+                renewal,
+                from_generation: owned.row.generation,
+                at_floor,
+            });
+            owned.row.generation = generation;
+            owned.row.start_offset = start_offset;
+        }
+        self.show_row(id);
+    }
+
+    pub(in crate::queue) async fn set_paused(
+        &mut self,
+        name: &QueueName,
+        is_paused: bool,
+    ) -> Result<(), Error> {
+        let id = self.find(name).ok_or_else(|| Error::NotFound {
+            queue: name.clone(),
+        })?;
+        let Some(owned) = self.queues.get(&id) else {
+            return Err(Error::Stopping);
+        };
+        if owned.row.is_paused == is_paused {
+            return Ok(());
+        }
+        let slot = owned.row.slot;
+        let updated = store::renewal::set_paused(&self.database, id, is_paused).await;
+        if let Err(error) = updated {
+            // It may be done all the same.
+            self.read_again(slot).await;
+            return match error.is_connection_lost() {
+                true => Err(Error::OutcomeUnknown),
+                false => Err(error.into()),
+            };
+        }
+        let mut mailbox = None;
+        if let Some(owned) = self.queues.get_mut(&id) {
+            owned.row.is_paused = is_paused;
+            mailbox.clone_from(&owned.mailbox);
+        }
+        self.show_row(id);
+        if let Some(mailbox) = mailbox {
+            let _ = mailbox.send(Command::Pause { is_paused }).await;
+        }
+        let act = if is_paused { "paused" } else { "resumed" };
+        tracing::info!(queue = %name, act, "a person paused or resumed the queue");
+        Ok(())
+    }
+}
+
+const RECOVERING: Error = Error::Unavailable {
+    why: "its state is being recovered",
+};
+
+/// The answer when the generation is not the one expected: that of the first request, if this is its repeat.
+fn repeated(row: &QueueRow, renewal: Renewal, expected: Generation) -> Result<Renewed, Error> {
+    match row.renewal {
+        Some(done) if done.from_generation == expected && done.renewal == renewal => Ok(Renewed {
+            generation: row.generation,
+            through_offset: Offset(row.start_offset.0 - 1),
+            at_floor: done.at_floor,
+        }),
+        _ => Err(Error::GenerationMoved {
+            queue: row.name.clone(),
+            expected,
+            found: row.generation,
+        }),
+    }
+}
+
+/// Has the task decide nothing more, and waits until what it has decided is committed.
+async fn hold(
+    mailbox: &mpsc::Sender<Command>,
+    keeps_redriven: bool,
+    bound: Duration,
+) -> Result<Held, Error> {
+    let (reply, answer) = oneshot::channel();
+    let command = Command::Hold {
+        keeps_redriven,
+        reply,
+    };
+    let holding = async {
+        mailbox.send(command).await.ok()?;
+        answer.await.ok()
+    };
+    match tokio::time::timeout(bound, holding).await {
+        Ok(held) => held.ok_or(RECOVERING),
+        Err(_) => Err(Error::Unavailable {
+            why: "what it had decided could not be written in time",
+        }),
+    }
+}
