@@ -346,7 +346,10 @@ impl Task {
             wake_at = wake_at.min(self.position_at);
         }
         let ends = self.waiters.next_end().map(|(until, _)| until);
-        for until in [ends, self.waiters.fills_until()].into_iter().flatten() {
+        // Nobody is served, so a batch's time to fill may be over for long.
+        let is_served = !self.parts.is_paused && !self.is_standing();
+        let fills = self.waiters.fills_until().filter(|_| is_served);
+        for until in [ends, fills].into_iter().flatten() {
             wake_at = wake_at.min(until);
         }
         if !self.is_standing() {

@@ -3,8 +3,10 @@
 
 mod life;
 mod matrix;
+mod message;
 mod outage;
 mod receive;
+mod renewal;
 mod restart;
 mod scale;
 
