@@ -10,8 +10,8 @@ use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
 use super::Options;
-use super::api::Api;
 use crate::app;
+use crate::client::{self, Client};
 use crate::config::Config;
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -21,7 +21,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(40);
 /// A broker that the demo started.
 #[derive(Debug)]
 pub(super) struct Broker {
-    api: Api,
+    client: Client,
     running: Running,
 }
 
@@ -67,7 +67,7 @@ pub enum Error {
     Inside(#[from] app::Error),
     /// The HTTP client.
     #[error("making an HTTP client failed")]
-    Client(#[from] reqwest::Error),
+    Client(#[from] client::Error),
     /// It ended, or was not ready in time.
     #[error("it was not ready within {waited:?}; see {log}", log = log.display())]
     NotReady {
@@ -87,7 +87,7 @@ impl Broker {
             config.bind = address;
             let broker = Box::pin(app::Broker::start(config)).await?;
             return Ok(Self {
-                api: Api::new(broker.url().to_owned())?,
+                client: Client::new(broker.url())?,
                 running: Running::Inside(Mutex::new(Some(Box::new(broker)))),
             });
         }
@@ -95,7 +95,7 @@ impl Broker {
         let log_path =
             std::env::temp_dir().join(format!("postroad-demo-{}.log", std::process::id()));
         let broker = Self {
-            api: Api::new(format!("http://{address}"))?,
+            client: Client::new(format!("http://{address}"))?,
             running: Running::Process(Box::new(Process {
                 address,
                 child: Mutex::new(spawn(address, &url, &log_path)?),
@@ -107,9 +107,14 @@ impl Broker {
         Ok(broker)
     }
 
+    /// A client of it.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// The root of its URLs.
     pub(super) fn base(&self) -> &str {
-        self.api.base()
+        self.client.base_url()
     }
 
     /// What it is, in a clause.
@@ -147,7 +152,7 @@ impl Broker {
 
     async fn wait_until_ready(&self) -> Result<(), Error> {
         let since = Instant::now();
-        while !self.api.is_ready().await {
+        while !self.client.is_ready().await {
             if let Running::Process(process) = &self.running {
                 let mut child = process.child.lock().await;
                 let ended = child.try_wait().map_err(failed("watching"))?.is_some();

@@ -5,18 +5,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::api::{self, Api, Delivery};
 use super::progress::Progress;
+use crate::client::{
+    self, Delivery, Item, Outcomes, Queue, Receive, Refusal, Refused, Settled as Outcome, Verb,
+};
 use crate::store;
 use crate::store::shop::{self, Received, Settled};
 
 const MESSAGES: u32 = 50;
 const LONG_POLL: Duration = Duration::from_secs(1);
 const NACK_DELAY: Duration = Duration::from_secs(1);
+const COURIER: &str = "the courier is out";
 
 /// A service of the shop, and its queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,11 +42,25 @@ impl Service {
     }
 
     /// Decided by the order alone, so that it does not matter which consumer gets it.
-    fn refuses(self, delivery: &Delivery) -> bool {
-        self == Self::Shipping
-            && delivery.attempt == 1
-            && delivery.event.data.order.as_u128().is_multiple_of(10)
+    fn refuses(self, delivery: &Delivery, order: &OrderCreated) -> bool {
+        self == Self::Shipping && delivery.attempt == 1 && order.order.as_u128().is_multiple_of(10)
     }
+}
+
+/// The payload that the producers write.
+#[derive(Debug, Deserialize)]
+struct OrderCreated {
+    order: Uuid,
+    product: i32,
+    version: i64,
+}
+
+/// A delivery that was written down, until the broker has said what became of it.
+#[derive(Debug)]
+struct Taken {
+    order: Uuid,
+    delivery: i32,
+    item: Item,
 }
 
 /// What a consumer tells the demo while it runs.
@@ -63,7 +81,16 @@ pub(super) enum Said {
 pub enum Error {
     /// The broker refused a call, and repeating it would not help.
     #[error("a consumer's call failed")]
-    Api(#[from] api::Error),
+    Client(#[from] client::Error),
+    /// The payload is not what the producers write.
+    #[error("the order at offset {offset} cannot be read")]
+    Order {
+        /// Where it is.
+        offset: i64,
+        /// Where the JSON differs.
+        #[source]
+        source: serde_json::Error,
+    },
     /// The consumer's own table.
     #[error("a consumer could not write down what it received")]
     Store(#[from] store::Error),
@@ -74,7 +101,7 @@ pub enum Error {
 pub(super) struct Consumer {
     pub(super) service: Service,
     pub(super) name: String,
-    pub(super) api: Api,
+    pub(super) queue: Queue,
     pub(super) connection: store::Connection,
     pub(super) said: mpsc::Sender<Said>,
     pub(super) progress: Arc<Progress>,
@@ -82,90 +109,103 @@ pub(super) struct Consumer {
 }
 
 impl Consumer {
-    /// Receives, records and settles until told to stop. Waits out a broker that is away.
+    /// Receives and records until told to stop, and acknowledges each batch with the receive of the next one. Waits out a
+    /// broker that is away.
     pub(super) async fn run(mut self) -> Result<(), Error> {
+        let mut taken: Vec<Taken> = Vec::new();
         while !self.stop.is_cancelled() {
-            let queue = self.service.queue();
-            match self
-                .api
-                .receive(queue, &self.name, MESSAGES, LONG_POLL)
-                .await
-            {
-                Ok(deliveries) if deliveries.is_empty() => {}
-                Ok(deliveries) => self.take(deliveries).await?,
-                Err(error) if error.is_transient() => pause().await,
+            let receipts = taken.iter().map(|taken| taken.item.receipt().to_owned());
+            let receive = Receive {
+                max_messages: MESSAGES,
+                wait: LONG_POLL,
+                consumer: Some(self.name.clone()),
+                ack: receipts.collect(),
+                ..Receive::default()
+            };
+            match self.queue.receive(&receive).await {
+                Ok(received) => {
+                    self.settled(&taken, received.acked).await?;
+                    taken = self.take(received.deliveries).await?;
+                }
+                // Tried for as long as a call is: the same receipts go with the next one.
+                Err(error) if error.is_transient() => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        self.settle(Verb::Ack, taken).await
     }
 
-    async fn take(&mut self, deliveries: Vec<Delivery>) -> Result<(), Error> {
+    /// Writes down what came, gives back what is refused, and returns the rest, to be acknowledged.
+    async fn take(&mut self, deliveries: Vec<Delivery>) -> Result<Vec<Taken>, Error> {
         let at = Instant::now();
         let service = self.service;
+        let (mut received, mut taken, mut refused) = (Vec::new(), Vec::new(), Vec::new());
         for delivery in &deliveries {
-            let order = delivery.event.data.order;
+            let (offset, number) = (delivery.offset, delivery.delivery.cast_signed());
+            let order: OrderCreated = delivery
+                .event
+                .json()
+                .map_err(|source| Error::Order { offset, source })?;
+            received.push(Received {
+                order: order.order,
+                product: order.product,
+                version: order.version,
+                delivery: number,
+                attempt: delivery.attempt.cast_signed(),
+                offset,
+            });
+            let item = Item::from(delivery);
+            let (list, item) = match service.refuses(delivery, &order) {
+                true => (&mut refused, item.delay(NACK_DELAY).reason(COURIER)),
+                false => (&mut taken, item),
+            };
+            let order = order.order;
+            list.push(Taken {
+                order,
+                delivery: number,
+                item,
+            });
             let _ = self.said.send(Said::Received { service, order, at }).await;
         }
-        let received: Vec<Received> = deliveries
-            .iter()
-            .map(|delivery| Received {
-                order: delivery.event.data.order,
-                product: delivery.event.data.product,
-                version: delivery.event.data.version,
-                delivery: delivery.delivery,
-                attempt: delivery.attempt,
-                offset: delivery.offset,
-            })
-            .collect();
-        let queue = service.queue();
-        shop::insert_received(&mut self.connection, queue, &self.name, &received).await?;
-        let (refused, taken): (Vec<_>, Vec<_>) = deliveries
-            .into_iter()
-            .partition(|delivery| service.refuses(delivery));
-        self.settle(&taken, None).await?;
-        self.settle(&refused, Some(NACK_DELAY)).await
+        shop::insert_received(&mut self.connection, service.queue(), &self.name, &received).await?;
+        self.settle(Verb::Nack, refused).await?;
+        Ok(taken)
     }
 
-    async fn settle(
-        &mut self,
-        deliveries: &[Delivery],
-        nack_after: Option<Duration>,
-    ) -> Result<(), Error> {
-        if deliveries.is_empty() {
-            return Ok(());
-        }
-        let queue = self.service.queue();
-        let receipts: Vec<String> = deliveries.iter().map(|d| d.receipt.clone()).collect();
-        let answers = loop {
-            match self.api.settle(queue, &receipts, nack_after).await {
-                Ok(answers) => break answers,
-                // No answer says nothing about the outcome. The same receipts again are safe.
-                Err(error) if error.is_transient() && !self.stop.is_cancelled() => pause().await,
+    async fn settle(&mut self, verb: Verb, taken: Vec<Taken>) -> Result<(), Error> {
+        let items: Vec<Item> = taken.iter().map(|taken| taken.item.clone()).collect();
+        let outcomes = loop {
+            match self.queue.settle(verb, items.clone()).await {
+                Ok(outcomes) => break outcomes,
+                Err(error) if error.is_transient() && !self.stop.is_cancelled() => {}
                 Err(error) => return Err(error.into()),
             }
         };
-        let mut settled = Vec::with_capacity(answers.len());
-        for answer in answers {
-            let Some(delivery) = deliveries.iter().find(|d| d.receipt == answer.receipt) else {
-                continue;
-            };
-            let order = delivery.event.data.order;
-            self.count(order, &answer.result).await;
+        self.settled(&taken, outcomes).await
+    }
+
+    /// Writes down what the broker answered.
+    async fn settled(&mut self, taken: &[Taken], outcomes: Outcomes) -> Result<(), Error> {
+        let mut settled = Vec::with_capacity(taken.len());
+        for (taken, outcome) in taken.iter().zip(&outcomes) {
+            self.count(taken.order, outcome).await;
             settled.push(Settled {
-                order,
-                delivery: delivery.delivery,
-                answer: answer.result,
+                order: taken.order,
+                delivery: taken.delivery,
+                answer: word(outcome).to_owned(),
             });
         }
-        shop::insert_settled(&mut self.connection, queue, &self.name, &settled).await?;
+        if !settled.is_empty() {
+            let queue = self.service.queue();
+            shop::insert_settled(&mut self.connection, queue, &self.name, &settled).await?;
+        }
         Ok(())
     }
 
-    async fn count(&self, order: Uuid, answer: &str) {
+    async fn count(&self, order: Uuid, outcome: &Result<Outcome, Refused>) {
         let service = self.service;
-        match answer {
-            "acked" | "already_settled" => {
+        match outcome {
+            Ok(Outcome::Acked | Outcome::AlreadySettled) => {
                 let count = match service {
                     Service::Billing => &self.progress.billing,
                     Service::Shipping => &self.progress.shipping,
@@ -173,7 +213,7 @@ impl Consumer {
                 count.fetch_add(1, Ordering::Relaxed);
                 let _ = self.said.send(Said::Acknowledged { service, order }).await;
             }
-            "nacked" => {
+            Ok(Outcome::Nacked { .. }) => {
                 self.progress.refused.fetch_add(1, Ordering::Relaxed);
             }
             _ => {}
@@ -181,7 +221,21 @@ impl Consumer {
     }
 }
 
-/// Between two tries to reach a broker that is away.
-async fn pause() {
-    tokio::time::sleep(Duration::from_millis(100)).await;
+/// The broker's word for it.
+fn word(outcome: &Result<Outcome, Refused>) -> &str {
+    match outcome {
+        Ok(Outcome::Acked) => "acked",
+        Ok(Outcome::AlreadySettled) => "already_settled",
+        Ok(Outcome::Nacked { .. }) => "nacked",
+        Ok(_) => "settled otherwise",
+        Err(refused) => match &refused.refusal {
+            Refusal::AlreadySettled => "already_settled",
+            Refusal::DeadLettered { .. } => "dead_lettered",
+            Refusal::Stale { .. } => "stale",
+            Refusal::Gone => "gone",
+            Refusal::Unknown => "unknown",
+            Refusal::Other(other) => other,
+            _ => "refused",
+        },
+    }
 }

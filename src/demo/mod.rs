@@ -4,7 +4,6 @@
 //! tables and the consumers' own records are compared. Nothing here is a shortcut into the broker: producers speak SQL,
 //! consumers speak HTTP, and with `--kills` the broker is a process of its own that is killed on the way.
 
-mod api;
 mod broker;
 mod consumer;
 mod killer;
@@ -22,7 +21,6 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::api::Api;
 use self::broker::Broker;
 use self::consumer::{Consumer, Said, Service};
 use self::producer::{Placed, Shop};
@@ -30,6 +28,7 @@ use self::progress::{Display, Progress};
 use self::random::Random;
 use self::report::Latencies;
 pub use self::report::Report;
+use crate::client::{self, Client, Declaration};
 use crate::config::{self, Config, Environment, Flags};
 use crate::local_postgres;
 use crate::store::shop::{self, End};
@@ -125,13 +124,10 @@ pub enum Error {
     Broker(#[from] broker::Error),
     /// A call to the broker that ought to succeed.
     #[error("the broker refused a call")]
-    Api(#[from] api::Error),
+    Client(#[from] client::Error),
     /// A consumer gave up.
     #[error("a consumer stopped")]
     Consumer(#[from] consumer::Error),
-    /// The HTTP client.
-    #[error("making an HTTP client failed")]
-    Client(#[from] reqwest::Error),
     /// Somebody else's tables are in the way.
     #[error(
         "the database has a schema `shop` that the demo did not make: drop it, or give the demo another --database-url"
@@ -235,13 +231,13 @@ async fn run_shop(
     database: &Database,
     broker: &Arc<Broker>,
 ) -> Result<Report, Error> {
-    let api = Api::new(broker.base().to_owned())?;
-    println!("  Broker     {}, {}", api.base(), broker.describe());
+    let client = broker.client();
+    println!("  Broker     {}, {}", broker.base(), broker.describe());
     let mut connection = database.connect().await?;
     if !shop::create(&mut connection, producer::PRODUCTS).await? {
         return Err(Error::SchemaTaken);
     }
-    declare(&api).await?;
+    declare(client).await?;
     let before = shop::last_offset(&mut connection, STREAM).await?;
     println!(
         "  Producers  {}, in transactions: lock and update a stock row, insert an order, insert a message",
@@ -252,7 +248,7 @@ async fn run_shop(
         consumers = options.consumers
     );
 
-    let mut figures = play(options, database, broker, &api).await?;
+    let mut figures = play(options, database, broker).await?;
     figures.report.stream =
         shop::reconcile_stream(&mut connection, figures.run, STREAM, before).await?;
     for service in Service::ALL {
@@ -263,16 +259,22 @@ async fn run_shop(
 }
 
 /// The demo's stream, and its queues made anew: what an earlier run left in them is not part of this one.
-async fn declare(api: &Api) -> Result<(), Error> {
-    api.declare_stream(STREAM, &[STREAM_TOPICS]).await?;
+async fn declare(client: &Client) -> Result<(), Error> {
+    client.declare_stream(STREAM, [STREAM_TOPICS]).await?;
+    let declaration = Declaration::of(STREAM).topics([QUEUE_TOPICS]).from_latest();
     for service in Service::ALL {
-        let queue = service.queue();
-        match api.stream_of_queue(queue).await? {
+        let queue = client.queue(service.queue())?;
+        match queue.describe().await? {
             None => {}
-            Some(stream) if stream == STREAM => api.delete_queue(queue).await?,
-            Some(stream) => return Err(Error::QueueTaken { queue, stream }),
+            Some(found) if found.stream == STREAM => queue.delete().await?,
+            Some(found) => {
+                return Err(Error::QueueTaken {
+                    queue: service.queue(),
+                    stream: found.stream,
+                });
+            }
         }
-        api.declare_queue(queue, STREAM, QUEUE_TOPICS).await?;
+        queue.declare(&declaration).await?;
     }
     Ok(())
 }
@@ -295,7 +297,7 @@ struct Cast {
     kills_done: CancellationToken,
 }
 
-async fn cast(options: &Options, database: &Database, api: &Api) -> Result<Cast, Error> {
+async fn cast(options: &Options, database: &Database, client: &Client) -> Result<Cast, Error> {
     let supervisor = Supervisor::new();
     let progress = Arc::new(Progress::default());
     let consumers_stop = CancellationToken::new();
@@ -308,7 +310,7 @@ async fn cast(options: &Options, database: &Database, api: &Api) -> Result<Cast,
             let consumer = Consumer {
                 service,
                 name: name.clone(),
-                api: api.clone(),
+                queue: client.queue(service.queue())?,
                 connection: database.connect().await?,
                 said: said_tx.clone(),
                 progress: Arc::clone(&progress),
@@ -403,9 +405,8 @@ async fn play(
     options: &Options,
     database: &Database,
     broker: &Arc<Broker>,
-    api: &Api,
 ) -> Result<Figures, Error> {
-    let mut cast = cast(options, database, api).await?;
+    let mut cast = cast(options, database, broker.client()).await?;
     let run = cast.shop.run;
     let (broker, shop, kills) = (Arc::clone(broker), Arc::clone(&cast.shop), options.kills);
     let (failed, kills_done) = (cast.failed_tx.clone(), cast.kills_done.clone());
