@@ -38,6 +38,10 @@ soak: ## Run the long tests at full size on a release build, and print their fig
 check-api: ## Run schemathesis over the API of a broker of its own (needs python3; a few minutes)
 	@$(WITH_POSTGRES) cargo build --release --quiet; scripts/check-api.sh --max-time 180
 
+.PHONY: check-clients
+check-clients: ## Run the official CloudEvents SDKs and the examples in other languages (needs python3 and node; packages are fetched)
+	@$(WITH_POSTGRES) scripts/check-clients.sh
+
 .PHONY: check
 check: ## Run what has to pass before a change lands: format, lints, docs, tests, drift, dependencies
 	cargo fmt --all --check

@@ -34,7 +34,7 @@ fn example(program: &str, folder: &str) -> Command {
 }
 
 /// Whether a tool is there, by a command that ends well if it is.
-async fn is_there(program: &str, arguments: &[&str]) -> bool {
+pub async fn is_there(program: &str, arguments: &[&str]) -> bool {
     let status = Command::new(program)
         .args(arguments)
         .stdout(Stdio::null())
@@ -52,7 +52,7 @@ async fn is_there(program: &str, arguments: &[&str]) -> bool {
 }
 
 /// Runs to the end, a minute at most, and gives what was printed.
-async fn run(mut command: Command) -> String {
+pub async fn run(mut command: Command) -> String {
     let ended = tokio::time::timeout(Duration::from_mins(1), command.output()).await;
     let Output {
         status,

@@ -9,6 +9,7 @@
 
 mod bench;
 mod client;
+mod clients;
 mod cluster;
 mod demo;
 mod end_to_end;

@@ -6,6 +6,7 @@ mod messages;
 mod publishing;
 mod receive;
 mod refusals;
+mod vectors;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
