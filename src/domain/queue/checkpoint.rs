@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::record::{Decode, End};
 use super::wire::{Reader, Writer};
 use super::{At, Dead, Entry, FAILURES_KEPT, Failure, Mark, Queue, Random, Receive, State};
+use crate::domain::message::Priority;
 use crate::domain::id::{Generation, Offset, QueueId};
 use crate::domain::policy::Settings;
 
@@ -36,7 +37,8 @@ impl Queue {
             to.signed(offset - last);
             to.number(u64::from(dead.delivery));
             to.signed(dead.at.0);
-            to.key(dead.key);
+            to.key(dead.mark.key);
+            to.0.push(dead.mark.priority.stored() as u8);
             to.0.push(u8::from(dead.holds));
             last = offset;
         }
@@ -49,7 +51,10 @@ impl Queue {
             let dead = Dead {
                 delivery: from.small()?,
                 at: At(from.signed()?),
-                key: from.key()?,
+                mark: Mark {
+                    key: from.key()?,
+                    priority: Priority::from_stored(i16::from(from.byte()?)),
+                },
                 holds: from.flag()?,
             };
             self.bury(last, dead);

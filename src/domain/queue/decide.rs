@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::order::Order;
+use super::state::note_failure;
 use super::record::{End, Record, SettledAs, to_ranges};
 use super::walk::Walk;
-use super::{At, EmptyReason, Entry, Failure, Found, Letter, Queue, Receive, State, TIMED_OUT};
+use super::{At, EmptyReason, Entry, Failure, Found, Letter, Mark, Queue, Receive, State, TIMED_OUT};
 use crate::domain::id::Offset;
 
 /// Messages handed out and not settled, live or not, after which nothing fresh goes out: each has a place in memory and in
@@ -281,7 +282,7 @@ impl Queue {
         };
         let delivery = entry.delivery;
         let mut failures = entry.failures.clone();
-        failures.push(failure);
+        note_failure(&mut failures, failure);
         // A letter of a former death that was removed in this very batch is replaced instead.
         self.pending
             .removed_letters
@@ -294,13 +295,14 @@ impl Queue {
             failures,
             died_at: now,
         });
-        let key = entry.mark.key;
+        let Mark { key, priority } = entry.mark;
         let holds = self.settings.hold_key && self.key_of(offset).is_some();
         self.commit(Record::Dead {
             offset,
             delivery,
             at: now,
             key,
+            priority,
             holds,
         });
     }

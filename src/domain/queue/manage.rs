@@ -6,10 +6,11 @@
 use std::sync::Arc;
 
 use super::record::{Decode, Record, SettledAs};
+use super::state::note_failure;
 use super::wire::{Reader, Writer};
-use super::{At, Failure, Letter, Queue, Random, Receive, State};
+use super::{At, Failure, Letter, Mark, Queue, Random, Receive, State};
 use crate::domain::id::{Generation, Offset, QueueId};
-use crate::domain::policy::{Ordering, Settings};
+use crate::domain::policy::Settings;
 
 /// First byte of the state that a generation begins with; a checkpoint begins with its version.
 const CARRIED: u8 = 0xc1;
@@ -156,7 +157,7 @@ impl Queue {
         }
         let reason = reason.unwrap_or_else(|| "rejected".to_owned());
         let mut failures = found.failures;
-        failures.push(Failure { at: now, reason });
+        note_failure(&mut failures, Failure { at: now, reason });
         // A letter of a former death that was removed in this very batch is replaced instead.
         self.pending
             .removed_letters
@@ -169,15 +170,18 @@ impl Queue {
             failures,
             died_at: now,
         });
-        let entry = self.entries.get(&offset.0).map(|entry| entry.mark);
-        let mark = entry.or_else(|| self.remove_fresh(offset.0));
-        let is_ordered = self.settings.ordering == Ordering::Key;
-        let key = mark.map_or(key_hash.filter(|_| is_ordered), |mark| mark.key);
+        let Mark { key, priority } = self.mark_of(offset.0);
+        // One that was not looked at is known to the caller alone.
+        let key = match found.standing {
+            Standing::Unseen => key_hash,
+            _ => key,
+        };
         self.commit(Record::Dead {
             offset: offset.0,
             delivery: found.delivery,
             at: now,
             key,
+            priority,
             holds: false,
         });
         true
@@ -286,6 +290,7 @@ mod tests {
 
     use super::super::{Found, Item, Outcome, Reborn, Verb, decode, encode};
     use super::*;
+    use crate::domain::policy::Ordering;
     use crate::domain::receipt::Receipt;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -460,7 +465,7 @@ mod tests {
         let dead: Vec<_> = queue
             .dead
             .values()
-            .map(|dead| (dead.key, dead.holds))
+            .map(|dead| (dead.mark.key, dead.holds))
             .collect();
         assert_eq!(dead, [(Some(77), false), (Some(77), false)]);
         assert!(queue.delete(Offset(2), At(4)));

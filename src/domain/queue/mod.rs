@@ -164,8 +164,8 @@ struct Dead {
     delivery: u32,
     /// When it died.
     at: At,
-    /// The hash of its key, if the queue was ordered by key: the log may have dropped the message by now.
-    key: Option<i64>,
+    /// As far as it is known: the log may have dropped the message by now.
+    mark: Mark,
     /// Whether later messages of the key wait for a person.
     holds: bool,
 }

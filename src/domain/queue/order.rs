@@ -116,6 +116,16 @@ impl Keys {
             .find(|&dead| members.is_none_or(|members| !members.contains(dead)))
     }
 
+    /// The key of a fresh message. One that waits is seldom taken out before its turn: the keys are looked through for it.
+    fn key_of_fresh(&self, offset: i64) -> Option<i64> {
+        if self.fresh.contains(offset) {
+            return self.head(offset);
+        }
+        let mut all = self.keys.iter();
+        let found = all.find(|(_, key)| key.members.contains(offset));
+        found.map(|(&key, _)| key)
+    }
+
     fn close(&mut self, offset: i64) {
         if self.fresh.remove(offset) {
             self.heads.remove(&offset);
@@ -177,13 +187,7 @@ impl Queue {
                 }
             }
             Order::Keys(keys) => {
-                // A message that waits is seldom taken out before its turn, and the keys are looked through for it.
-                mark.key = keys.head(offset).or_else(|| {
-                    let waits = !keys.fresh.contains(offset);
-                    let mut all = keys.keys.iter().filter(|_| waits);
-                    let found = all.find(|(_, key)| key.members.contains(offset));
-                    found.map(|(&key, _)| key)
-                });
+                mark.key = keys.key_of_fresh(offset);
                 match mark.key {
                     None => {
                         keys.fresh.remove(offset);
@@ -196,6 +200,24 @@ impl Queue {
             }
         }
         Some(mark)
+    }
+
+    /// What is known of an unsettled message's order.
+    pub(super) fn mark_of(&self, offset: i64) -> Mark {
+        if let Some(entry) = self.entries.get(&offset) {
+            return entry.mark;
+        }
+        let mut mark = Mark::default();
+        match &self.order {
+            Order::Keys(keys) if self.fresh.contains(offset) => mark.key = keys.key_of_fresh(offset),
+            Order::Lanes(lanes) => {
+                let all = [Priority::Low, Priority::Normal, Priority::High];
+                let found = all.into_iter().find(|&one| lanes.fresh[lane(one)].contains(offset));
+                mark.priority = found.unwrap_or_default();
+            }
+            Order::Keys(_) | Order::Offsets => {}
+        }
+        mark
     }
 
     /// Takes out what is fresh and waits for its key, if it is much: to be called before [`Queue::remove_fresh`] is for
@@ -231,7 +253,7 @@ impl Queue {
         self.dead.insert(offset, dead);
         if let Order::Keys(keys) = &mut self.order
             && dead.holds
-            && let Some(key) = dead.key
+            && let Some(key) = dead.mark.key
         {
             keys.held.entry(key).or_default().insert(offset);
             self.refresh(key);
@@ -242,7 +264,7 @@ impl Queue {
     pub(super) fn unbury(&mut self, offset: i64) -> Option<Dead> {
         let dead = self.dead.remove(&offset)?;
         if let Order::Keys(keys) = &mut self.order
-            && let Some(key) = dead.key
+            && let Some(key) = dead.mark.key
             && let Some(held) = keys.held.get_mut(&key)
         {
             held.remove(&offset);
@@ -427,7 +449,7 @@ impl Queue {
                 keys.fresh = self.fresh.clone();
                 keys.again = self.again.clone();
                 for (&offset, dead) in self.dead.iter().filter(|(_, dead)| dead.holds) {
-                    if let Some(key) = dead.key {
+                    if let Some(key) = dead.mark.key {
                         keys.held.entry(key).or_default().insert(offset);
                     }
                 }
@@ -436,7 +458,8 @@ impl Queue {
         for entry in self.entries.values_mut() {
             entry.mark = Mark::default();
         }
-        self.is_arranging = !(self.fresh.is_empty() && self.entries.is_empty());
+        let nothing = self.fresh.is_empty() && self.entries.is_empty() && self.dead.is_empty();
+        self.is_arranging = !nothing;
     }
 
     /// Whether nothing goes out since the order is not known yet: the marks of all that [`Queue::unmarked`] tells are to
@@ -446,22 +469,20 @@ impl Queue {
         self.is_arranging
     }
 
-    /// Unsettled messages after an offset, by offset, at most `count`.
+    /// Unsettled and dead messages after an offset, by offset, at most `count`.
     #[must_use]
     pub fn unmarked(&self, after: Offset, count: usize) -> Vec<Offset> {
         let from = after.0.saturating_add(1);
-        let mut entries = self
-            .entries
-            .range(from..)
-            .map(|(&offset, _)| offset)
-            .peekable();
-        let mut fresh = self.fresh.iter_from(from).peekable();
-        let next = std::iter::from_fn(|| match (fresh.peek(), entries.peek()) {
-            (Some(a), Some(b)) if a < b => fresh.next(),
-            (Some(_), None) => fresh.next(),
-            _ => entries.next(),
-        });
-        next.take(count).map(Offset).collect()
+        let entries = self.entries.range(from..).map(|(&offset, _)| offset);
+        let is_unknown = |dead: &Dead| !dead.holds && dead.mark == Mark::default();
+        let dead = self.dead.range(from..);
+        let dead = dead.filter(|(_, dead)| is_unknown(dead)).map(|(&offset, _)| offset);
+        let mut unmarked: Vec<i64> = self.fresh.iter_from(from).take(count).collect();
+        unmarked.extend(entries.take(count).chain(dead.take(count)));
+        unmarked.sort_unstable();
+        unmarked.dedup();
+        unmarked.truncate(count);
+        unmarked.into_iter().map(Offset).collect()
     }
 
     /// Learns the marks of messages that are unsettled. Those of a redriven message whose log row is gone are with its
@@ -475,25 +496,19 @@ impl Queue {
             } else {
                 self.mark_entry(offset, found.mark());
             }
+            if let Some(dead) = self.dead.get_mut(&offset)
+                && !dead.holds
+            {
+                dead.mark = found.mark();
+            }
         }
         if marks.is_none() {
-            let reborn: Vec<(i64, i64)> = self
-                .reopened
-                .iter()
-                .filter_map(|offset| {
-                    let dead = self.dead.get(&(offset as i64))?;
-                    Some((offset as i64, dead.key?))
-                })
-                .collect();
-            for (offset, key) in reborn {
-                let mark = self.entries.get(&offset).map(|entry| entry.mark);
-                if let Some(Mark {
-                    key: None,
-                    priority,
-                }) = mark
+            for offset in self.reopened.clone() {
+                let offset = offset as i64;
+                if let (Some(dead), Some(entry)) = (self.dead.get(&offset), self.entries.get(&offset))
+                    && entry.mark == Mark::default()
                 {
-                    let key = Some(key);
-                    self.mark_entry(offset, Mark { key, priority });
+                    self.mark_entry(offset, dead.mark);
                 }
             }
             self.is_arranging = false;

@@ -7,6 +7,7 @@ use roaring::RoaringTreemap;
 
 use super::wire::{Reader, Writer};
 use super::{At, Receive};
+use crate::domain::message::Priority;
 use crate::domain::receipt::write_varint;
 
 const VERSION: u8 = 1;
@@ -68,8 +69,10 @@ pub enum Record {
         delivery: u32,
         /// When.
         at: At,
-        /// The hash of its key, if the queue is ordered by key.
+        /// The hash of its key, if the queue knows it.
         key: Option<i64>,
+        /// Its lane, if the queue knows it.
+        priority: Priority,
         /// Whether its key waits for a person from now on.
         holds: bool,
     },
@@ -219,12 +222,14 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
             delivery,
             at,
             key,
+            priority,
             holds,
         } => {
             to.signed(*offset);
             to.number(u64::from(*delivery));
             to.signed(at.0);
             to.key(*key);
+            to.0.push(priority.stored() as u8);
             to.0.push(u8::from(*holds));
             3
         }
@@ -312,6 +317,7 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
             delivery: from.small()?,
             at: At(from.signed()?),
             key: from.key()?,
+            priority: Priority::from_stored(i16::from(from.byte()?)),
             holds: from.flag()?,
         },
         4 => Record::LetterRemoved {
@@ -436,6 +442,7 @@ pub(super) mod tests {
                 any::<bool>()
             )
                 .prop_map(|(offset, delivery, at, key, holds)| Record::Dead {
+                    priority: if holds { Priority::High } else { Priority::Low },
                     offset,
                     delivery,
                     at,

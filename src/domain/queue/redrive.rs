@@ -4,7 +4,7 @@
 //! dies again the letter is replaced.
 
 use super::record::{End, Record, SettledAs};
-use super::{At, Entry, Mark, Queue, State};
+use super::{At, Entry, Queue, State};
 use crate::domain::id::Offset;
 
 /// Redriven messages that are not settled yet, after which a redrive waits: each has a place in memory, and those that
@@ -86,6 +86,8 @@ impl Queue {
                 continue;
             }
             self.reopened.insert(offset as u64);
+            // Found again by a seek, handed out and lost, while its letter stayed.
+            self.lost.remove(offset as u64);
             let entry = Entry {
                 delivery,
                 attempts: 0,
@@ -93,10 +95,7 @@ impl Queue {
                 timed_out: false,
                 since: at,
                 batch: None,
-                mark: Mark {
-                    key: self.dead.get(&offset).and_then(|dead| dead.key),
-                    ..Mark::default()
-                },
+                mark: self.dead.get(&offset).map(|dead| dead.mark).unwrap_or_default(),
                 state: State::Ended {
                     end: End::Unwritten,
                     due: at,
@@ -121,6 +120,10 @@ impl Queue {
             let dead = self.dead.range(from..=through).map(|(&offset, _)| offset);
             let gone = dead.filter(|&offset| self.takes_letter(offset, *kind));
             let gone: Vec<Offset> = gone.map(Offset).collect();
+            // One of this very batch is not to be written after all.
+            self.pending
+                .letters
+                .retain(|letter| !gone.contains(&letter.offset));
             self.pending.removed_letters.extend(gone);
         }
     }

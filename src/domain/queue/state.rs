@@ -191,13 +191,17 @@ impl Queue {
                 delivery,
                 at,
                 key,
+                priority,
                 holds,
             } => {
                 self.apply_settled(*offset, SettledAs::Deleted);
                 let dead = Dead {
                     delivery: *delivery,
                     at: *at,
-                    key: *key,
+                    mark: Mark {
+                        key: *key,
+                        priority: *priority,
+                    },
                     holds: *holds,
                 };
                 self.bury(*offset, dead);
@@ -408,11 +412,16 @@ impl Delivered {
 
 impl Entry {
     fn note_failure(&mut self, failure: Failure) {
-        if self.failures.len() == FAILURES_KEPT {
-            self.failures.remove(0);
-        }
-        self.failures.push(failure);
+        note_failure(&mut self.failures, failure);
     }
 }
 
 use super::TIMED_OUT;
+
+/// Keeps the last few.
+pub(super) fn note_failure(failures: &mut Vec<Failure>, failure: Failure) {
+    if failures.len() >= FAILURES_KEPT {
+        failures.remove(0);
+    }
+    failures.push(failure);
+}

@@ -243,7 +243,7 @@ impl Queue {
             };
         }
         let settled = self.is_ahead(offset)
-            || (offset >= self.start && offset <= self.journaled && !self.fresh.contains(offset));
+            || offset <= self.journaled && !self.fresh.contains(offset);
         if settled {
             Outcome::AlreadySettled
         } else {
