@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::record::{Decode, End};
 use super::wire::{Reader, Writer};
 use super::{At, Dead, Entry, FAILURES_KEPT, Failure, Mark, Queue, Random, Receive, State};
-use crate::domain::message::Priority;
 use crate::domain::id::{Generation, Offset, QueueId};
+use crate::domain::message::Priority;
 use crate::domain::policy::Settings;
 
 const VERSION: u8 = 1;

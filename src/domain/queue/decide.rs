@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 
 use super::order::Order;
-use super::state::note_failure;
 use super::record::{End, Record, SettledAs, to_ranges};
+use super::state::note_failure;
 use super::walk::Walk;
-use super::{At, EmptyReason, Entry, Failure, Found, Letter, Mark, Queue, Receive, State, TIMED_OUT};
+use super::{
+    At, EmptyReason, Entry, Failure, Found, Letter, Mark, Queue, Receive, State, TIMED_OUT,
+};
 use crate::domain::id::Offset;
 
 /// Messages handed out and not settled, live or not, after which nothing fresh goes out: each has a place in memory and in

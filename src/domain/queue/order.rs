@@ -209,10 +209,14 @@ impl Queue {
         }
         let mut mark = Mark::default();
         match &self.order {
-            Order::Keys(keys) if self.fresh.contains(offset) => mark.key = keys.key_of_fresh(offset),
+            Order::Keys(keys) if self.fresh.contains(offset) => {
+                mark.key = keys.key_of_fresh(offset)
+            }
             Order::Lanes(lanes) => {
                 let all = [Priority::Low, Priority::Normal, Priority::High];
-                let found = all.into_iter().find(|&one| lanes.fresh[lane(one)].contains(offset));
+                let found = all
+                    .into_iter()
+                    .find(|&one| lanes.fresh[lane(one)].contains(offset));
                 mark.priority = found.unwrap_or_default();
             }
             Order::Keys(_) | Order::Offsets => {}
@@ -476,7 +480,9 @@ impl Queue {
         let entries = self.entries.range(from..).map(|(&offset, _)| offset);
         let is_unknown = |dead: &Dead| !dead.holds && dead.mark == Mark::default();
         let dead = self.dead.range(from..);
-        let dead = dead.filter(|(_, dead)| is_unknown(dead)).map(|(&offset, _)| offset);
+        let dead = dead
+            .filter(|(_, dead)| is_unknown(dead))
+            .map(|(&offset, _)| offset);
         let mut unmarked: Vec<i64> = self.fresh.iter_from(from).take(count).collect();
         unmarked.extend(entries.take(count).chain(dead.take(count)));
         unmarked.sort_unstable();
@@ -505,7 +511,8 @@ impl Queue {
         if marks.is_none() {
             for offset in self.reopened.clone() {
                 let offset = offset as i64;
-                if let (Some(dead), Some(entry)) = (self.dead.get(&offset), self.entries.get(&offset))
+                if let (Some(dead), Some(entry)) =
+                    (self.dead.get(&offset), self.entries.get(&offset))
                     && entry.mark == Mark::default()
                 {
                     self.mark_entry(offset, dead.mark);

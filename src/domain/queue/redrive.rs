@@ -95,7 +95,11 @@ impl Queue {
                 timed_out: false,
                 since: at,
                 batch: None,
-                mark: self.dead.get(&offset).map(|dead| dead.mark).unwrap_or_default(),
+                mark: self
+                    .dead
+                    .get(&offset)
+                    .map(|dead| dead.mark)
+                    .unwrap_or_default(),
                 state: State::Ended {
                     end: End::Unwritten,
                     due: at,

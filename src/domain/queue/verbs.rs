@@ -242,8 +242,8 @@ impl Queue {
                 dead_letter: dead_letter_id(self.generation, receipt.offset),
             };
         }
-        let settled = self.is_ahead(offset)
-            || offset <= self.journaled && !self.fresh.contains(offset);
+        let settled =
+            self.is_ahead(offset) || offset <= self.journaled && !self.fresh.contains(offset);
         if settled {
             Outcome::AlreadySettled
         } else {

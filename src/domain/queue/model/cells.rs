@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::super::*;
 use super::Mode;
+use super::reference::SECOND;
 use super::rig::settings;
 use crate::domain::receipt::Receipt;
-use super::reference::SECOND;
 
 fn receipt(offset: i64, delivery: u32) -> Receipt {
     Receipt {

@@ -76,9 +76,16 @@ enum Step {
 }
 
 fn published() -> impl Strategy<Value = Option<Published>> {
-    let lane = prop_oneof![Just(Priority::Low), Just(Priority::Normal), Just(Priority::High)];
+    let lane = prop_oneof![
+        Just(Priority::Low),
+        Just(Priority::Normal),
+        Just(Priority::High)
+    ];
     let message = (proptest::option::weighted(0.8, 0..3i64), lane);
-    proptest::option::weighted(0.8, message.prop_map(|(key, priority)| Published { key, priority }))
+    proptest::option::weighted(
+        0.8,
+        message.prop_map(|(key, priority)| Published { key, priority }),
+    )
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -124,7 +131,9 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn agree(mode: Mode) {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    let cases = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok());
     let config = ProptestConfig {
         cases: cases.unwrap_or(CASES),
         failure_persistence: None,

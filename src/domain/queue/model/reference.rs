@@ -153,21 +153,33 @@ impl Reference {
             return true;
         };
         let batches = self.mode == Mode::KeyBatches;
-        let mut of_key = self.messages.iter().filter(|(_, other)| other.key == Some(key));
+        let mut of_key = self
+            .messages
+            .iter()
+            .filter(|(_, other)| other.key == Some(key));
         of_key.all(|(other, message)| {
             let is_taken = batches && taken.contains(other);
             let letter = self.letters.get(other).filter(|_| !message.is_unsettled());
-            let is_held = self.holds && *other < offset && letter.is_some_and(|letter| letter.holds);
+            let is_held =
+                self.holds && *other < offset && letter.is_some_and(|letter| letter.holds);
             let is_before = *other < offset && message.is_unsettled();
             is_taken || !(message.is_live() || is_before || is_held)
         })
     }
 
-    fn next_of(&self, now: i64, passed: &BTreeSet<i64>, taken: &BTreeSet<i64>) -> Option<(i64, [i64; 3])> {
+    fn next_of(
+        &self,
+        now: i64,
+        passed: &BTreeSet<i64>,
+        taken: &BTreeSet<i64>,
+    ) -> Option<(i64, [i64; 3])> {
         let is_next = |offset: &i64, message: &Message| {
             message.is_ready(now) && !passed.contains(offset) && self.is_open(*offset, taken)
         };
-        let mut all = self.messages.iter().filter(|(offset, message)| is_next(offset, message));
+        let mut all = self
+            .messages
+            .iter()
+            .filter(|(offset, message)| is_next(offset, message));
         if self.mode != Mode::Lanes {
             return all.next().map(|(&offset, _)| (offset, self.credits));
         }
@@ -196,7 +208,11 @@ impl Reference {
     }
 
     pub(super) fn receive(&mut self, now: i64, count: usize, visible: i64) -> Vec<(i64, u32, u32)> {
-        let live = self.messages.values().filter(|message| message.is_live()).count();
+        let live = self
+            .messages
+            .values()
+            .filter(|message| message.is_live())
+            .count();
         let count = count.min((MAX_IN_FLIGHT as usize).saturating_sub(live));
         let (mut passed, mut taken) = (BTreeSet::new(), BTreeSet::new());
         let mut handed = Vec::new();
@@ -260,7 +276,8 @@ impl Reference {
     }
 
     pub(super) fn expire_over(&mut self, now: i64) {
-        let is_over = |message: &Message| matches!(message.plain, Plain::Live { until } if until <= now);
+        let is_over =
+            |message: &Message| matches!(message.plain, Plain::Live { until } if until <= now);
         let over: Vec<i64> = self
             .messages
             .iter()
@@ -334,7 +351,9 @@ impl Reference {
 
     /// Whether it came back.
     pub(super) fn redrive(&mut self, offset: i64, now: i64) -> bool {
-        let (Some(letter), Some(message)) = (self.letters.get(&offset), self.messages.get_mut(&offset)) else {
+        let (Some(letter), Some(message)) =
+            (self.letters.get(&offset), self.messages.get_mut(&offset))
+        else {
             return false;
         };
         if message.is_unsettled() {
@@ -351,7 +370,13 @@ impl Reference {
     }
 
     /// A new generation from `start` on; `floor`: what is at or below is not in the log any more.
-    pub(super) fn begin_generation(&mut self, start: i64, floor: i64, keeps_redriven: bool, now: i64) {
+    pub(super) fn begin_generation(
+        &mut self,
+        start: i64,
+        floor: i64,
+        keeps_redriven: bool,
+        now: i64,
+    ) {
         self.generation += 1;
         self.forget();
         for (&offset, message) in &mut self.messages {
@@ -377,8 +402,12 @@ impl Reference {
 
     fn others(&self, offset: i64) -> impl Iterator<Item = (i64, &Message)> {
         let key = self.messages[&offset].key.filter(|_| self.is_keyed());
-        let others = self.messages.iter().map(|(&other, message)| (other, message));
-        others.filter(move |(other, message)| *other != offset && key.is_some() && message.key == key)
+        let others = self
+            .messages
+            .iter()
+            .map(|(&other, message)| (other, message));
+        others
+            .filter(move |(other, message)| *other != offset && key.is_some() && message.key == key)
     }
 
     /// One cell of the matrix, written as PROTOCOL.md has it.
@@ -422,7 +451,9 @@ impl Reference {
         if verb == Verb::Ack && batch.is_some() && self.others(offset).any(is_earlier) {
             return Outcome::Blocked;
         }
-        let is_elsewhere = |(_, other): (i64, &Message)| other.is_live() && (batch.is_none() || other.batch != batch);
+        let is_elsewhere = |(_, other): (i64, &Message)| {
+            other.is_live() && (batch.is_none() || other.batch != batch)
+        };
         let is_overtaken = self.others(offset).any(is_elsewhere);
         self.verb_of_last(verb, offset, delay, now, is_overtaken, dead_letter)
     }

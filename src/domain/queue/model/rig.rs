@@ -76,7 +76,9 @@ impl Rig {
     }
 
     fn found(&self, offset: i64) -> Option<Found> {
-        let published = usize::try_from(offset - 1).ok().and_then(|index| self.log.get(index))?;
+        let published = usize::try_from(offset - 1)
+            .ok()
+            .and_then(|index| self.log.get(index))?;
         let published = published.filter(|_| offset > self.floor)?;
         Some(Found {
             offset: Offset(offset),
@@ -117,8 +119,15 @@ impl Rig {
         let start = Offset(self.start);
         let state = self.base.as_deref();
         let carried = state.and_then(|bytes| {
-            Queue::from_carried(bytes, id, generation, start, settings.clone(), random.clone())
-                .expect("the state of a generation's beginning reads")
+            Queue::from_carried(
+                bytes,
+                id,
+                generation,
+                start,
+                settings.clone(),
+                random.clone(),
+            )
+            .expect("the state of a generation's beginning reads")
         });
         self.machine = match (carried, state) {
             (Some(machine), _) => machine,
@@ -135,7 +144,10 @@ impl Rig {
         let mut after = Offset(0);
         while self.machine.is_arranging() {
             let unmarked = self.machine.unmarked(after, 3);
-            let found: Vec<Found> = unmarked.iter().filter_map(|offset| self.found(offset.0)).collect();
+            let found: Vec<Found> = unmarked
+                .iter()
+                .filter_map(|offset| self.found(offset.0))
+                .collect();
             match unmarked.last() {
                 Some(&last) => {
                     self.machine.mark(Some(&found));
@@ -156,7 +168,8 @@ impl Rig {
     fn publish_from(&mut self, first: i64) {
         for offset in first..=self.log.len() as i64 {
             if let Some(found) = self.found(offset) {
-                self.reference.publish(offset, found.key_hash, found.priority);
+                self.reference
+                    .publish(offset, found.key_hash, found.priority);
             }
         }
     }
@@ -177,7 +190,8 @@ impl Rig {
         self.base = Some(carried);
         self.start = start;
         self.journal.clear();
-        self.reference.begin_generation(start, self.floor, keeps_redriven, self.now);
+        self.reference
+            .begin_generation(start, self.floor, keeps_redriven, self.now);
         self.committed = self.reference.clone();
         self.scan();
     }
@@ -191,7 +205,12 @@ impl Rig {
         }
     }
 
-    fn settle(&mut self, verb: Verb, receipts: &[(i64, i64, u32)], delay: Option<i64>) -> Result<(), TestCaseError> {
+    fn settle(
+        &mut self,
+        verb: Verb,
+        receipts: &[(i64, i64, u32)],
+        delay: Option<i64>,
+    ) -> Result<(), TestCaseError> {
         let items: Vec<Item> = receipts
             .iter()
             .map(|&receipt| Item {
@@ -209,7 +228,13 @@ impl Rig {
                 true => self.reference.verb(verb, offset, delivery, delay, self.now),
                 false => Outcome::Gone { incident: false },
             };
-            prop_assert_eq!(&outcomes[index], &expected, "{:?} {:?}", verb, receipts[index]);
+            prop_assert_eq!(
+                &outcomes[index],
+                &expected,
+                "{:?} {:?}",
+                verb,
+                receipts[index]
+            );
         }
         Ok(())
     }
@@ -229,7 +254,9 @@ impl Rig {
             .collect();
         prop_assert_eq!(&handed, &self.reference.receive(self.now, count, visible));
         let generation = self.reference.generation;
-        let issued = handed.iter().map(|&(offset, delivery, _)| (generation, offset, delivery));
+        let issued = handed
+            .iter()
+            .map(|&(offset, delivery, _)| (generation, offset, delivery));
         self.issued.extend(issued);
         Ok(())
     }
@@ -243,7 +270,11 @@ impl Rig {
                 self.scan();
             }
             Step::Receive { count, visible } => self.receive(*count, *visible)?,
-            Step::Verb { verb, receipts, delay } if !self.issued.is_empty() => {
+            Step::Verb {
+                verb,
+                receipts,
+                delay,
+            } if !self.issued.is_empty() => {
                 let receipts = receipts.iter().map(|index| *index.get(&self.issued));
                 let receipts: Vec<_> = receipts.collect();
                 self.settle(*verb, &receipts, *delay)?;
@@ -293,7 +324,10 @@ impl Rig {
                 self.commit();
                 self.crash();
             }
-            Step::Seek { start, keeps_redriven } => {
+            Step::Seek {
+                start,
+                keeps_redriven,
+            } => {
                 let end = self.log.len() as i64 + 1;
                 self.begin_generation((*start).min(end), *keeps_redriven);
             }
@@ -316,7 +350,9 @@ impl Rig {
                     Some(Reborn { offset, delivery })
                 });
                 let back = self.machine.redrive(&letters.collect::<Vec<_>>(), at);
-                let expected = offsets.into_iter().filter(|&offset| self.reference.redrive(offset, now));
+                let expected = offsets
+                    .into_iter()
+                    .filter(|&offset| self.reference.redrive(offset, now));
                 prop_assert_eq!(back, expected.map(Offset).collect::<Vec<_>>());
             }
             Step::RemoveLetter(offset) => {
@@ -340,7 +376,12 @@ impl Rig {
                 self.machine.expire_now(&whose, None, at);
                 let offsets: BTreeSet<i64> = offsets.iter().copied().collect();
                 for offset in offsets {
-                    if self.reference.messages.get(&offset).is_some_and(Message::is_live) {
+                    if self
+                        .reference
+                        .messages
+                        .get(&offset)
+                        .is_some_and(Message::is_live)
+                    {
                         self.reference.expire(offset, now);
                     }
                 }
@@ -361,25 +402,40 @@ impl Rig {
     pub(super) fn agree(&self) -> Result<(), TestCaseError> {
         let now = self.now;
         let messages = &self.reference.messages;
-        let count = |wanted: &dyn Fn(&Message) -> bool| messages.values().filter(|message| wanted(message)).count() as u64;
+        let count = |wanted: &dyn Fn(&Message) -> bool| {
+            messages.values().filter(|message| wanted(message)).count() as u64
+        };
         let again = |message: &Message| message.plain != Plain::Fresh && message.is_ready(now);
         let waits = |offset: i64| !self.reference.is_open(offset, &BTreeSet::new());
-        let waiting = messages.iter().filter(|(offset, message)| message.is_ready(now) && waits(**offset));
-        let is_dead = |offset: &&i64| !messages.get(offset).is_some_and(|message| message.is_reopened);
+        let waiting = messages
+            .iter()
+            .filter(|(offset, message)| message.is_ready(now) && waits(**offset));
+        let is_dead = |offset: &&i64| {
+            !messages
+                .get(offset)
+                .is_some_and(|message| message.is_reopened)
+        };
         let by_lane = [Priority::Low, Priority::Normal, Priority::High]
             .map(|lane| count(&|message| message.is_unsettled() && message.priority == lane));
         let expected = Counts {
             fresh: count(&|message| message.plain == Plain::Fresh),
             again: count(&again),
             live: count(&Message::is_live),
-            delayed: count(&|message| matches!(message.plain, Plain::Waiting { due, .. } if due > now)),
+            delayed: count(
+                &|message| matches!(message.plain, Plain::Waiting { due, .. } if due > now),
+            ),
             waiting: waiting.count() as u64,
             lanes: self.settings.priorities.then_some(by_lane),
             dead: self.reference.letters.keys().filter(is_dead).count() as u64,
         };
         prop_assert_eq!(self.machine.counts(), expected);
-        let oldest = messages.iter().find(|(_, message)| message.is_unsettled() && !message.is_reopened);
-        prop_assert_eq!(self.machine.oldest_unsettled().map(|offset| offset.0), oldest.map(|(&offset, _)| offset));
+        let oldest = messages
+            .iter()
+            .find(|(_, message)| message.is_unsettled() && !message.is_reopened);
+        prop_assert_eq!(
+            self.machine.oldest_unsettled().map(|offset| offset.0),
+            oldest.map(|(&offset, _)| offset)
+        );
         Ok(())
     }
 
@@ -387,13 +443,21 @@ impl Rig {
     pub(super) fn letters_agree(&self) -> Result<(), TestCaseError> {
         let plain = |letter: &Letter| {
             let failures = letter.failures.iter();
-            let failures: Vec<_> = failures.map(|failure| (failure.at.0, failure.reason.clone())).collect();
+            let failures: Vec<_> = failures
+                .map(|failure| (failure.at.0, failure.reason.clone()))
+                .collect();
             (letter.delivery, letter.attempts, failures)
         };
-        let rows: Vec<_> = self.letters.iter().map(|(&offset, letter)| (offset, plain(letter))).collect();
+        let rows: Vec<_> = self
+            .letters
+            .iter()
+            .map(|(&offset, letter)| (offset, plain(letter)))
+            .collect();
         let expected = |dead: &Dead| (dead.delivery, dead.attempts, dead.failures.clone());
         let letters = self.committed.letters.iter();
-        let letters: Vec<_> = letters.map(|(&offset, dead)| (offset, expected(dead))).collect();
+        let letters: Vec<_> = letters
+            .map(|(&offset, dead)| (offset, expected(dead)))
+            .collect();
         prop_assert_eq!(rows, letters);
         Ok(())
     }
