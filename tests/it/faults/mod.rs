@@ -6,6 +6,7 @@ mod disconnect;
 mod killed;
 mod outage;
 mod poison;
+mod random;
 mod restart;
 mod retention;
 

@@ -51,13 +51,18 @@ pub async fn publish_ids(http: &Http, topic: &str, ids: &[String]) -> Vec<Value>
         .iter()
         .map(|id| json!({"specversion": "1.0", "id": id, "source": "/test", "type": "t", "data": {"id": id}}))
         .collect();
+    publish_events(http, topic, &events).await
+}
+
+/// Publishes CloudEvents in one request, as often as it takes. Gives what became of each.
+pub async fn publish_events(http: &Http, topic: &str, events: &[Value]) -> Vec<Value> {
     let deadline = Instant::now() + patience();
     loop {
         let sent = http
             .client
             .post(format!("{}/v1/topics/{topic}/messages", http.base))
             .header("content-type", "application/cloudevents-batch+json")
-            .body(serde_json::to_vec(&events).unwrap())
+            .body(serde_json::to_vec(events).unwrap())
             .send();
         let answer = match sent.await {
             Ok(answer) => answer,
