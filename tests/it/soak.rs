@@ -4,6 +4,8 @@
 
 mod backlog;
 mod held;
+mod idle;
+mod many;
 mod pgbench;
 mod readers;
 

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod consumer;
 pub mod database;
 pub mod events;
+pub mod process;
 pub mod proxy;
 
 use std::future::Future;
