@@ -5,6 +5,7 @@
 
 mod database;
 mod declarations;
+mod files;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -355,7 +356,7 @@ fn http_options(config: &Config) -> http::Options {
             message_bytes: config.message_max_bytes,
             ..Limits::default()
         },
-        connections_max: config.connections_max,
+        connections_max: files::connections_within(config.connections_max),
         lame_duck,
         // Half of the time is left for what the engines have to finish.
         drain: defaults

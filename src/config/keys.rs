@@ -227,7 +227,8 @@ pub const KEYS: &[Key] = &[
         "connections_max",
         "20000",
         "a whole number from 16 to 1000000",
-        "Most HTTP connections at a time; further ones wait.",
+        "Most HTTP connections at a time; further ones wait. Each is an open file: the process raises its limit as far as it \
+         may (`ulimit -Hn`), and takes no more connections than that leaves room for.",
         |c, t| within(t, 16, 1_000_000).map(|v| c.connections_max = v),
     ),
     key(

@@ -12,7 +12,7 @@ use super::engine::Engine;
 use super::handle::{Command, ENDED};
 use super::recovery;
 use crate::domain::id::{Generation, Offset, QueueId, Slot, StreamId};
-use crate::domain::name::QueueName;
+use crate::domain::name::{QueueName, StreamName};
 use crate::domain::policy::Start;
 use crate::domain::queue::{Queue, Random};
 use crate::store;
@@ -33,9 +33,19 @@ impl Engine {
                 limit: self.options.queues_max.min(QUEUES_MAX),
             });
         }
-        let new = self.new_queue(name.clone(), &declaration).await?;
-        let former = store::queue::find_former_queues(&self.database, &name).await?;
-        match store::queue::insert_queue(&self.database, &new).await? {
+        if let Start::Time(_) = declaration.start {
+            // It is looked for in the log, so the stream has to be there.
+            self.stream_ids.remove(&declaration.stream);
+        }
+        let mut new = self.new_queue(name.clone(), &declaration).await?;
+        let (id, former) = store::queue::next_queue(&self.database, &name).await?;
+        let mut inserted = store::queue::insert_queue(&self.database, id, &new).await?;
+        if inserted == Inserted::NoStream && self.stream_ids.remove(&declaration.stream).is_some() {
+            // The one of that name that was known is gone; there may be another.
+            new = self.new_queue(name.clone(), &declaration).await?;
+            inserted = store::queue::insert_queue(&self.database, id, &new).await?;
+        }
+        match inserted {
             Inserted::New {
                 id,
                 start_offset,
@@ -85,27 +95,36 @@ impl Engine {
         known.get(name).map(|known| known.description.id)
     }
 
+    /// The number of a stream. Numbers are never used again, so one that was found is asked for once.
+    async fn stream_id(&mut self, name: &StreamName) -> Result<StreamId, Error> {
+        if let Some(&id) = self.stream_ids.get(name) {
+            return Ok(id);
+        }
+        match self.stream.describe(name).await {
+            Ok(stream) => {
+                self.stream_ids.insert(name.clone(), stream.id);
+                Ok(stream.id)
+            }
+            Err(stream::Error::NotFound { .. }) => Err(Error::StreamNotFound {
+                stream: name.clone(),
+            }),
+            Err(error) => Err(stream_error(error)),
+        }
+    }
+
     async fn new_queue(
-        &self,
+        &mut self,
         name: QueueName,
         declaration: &Declaration,
     ) -> Result<NewQueue, Error> {
-        let stream = match self.stream.describe(&declaration.stream).await {
-            Ok(stream) => stream,
-            Err(stream::Error::NotFound { .. }) => {
-                return Err(Error::StreamNotFound {
-                    stream: declaration.stream.clone(),
-                });
-            }
-            Err(error) => return Err(stream_error(error)),
-        };
+        let stream_id = self.stream_id(&declaration.stream).await?;
         let before_start = match declaration.start {
-            Start::Time(at) => self.offset_at(stream.id, at).await?,
+            Start::Time(at) => self.offset_at(stream_id, at).await?,
             _ => Offset(0),
         };
         Ok(NewQueue {
             name,
-            stream_id: stream.id,
+            stream_id,
             patterns: declaration.topics.clone(),
             settings: declaration.settings.clone(),
             start: declaration.start,

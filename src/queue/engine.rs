@@ -22,7 +22,7 @@ use super::task::{Ended, Parts, Progress, Task, Why};
 use super::writer::{Contact, Submission};
 use crate::cluster;
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
-use crate::domain::name::QueueName;
+use crate::domain::name::{QueueName, StreamName};
 use crate::domain::queue::Queue;
 use crate::store::queue::QueueRow;
 use crate::store::{self, Database};
@@ -80,6 +80,8 @@ pub(in crate::queue) struct Engine {
     pub(in crate::queue) queues: HashMap<QueueId, Owned>,
     pub(in crate::queue) slots: HashMap<Slot, SlotState>,
     dispatches: HashMap<StreamId, Arc<Dispatch>>,
+    /// Streams that queues were declared on.
+    pub(in crate::queue) stream_ids: HashMap<StreamName, StreamId>,
     reads: Arc<Semaphore>,
     scans: Scans,
     /// Queues to be recovered alone, and when.
@@ -120,6 +122,7 @@ impl Engine {
             queues: HashMap::new(),
             slots: HashMap::new(),
             dispatches: HashMap::new(),
+            stream_ids: HashMap::new(),
             reads: Arc::new(Semaphore::new(READS)),
             scans: given.scans,
             alone: HashMap::new(),

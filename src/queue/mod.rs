@@ -16,6 +16,7 @@ mod intake;
 mod message;
 mod metrics;
 mod order;
+mod pages;
 mod positions;
 mod receive;
 mod recovery;

@@ -1,6 +1,7 @@
 //! Catch-up scans of the log, shared: while scans are under way the next requests gather, and those that look at about the
-//! same place of a stream are answered by one scan of it. A thousand queues that begin at the start of a stream, or
-//! ten thousand that come back after a restart, read it about once.
+//! same place of a stream are answered by one scan of it; what was read lately is kept for a while (`pages.rs`) for those that
+//! come a little later. A thousand queues that begin at the start of a stream, or ten thousand that come back after a
+//! restart, read it about once.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::future::Future;
@@ -12,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::QUEUES_MAX;
 use super::metrics::Metrics;
+use super::pages::Pages;
 use crate::domain::name::{Topic, TopicPattern};
 use crate::domain::topic_index::TopicIndex;
 use crate::stream::{self, Scan, ScanItem, Scanned};
@@ -79,43 +81,75 @@ impl Scans {
 }
 
 /// A scan that ended, and for whom it was.
-type Ended = (Vec<Request>, Result<Scanned, stream::Error>);
+type Ended = (Scan, Vec<Request>, Result<Scanned, stream::Error>);
 type Running = FuturesUnordered<Pin<Box<dyn Future<Output = Ended> + Send>>>;
 
 impl Scanner {
     pub(in crate::queue) async fn run(mut self) {
         let mut pending: VecDeque<Request> = VecDeque::new();
         let mut running = Running::new();
+        let mut pages = Pages::default();
         loop {
             while running.len() < RUNNING_MAX
                 && let Some(members) = gather(&mut pending)
             {
-                self.start(members, &running);
+                self.start(members, &pages, &running);
             }
+            let forget_at = pages.forget_at();
             tokio::select! {
                 request = self.requests.recv() => match request {
                     Some(request) => {
-                        pending.push_back(request);
+                        self.take(request, &mut pages, &mut pending);
                         while let Ok(request) = self.requests.try_recv() {
-                            pending.push_back(request);
+                            self.take(request, &mut pages, &mut pending);
                         }
                     }
                     None => return,
                 },
-                Some((members, scanned)) = running.next() => share(members, scanned, &mut pending),
+                Some((scan, members, scanned)) = running.next() => {
+                    if let Ok(scanned) = &scanned {
+                        pages.keep(&scan, scanned);
+                    }
+                    share(members, scanned, &mut pending);
+                    for request in std::mem::take(&mut pending) {
+                        self.take(request, &mut pages, &mut pending);
+                    }
+                }
+                () = tokio::time::sleep_until(forget_at) => pages.forget_unused(),
                 () = self.supervisor.stopping() => return,
             }
         }
     }
 
-    fn start(&self, members: Vec<Request>, running: &Running) {
-        let scan = together(&members);
+    /// Answers from what was read lately, if that reaches further.
+    fn take(&self, request: Request, pages: &mut Pages, pending: &mut VecDeque<Request>) {
+        match pages.find(&request.scan) {
+            Some(page) => {
+                self.metrics.scans_answered.inc();
+                let members = [request];
+                let mut shares = divide(&members, page.items());
+                let [request] = members;
+                let _ = request.reply.send(Ok(Scanned {
+                    items: shares.pop().unwrap_or_default(),
+                    through: page.through(),
+                }));
+            }
+            None => pending.push_back(request),
+        }
+    }
+
+    fn start(&self, members: Vec<Request>, pages: &Pages, running: &Running) {
+        let mut scan = together(&members);
+        if pages.are_many_interested(&scan) {
+            scan.topics.clear();
+            scan.max_items = SHARED_ITEMS;
+        }
         self.metrics.scans.inc();
         self.metrics.scans_answered.inc_by(members.len() as u64);
         let stream = self.stream.clone();
         running.push(Box::pin(async move {
-            let scanned = stream.scan(scan).await;
-            (members, scanned)
+            let scanned = stream.scan(scan.clone()).await;
+            (scan, members, scanned)
         }));
     }
 }
@@ -163,7 +197,7 @@ fn together(members: &[Request]) -> Scan {
 
 /// Answers each member with its share. Who looks beyond where the scan came waits for the next one.
 fn share(
-    mut members: Vec<Request>,
+    members: Vec<Request>,
     scanned: Result<Scanned, stream::Error>,
     pending: &mut VecDeque<Request>,
 ) {
@@ -177,12 +211,6 @@ fn share(
             return;
         }
     };
-    if members.len() == 1
-        && let Some(member) = members.pop()
-    {
-        let _ = member.reply.send(Ok(scanned));
-        return;
-    }
     let shares = divide(&members, &scanned.items);
     let base = members.iter().map(|member| member.scan.after).min();
     for (member, items) in members.into_iter().zip(shares) {

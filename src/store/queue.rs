@@ -174,13 +174,12 @@ fn texts(patterns: &[TopicPattern]) -> Vec<String> {
 ///
 /// # Errors
 /// The database's.
-pub async fn insert_queue(database: &Database, queue: &NewQueue) -> Result<Inserted, Error> {
+pub async fn insert_queue(
+    database: &Database,
+    QueueId(id): QueueId,
+    queue: &NewQueue,
+) -> Result<Inserted, Error> {
     const DOING: &str = "creating a queue";
-    let id: i64 =
-        sqlx::query_scalar("select nextval(pg_get_serial_sequence('postroad_broker.queue', 'id'))")
-            .fetch_one(database.pool())
-            .await
-            .map_err(Error::query(DOING))?;
     let (kind, at) = match queue.start {
         Start::Earliest => ("earliest", 0),
         Start::Latest => ("latest", 0),
@@ -220,22 +219,23 @@ pub async fn insert_queue(database: &Database, queue: &NewQueue) -> Result<Inser
     }
 }
 
-/// The queues that had this name and were deleted, the last thousand of them.
+/// A number for a new queue, and the queues that had this name and were deleted, the last thousand of them.
 ///
 /// # Errors
 /// The database's.
-pub async fn find_former_queues(
+pub async fn next_queue(
     database: &Database,
     name: &QueueName,
-) -> Result<Vec<QueueId>, Error> {
-    let ids: Vec<i64> = sqlx::query_scalar(
-        "select id from postroad_broker.former_queue where name = $1 order by id desc limit 1000",
+) -> Result<(QueueId, Vec<QueueId>), Error> {
+    let (id, former): (i64, Vec<i64>) = sqlx::query_as(
+        "select nextval(pg_get_serial_sequence('postroad_broker.queue', 'id')), \
+            array(select id from postroad_broker.former_queue where name = $1 order by id desc limit 1000)",
     )
     .bind(name.as_str())
-    .fetch_all(database.pool())
+    .fetch_one(database.pool())
     .await
-    .map_err(Error::query("reading former queues"))?;
-    Ok(ids.into_iter().map(QueueId).collect())
+    .map_err(Error::query("numbering a queue"))?;
+    Ok((QueueId(id), former.into_iter().map(QueueId).collect()))
 }
 
 /// Changes a queue's filter and settings.

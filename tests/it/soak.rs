@@ -8,6 +8,7 @@ mod idle;
 mod many;
 mod pgbench;
 mod readers;
+mod stuck;
 
 use std::collections::HashMap;
 use std::sync::Arc;

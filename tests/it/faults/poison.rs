@@ -1,6 +1,7 @@
 //! A message that kills whoever takes it: consumers, and the program with them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -11,14 +12,18 @@ use crate::support::{self, Consumer, Program, TestDatabase};
 const ATTEMPTS: u32 = 5;
 const POISON: u64 = 4;
 
-/// Consumers that die with the poison, until nothing is left. `is_fatal` tells by the attempt whether the program dies too.
+/// Consumers that die with the poison, until nothing is left. `kills` tells by the attempt how often the program dies too.
 /// Gives the attempts of the poison with the size of its batch, and the highest attempt of each of the others.
 async fn run(
     program: &mut Program,
     consumer: &Consumer,
-    is_fatal: fn(u64) -> bool,
+    kills: fn(u64) -> u64,
 ) -> (Vec<(u64, usize)>, BTreeMap<u64, u64>) {
     let (mut poison, mut others) = (Vec::new(), BTreeMap::new());
+    support::eventually("all messages in the queue", || async {
+        (consumer.status().await["depth"] == 10).then_some(())
+    })
+    .await;
     let body = json!({"wait_seconds": 2, "visibility_timeout_seconds": 1});
     while consumer.status().await["depth"] != 0 {
         let answer = consumer.receive(&body).await;
@@ -34,7 +39,7 @@ async fn run(
             Some(killer) => {
                 let attempt = number(killer, "attempt");
                 poison.push((attempt, deliveries.len()));
-                if is_fatal(attempt) {
+                for _ in 0..kills(attempt) {
                     program.kill().await;
                     program.start().await;
                 }
@@ -84,7 +89,7 @@ async fn a_poison_message_that_kills_consumers_dies_in_exactly_its_attempts() {
     let mut program = support::program(&database.url, &[]).await;
     let consumer = Consumer::declare(&program.http, "billing", &at_once(ATTEMPTS)).await;
     publish(&program.http, "orders.created", 10).await;
-    let (poison, others) = run(&mut program, &consumer, |_| false).await;
+    let (poison, others) = run(&mut program, &consumer, |_| 0).await;
     check(&database, &poison, &others).await;
 }
 
@@ -94,6 +99,71 @@ async fn a_poison_message_that_kills_the_broker_dies_in_exactly_its_attempts() {
     let mut program = support::program(&database.url, &[]).await;
     let consumer = Consumer::declare(&program.http, "billing", &at_once(ATTEMPTS)).await;
     publish(&program.http, "orders.created", 10).await;
-    let (poison, others) = run(&mut program, &consumer, |_| true).await;
+    let (poison, others) = run(&mut program, &consumer, |_| 1).await;
     check(&database, &poison, &others).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_dies_again_and_again_with_a_message_counts_it_once() {
+    let database = support::database().await;
+    let mut program = support::program(&database.url, &[]).await;
+    let consumer = Consumer::declare(&program.http, "billing", &at_once(ATTEMPTS)).await;
+    publish(&program.http, "orders.created", 10).await;
+    // Each restart is over before the message's second is, or after it: that changes nothing.
+    let (poison, others) = run(&mut program, &consumer, |attempt| attempt % 4).await;
+    check(&database, &poison, &others).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_never_handed_out_is_not_charged_by_a_kill() {
+    let database = support::database().await;
+    let mut program = support::program(&database.url, &[]).await;
+    let consumer = Consumer::declare(&program.http, "billing", &at_once(100)).await;
+    publish(&program.http, "orders.created", 200).await;
+    // (offset, delivery) of what was handed out, by an answer or by the journal's word.
+    let mut handed: BTreeSet<(u64, u64)> = BTreeSet::new();
+    for round in 0..8u64 {
+        let receives: Vec<_> = (0..3)
+            .map(|_| {
+                let http = program.http.clone();
+                tokio::spawn(async move {
+                    let body = json!({"wait_seconds": 1, "max_messages": 7, "visibility_timeout_seconds": 1});
+                    let path = "/v1/queues/billing/receive";
+                    http.call(reqwest::Method::POST, path, Some(&body)).await
+                })
+            })
+            .collect();
+        // While they are decided, journaled or answered.
+        tokio::time::sleep(Duration::from_millis(3 << round)).await;
+        program.kill().await;
+        let mut note = |deliveries: &[Value]| {
+            for delivery in deliveries {
+                let number = |member: &str| delivery[member].as_u64().unwrap();
+                assert_eq!(number("delivery"), number("attempt"), "none was released");
+                handed.insert((number("offset"), number("delivery")));
+            }
+        };
+        for receive in receives {
+            if let Ok((status, answer)) = receive.await.unwrap()
+                && status.is_success()
+            {
+                note(answer["deliveries"].as_array().unwrap());
+            }
+        }
+        program.start().await;
+        note(&consumer.in_flight().await);
+        support::eventually("nothing in flight", || async {
+            (consumer.status().await["in_flight"] == 0).then_some(())
+        })
+        .await;
+    }
+    let taken = consumer.take(200, 600).await;
+    for delivery in &taken {
+        let number = |member: &str| delivery[member].as_u64().unwrap();
+        let (offset, attempt) = (number("offset"), number("attempt"));
+        let before = handed.range((offset, 0)..=(offset, u64::MAX)).count() as u64;
+        assert_eq!((attempt, number("delivery")), (before + 1, before + 1), "{offset}");
+    }
+    let charged: BTreeSet<u64> = handed.iter().map(|(offset, _)| *offset).collect();
+    assert!(!charged.is_empty() && charged.len() < 200);
 }
