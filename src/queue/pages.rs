@@ -200,6 +200,9 @@ mod tests {
         }
         assert!(pages.pages.len() <= PAGES_MAX);
         pages.keep(&scan(0, &["a"]), &scanned(0, 200_000, 1));
-        assert!(pages.items <= ITEMS_MAX, "one that is too large is not kept");
+        assert!(
+            pages.items <= ITEMS_MAX,
+            "one that is too large is not kept"
+        );
     }
 }

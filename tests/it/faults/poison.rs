@@ -162,7 +162,11 @@ async fn what_was_never_handed_out_is_not_charged_by_a_kill() {
         let number = |member: &str| delivery[member].as_u64().unwrap();
         let (offset, attempt) = (number("offset"), number("attempt"));
         let before = handed.range((offset, 0)..=(offset, u64::MAX)).count() as u64;
-        assert_eq!((attempt, number("delivery")), (before + 1, before + 1), "{offset}");
+        assert_eq!(
+            (attempt, number("delivery")),
+            (before + 1, before + 1),
+            "{offset}"
+        );
     }
     let charged: BTreeSet<u64> = handed.iter().map(|(offset, _)| *offset).collect();
     assert!(!charged.is_empty() && charged.len() < 200);
