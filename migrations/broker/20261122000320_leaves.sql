@@ -68,7 +68,8 @@ end
 $$;
 
 -- Empties the oldest leaf that still has messages, when its newest is old enough: p_settled if every queue has settled it
--- (p_watermark), p_unsettled whatever the queues say; null is never. Returns the offset up to which all is gone now, or null
+-- (p_watermark), p_unsettled whatever the queues say; null is never. p_is_over_settled and p_is_over_unsettled say that the
+-- leaves behind this one alone have as many bytes as the stream is to keep, so that its age does not matter. Returns the offset up to which all is gone now, or null
 -- when the leaf is too young. Fails at once, with lock_not_available, when somebody reads the leaf.
 --
 -- The head is locked first, as an append does, then the leaf; what decides is looked at only after that, in new statements.
@@ -80,7 +81,9 @@ create function postroad_broker.empty_leaf(
     p_settled interval,
     p_unsettled interval,
     p_watermark bigint,
-    p_watermark_at timestamptz
+    p_watermark_at timestamptz,
+    p_is_over_settled boolean,
+    p_is_over_unsettled boolean
 ) returns bigint
 language plpgsql volatile
 set lock_timeout = '50ms'
@@ -113,11 +116,12 @@ begin
         into v_top, v_top_at using p_stream;
         if v_top is null
             or not (
-                (v_top_at < v_now - p_settled and v_top <= p_watermark
+                ((p_is_over_settled or coalesce(v_top_at < v_now - p_settled, false)) and v_top <= p_watermark
                     -- A queue that has gone back since the watermark was told may want it. The margin is for the clocks.
                     and not exists (
                         select from postroad_broker.queue q
                         where q.stream_id = p_stream and q.renewed_at > p_watermark_at - interval '5 seconds'))
+                or p_is_over_unsettled
                 or coalesce(v_top_at < v_now - p_unsettled, false)
             )
         then

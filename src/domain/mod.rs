@@ -9,4 +9,5 @@ pub mod name;
 pub mod policy;
 pub mod queue;
 pub mod receipt;
+pub mod retention;
 pub mod topic_index;

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Error;
 use super::handle::State;
-use super::settings::{Declared, Description, Found, Retention, Settings};
+use super::settings::{Declared, Description, Found, Settings};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
 use crate::store::stream::{self as sql, DeclareOutcome};
@@ -135,14 +135,7 @@ impl CatalogueTask {
             retention,
         } = settings;
         let connection = self.connected().await?;
-        let outcome = sql::declare(
-            connection,
-            name,
-            patterns,
-            retention.settled,
-            retention.unsettled,
-        )
-        .await?;
+        let outcome = sql::declare(connection, name, patterns, retention).await?;
         let declared = match outcome {
             DeclareOutcome::Created => Declared::Created,
             DeclareOutcome::Unchanged => Declared::Unchanged,
@@ -211,10 +204,8 @@ impl CatalogueTask {
                 id: stream.id,
                 name: stream.name,
                 patterns: stream.patterns,
-                retention: Retention {
-                    settled: stream.settled_retention,
-                    unsettled: stream.unsettled_retention,
-                },
+                retention: stream.retention,
+                unsettled_limit_used: state.limits.used(stream.id),
                 first_offset: floor.next(),
                 last_offset: top.unwrap_or(hint),
                 message_bytes: sizes

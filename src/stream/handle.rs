@@ -11,6 +11,7 @@ use super::cache::Cache;
 use super::catalogue::{self, Watermarks};
 use super::inbox::{Inbox, Pending};
 use super::leaves::LeafSizes;
+use super::limits::Limits;
 use super::metrics::Metrics;
 use super::request::{Attributes, Batch, Member, Page, Placed, Read, Scan, Scanned};
 use super::settings::{Declared, Description, Found, Settings};
@@ -45,6 +46,7 @@ pub(super) struct State {
     pub(super) cache: Cache,
     pub(super) watermarks: Watermarks,
     pub(super) topics: Topics,
+    pub(super) limits: Limits,
     pub(super) leaf_sizes: LeafSizes,
     /// Wakes the maintenance before its tick: a log's end comes near.
     pub(super) maintain: Notify,

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::Options;
 use super::handle::State;
+use super::limits::Unsettled;
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
 use crate::store::stream::{self as sql, EmptyLeaf, Leaf, StreamRow};
@@ -115,10 +116,18 @@ impl Maintenance {
                 .iter()
                 .filter(|leaf| leaf.stream == stream.id)
                 .collect();
-            self.extend(&mut connection, stream, &own).await?;
+            let sizes = match stream.retention.bytes() {
+                Some(_) => sql::read_leaf_sizes(&mut connection, stream.id).await?,
+                None => Vec::new(),
+            };
+            self.extend(&mut connection, stream, &own, &sizes).await?;
             self.summarise(&mut connection, stream, &own).await?;
-            blocked += self.empty(&mut connection, stream, &own).await?;
+            blocked += self.empty(&mut connection, stream, &own, &sizes).await?;
+            self.watch_limits(&mut connection, stream, &own, &sizes)
+                .await?;
         }
+        let is_there = |id| streams.iter().any(|stream| stream.id == id);
+        self.state.limits.keep(&self.state.metrics, is_there);
         self.state.metrics.leaves_blocked.set(blocked);
         if Instant::now() >= self.drop_at {
             self.drop_leaves(&mut connection, &leaves).await?;
@@ -137,6 +146,7 @@ impl Maintenance {
         connection: &mut Connection,
         stream: &StreamRow,
         leaves: &[&Leaf],
+        bytes: &Sizes,
     ) -> Result<(), store::Error> {
         let sizes = &self.state.leaf_sizes;
         let last = self.state.tails.last(stream.id);
@@ -154,6 +164,15 @@ impl Maintenance {
                     .unwrap_or_default();
                 next_size(sizes.configured, newest.last.0 - newest.first.0 + 1, age)
             }
+        };
+        let size = match stream.retention.bytes() {
+            Some(limit) => {
+                let count = last.0 - self.state.tails.floor_now(stream.id).0;
+                size_within(limit, total(bytes), count)
+                    .max(sizes.configured / SMALLEST_FRACTION)
+                    .clamp(1, size)
+            }
+            None => size,
         };
         sizes.set(stream.id, size);
         let end = leaves.last().map_or(last, |leaf| leaf.last.max(last));
@@ -184,20 +203,27 @@ impl Maintenance {
         connection: &mut Connection,
         stream: &StreamRow,
         leaves: &[&Leaf],
+        sizes: &Sizes,
     ) -> Result<i64, store::Error> {
         let Some((watermark, told_at)) = self.state.watermarks.get(stream.id) else {
             return Ok(0);
         };
         let watermark_at = self.cluster.now() - told_at.elapsed();
+        let retention = &stream.retention;
+        let mut behind = total(sizes);
         for leaf in leaves.iter().filter(|leaf| !leaf.is_emptied) {
+            behind -= size_of(sizes, leaf);
+            let is_over = |limit: Option<u64>| limit.is_some_and(|limit| behind >= limit);
             let emptied = sql::empty_leaf(
                 connection,
                 EmptyLeaf {
                     stream: stream.id,
                     first: leaf.first,
                     now: self.cluster.now(),
-                    settled: stream.settled_retention,
-                    unsettled: stream.unsettled_retention,
+                    settled: retention.settled,
+                    unsettled: retention.unsettled,
+                    is_over_settled_bytes: is_over(retention.settled_bytes),
+                    is_over_unsettled_bytes: is_over(retention.unsettled_bytes),
                     watermark,
                     watermark_at,
                 },
@@ -228,6 +254,39 @@ impl Maintenance {
         Ok(0)
     }
 
+    /// Sees how near the oldest unsettled message is to the hard limit.
+    async fn watch_limits(
+        &self,
+        connection: &mut Connection,
+        stream: &StreamRow,
+        leaves: &[&Leaf],
+        sizes: &Sizes,
+    ) -> Result<(), store::Error> {
+        let Some((watermark, _)) = self.state.watermarks.get(stream.id) else {
+            return Ok(());
+        };
+        let last = self.state.tails.last(stream.id);
+        let watermark = watermark.max(self.state.tails.floor_now(stream.id));
+        let oldest = match stream.retention.has_hard_limit() && watermark < last {
+            true => sql::read_appended_at(connection, stream.id, watermark.next()).await?,
+            false => None,
+        };
+        let unsettled = oldest.map(|since| Unsettled {
+            since,
+            bytes: leaves
+                .iter()
+                .filter(|leaf| leaf.last > watermark)
+                .map(|leaf| size_of(sizes, leaf))
+                .sum(),
+        });
+        let of = (stream.id, &stream.name, &stream.retention);
+        let now = self.cluster.now();
+        self.state
+            .limits
+            .note(&self.state.metrics, of, unsettled, now);
+        Ok(())
+    }
+
     /// Drops leaves that were emptied and the logs of deleted streams, until one cannot be had.
     async fn drop_leaves(
         &mut self,
@@ -249,6 +308,30 @@ impl Maintenance {
         }
         Ok(())
     }
+}
+
+/// Bytes of leaves, by their first offset.
+type Sizes = [(Offset, u64)];
+
+fn total(sizes: &Sizes) -> u64 {
+    sizes.iter().map(|&(_, bytes)| bytes).sum()
+}
+
+fn size_of(sizes: &Sizes, leaf: &Leaf) -> u64 {
+    let found = sizes.iter().find(|&&(first, _)| first == leaf.first);
+    found.map_or(0, |&(_, bytes)| bytes)
+}
+
+/// How many offsets a leaf may have, so that several make up a limit in bytes, by what a message has taken so far.
+fn size_within(limit: u64, bytes: u64, count: i64) -> i64 {
+    const LEAVES_PER_LIMIT: u64 = 8;
+    const USUAL_BYTES: u64 = 1_024;
+    let count = count.max(0).unsigned_abs();
+    let each = match count {
+        0 => USUAL_BYTES,
+        count => (bytes / count).max(64),
+    };
+    i64::try_from(limit / LEAVES_PER_LIMIT / each).unwrap_or(i64::MAX)
 }
 
 fn is_held(error: &store::Error) -> bool {

@@ -1,9 +1,15 @@
 //! What the stream engine counts.
 
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+
+use crate::domain::name::StreamName;
 
 /// Counters, gauges and histograms of the stream engine.
 #[derive(Debug, Clone)]
@@ -21,6 +27,12 @@ pub(super) struct Metrics {
     pub(super) leaves_dropped: Counter,
     pub(super) leaves_blocked: Gauge,
     pub(super) maintenance_failures: Counter,
+    unsettled_limit_used: Family<OfStream, Gauge<f64, AtomicU64>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfStream {
+    stream: String,
 }
 
 impl Metrics {
@@ -39,10 +51,22 @@ impl Metrics {
             leaves_dropped: Counter::default(),
             leaves_blocked: Gauge::default(),
             maintenance_failures: Counter::default(),
+            unsettled_limit_used: Family::default(),
         };
         metrics.register_appends(registry);
         metrics.register_log(registry);
         metrics
+    }
+
+    pub(super) fn limit_used(&self, stream: &StreamName, used: f64) {
+        let stream = stream.to_string();
+        let label = OfStream { stream };
+        self.unsettled_limit_used.get_or_create(&label).set(used);
+    }
+
+    pub(super) fn forget_limit(&self, stream: &StreamName) {
+        let stream = stream.to_string();
+        self.unsettled_limit_used.remove(&OfStream { stream });
     }
 
     fn register_appends(&self, registry: &mut Registry) {
@@ -79,6 +103,11 @@ impl Metrics {
     }
 
     fn register_log(&self, registry: &mut Registry) {
+        registry.register(
+            "postroad_stream_unsettled_limit_used",
+            "Share of a stream's hard limit (age or bytes) that its unsettled messages have used up, 0 to 1",
+            self.unsettled_limit_used.clone(),
+        );
         registry.register(
             "postroad_stream_cache_bytes",
             "Recent entries held in memory",

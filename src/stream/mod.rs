@@ -16,6 +16,7 @@ mod group;
 mod handle;
 mod inbox;
 mod leaves;
+mod limits;
 mod metrics;
 mod reader;
 mod request;
@@ -35,6 +36,7 @@ use crate::domain::id::{Offset, StreamId};
 use crate::store::{self, Connection, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 
+pub use crate::domain::retention::{DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Retention};
 pub use error::{AppendError, ConflictItem, Error};
 pub use handle::Handle;
 use handle::{Shared, State};
@@ -43,8 +45,7 @@ pub use request::{
     Attributes, Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, key_hash,
 };
 pub use settings::{
-    DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, Found, PATTERN_MAX_COUNT,
-    Retention, Settings, SettingsError,
+    Declared, Description, Found, PATTERN_MAX_COUNT, RETENTION_MIN_BYTES, Settings, SettingsError,
 };
 pub use tail::entry;
 
@@ -108,13 +109,13 @@ pub async fn start(
     registry: &mut Registry,
 ) -> Result<Handle, Error> {
     let mut connection = store::stream::connect_reader(&db).await?;
-    let Retention { settled, unsettled } = options.main_retention;
-    store::stream::create_main(&mut connection, settled, unsettled).await?;
+    store::stream::create_main(&mut connection, &options.main_retention).await?;
     let state = Arc::new(State {
         tails: tail::Tails::default(),
         cache: cache::Cache::new(options.cache_bytes),
         watermarks: catalogue::Watermarks::default(),
         topics: topics::Topics::default(),
+        limits: limits::Limits::default(),
         leaf_sizes: leaves::LeafSizes::new(options.leaf_offsets),
         maintain: Notify::new(),
         metrics: metrics::Metrics::new(registry),

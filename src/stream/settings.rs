@@ -6,13 +6,12 @@ use chrono::{DateTime, Utc};
 
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::{StreamName, TopicPattern};
+use crate::domain::retention::Retention;
 
 /// The most patterns that one stream can own.
 pub const PATTERN_MAX_COUNT: usize = 1_000;
-/// How long settled messages are kept unless declared otherwise (PROTOCOL.md, Parameters).
-pub const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 86_400);
-/// How long unsettled messages are kept unless declared otherwise (PROTOCOL.md, Parameters).
-pub const DEFAULT_HARD_LIMIT: Duration = Duration::from_secs(14 * 86_400);
+/// The least retention in bytes: partitions cannot be small enough to keep less.
+pub const RETENTION_MIN_BYTES: u64 = 1 << 20;
 
 /// A stream's settings, as declared.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,24 +20,6 @@ pub struct Settings {
     pub patterns: Vec<TopicPattern>,
     /// How long its messages are kept.
     pub retention: Retention,
-}
-
-/// How long messages are kept. Space comes back a partition at a time, so a message can live somewhat longer, never shorter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Retention {
-    /// The least age at which a message goes that every queue has settled.
-    pub settled: Duration,
-    /// The age at which a message goes whether settled or not; `None` is unlimited.
-    pub unsettled: Option<Duration>,
-}
-
-impl Default for Retention {
-    fn default() -> Self {
-        Self {
-            settled: DEFAULT_RETENTION,
-            unsettled: Some(DEFAULT_HARD_LIMIT),
-        }
-    }
 }
 
 /// The rule that settings break.
@@ -67,6 +48,9 @@ pub enum SettingsError {
     /// The hard limit would drop messages before the retention of settled ones.
     #[error("the limit for unsettled messages is shorter than the retention of settled ones")]
     LimitBelowRetention,
+    /// Fewer bytes than a partition has.
+    #[error("a retention is at least {RETENTION_MIN_BYTES} bytes")]
+    TooFewBytes,
     /// A retention of nothing, or of more than a hundred years.
     #[error("a retention is at least 1 second and at most 100 years")]
     OutOfRange,
@@ -99,11 +83,26 @@ impl Settings {
             }
         }
         let allowed = Duration::from_secs(1)..=Duration::from_secs(100 * 366 * 86_400);
-        let Retention { settled, unsettled } = self.retention;
-        if !allowed.contains(&settled) || unsettled.is_some_and(|limit| !allowed.contains(&limit)) {
+        let Retention {
+            settled,
+            settled_bytes,
+            unsettled,
+            unsettled_bytes,
+        } = self.retention;
+        let mut ages = settled.iter().chain(&unsettled);
+        let mut sizes = settled_bytes.iter().chain(&unsettled_bytes);
+        if !ages.all(|age| allowed.contains(age)) {
             return Err(SettingsError::OutOfRange);
         }
-        if unsettled.is_some_and(|limit| limit < settled) {
+        if !sizes.all(|&bytes| bytes >= RETENTION_MIN_BYTES) {
+            return Err(SettingsError::TooFewBytes);
+        }
+        // What drops everything may not come before what drops only what is settled.
+        if unsettled.is_some_and(|limit| settled.is_none_or(|settled| limit < settled)) {
+            return Err(SettingsError::LimitBelowRetention);
+        }
+        let is_less = |limit| settled_bytes.is_some_and(|settled| limit < settled);
+        if unsettled_bytes.is_some_and(is_less) {
             return Err(SettingsError::LimitBelowRetention);
         }
         Ok(())
@@ -122,7 +121,7 @@ pub enum Declared {
 }
 
 /// A stream as it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Description {
     /// Its number.
     pub id: StreamId,
@@ -138,6 +137,9 @@ pub struct Description {
     pub last_offset: Offset,
     /// Bytes on disk of its messages, about.
     pub message_bytes: u64,
+    /// How much of the hard limits what is not settled has used up, from 0 to 1, as the node saw it last that looks after
+    /// retention; `None` without a hard limit, or where it is not known.
+    pub unsettled_limit_used: Option<f64>,
     /// When it was created.
     pub created_at: DateTime<Utc>,
 }
@@ -163,8 +165,9 @@ mod tests {
                 .map(|p| TopicPattern::parse(p).unwrap())
                 .collect(),
             retention: Retention {
-                settled: Duration::from_secs(settled),
+                settled: Some(Duration::from_secs(settled)),
                 unsettled: unsettled.map(Duration::from_secs),
+                ..Retention::default()
             },
         }
         .validate(&StreamName::parse(name).unwrap())

@@ -71,6 +71,13 @@ impl Tails {
         self.streams().entry(stream).or_default().floor.subscribe()
     }
 
+    /// Everything up to here is gone by retention, as far as known.
+    pub(super) fn floor_now(&self, stream: StreamId) -> Offset {
+        let streams = self.streams();
+        let tail = streams.get(&stream);
+        tail.map_or(Offset(0), |tail| *tail.floor.borrow())
+    }
+
     /// Notes that everything up to `floor` is gone. Whether that is news.
     pub(super) fn raise_floor(&self, stream: StreamId, floor: Offset) -> bool {
         let mut streams = self.streams();

@@ -38,33 +38,89 @@ struct Declaration {
     #[schema(max_items = 1000)]
     topics: Vec<String>,
     /// The least age at which a message goes that every queue has settled; 7 days without.
-    #[schema(minimum = 1, maximum = 3_162_240_000_i64)]
-    settled_retention_seconds: Option<i64>,
-    /// The age at which a message goes, settled or not; 14 days without.
-    unsettled_retention_seconds: Option<Limit>,
+    settled_retention_seconds: Option<Seconds>,
+    /// Bytes beyond which the oldest messages go that every queue has settled, however young; unlimited without.
+    settled_retention_bytes: Option<Bytes>,
+    /// The age at which a message goes, settled or not; 14 days without, or unlimited if `settled_retention_seconds` is.
+    unsettled_retention_seconds: Option<Seconds>,
+    /// Bytes beyond which the oldest messages go, settled or not; unlimited without.
+    unsettled_retention_bytes: Option<Bytes>,
 }
 
 /// A number of seconds, or `unlimited`.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(
     untagged,
-    expecting = "`unsettled_retention_seconds` must be an integer or \"unlimited\""
+    expecting = "a retention must be an integer or \"unlimited\""
 )]
-enum Limit {
+enum Seconds {
     /// So long.
-    Seconds(RetentionSeconds),
+    Of(SecondCount),
     /// For ever.
     Unlimited(Unlimited),
 }
 
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[schema(minimum = 1, maximum = 3_162_240_000_i64)]
-struct RetentionSeconds(i64);
+struct SecondCount(i64);
+
+/// A number of bytes, or `unlimited`.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(
+    untagged,
+    expecting = "a retention must be an integer or \"unlimited\""
+)]
+enum Bytes {
+    /// So many.
+    Of(ByteCount),
+    /// All.
+    Unlimited(Unlimited),
+}
+
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[schema(minimum = 1_048_576, maximum = 9_007_199_254_740_991_i64)]
+struct ByteCount(i64);
 
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Unlimited {
     Unlimited,
+}
+
+impl Seconds {
+    fn new(age: Option<std::time::Duration>) -> Self {
+        match age {
+            Some(age) => Self::Of(SecondCount(seconds(age))),
+            None => Self::Unlimited(Unlimited::Unlimited),
+        }
+    }
+}
+
+impl Seconds {
+    fn read(&self, check: &mut Check, name: &str) -> Option<std::time::Duration> {
+        let Self::Of(SecondCount(value)) = self else {
+            return None;
+        };
+        let value = check.integer(&format!("/{name}"), *value, 1..=RETENTION_MAX_SECONDS);
+        Some(std::time::Duration::from_secs(value.unsigned_abs()))
+    }
+}
+
+impl Bytes {
+    fn read(&self, check: &mut Check, name: &str) -> Option<u64> {
+        let Self::Of(ByteCount(value)) = self else {
+            return None;
+        };
+        let value = check.integer(&format!("/{name}"), *value, 1 << 20..=OFFSET_MAX);
+        Some(value.unsigned_abs())
+    }
+
+    fn new(bytes: Option<u64>) -> Self {
+        match bytes {
+            Some(bytes) => Self::Of(ByteCount(i64::try_from(bytes).unwrap_or(i64::MAX))),
+            None => Self::Unlimited(Unlimited::Unlimited),
+        }
+    }
 }
 
 /// A stream as it is.
@@ -74,8 +130,15 @@ struct Stream {
     name: String,
     /// The topics that it owns; `main` takes what is left.
     topics: Vec<String>,
-    settled_retention_seconds: i64,
-    unsettled_retention_seconds: Limit,
+    settled_retention_seconds: Seconds,
+    settled_retention_bytes: Bytes,
+    unsettled_retention_seconds: Seconds,
+    unsettled_retention_bytes: Bytes,
+    /// How much of the limits for unsettled messages is used up by those that some queue has not settled, 0 to 1; absent
+    /// without a limit. At 1 they are dropped; from a half on the broker warns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, minimum = 0, maximum = 1)]
+    unsettled_limit_used: Option<f64>,
     /// The first offset still there; one past `last_offset` when all are gone.
     first_offset: i64,
     /// The last offset given out; 0 before the first message.
@@ -107,11 +170,11 @@ impl From<Description> for Stream {
         Self {
             name: stream.name.to_string(),
             topics: stream.patterns.iter().map(ToString::to_string).collect(),
-            settled_retention_seconds: seconds(stream.retention.settled),
-            unsettled_retention_seconds: match stream.retention.unsettled {
-                Some(limit) => Limit::Seconds(RetentionSeconds(seconds(limit))),
-                None => Limit::Unlimited(Unlimited::Unlimited),
-            },
+            settled_retention_seconds: Seconds::new(stream.retention.settled),
+            settled_retention_bytes: Bytes::new(stream.retention.settled_bytes),
+            unsettled_retention_seconds: Seconds::new(stream.retention.unsettled),
+            unsettled_retention_bytes: Bytes::new(stream.retention.unsettled_bytes),
+            unsettled_limit_used: stream.unsettled_limit_used,
             first_offset: stream.first_offset.0,
             last_offset: stream.last_offset.0,
             message_bytes: stream.message_bytes,
@@ -138,27 +201,31 @@ impl Declaration {
             check.parsed(&format!("/topics/{index}"), text, TopicPattern::parse)
         });
         let patterns = patterns.collect();
-        let mut duration = |name: &str, value: i64| {
-            let value = check.integer(&format!("/{name}"), value, 1..=RETENTION_MAX_SECONDS);
-            std::time::Duration::from_secs(value.unsigned_abs())
+        let retention = Retention {
+            settled: match &self.settled_retention_seconds {
+                None => Some(DEFAULT_RETENTION),
+                Some(limit) => limit.read(&mut check, "settled_retention_seconds"),
+            },
+            settled_bytes: self
+                .settled_retention_bytes
+                .and_then(|limit| limit.read(&mut check, "settled_retention_bytes")),
+            unsettled: None,
+            unsettled_bytes: self
+                .unsettled_retention_bytes
+                .and_then(|limit| limit.read(&mut check, "unsettled_retention_bytes")),
         };
-        let settled = self
-            .settled_retention_seconds
-            .map_or(DEFAULT_RETENTION, |value| {
-                duration("settled_retention_seconds", value)
-            });
         let unsettled = match self.unsettled_retention_seconds {
             // A stream that keeps settled messages for longer than the default limit keeps unsettled ones as long.
-            None => Some(DEFAULT_HARD_LIMIT.max(settled)),
-            Some(Limit::Unlimited(_)) => None,
-            Some(Limit::Seconds(RetentionSeconds(value))) => {
-                Some(duration("unsettled_retention_seconds", value))
-            }
+            None => retention.settled.map(|age| age.max(DEFAULT_HARD_LIMIT)),
+            Some(limit) => limit.read(&mut check, "unsettled_retention_seconds"),
         };
         check.finish()?;
         Ok(Settings {
             patterns,
-            retention: Retention { settled, unsettled },
+            retention: Retention {
+                unsettled,
+                ..retention
+            },
         })
     }
 }

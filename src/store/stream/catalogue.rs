@@ -4,10 +4,11 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
-use crate::domain::id::StreamId;
+use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::{StreamName, TopicPattern};
+use crate::domain::retention::Retention;
 use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Error};
 
@@ -29,10 +30,8 @@ pub struct StreamRow {
     pub name: StreamName,
     /// The topics that it owns.
     pub patterns: Vec<TopicPattern>,
-    /// How long settled messages are kept.
-    pub settled_retention: Duration,
-    /// How long unsettled messages are kept; `None` is unlimited.
-    pub unsettled_retention: Option<Duration>,
+    /// How long messages are kept.
+    pub retention: Retention,
     /// When it was created.
     pub created_at: DateTime<Utc>,
 }
@@ -70,74 +69,87 @@ pub async fn load_catalogue(connection: &mut Connection) -> Result<Catalogue, Er
         i64,
         Option<i32>,
         Option<String>,
-        Option<f64>,
-        Option<f64>,
+        Option<String>,
         Option<DateTime<Utc>>,
         Vec<String>,
     );
     let rows: Vec<Columns> = bounded(DOING, STATEMENT, sqlx::query_as(
-        "select c.version, s.id, s.name, (s.settings ->> 'settled_retention_seconds')::float8, \
-             (s.settings ->> 'unsettled_retention_seconds')::float8, s.created_at, \
+        "select c.version, s.id, s.name, s.settings::text, s.created_at, \
              array(select p.pattern from postroad_broker.stream_pattern p where p.stream_id = s.id order by p.pattern) \
          from postroad_broker.catalogue c left join postroad_broker.stream s on true order by s.id",
     )
     .fetch_all(connection)).await?;
     let mut catalogue = Catalogue::default();
-    for (version, id, name, settled, unsettled, created_at, patterns) in rows {
+    for (version, id, name, settings, created_at, patterns) in rows {
         catalogue.version = version;
-        let (Some(id), Some(name), Some(created_at)) = (id, name, created_at) else {
+        let (Some(id), Some(name), Some(settings), Some(created_at)) =
+            (id, name, settings, created_at)
+        else {
             continue;
         };
         let corrupt = |what: String| Error::Corrupt { doing: DOING, what };
         let patterns = patterns.iter().map(|pattern| {
             TopicPattern::parse(pattern).map_err(|error| corrupt(format!("`{pattern}` {error}")))
         });
-        let settled = settled.ok_or_else(|| corrupt(format!("no retention of `{name}`")))?;
-        let duration = |seconds| {
-            Duration::try_from_secs_f64(seconds)
-                .map_err(|_| corrupt(format!("a retention of {seconds} s")))
-        };
+        let settings: Stored = serde_json::from_str(&settings)
+            .map_err(|error| corrupt(format!("the settings of `{name}`: {error}")))?;
+        let retention = settings.retention();
         catalogue.streams.push(StreamRow {
             id: StreamId(id),
             patterns: patterns.collect::<Result<_, _>>()?,
             name: StreamName::parse(&name).map_err(|error| corrupt(format!("`{name}` {error}")))?,
-            settled_retention: duration(settled)?,
-            unsettled_retention: unsettled.map(duration).transpose()?,
+            retention: retention
+                .ok_or_else(|| corrupt(format!("the retention of `{name}` is out of range")))?,
             created_at,
         });
     }
     Ok(catalogue)
 }
 
-fn settings(settled: Duration, unsettled: Option<Duration>) -> String {
-    json!({
-        "settled_retention_seconds": settled.as_secs_f64(),
-        "unsettled_retention_seconds": unsettled.map(|limit| limit.as_secs_f64()),
-    })
-    .to_string()
+/// The settings as the row keeps them. What is absent or null is unlimited.
+#[derive(Debug, Serialize, Deserialize)]
+struct Stored {
+    settled_retention_seconds: Option<f64>,
+    settled_retention_bytes: Option<u64>,
+    unsettled_retention_seconds: Option<f64>,
+    unsettled_retention_bytes: Option<u64>,
 }
 
-/// Creates `main` with these retentions unless it is there.
+impl Stored {
+    fn of(retention: &Retention) -> String {
+        let stored = Self {
+            settled_retention_seconds: retention.settled.map(|age| age.as_secs_f64()),
+            settled_retention_bytes: retention.settled_bytes,
+            unsettled_retention_seconds: retention.unsettled.map(|age| age.as_secs_f64()),
+            unsettled_retention_bytes: retention.unsettled_bytes,
+        };
+        serde_json::to_string(&stored).expect("the settings have string keys only")
+    }
+
+    fn retention(&self) -> Option<Retention> {
+        let age = |seconds: Option<f64>| {
+            let age = seconds.map(Duration::try_from_secs_f64);
+            age.transpose().ok()
+        };
+        Some(Retention {
+            settled: age(self.settled_retention_seconds)?,
+            settled_bytes: self.settled_retention_bytes,
+            unsettled: age(self.unsettled_retention_seconds)?,
+            unsettled_bytes: self.unsettled_retention_bytes,
+        })
+    }
+}
+
+/// Creates `main` with this retention unless it is there.
 ///
 /// # Errors
 /// The database's.
-pub async fn create_main(
-    connection: &mut Connection,
-    settled: Duration,
-    unsettled: Option<Duration>,
-) -> Result<(), Error> {
+pub async fn create_main(connection: &mut Connection, retention: &Retention) -> Result<(), Error> {
     let main = StreamName::main();
     let mut transaction = begin(connection, DECLARING).await?;
     let catalogue = load_catalogue(&mut transaction).await?;
     if catalogue.streams.iter().all(|stream| stream.name != main) {
-        write(
-            &mut transaction,
-            None,
-            &main,
-            &[],
-            &settings(settled, unsettled),
-        )
-        .await?;
+        write(&mut transaction, None, &main, &[], &Stored::of(retention)).await?;
     }
     transaction.commit().await.map_err(Error::query(DECLARING))
 }
@@ -150,8 +162,7 @@ pub async fn declare(
     connection: &mut Connection,
     name: &StreamName,
     patterns: &[TopicPattern],
-    settled: Duration,
-    unsettled: Option<Duration>,
+    retention: &Retention,
 ) -> Result<DeclareOutcome, Error> {
     let mut transaction = begin(connection, DECLARING).await?;
     let catalogue = load_catalogue(&mut transaction).await?;
@@ -175,10 +186,7 @@ pub async fn declare(
             wanted.sort();
             let mut have = row.patterns.clone();
             have.sort();
-            if wanted == have
-                && row.settled_retention == settled
-                && row.unsettled_retention == unsettled
-            {
+            if wanted == have && row.retention == *retention {
                 end(transaction, DECLARING).await?;
                 return Ok(DeclareOutcome::Unchanged);
             }
@@ -186,14 +194,7 @@ pub async fn declare(
         }
     };
     let id = present.map(|row| row.id);
-    write(
-        &mut transaction,
-        id,
-        name,
-        patterns,
-        &settings(settled, unsettled),
-    )
-    .await?;
+    write(&mut transaction, id, name, patterns, &Stored::of(retention)).await?;
     transaction
         .commit()
         .await
@@ -331,5 +332,31 @@ pub async fn read_sizes(connection: &mut Connection) -> Result<Vec<(StreamId, i6
     Ok(rows
         .into_iter()
         .map(|(id, bytes)| (StreamId(id), bytes))
+        .collect())
+}
+
+/// Bytes on disk of each leaf of a stream that has messages, by offset.
+///
+/// # Errors
+/// The database's.
+pub async fn read_leaf_sizes(
+    connection: &mut Connection,
+    stream: StreamId,
+) -> Result<Vec<(Offset, u64)>, Error> {
+    let rows: Vec<(i64, i64)> = bounded(
+        "reading the sizes of leaves",
+        STATEMENT,
+        sqlx::query_as(
+            "select l.first_offset, coalesce(pg_table_size(to_regclass('postroad_broker.' || l.table_name)), 0) \
+             from postroad_broker.message_leaf l where l.stream_id = $1 and l.emptied_at is null \
+             order by l.first_offset",
+        )
+        .bind(stream.0)
+        .fetch_all(connection),
+    )
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|(first, bytes)| (Offset(first), bytes.unsigned_abs()))
         .collect())
 }

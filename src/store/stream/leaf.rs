@@ -131,10 +131,14 @@ pub struct EmptyLeaf {
     pub first: Offset,
     /// The node's clock; the earlier of it and the server's counts.
     pub now: DateTime<Utc>,
-    /// The least age at which settled messages go.
-    pub settled: Duration,
+    /// The least age at which settled messages go; `None` is never.
+    pub settled: Option<Duration>,
     /// The age at which all messages go; `None` is never.
     pub unsettled: Option<Duration>,
+    /// Whether settled messages go whatever their age.
+    pub is_over_settled_bytes: bool,
+    /// Whether all messages go whatever their age.
+    pub is_over_unsettled_bytes: bool,
     /// Up to here every queue has settled.
     pub watermark: Offset,
     /// When that was told: queues that began a generation since are not in it.
@@ -153,14 +157,16 @@ pub async fn empty_leaf(
     let (floor,): (Option<i64>,) = bounded(
         "emptying a leaf",
         LONG_STATEMENT,
-        sqlx::query_as("select postroad_broker.empty_leaf($1, $2, $3, $4, $5, $6, $7)")
+        sqlx::query_as("select postroad_broker.empty_leaf($1, $2, $3, $4, $5, $6, $7, $8, $9)")
             .bind(leaf.stream.0)
             .bind(leaf.first.0)
             .bind(leaf.now)
-            .bind(interval(leaf.settled))
+            .bind(leaf.settled.map(interval))
             .bind(leaf.unsettled.map(interval))
             .bind(leaf.watermark.0)
             .bind(leaf.watermark_at)
+            .bind(leaf.is_over_settled_bytes)
+            .bind(leaf.is_over_unsettled_bytes)
             .fetch_one(connection),
     )
     .await?;

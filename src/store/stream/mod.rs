@@ -9,7 +9,8 @@ pub use append::{
     Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, append, intern_topics,
 };
 pub use catalogue::{
-    Catalogue, DeclareOutcome, StreamRow, create_main, declare, delete, load_catalogue, read_sizes,
+    Catalogue, DeclareOutcome, StreamRow, create_main, declare, delete, load_catalogue,
+    read_leaf_sizes, read_sizes,
 };
 pub use leaf::{
     EmptyLeaf, Leaf, drop_leaf, empty_leaf, extend_log, list_leaves, list_orphans, rotate_buckets,

@@ -224,6 +224,31 @@ async fn streams_and_queues_are_declared_described_and_deleted() {
     let again = api.call("PUT", "/v1/streams/orders", Some(orders)).await;
     assert_eq!(again.status, 200);
     assert_eq!(again.body["unsettled_retention_seconds"], "unlimited");
+    let kept = json!({"topics": ["kept"], "settled_retention_seconds": "unlimited", "settled_retention_bytes": 5_000_000,
+        "unsettled_retention_bytes": 9_000_000});
+    let kept = api.call("PUT", "/v1/streams/kept", Some(kept)).await;
+    assert_eq!(kept.status, 201, "{kept:?}");
+    for (field, value) in [
+        ("settled_retention_seconds", json!("unlimited")),
+        ("settled_retention_bytes", json!(5_000_000)),
+        ("unsettled_retention_seconds", json!("unlimited")),
+        ("unsettled_retention_bytes", json!(9_000_000)),
+    ] {
+        assert_eq!(kept.body[field], value, "{field}");
+    }
+    for wrong in [
+        json!({"topics": ["x"], "settled_retention_bytes": 5_000_000, "unsettled_retention_bytes": 4_000_000}),
+        json!({"topics": ["x"], "settled_retention_bytes": 1_000}),
+        json!({"topics": ["x"], "settled_retention_seconds": "unlimited", "unsettled_retention_seconds": 5}),
+        json!({"topics": ["x"], "settled_retention_seconds": "for ever"}),
+    ] {
+        let refused = api.call("PUT", "/v1/streams/x", Some(wrong)).await;
+        assert_problem(&refused, 422, "invalid-request");
+    }
+    assert_eq!(
+        api.call("DELETE", "/v1/streams/kept", None).await.status,
+        204
+    );
     let overlap = json!({"topics": ["orders.created"]});
     let overlap = api.call("PUT", "/v1/streams/other", Some(overlap)).await;
     assert_problem(&overlap, 409, "stream-overlap");

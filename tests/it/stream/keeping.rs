@@ -97,8 +97,9 @@ async fn retention_drops_all_and_offsets_go_on() {
     let node = node(&db).await;
     let name = StreamName::parse("short").unwrap();
     let retention = Retention {
-        settled: Duration::from_secs(1),
+        settled: Some(Duration::from_secs(1)),
         unsettled: None,
+        ..Retention::default()
     };
     let (description, _) = node
         .stream
@@ -139,5 +140,105 @@ async fn retention_drops_all_and_offsets_go_on() {
         .await
         .unwrap();
     assert_eq!(offsets(&placed), [252]);
+    node.stop().await;
+}
+
+/// Messages of 30 kB that do not compress.
+fn large(topic: &str, ids: std::ops::Range<usize>) -> Vec<postroad::domain::message::Message> {
+    ids.map(|id| {
+        let noise: String = (0..850)
+            .map(|_| uuid::Uuid::new_v4().simple().to_string())
+            .collect();
+        message(topic, &format!("{id}"), &format!("\"{noise}\""))
+    })
+    .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retention_by_bytes_keeps_so_much_and_not_much_more() {
+    const LIMIT: u64 = 4 << 20;
+    let db = support::database().await;
+    let node = node(&db).await;
+    let unlimited = Retention {
+        settled: None,
+        unsettled: None,
+        ..Retention::default()
+    };
+    let settled = Retention {
+        settled_bytes: Some(LIMIT),
+        ..unlimited
+    };
+    let hard = Retention {
+        unsettled_bytes: Some(LIMIT),
+        ..unlimited
+    };
+    // Nothing is settled in any of the three, until it is.
+    let mut ids = Vec::new();
+    for (name, retention) in [("settled", settled), ("hard", hard), ("all", unlimited)] {
+        let stream = StreamName::parse(name).unwrap();
+        let declared = settings(&[name], retention);
+        let (description, _) = node.stream.declare(stream, declared).await.unwrap();
+        assert_eq!(description.retention, retention);
+        node.stream.set_watermark(description.id, Offset(0));
+        ids.push(description.id);
+        for first in (0..400).step_by(40) {
+            let batch = large(name, first..first + 40);
+            node.publish(batch, false).await.unwrap();
+        }
+    }
+    let described = async |name: &str| {
+        let name = StreamName::parse(name).unwrap();
+        node.stream.describe(&name).await.unwrap()
+    };
+    let is_cut = async |name: &str| {
+        let stream = described(name).await;
+        assert_eq!(stream.last_offset, Offset(400));
+        assert!(stream.message_bytes >= LIMIT, "{stream:?}");
+        (stream.message_bytes < 2 * LIMIT).then_some(stream)
+    };
+    let hard = eventually("the hard limit drops messages", async || {
+        is_cut("hard").await
+    })
+    .await;
+    assert!(hard.first_offset > Offset(100), "{hard:?}");
+    assert!(hard.unsettled_limit_used.unwrap() > 0.9, "{hard:?}");
+    assert_eq!(described("settled").await.first_offset, Offset(1));
+    node.stream.set_watermark(ids[0], Offset(i64::MAX));
+    let settled = eventually("what is settled goes", async || is_cut("settled").await).await;
+    assert_eq!(settled.unsettled_limit_used, None);
+    assert_eq!(described("all").await.first_offset, Offset(1));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hard_limit_is_warned_of_from_half_on() {
+    let db = support::database().await;
+    let node = node(&db).await;
+    let name = StreamName::parse("short").unwrap();
+    let retention = Retention {
+        settled: Some(Duration::from_secs(1)),
+        unsettled: Some(Duration::from_secs(6)),
+        ..Retention::default()
+    };
+    let declared = settings(&["short"], retention);
+    let (stream, _) = node.stream.declare(name.clone(), declared).await.unwrap();
+    node.stream.set_watermark(stream.id, Offset(0));
+    let batch = vec![message("short", "1", "1")];
+    node.publish(batch, false).await.unwrap();
+    let seen = std::sync::Mutex::new(Vec::new());
+    eventually("the message to be dropped", async || {
+        let stream = node.stream.describe(&name).await.unwrap();
+        seen.lock().unwrap().extend(stream.unsettled_limit_used);
+        (stream.first_offset == Offset(2)).then_some(())
+    })
+    .await;
+    let seen = seen.into_inner().unwrap();
+    let most = seen.iter().copied().fold(0.0, f64::max);
+    assert!(most > 0.5, "{seen:?}");
+    eventually("nothing to be near the limit", async || {
+        let stream = node.stream.describe(&name).await.unwrap();
+        (stream.unsettled_limit_used == Some(0.0)).then_some(())
+    })
+    .await;
     node.stop().await;
 }

@@ -16,8 +16,9 @@ async fn a_reader_idle_in_a_transaction_stalls_nothing() {
     let db = support::database().await;
     let node = node(&db).await;
     let retention = Retention {
-        settled: Duration::from_secs(1),
+        settled: Some(Duration::from_secs(1)),
         unsettled: None,
+        ..Retention::default()
     };
     node.stream
         .declare(StreamName::main(), settings(&[], retention))
@@ -91,7 +92,7 @@ async fn a_role_that_defaults_to_another_isolation_level_changes_nothing() {
         // Called at another level it refuses, rather than give an offset twice.
         let mut other = db.connect().await;
         let refused = other
-            .execute("select postroad_broker.empty_leaf(1, 1, now(), '1s', null, 0, now())")
+            .execute("select postroad_broker.empty_leaf(1, 1, now(), '1s', null, 0, now(), false, false)")
             .await;
         assert!(refused.unwrap_err().to_string().contains("read committed"));
         for node in [one, two] {
