@@ -89,16 +89,18 @@ create table postroad_broker.queue_journal_turn (
 );
 insert into postroad_broker.queue_journal_turn default values;
 
--- Messages that were rejected or are out of attempts, with a copy: the log may drop its own.
+-- Messages that were rejected or are out of attempts, with a copy: the log may drop its own. One for each message of a
+-- queue: it stays while its message is redriven, and is removed when that is settled, or replaced when it dies again.
 create table postroad_broker.dead_letter (
     queue_id bigint not null references postroad_broker.queue (id) on delete cascade,
+    -- That of the death.
     generation bigint not null,
     "offset" bigint not null,
     delivery integer not null,
     attempts integer not null,
     -- rejected · out_of_attempts
     cause text not null,
-    -- [{"at": …, "reason": …}], the last few, oldest first.
+    -- [{"at": …, "reason": …}], the last five, oldest first; those of former lives count.
     failures jsonb not null,
     died_at timestamptz not null,
     stream_id integer not null,
@@ -113,13 +115,22 @@ create table postroad_broker.dead_letter (
     data_schema text,
     extensions text,
     data_kind smallint not null,
+    priority smallint not null default 1,
     data bytea,
     origin_id integer,
     appended_at timestamptz not null,
-    primary key (queue_id, generation, "offset"),
+    -- The redrive that brought the message back, while it is not settled.
+    redrive_id text,
+    redriven_at timestamptz,
+    -- Where a copy goes, if the queue said so when the message died; and when it went.
+    forward_topic text,
+    forwarded_at timestamptz,
+    primary key (queue_id, "offset"),
     constraint dead_letter_cause_known check (cause in ('rejected', 'out_of_attempts'))
 );
 create index dead_letter_died_at on postroad_broker.dead_letter (queue_id, died_at);
+create index dead_letter_to_forward on postroad_broker.dead_letter (queue_id, "offset")
+    where forward_topic is not null and forwarded_at is null;
 
 -- Makes a queue. Holding the stream's head orders it with the appends: what is appended after the answer is after
 -- `start_offset`, and nothing is appended between the look at the log's end and the insert.
@@ -236,8 +247,9 @@ create function postroad_broker.write_queue_group(
     checkpoint_slots smallint[], checkpoint_queues bigint[], checkpoint_generations bigint[], checkpoint_states bytea[],
     letter_slots smallint[], letter_queues bigint[], letter_generations bigint[], letter_offsets bigint[],
     letter_deliveries integer[], letter_attempts integer[], letter_causes text[], letter_failures text[],
-    letter_died_at timestamptz[],
-    removed_slots smallint[], removed_queues bigint[], removed_generations bigint[], removed_offsets bigint[]
+    letter_died_at timestamptz[], letter_forwards text[],
+    removed_slots smallint[], removed_queues bigint[], removed_offsets bigint[],
+    redrive_slots smallint[], redrive_queues bigint[], redrive_steps text[]
 ) returns table (current_turn bigint, fenced smallint[])
 language plpgsql volatile
 -- The plans are kept, and the first are made while the segments are empty: a sequential scan chosen then would be walked
@@ -294,31 +306,52 @@ begin
     end if;
 
     if cardinality(letter_queues) > 0 then
+        -- One that died before, and was redriven, has its letter still, and perhaps no row in the log.
+        with died as (
+            select * from unnest(letter_slots, letter_queues, letter_generations, letter_offsets, letter_deliveries,
+                letter_attempts, letter_causes, letter_failures, letter_died_at, letter_forwards)
+                d (slot, queue_id, generation, "offset", delivery, attempts, cause, failures, died_at, forward_topic)
+            where d.slot = any (fresh)
+        ),
+        again as (
+            update postroad_broker.dead_letter l
+            set generation = d.generation, delivery = d.delivery, attempts = d.attempts, cause = d.cause,
+                died_at = d.died_at, redrive_id = null, redriven_at = null, forward_topic = d.forward_topic,
+                forwarded_at = null,
+                failures = (select jsonb_agg(f.failure order by f.place) from (
+                    select e.failure, e.place
+                    from jsonb_array_elements(l.failures || d.failures::jsonb) with ordinality e (failure, place)
+                    order by e.place desc limit 5) f)
+            from died d
+            where l.queue_id = d.queue_id and l."offset" = d."offset"
+            returning l.queue_id, l."offset"
+        )
         insert into postroad_broker.dead_letter
             (queue_id, generation, "offset", delivery, attempts, cause, failures, died_at, stream_id, topic, key, id,
-             source, type, subject, event_time, data_content_type, data_schema, extensions, data_kind, data, origin_id,
-             appended_at)
+             source, type, subject, event_time, data_content_type, data_schema, extensions, data_kind, priority, data,
+             origin_id, appended_at, forward_topic)
         select d.queue_id, d.generation, d."offset", d.delivery, d.attempts, d.cause, d.failures::jsonb, d.died_at,
             m.stream_id, t.name, m.key, m.id, m.source, m.type, m.subject, m.event_time, m.data_content_type,
-            m.data_schema, m.extensions, m.data_kind, m.data, m.origin_id, m.appended_at
-        from unnest(letter_slots, letter_queues, letter_generations, letter_offsets, letter_deliveries, letter_attempts,
-            letter_causes, letter_failures, letter_died_at)
-            d (slot, queue_id, generation, "offset", delivery, attempts, cause, failures, died_at)
+            m.data_schema, m.extensions, m.data_kind, m.priority, m.data, m.origin_id, m.appended_at, d.forward_topic
+        from died d
         join postroad_broker.queue q on q.id = d.queue_id
         join postroad_broker.message m on m.stream_id = q.stream_id and m."offset" = d."offset"
         join postroad_broker.topic t on t.id = m.topic_id
-        where d.slot = any (fresh)
-        on conflict (queue_id, generation, "offset") do update
-            set delivery = excluded.delivery, attempts = excluded.attempts, cause = excluded.cause,
-                failures = excluded.failures, died_at = excluded.died_at;
+        where not exists (select from again a where a.queue_id = d.queue_id and a."offset" = d."offset");
     end if;
 
     if cardinality(removed_queues) > 0 then
         delete from postroad_broker.dead_letter d
-        using unnest(removed_slots, removed_queues, removed_generations, removed_offsets)
-            r (slot, queue_id, generation, "offset")
-        where d.queue_id = r.queue_id and d.generation = r.generation and d."offset" = r."offset"
-          and r.slot = any (fresh);
+        using unnest(removed_slots, removed_queues, removed_offsets) r (slot, queue_id, "offset")
+        where d.queue_id = r.queue_id and d."offset" = r."offset" and r.slot = any (fresh);
+    end if;
+
+    if cardinality(redrive_queues) > 0 then
+        perform postroad_broker.write_redrives(
+            array(select r.queue_id from unnest(redrive_slots, redrive_queues) with ordinality r (slot, queue_id, place)
+                where r.slot = any (fresh) order by r.place),
+            array(select r.step from unnest(redrive_slots, redrive_steps) with ordinality r (slot, step, place)
+                where r.slot = any (fresh) order by r.place));
     end if;
 
     return query select turn_now, array(select s.slot from unnest(slots) s (slot) where s.slot <> all (owned));

@@ -4,6 +4,7 @@
 pub mod cloudevents;
 pub mod id;
 pub mod json;
+pub mod letter;
 pub mod message;
 pub mod name;
 pub mod policy;

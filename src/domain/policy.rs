@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::id::Offset;
+use super::name::Topic;
 
 /// Default visibility timeout of a queue (PROTOCOL.md, Parameters).
 pub const VISIBILITY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -14,8 +15,13 @@ pub const VISIBILITY_TIMEOUT_RANGE: (Duration, Duration) =
     (Duration::from_secs(1), Duration::from_secs(12 * 60 * 60));
 /// Longest delay of a nack, a release or a retry.
 pub const DELAY_MAX: Duration = Duration::from_secs(12 * 60 * 60);
-/// A dead letter is kept for so long.
+/// A dead letter is kept for so long, unless the queue says otherwise.
 pub const DEAD_LETTER_RETENTION: Duration = Duration::from_secs(14 * 24 * 3_600);
+/// Shortest and longest retention of dead letters: a minute, and ten years.
+pub const DEAD_LETTER_RETENTION_RANGE: (Duration, Duration) = (
+    Duration::from_secs(60),
+    Duration::from_secs(3_650 * 24 * 3_600),
+);
 /// Default of attempts before a message is a dead letter.
 pub const MAX_ATTEMPTS: u32 = 16;
 /// Most attempts that a queue can ask for.
@@ -59,6 +65,12 @@ pub struct Settings {
     pub key_batches: bool,
     /// Whether messages go out by three lanes. Not together with order by key.
     pub priorities: bool,
+    /// How long a dead letter is kept; a minute to ten years.
+    #[serde(rename = "dead_letter_retention_ms", with = "millis")]
+    pub dead_letter_retention: Duration,
+    /// Where a copy of each dead letter is published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_letter_topic: Option<Topic>,
 }
 
 impl Default for Settings {
@@ -73,6 +85,8 @@ impl Default for Settings {
             hold_key: false,
             key_batches: false,
             priorities: false,
+            dead_letter_retention: DEAD_LETTER_RETENTION,
+            dead_letter_topic: None,
         }
     }
 }
@@ -212,6 +226,13 @@ impl Settings {
                 "from 1 to 604800",
             )?;
         }
+        let (shortest, longest) = DEAD_LETTER_RETENTION_RANGE;
+        within(
+            "dead_letter_retention_seconds",
+            &self.dead_letter_retention,
+            (&shortest, &longest),
+            "from 60 to 315360000",
+        )?;
         let is_ordered = self.ordering == Ordering::Key;
         for (field, is_set) in [
             ("hold_key", self.hold_key),
@@ -384,6 +405,7 @@ mod tests {
     fn settings_round_trip_and_are_checked() {
         let settings = Settings {
             max_hold: Some(Duration::from_secs(60)),
+            dead_letter_topic: Some(Topic::parse("dead.letters").unwrap()),
             ..Settings::default()
         };
         let text = serde_json::to_string(&settings).unwrap();

@@ -23,6 +23,7 @@ use super::state::State;
         (name = "streams", description = "Ordered, replayable logs"),
         (name = "queues", description = "Durable consumers of streams"),
         (name = "deliveries", description = "Receiving and settling messages"),
+        (name = "dead letters", description = "Messages that were rejected or ran out of attempts, and their way back"),
         (name = "origins", description = "Databases with an outbox"),
         (name = "operation", description = "Health, metrics and this description"),
     ),
@@ -105,6 +106,14 @@ problem_sets! {
     StreamStays = StreamHasQueues StreamIsKept;
     /// Conflicts of declaring a queue.
     QueueConflicts = QueueStreamFixed TooManyQueues;
+    /// No such queue or dead letter.
+    NoLetter = QueueNotFound DeadLetterNotFound;
+    /// No such queue or redrive.
+    NoRedrive = QueueNotFound RedriveNotFound;
+    /// Of removing a dead letter.
+    LetterStays = DeadLetterRedriven OutcomeUnknown NoOwner;
+    /// Of cancelling a redrive.
+    Cancels = OutcomeUnknown NoOwner;
     /// Bounds of a queue.
     QueueBounds = TooManyRequests;
     /// No such origin.
@@ -144,7 +153,9 @@ pub(in crate::http) fn api() -> OpenApiRouter<State> {
     let mut router = routes::all(OpenApiRouter::with_openapi(Base::openapi()));
     // An empty body counts as `{}`, or when publishing to a topic as an empty payload: only the others need one.
     for (path, item) in &mut router.get_openapi_mut().paths.paths {
-        let is_verb = path.starts_with("/v1/queues/{queue}/") && !path.ends_with("/receive");
+        let is_verb = path.starts_with("/v1/queues/{queue}/")
+            && !path.ends_with("/receive")
+            && !path.ends_with("/redrives");
         let is_needed = is_verb || path == "/v1/messages";
         for operation in [&mut item.put, &mut item.post].into_iter().flatten() {
             if let Some(RefOr::T(body)) = &mut operation.request_body {

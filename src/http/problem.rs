@@ -64,6 +64,10 @@ kinds! {
     OriginNotFound = "origin-not-found", 404, "There is no such origin";
     /// No such rejected row.
     RejectedMessageNotFound = "rejected-message-not-found", 404, "There is no such rejected message";
+    /// No such dead letter.
+    DeadLetterNotFound = "dead-letter-not-found", 404, "There is no such dead letter";
+    /// No such redrive.
+    RedriveNotFound = "redrive-not-found", 404, "There is no such redrive";
     /// The path does not take the method.
     MethodNotAllowed = "method-not-allowed", 405, "The method is not allowed here";
     /// The body did not come in time.
@@ -84,6 +88,8 @@ kinds! {
     TooManyQueues = "too-many-queues", 409, "There are as many queues as there can be";
     /// The rejected row cannot be sent on.
     NotResendable = "not-resendable", 409, "The rejected message cannot be sent on";
+    /// The letter's message is in the queue again.
+    DeadLetterRedriven = "dead-letter-redriven", 409, "The dead letter is on its way back";
     /// Retention dropped what a reader asks for.
     OffsetGone = "offset-gone", 410, "The messages asked for are gone";
     /// The body is too large.

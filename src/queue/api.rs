@@ -6,6 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::domain::id::{Generation, Offset, QueueId, StreamId};
+use crate::domain::letter::LetterId;
 use crate::domain::message::Entry;
 use crate::domain::name::{QueueName, StreamName, TopicPattern};
 use crate::domain::policy::{Fault, Settings, Start};
@@ -289,6 +290,34 @@ pub enum Error {
     /// A value of the declaration or of the request is out of its range.
     #[error(transparent)]
     Invalid(#[from] Fault),
+    /// No dead letter of this id.
+    #[error("the queue `{queue}` has no dead letter `{id}`")]
+    LetterNotFound {
+        /// The queue.
+        queue: QueueName,
+        /// The id asked for.
+        id: LetterId,
+    },
+    /// The dead letter's message was redriven and is not settled yet.
+    #[error("the message of dead letter `{id}` was redriven: it is in the queue again")]
+    LetterRedriven {
+        /// The letter.
+        id: LetterId,
+    },
+    /// No redrive of this id.
+    #[error("the queue `{queue}` has no redrive `{id}`")]
+    RedriveNotFound {
+        /// The queue.
+        queue: QueueName,
+        /// The id asked for.
+        id: String,
+    },
+    /// As many redrives run as a queue can have. Answer 429.
+    #[error("{limit} redrives run in this queue already, which is the most")]
+    TooManyRedrives {
+        /// The limit.
+        limit: usize,
+    },
     /// As many deliveries are live as the queue allows, and the receive did not want to wait. Answer 429.
     #[error("the queue has {limit} deliveries in flight, which is its limit")]
     InFlightFull {

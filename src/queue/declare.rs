@@ -10,10 +10,10 @@ use super::QUEUES_MAX;
 use super::api::{Declaration, Declared, Description, Error};
 use super::engine::Engine;
 use super::handle::{Command, ENDED};
-use super::recovery;
+use super::recovery::{self, Recovered};
 use crate::domain::id::{Generation, Offset, QueueId, Slot, StreamId};
-use crate::domain::name::{QueueName, StreamName};
-use crate::domain::policy::Start;
+use crate::domain::name::{QueueName, StreamName, Topic, TopicPattern};
+use crate::domain::policy::{Fault, Start};
 use crate::domain::queue::{Queue, Random};
 use crate::store;
 use crate::store::queue::{Inserted, NewQueue, QueueRow};
@@ -25,6 +25,7 @@ impl Engine {
         name: QueueName,
         declaration: Declaration,
     ) -> Result<(Description, Declared), Error> {
+        self.check_forward(&name, &declaration).await?;
         if let Some(id) = self.find(&name) {
             return self.change(id, declaration).await;
         }
@@ -87,6 +88,55 @@ impl Engine {
                 stream: declaration.stream,
             }),
         }
+    }
+
+    /// Refuses a topic for dead letters that would bring them back to this queue: by its own patterns, or by the dead letters
+    /// of others that take them.
+    async fn check_forward(
+        &self,
+        name: &QueueName,
+        declaration: &Declaration,
+    ) -> Result<(), Error> {
+        let Some(first) = &declaration.settings.dead_letter_topic else {
+            return Ok(());
+        };
+        let streams = self.stream.list().await.map_err(stream_error)?;
+        let owner = |topic: &Topic| {
+            let claims = |patterns: &[TopicPattern]| patterns.iter().any(|p| p.matches(topic));
+            let owner = streams.iter().find(|s| claims(&s.patterns));
+            owner.map_or_else(StreamName::main, |stream| stream.name.clone())
+        };
+        let mut topics = vec![first.clone()];
+        let mut next = 0;
+        while let Some(topic) = topics.get(next).cloned() {
+            next += 1;
+            let stream = owner(&topic);
+            let takes = |of: &StreamName, patterns: &[TopicPattern]| {
+                *of == stream && patterns.iter().any(|pattern| pattern.matches(&topic))
+            };
+            if takes(&declaration.stream, &declaration.topics) {
+                let reason = match next {
+                    1 => "cannot be a topic that the queue takes itself".to_owned(),
+                    _ => format!(
+                        "leads back to this queue, by the dead letters of others on `{topic}`"
+                    ),
+                };
+                return Err(Error::Invalid(Fault {
+                    field: "dead_letter_topic",
+                    reason,
+                }));
+            }
+            for other in self.queues.values().map(|owned| &owned.row) {
+                if let Some(further) = &other.settings.dead_letter_topic
+                    && other.name != *name
+                    && takes(&other.stream, &other.patterns)
+                    && !topics.contains(further)
+                {
+                    topics.push(further.clone());
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(in crate::queue) fn find(&self, name: &QueueName) -> Option<QueueId> {
@@ -160,7 +210,7 @@ impl Engine {
             && state.is_recovered
             && let Some(fence) = state.fence.clone()
         {
-            self.start_task(machine, false, &fence);
+            self.start_task(Recovered::new(machine), &fence);
         }
         description
     }
@@ -178,8 +228,8 @@ impl Engine {
         };
         match recovery::recover(&self.database, &fence, slot, &[&row]).await {
             Ok(machines) => {
-                for (machine, unfolded) in machines {
-                    self.start_task(machine, unfolded, &fence);
+                for recovered in machines {
+                    self.start_task(recovered, &fence);
                 }
             }
             Err(error) => {
@@ -293,7 +343,7 @@ async fn ask_to_pin(mailbox: &mpsc::Sender<Command>, bound: Duration) -> Result<
     }
 }
 
-fn stream_error(error: stream::Error) -> Error {
+pub(in crate::queue) fn stream_error(error: stream::Error) -> Error {
     match error {
         stream::Error::Store(error) => Error::Store(error),
         _ => Error::Stopping,

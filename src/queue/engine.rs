@@ -16,14 +16,14 @@ use super::Options;
 use super::declare::describe;
 use super::feed::{self, Dispatch, Feed};
 use super::handle::{Command, Job, Known, Shared};
-use super::recovery;
+use super::recovery::{self, Recovered};
 use super::scans::Scans;
 use super::task::{Ended, Parts, Progress, Task, Why};
 use super::writer::{Contact, Submission};
 use crate::cluster;
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName};
-use crate::domain::queue::Queue;
+use crate::domain::policy::DEAD_LETTER_RETENTION;
 use crate::store::queue::QueueRow;
 use crate::store::{self, Database};
 use crate::stream;
@@ -35,6 +35,8 @@ const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 const TURN_EVERY: Duration = Duration::from_secs(2);
 /// A slot that could not be recovered is tried again after this.
 const RECOVER_AGAIN: Duration = Duration::from_millis(500);
+/// What a redrive came to can be looked at for so long.
+const REDRIVE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3_600);
 /// Loads of payloads at a time, for all queues.
 pub(in crate::queue) const READS: usize = 4;
 
@@ -358,8 +360,8 @@ impl Engine {
                 if let Some(state) = self.slots.get_mut(&slot) {
                     state.is_recovered = true;
                 }
-                for (machine, unfolded) in machines {
-                    self.start_task(machine, unfolded, &fence);
+                for recovered in machines {
+                    self.start_task(recovered, &fence);
                 }
             }
             Err(recovery::Error::Fenced) => {
@@ -407,7 +409,12 @@ impl Engine {
         }
     }
 
-    pub(in crate::queue) fn start_task(&mut self, machine: Queue, unfolded: bool, fence: &Fence) {
+    pub(in crate::queue) fn start_task(&mut self, recovered: Recovered, fence: &Fence) {
+        let Recovered {
+            machine,
+            unfolded,
+            redrives,
+        } = recovered;
         let Some(owned) = self.queues.get_mut(&machine.id()) else {
             return;
         };
@@ -426,6 +433,7 @@ impl Engine {
             patterns: row.patterns.clone().into(),
             is_paused: row.is_paused,
             shared: Arc::clone(&self.shared),
+            letters: self.shared.task_letters.clone(),
             stream: self.stream.clone(),
             cluster: self.cluster.clone(),
             dispatch: Arc::clone(&owned.dispatch),
@@ -438,7 +446,7 @@ impl Engine {
             progress: Arc::clone(&owned.progress),
             supervisor: self.supervisor.clone(),
         };
-        let task = Task::new(parts, machine, unfolded);
+        let task = Task::new(parts, machine, unfolded, redrives);
         let ended = self.ended.0.clone();
         if let Some(state) = self.slots.get_mut(&slot) {
             state.running += 1;
@@ -512,8 +520,10 @@ impl Engine {
 
     /// Has queues remove dead letters that were kept long enough: a bounded number each time.
     async fn trim_letters(&self) {
-        let seconds = self.options.dead_letter_retention.as_secs_f64();
-        let old = match store::queue::find_old_letters(&self.database, seconds).await {
+        let seconds = REDRIVE_RETENTION.as_secs_f64();
+        let _ = store::redrive::delete_old_redrives(&self.database, seconds).await;
+        let seconds = DEAD_LETTER_RETENTION.as_secs_f64();
+        let old = match store::letter::find_old_letters(&self.database, seconds).await {
             Ok(old) => old,
             Err(error) => {
                 tracing::debug!(

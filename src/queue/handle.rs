@@ -4,24 +4,28 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::api::{
     BATCH_MAX, BATCH_WAIT_MAX, Declaration, Declared, Description, Error, InFlight, InFlightFilter,
     ReceiveRequest, Received, Status, VerbItem, WAIT_MAX,
 };
 use super::hold::Held;
+use super::letters::Letters;
 use super::message::{Act, Acted, Expire, MessageStatus};
 use super::metrics::Metrics;
+use super::redrive::{DryRun, NewRedrive};
 use super::renewal::{Renewal, Renewed};
 use super::task::Progress;
 use crate::domain::id::{Generation, Offset};
+use crate::domain::letter::LetterId;
 use crate::domain::name::{QueueName, Topic};
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
 };
 use crate::domain::queue::{EmptyReason, Item, Outcome, Verb};
 use crate::domain::receipt::Key;
+use crate::store::redrive::RedriveRow;
 
 /// The queues of this process. Cheap to clone. Every future can be dropped at any time.
 #[derive(Debug, Clone)]
@@ -91,6 +95,24 @@ pub(in crate::queue) enum Command {
     Trim {
         letters: Vec<Offset>,
     },
+    /// Remove this one, of this death.
+    RemoveLetter {
+        id: LetterId,
+        delivery: u32,
+        reply: Reply<()>,
+    },
+    Redrive {
+        new: NewRedrive,
+        reply: Reply<RedriveRow>,
+    },
+    DryRun {
+        new: NewRedrive,
+        reply: Reply<DryRun>,
+    },
+    CancelRedrive {
+        id: String,
+        reply: Reply<()>,
+    },
     /// End: the queue is deleted or its slot is lost. Nothing more is written.
     End,
 }
@@ -145,10 +167,16 @@ pub(in crate::queue) struct Shared {
     pub(in crate::queue) key: Key,
     pub(in crate::queue) outcome_wait: Duration,
     pub(in crate::queue) metrics: Metrics,
+    /// Reads for people.
+    pub(in crate::queue) letters: Letters,
+    /// Reads for the queues' tasks, which somebody's long read must not hold up.
+    pub(in crate::queue) task_letters: Letters,
+    /// Dead letters are committed whose copies are to be published.
+    pub(in crate::queue) forward: Notify,
 }
 
 impl Shared {
-    fn find(&self, queue: &QueueName) -> Result<Known, Error> {
+    pub(in crate::queue) fn find(&self, queue: &QueueName) -> Result<Known, Error> {
         let queues = self.queues.read().unwrap_or_else(PoisonError::into_inner);
         queues.get(queue).cloned().ok_or_else(|| Error::NotFound {
             queue: queue.clone(),

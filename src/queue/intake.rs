@@ -10,6 +10,7 @@ use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::letters::Fetched;
 use super::task::{Done, Task, log_read_failure};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::{Entry, Priority};
@@ -48,8 +49,7 @@ enum Mode {
 /// A load that ended.
 #[derive(Debug)]
 pub(in crate::queue) struct Loaded {
-    offsets: Vec<Offset>,
-    entries: Result<Vec<Arc<Entry>>, stream::Error>,
+    fetched: Result<Fetched, stream::Error>,
 }
 
 /// Messages on their way into the queue.
@@ -368,19 +368,19 @@ impl Task {
         let mut offsets = self.machine.upcoming(wanted);
         offsets.retain(is_missing);
         self.intake.is_loading = true;
-        let (stream, reads) = (self.parts.stream.clone(), Arc::clone(&self.parts.reads));
-        let id = self.parts.stream_id;
+        let (source, reads) = (self.source(), Arc::clone(&self.parts.reads));
+        let reopened = self.reopened(&offsets);
         self.work.push(Box::pin(async move {
             let _permit = reads.acquire_owned().await;
-            let entries = stream.fetch(id, offsets.clone()).await;
-            Done::Loaded(Loaded { offsets, entries })
+            let fetched = source.fetch(offsets, &reopened).await;
+            Done::Loaded(Loaded { fetched })
         }));
     }
 
     pub(in crate::queue) fn finish_load(&mut self, loaded: Loaded) {
         self.intake.is_loading = false;
-        let entries = match loaded.entries {
-            Ok(entries) => entries,
+        let Fetched { entries, missing } = match loaded.fetched {
+            Ok(fetched) => fetched,
             Err(error) => {
                 log_read_failure(&self.parts.name, &error);
                 self.intake.retry_at = Some(Instant::now() + RETRY);
@@ -388,13 +388,6 @@ impl Task {
             }
         };
         self.intake.retry_at = None;
-        let mut missing = loaded.offsets;
-        // Both by offset.
-        let mut found = entries.iter().map(|entry| entry.offset).peekable();
-        missing.retain(|offset| {
-            while found.next_if(|found| found < offset).is_some() {}
-            found.peek() != Some(offset)
-        });
         for entry in entries {
             self.intake.keep(entry);
         }

@@ -23,6 +23,9 @@ pub(in crate::queue) struct Metrics {
     pub(in crate::queue) expired: Counter,
     pub(in crate::queue) unwritten: Counter,
     pub(in crate::queue) dead_letters: Counter,
+    pub(in crate::queue) redriven: Counter,
+    pub(in crate::queue) forwarded: Counter,
+    pub(in crate::queue) forwards_refused: Counter,
     pub(in crate::queue) lost: Counter,
     pub(in crate::queue) incidents: Counter,
     pub(in crate::queue) groups: Counter,
@@ -46,6 +49,9 @@ impl Metrics {
             expired: Counter::default(),
             unwritten: Counter::default(),
             dead_letters: Counter::default(),
+            redriven: Counter::default(),
+            forwarded: Counter::default(),
+            forwards_refused: Counter::default(),
             lost: Counter::default(),
             incidents: Counter::default(),
             groups: Counter::default(),
@@ -86,6 +92,21 @@ impl Metrics {
                 "postroad_queue_dead_letters",
                 "Messages rejected or out of attempts",
                 &self.dead_letters,
+            ),
+            (
+                "postroad_queue_redriven",
+                "Dead letters brought back by redrives",
+                &self.redriven,
+            ),
+            (
+                "postroad_queue_dead_letters_forwarded",
+                "Dead letters whose copies were published to their queue's dead_letter_topic",
+                &self.forwarded,
+            ),
+            (
+                "postroad_queue_dead_letter_forwards_refused",
+                "Dead letters whose copies cannot be published",
+                &self.forwards_refused,
             ),
             (
                 "postroad_queue_lost",
@@ -179,7 +200,7 @@ const PER_QUEUE: [(&str, &str, Read); 6] = [
     ),
     (
         "postroad_queue_dead_letter_messages",
-        "Dead letters of the queue's generation",
+        "Dead letters that were not redriven",
         |progress| progress.dead.load(Ordering::Relaxed),
     ),
     (

@@ -5,14 +5,17 @@
 //! slot's lease writes for it: every write checks the lease's epoch. A restart reads a checkpoint and the journal behind
 //! it, and redelivers nothing before its deadline. While Postgres cannot be reached the queues stand still.
 
+mod ahead;
 mod api;
 mod declare;
 mod engine;
 mod feed;
+mod forward;
 mod handle;
 mod handout;
 mod hold;
 mod intake;
+mod letters;
 mod message;
 mod metrics;
 mod order;
@@ -20,6 +23,7 @@ mod pages;
 mod positions;
 mod receive;
 mod recovery;
+mod redrive;
 mod refused;
 mod renewal;
 mod scans;
@@ -32,9 +36,8 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
-use crate::domain::policy::DEAD_LETTER_RETENTION;
 use crate::domain::queue::At;
 use crate::domain::receipt::Key;
 use crate::store::{self, Database};
@@ -48,8 +51,13 @@ pub use api::{
 };
 pub use handle::{Handle, Receiving};
 pub use handout::Handout;
+pub use letters::{LETTERS_MAX, LetterFilter, LetterPage};
 pub use message::{Act, Acted, Expire, INSPECT_MAX, MessageState, MessageStatus};
+pub use redrive::{DryRun, NewRedrive};
 pub use renewal::{Renewal, Renewed};
+
+pub use crate::store::letter::{Stored as DeadLetter, Summary as LetterSummary};
+pub use crate::store::redrive::RedriveRow as Redrive;
 
 /// Most queues of one process (PROTOCOL.md, Parameters).
 pub const QUEUES_MAX: usize = 10_000;
@@ -65,8 +73,6 @@ pub struct Options {
     pub journal_full_bytes: i64,
     /// A segment with anything in it is full after so long.
     pub journal_full_after: Duration,
-    /// Dead letters are kept for so long.
-    pub dead_letter_retention: Duration,
     /// How often dead letters are looked at for those that are older.
     pub trim_every: Duration,
     /// How often it is written down how far the queues that keep up are.
@@ -82,7 +88,6 @@ impl Default for Options {
             queues_max: QUEUES_MAX,
             journal_full_bytes: 16 * 1024 * 1024,
             journal_full_after: Duration::from_secs(10 * 60),
-            dead_letter_retention: DEAD_LETTER_RETENTION,
             trim_every: Duration::from_secs(60),
             positions_every: Duration::from_secs(30),
             position_worth: 10_000,
@@ -108,7 +113,14 @@ pub async fn start(
     // A part and a probe of every queue there can be: sending to the writer never has to wait.
     let (writer_in, submissions) = mpsc::channel(2 * QUEUES_MAX + 1);
     let metrics = metrics::Metrics::new(registry);
+    let (people, letters) = letters::Desk::new(database.clone(), supervisor.clone());
+    let (tasks, task_letters) = letters::Desk::new(database.clone(), supervisor.clone());
+    supervisor.spawn("queue letters", OnEnd::StopProcess, people.run());
+    supervisor.spawn("queue redrives", OnEnd::StopProcess, tasks.run());
     let shared = Arc::new(handle::Shared {
+        letters,
+        task_letters,
+        forward: Notify::new(),
         queues: RwLock::new(HashMap::new()),
         jobs: jobs_in,
         key: Key::new(&cluster.identity().receipt_key.0),
@@ -128,6 +140,13 @@ pub async fn start(
         submissions,
     };
     supervisor.spawn("queue writer", OnEnd::StopProcess, writer.run());
+    let forwarder = forward::Forwarder {
+        database: database.clone(),
+        stream: stream.clone(),
+        shared: Arc::clone(&shared),
+        supervisor: supervisor.clone(),
+    };
+    supervisor.spawn("queue forwarder", OnEnd::StopProcess, forwarder.run());
     let mut engine = engine::Engine::new(engine::Given {
         options,
         database,

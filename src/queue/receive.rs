@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::api::{Delivery, Error, ReceiveRequest, Received};
 use super::handout::{Handout, Promise};
 use super::intake::Intake;
+use super::letters::Fetched;
 use super::task::{Answer, Done, Task};
 use super::waiters::Waiter;
 use crate::domain::id::Offset;
@@ -74,13 +75,13 @@ impl Task {
     }
 
     fn replay(&mut self, receive_id: String, offsets: Vec<Offset>, reply: Reply) {
-        let (stream, id) = (self.parts.stream.clone(), self.parts.stream_id);
+        let (source, reopened) = (self.source(), self.reopened(&offsets));
         self.work.push(Box::pin(async move {
-            let entries = stream.fetch(id, offsets).await;
+            let fetched = source.fetch(offsets, &reopened).await;
             Done::Replayed {
                 receive_id,
                 reply,
-                entries,
+                fetched,
             }
         }));
     }
@@ -236,9 +237,9 @@ impl Task {
         &mut self,
         receive_id: &str,
         reply: Reply,
-        entries: Result<Vec<Arc<Entry>>, stream::Error>,
+        fetched: Result<Fetched, stream::Error>,
     ) {
-        let Ok(entries) = entries else {
+        let Ok(Fetched { entries, .. }) = fetched else {
             let _ = reply.send(Err(Error::Unavailable {
                 why: "its messages could not be read",
             }));

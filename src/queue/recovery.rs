@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
 use crate::domain::queue::{Queue, Random, Record, decode};
 use crate::store::queue::{QueueRow, StatePart};
+use crate::store::redrive::RedriveRow;
 use crate::store::{self, Database};
 
 /// Why a slot could not be recovered.
@@ -24,13 +25,33 @@ pub(in crate::queue) enum Error {
     },
 }
 
-/// The slot's queues as they were, and of each whether the journal holds rows that no checkpoint does.
+/// A queue as it was.
+pub(in crate::queue) struct Recovered {
+    pub(in crate::queue) machine: Queue,
+    /// Whether the journal holds rows that no checkpoint does.
+    pub(in crate::queue) unfolded: bool,
+    /// The redrives that run.
+    pub(in crate::queue) redrives: Vec<RedriveRow>,
+}
+
+impl Recovered {
+    /// A queue that has nothing to recover.
+    pub(in crate::queue) fn new(machine: Queue) -> Self {
+        Self {
+            machine,
+            unfolded: false,
+            redrives: Vec::new(),
+        }
+    }
+}
+
+/// The slot's queues as they were.
 pub(in crate::queue) async fn recover(
     database: &Database,
     fence: &Fence,
     slot: Slot,
     rows: &[&QueueRow],
-) -> Result<Vec<(Queue, bool)>, Error> {
+) -> Result<Vec<Recovered>, Error> {
     let state = store::queue::find_queue_state(database, fence, slot).await?;
     let state = state.ok_or(Error::Fenced)?;
     let positions = state.positions.into_iter();
@@ -40,6 +61,11 @@ pub(in crate::queue) async fn recover(
     let mut by_queue: HashMap<QueueId, Vec<StatePart>> = HashMap::new();
     for part in state.parts {
         by_queue.entry(part.queue).or_default().push(part);
+    }
+    // After the state, under whose lock every group is decided.
+    let mut redrives: HashMap<QueueId, Vec<RedriveRow>> = HashMap::new();
+    for (queue, redrive) in store::redrive::find_running(database, slot).await? {
+        redrives.entry(queue).or_default().push(redrive);
     }
     let mut machines = Vec::with_capacity(rows.len());
     for row in rows {
@@ -55,7 +81,11 @@ pub(in crate::queue) async fn recover(
                 matched: Default::default(),
             });
         }
-        machines.push((machine, parts.iter().any(|part| part.is_journal)));
+        machines.push(Recovered {
+            machine,
+            unfolded: parts.iter().any(|part| part.is_journal),
+            redrives: redrives.remove(&row.id).unwrap_or_default(),
+        });
     }
     Ok(machines)
 }

@@ -71,8 +71,8 @@ impl Engine {
         }
         match recovery::recover(&self.database, &fence, row.slot, &[&row]).await {
             Ok(machines) => {
-                for (machine, unfolded) in machines {
-                    self.start_task(machine, unfolded, &fence);
+                for recovered in machines {
+                    self.start_task(recovered, &fence);
                 }
             }
             Err(error) => {

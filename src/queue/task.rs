@@ -22,8 +22,10 @@ use super::handle::{Acks, Command, ENDED, Shared};
 use super::handout::{Promise, Promises};
 use super::hold::{Hold, told};
 use super::intake::{Intake, Loaded};
+use super::letters::{Fetched, Letters};
 use super::message::{Act, Acted};
 use super::order::{Marked, Marks};
+use super::redrive::{self, Redrives};
 use super::scans::Scans;
 use super::waiters::Waiters;
 use super::writer::{Contact, Outage, Submission, Written};
@@ -35,6 +37,7 @@ use crate::domain::queue::{At, End, Handed, Item, Outcome, Queue, Record, Verb, 
 use crate::domain::receipt::Receipt;
 use crate::store;
 use crate::store::queue::GroupPart;
+use crate::store::redrive::RedriveRow;
 use crate::stream;
 use crate::supervisor::Supervisor;
 
@@ -91,6 +94,7 @@ pub(in crate::queue) struct Parts {
     /// Nothing is handed out.
     pub(in crate::queue) is_paused: bool,
     pub(in crate::queue) shared: Arc<Shared>,
+    pub(in crate::queue) letters: Letters,
     pub(in crate::queue) stream: stream::Handle,
     pub(in crate::queue) cluster: cluster::Handle,
     pub(in crate::queue) dispatch: Arc<Dispatch>,
@@ -115,6 +119,15 @@ pub(in crate::queue) enum Answer {
     Pin {
         reply: oneshot::Sender<Result<(), Error>>,
     },
+    Done {
+        reply: oneshot::Sender<Result<(), Error>>,
+    },
+    /// A redrive's row is written, or what a dry run counts is.
+    Begun { id: String },
+    Redrive {
+        reply: oneshot::Sender<Result<RedriveRow, Error>>,
+        row: RedriveRow,
+    },
     Settle {
         reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
         outcomes: Vec<Outcome>,
@@ -134,6 +147,7 @@ struct Submitted {
     done: oneshot::Receiver<Written>,
     answers: Vec<Answer>,
     has_records: bool,
+    has_forwards: bool,
     is_fold: bool,
     watermark: Offset,
 }
@@ -145,7 +159,7 @@ pub(in crate::queue) enum Done {
     Replayed {
         receive_id: String,
         reply: oneshot::Sender<Result<Received, Error>>,
-        entries: Result<Vec<Arc<Entry>>, stream::Error>,
+        fetched: Result<Fetched, stream::Error>,
     },
     Looked {
         offset: Offset,
@@ -154,6 +168,7 @@ pub(in crate::queue) enum Done {
         entries: Result<Vec<Arc<Entry>>, stream::Error>,
     },
     Marked(Marked),
+    Redrive(redrive::Found),
     Probed,
     Told,
 }
@@ -168,6 +183,7 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) work: FuturesUnordered<Work>,
     pub(in crate::queue) waiters: Waiters,
     pub(in crate::queue) promises: Promises,
+    pub(in crate::queue) redrives: Redrives,
     pub(in crate::queue) answers: Vec<Answer>,
     submitted: Option<Submitted>,
     /// Since when decisions wait to be submitted.
@@ -189,8 +205,13 @@ pub(in crate::queue) struct Task {
 }
 
 impl Task {
-    /// `unfolded`: whether the journal has rows of the queue that no checkpoint holds.
-    pub(in crate::queue) fn new(parts: Parts, machine: Queue, unfolded: bool) -> Self {
+    /// `unfolded`: whether the journal has rows of the queue that no checkpoint holds. `redrives`: those that run.
+    pub(in crate::queue) fn new(
+        parts: Parts,
+        machine: Queue,
+        unfolded: bool,
+        redrives: Vec<RedriveRow>,
+    ) -> Self {
         let outage = parts.contact.outage();
         let moved = outage.borrow().moved;
         let intake = Intake::new(&parts.stream, parts.stream_id);
@@ -205,6 +226,7 @@ impl Task {
             work: FuturesUnordered::new(),
             waiters: Waiters::default(),
             promises: Promises::default(),
+            redrives: Redrives::new(redrives),
             answers: Vec::new(),
             submitted: None,
             decided_at: None,
@@ -291,6 +313,7 @@ impl Task {
         self.ask_marks();
         self.give_up_dropped();
         if !outage.standing {
+            self.redrive();
             let now = self.now();
             self.machine.advance(now, confirmed);
             let is_over = |deadline: At| deadline <= now;
@@ -344,6 +367,11 @@ impl Task {
         let mut wake_at = self.intake.retry_at(instant);
         if !self.is_quiet() || self.intake.has_loaded() {
             wake_at = wake_at.min(self.position_at);
+        }
+        if !self.is_standing()
+            && let Some(at) = self.redrive_at(instant)
+        {
+            wake_at = wake_at.min(at);
         }
         let ends = self.waiters.next_end().map(|(until, _)| until);
         // Nobody is served, so a batch's time to fill may be over for long.
@@ -432,10 +460,21 @@ impl Task {
                 self.fold_wanted |= self.unfolded_turn.is_some_and(|turn| turn < before_turn);
             }
             Command::Trim { letters } => {
+                // The copy of one that was redriven may be the only one.
                 for letter in letters {
-                    self.machine.remove_letter(letter);
+                    if !self.machine.is_reopened(letter) {
+                        self.machine.remove_letter(letter);
+                    }
                 }
             }
+            Command::RemoveLetter {
+                id,
+                delivery,
+                reply,
+            } => self.remove_letter(id, delivery, reply),
+            Command::Redrive { new, reply } => self.begin_redrive(new, reply),
+            Command::DryRun { new, reply } => self.dry_run(&new, reply),
+            Command::CancelRedrive { id, reply } => self.cancel_redrive(&id, reply),
             Command::End => self.ending = Some(Why::Told),
         }
     }
@@ -560,7 +599,7 @@ impl Task {
         if self.fold_wanted {
             self.machine.journal_scan(self.machine.scanned_through());
         }
-        if !self.machine.has_batch() && !self.fold_wanted {
+        if !self.machine.has_batch() && !self.fold_wanted && !self.redrives.has_steps() {
             let answers = std::mem::take(&mut self.answers);
             self.answer(answers);
             return;
@@ -578,9 +617,12 @@ impl Task {
             },
             checkpoint: is_fold.then(|| self.machine.checkpoint()),
             letters: batch.letters,
+            forward: self.machine.settings().dead_letter_topic.clone(),
             removed_letters: batch.removed_letters,
+            redrives: self.redrives.take_steps(),
         });
         let has_records = !part.records.is_empty();
+        let has_forwards = part.forward.is_some() && !part.letters.is_empty();
         let (done, receiver) = oneshot::channel();
         let fence = self.parts.fence.clone();
         if self
@@ -598,6 +640,7 @@ impl Task {
             done: receiver,
             answers: std::mem::take(&mut self.answers),
             has_records,
+            has_forwards,
             is_fold,
             watermark: self.machine.watermark(),
         });
@@ -637,6 +680,9 @@ impl Task {
                     .progress
                     .watermark
                     .store(part.watermark.0, Ordering::Release);
+                if part.has_forwards {
+                    self.parts.shared.forward.notify_one();
+                }
                 self.answer(part.answers);
             }
             Some(Written::Fenced) => self.ending = Some(Why::Fenced),
@@ -650,6 +696,7 @@ impl Task {
             Done::Probed => self.is_probing = false,
             Done::Told => {}
             Done::Marked(marked) => self.finish_marks(marked),
+            Done::Redrive(found) => self.finish_found(found),
             Done::Scanned(scanned) => self.finish_scan(scanned),
             Done::Loaded(loaded) => self.finish_load(loaded),
             Done::Looked {
@@ -661,13 +708,13 @@ impl Task {
             Done::Replayed {
                 receive_id,
                 reply,
-                entries,
-            } => self.finish_replay(&receive_id, reply, entries),
+                fetched,
+            } => self.finish_replay(&receive_id, reply, fetched),
         }
     }
 
     /// Sends answers whose decisions are committed.
-    fn answer(&self, answers: Vec<Answer>) {
+    fn answer(&mut self, answers: Vec<Answer>) {
         for answer in answers {
             match answer {
                 Answer::Settle { reply, outcomes } => {
@@ -687,8 +734,12 @@ impl Task {
                 Answer::Expired { reply, offsets } => {
                     let _ = reply.send(Ok(offsets));
                 }
-                Answer::Pin { reply } => {
+                Answer::Pin { reply } | Answer::Done { reply } => {
                     let _ = reply.send(Ok(()));
+                }
+                Answer::Begun { id } => self.redrive_is_begun(&id),
+                Answer::Redrive { reply, row } => {
+                    let _ = reply.send(Ok(row));
                 }
             }
         }
@@ -712,7 +763,11 @@ impl Task {
                 }
                 Command::Settle { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::InFlight { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::Pin { reply } => drop(reply.send(Err(ENDED))),
+                Command::Pin { reply }
+                | Command::RemoveLetter { reply, .. }
+                | Command::CancelRedrive { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::Redrive { reply, .. } => drop(reply.send(Err(ENDED))),
+                Command::DryRun { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Inspect { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Act { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Expire { reply, .. } => drop(reply.send(Err(ENDED))),

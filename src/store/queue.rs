@@ -4,10 +4,11 @@ use chrono::{DateTime, Utc};
 use sqlx::{Connection as _, Row as _};
 
 use super::bounded::{HEARTBEAT, STATEMENT, bounded};
+use super::redrive::RedriveStep;
 use super::renewal::Renewed;
 use super::{Connection, Database, Error};
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
-use crate::domain::name::{QueueName, StreamName, TopicPattern};
+use crate::domain::name::{QueueName, StreamName, Topic, TopicPattern};
 use crate::domain::policy::{Settings, Start};
 use crate::domain::queue::Letter;
 
@@ -449,8 +450,12 @@ pub struct GroupPart {
     pub checkpoint: Option<Vec<u8>>,
     /// Messages that died.
     pub letters: Vec<Letter>,
+    /// Where copies of them go.
+    pub forward: Option<Topic>,
     /// Dead letters to be removed.
     pub removed_letters: Vec<Offset>,
+    /// What redrives did, each at most once.
+    pub redrives: Vec<RedriveStep>,
 }
 
 /// What became of a group.
@@ -489,9 +494,13 @@ pub async fn write_group(
                 .map(move |offset| (part, offset))
         })
     };
+    let redrives = || {
+        let parts = group.parts.iter();
+        parts.flat_map(|part| part.redrives.iter().map(move |step| (part, step)))
+    };
     let (turn, fenced): (i64, Vec<i16>) = bounded("writing the journal of queues", STATEMENT, sqlx::query_as(
         "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
-            $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26)",
+            $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29)",
     )
     .bind(incarnation)
     .bind(collect(slots.iter(), |slot| slot.slot.0))
@@ -515,10 +524,13 @@ pub async fn write_group(
     .bind(collect(letters(), |(_, letter)| letter.cause))
     .bind(collect(letters(), |(_, letter)| failures(letter)))
     .bind(collect(letters(), |(_, letter)| DateTime::<Utc>::from(letter.died_at)))
+    .bind(collect(letters(), |(part, _)| part.forward.as_ref().map(Topic::as_str)))
     .bind(collect(removed(), |(part, _)| part.slot.0))
     .bind(collect(removed(), |(part, _)| part.queue.0))
-    .bind(collect(removed(), |(part, _)| part.generation.0))
     .bind(collect(removed(), |(_, offset)| offset.0))
+    .bind(collect(redrives(), |(part, _)| part.slot.0))
+    .bind(collect(redrives(), |(part, _)| part.queue.0))
+    .bind(collect(redrives(), |(_, step)| to_json(step)))
     .fetch_one(connection)).await?;
     Ok(GroupWritten {
         turn,
@@ -554,34 +566,6 @@ pub async fn probe(connection: &mut Connection) -> Result<(), Error> {
     )
     .await?;
     Ok(())
-}
-
-/// Finds dead letters that are older than `seconds`, the oldest of each queue: at most a hundred of each, and of a hundred
-/// queues.
-///
-/// # Errors
-/// The database's.
-pub async fn find_old_letters(
-    database: &Database,
-    seconds: f64,
-) -> Result<Vec<(QueueId, Vec<Offset>)>, Error> {
-    let found: Vec<(i64, Vec<i64>)> = sqlx::query_as(
-        "select q.id, array_agg(d.\"offset\") from postroad_broker.queue q, \
-            (select clock_timestamp() - make_interval(secs => $1) as before) t, \
-            lateral (select l.\"offset\" from postroad_broker.dead_letter l \
-                where l.queue_id = q.id and l.generation = q.generation and l.died_at < t.before \
-                order by l.died_at limit 100) d \
-         group by q.id limit 100",
-    )
-    .bind(seconds)
-    .fetch_all(database.pool())
-    .await
-    .map_err(Error::query("finding old dead letters"))?;
-    let letters = found.into_iter().map(|(queue, offsets)| {
-        let offsets = offsets.into_iter().map(Offset);
-        (QueueId(queue), offsets.collect())
-    });
-    Ok(letters.collect())
 }
 
 /// Turns the journal to its next segment if the current one is full, and truncates segments that every checkpoint is

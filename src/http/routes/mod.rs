@@ -1,9 +1,11 @@
 //! The routes, one file per family.
 
+mod dead_letters;
 mod deliveries;
 mod origins;
 mod publish;
 pub(in crate::http) mod queues;
+mod redrives;
 mod replay;
 pub(in crate::http) mod streams;
 mod system;
@@ -21,6 +23,8 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(replay::routes())
         .merge(queues::routes())
         .merge(deliveries::routes())
+        .merge(dead_letters::routes())
+        .merge(redrives::routes())
         .merge(origins::routes())
         .merge(system::routes())
 }

@@ -14,10 +14,10 @@ use utoipa_axum::routes;
 use super::streams::{OFFSET_MAX, parse_time};
 use super::wire;
 use crate::domain::id::Offset;
-use crate::domain::name::{QueueName, StreamName, TopicPattern};
+use crate::domain::name::{QueueName, StreamName, Topic, TopicPattern};
 use crate::domain::policy::{
-    MAX_ATTEMPTS, MAX_ATTEMPTS_MAX, MAX_IN_FLIGHT, Ordering, PATTERNS_MAX, RetryPolicy, Settings,
-    Start, VISIBILITY_TIMEOUT,
+    DEAD_LETTER_RETENTION, MAX_ATTEMPTS, MAX_ATTEMPTS_MAX, MAX_IN_FLIGHT, Ordering, PATTERNS_MAX,
+    RetryPolicy, Settings, Start, VISIBILITY_TIMEOUT,
 };
 use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::openapi::{NoQueue, QueueConflicts, Reads, Writes};
@@ -27,6 +27,8 @@ use crate::queue::{self, BlockedBy, BlockedKey, Declared, Description, Status};
 
 /// Longest delay and visibility timeout, in seconds: 12 h.
 pub(super) const TWELVE_HOURS: f64 = 43_200.0;
+/// Longest `dead_letter_retention_seconds`.
+const TEN_YEARS: f64 = 315_360_000.0;
 /// Longest `max_hold_seconds`: a week.
 const WEEK: f64 = 604_800.0;
 
@@ -60,6 +62,17 @@ struct Declaration {
     max_hold_seconds: Option<f64>,
     /// When a message that failed is tried again.
     retry: Option<Retry>,
+    /// How long dead letters are kept; 14 days without.
+    #[schema(minimum = 60, maximum = 315_360_000)]
+    dead_letter_retention_seconds: Option<f64>,
+    /// Where a copy of each dead letter is published, as an event with an id of its own and the attributes `postroadqueue`,
+    /// `postroadcause` and others; nowhere without. Not a topic that the queue takes itself.
+    #[schema(
+        min_length = 1,
+        max_length = 255,
+        pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$"
+    )]
+    dead_letter_topic: Option<String>,
     /// In which order messages go out. `none`: as they are ready. `key`: of one key at most one at a time is in flight,
     /// and later ones wait for it, over retries, too; messages without a key wait for none.
     ordering: Option<OrderingName>,
@@ -152,6 +165,8 @@ struct Queue {
     max_in_flight: u32,
     max_hold_seconds: Option<Seconds>,
     retry: RetryNow,
+    dead_letter_retention_seconds: Seconds,
+    dead_letter_topic: Option<String>,
     ordering: OrderingName,
     hold_key: bool,
     key_batches: bool,
@@ -356,6 +371,8 @@ impl From<Description> for Queue {
             max_in_flight: settings.max_in_flight,
             max_hold_seconds: settings.max_hold.map(seconds),
             retry: settings.retry.into(),
+            dead_letter_retention_seconds: seconds(settings.dead_letter_retention),
+            dead_letter_topic: settings.dead_letter_topic.map(|topic| topic.to_string()),
             ordering: match settings.ordering {
                 Ordering::None => OrderingName::None,
                 Ordering::Key => OrderingName::Key,
@@ -466,6 +483,14 @@ impl Declaration {
             retry: self
                 .retry
                 .map_or_else(RetryPolicy::default, |retry| retry.checked(&mut check)),
+            dead_letter_retention: self
+                .dead_letter_retention_seconds
+                .map_or(DEAD_LETTER_RETENTION, |value| {
+                    check.seconds("/dead_letter_retention_seconds", value, 60.0..=TEN_YEARS)
+                }),
+            dead_letter_topic: self
+                .dead_letter_topic
+                .and_then(|text| check.parsed("/dead_letter_topic", &text, Topic::parse)),
             ordering: match self.ordering {
                 None | Some(OrderingName::None) => Ordering::None,
                 Some(OrderingName::Key) => Ordering::Key,

@@ -197,13 +197,18 @@ impl From<queue::Error> for Problem {
             Error::GenerationMoved { found, .. } => {
                 Self::new(Kind::GenerationMoved, error.to_string()).with("generation", found.0)
             }
+            Error::LetterNotFound { .. } => Self::new(Kind::DeadLetterNotFound, error.to_string()),
+            Error::LetterRedriven { .. } => Self::new(Kind::DeadLetterRedriven, error.to_string()),
+            Error::RedriveNotFound { .. } => Self::new(Kind::RedriveNotFound, error.to_string()),
             Error::TooManyQueues { .. } => Self::new(Kind::TooManyQueues, error.to_string()),
             Error::Invalid(fault) => Self::invalid(vec![FieldError {
                 place: Place::Pointer(format!("/{}", fault.field.replace('.', "/"))),
                 detail: error.to_string(),
                 allowed: None,
             }]),
-            Error::InFlightFull { .. } | Error::TooManyWaiters { .. } => {
+            Error::InFlightFull { .. }
+            | Error::TooManyWaiters { .. }
+            | Error::TooManyRedrives { .. } => {
                 Self::new(Kind::TooManyRequests, error.to_string()).retry_after(1)
             }
             Error::OutcomeUnknown => Self::new(Kind::OutcomeUnknown, error.to_string()),

@@ -7,6 +7,7 @@ mod killed;
 mod outage;
 mod poison;
 mod random;
+mod redrive;
 mod restart;
 mod retention;
 

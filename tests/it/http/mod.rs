@@ -2,6 +2,7 @@
 
 mod connections;
 mod follow;
+mod letters;
 mod messages;
 mod publishing;
 mod receive;

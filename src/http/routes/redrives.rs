@@ -1,0 +1,347 @@
+//! Redrives: dead letters on their way back into their queue.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::dead_letters::TEXT_MAX_BYTES;
+use super::streams::parse_time;
+use super::wire;
+use crate::domain::letter::{Cause, LETTER_IDS_MAX, LetterId, REDRIVE_RATE_MAX, Selection};
+use crate::domain::name::{QueueName, TopicPattern};
+use crate::http::extract::{Check, Json, Named, PathPart, Query};
+use crate::http::openapi::{Cancels, NoQueue, NoRedrive, QueueBounds, Reads, Writes};
+use crate::http::problem::Problem;
+use crate::http::state::State;
+use crate::queue::{NewRedrive, Redrive};
+
+/// Which dead letters come back, and how fast: those of `ids`, those that fit the `filter`, or all without either. Those that die
+/// after the redrive began are not meant.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = RedriveRequest, example = json!({"filter": {"reason": "no stock"}, "rate_per_second": 100}))]
+struct Request {
+    /// A name for it: a repeat under the same name is the same redrive. Made up without.
+    #[schema(min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$")]
+    redrive_id: Option<String>,
+    /// These dead letters.
+    #[schema(min_items = 1, max_items = 1000)]
+    ids: Option<Vec<String>>,
+    /// Those that fit all that is given.
+    filter: Option<Filter>,
+    /// How many per second; as fast as the consumers settle them without.
+    #[schema(minimum = 1, maximum = 10000)]
+    rate_per_second: Option<i64>,
+    /// Only count them.
+    dry_run: Option<bool>,
+}
+
+/// Which dead letters.
+#[derive(Debug, Default, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = RedriveFilter)]
+struct Filter {
+    /// Only those that died so: `rejected` or `out_of_attempts`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(pattern = "^(rejected|out_of_attempts)$")]
+    cause: Option<String>,
+    /// Only of topics that match this pattern.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 255)]
+    topic: Option<String>,
+    /// Only of this ordering key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 512)]
+    key: Option<String>,
+    /// Only those one of whose failures has this in its reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 512)]
+    reason: Option<String>,
+    /// Only those that died after this moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime)]
+    died_after: Option<String>,
+    /// Only those that died before this moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime)]
+    died_before: Option<String>,
+}
+
+/// A redrive, as far as it has got.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Redrive)]
+struct View {
+    id: String,
+    /// `running`, `done` or `cancelled`.
+    status: String,
+    #[schema(format = DateTime)]
+    created_at: String,
+    #[schema(format = DateTime)]
+    finished_at: Option<String>,
+    /// Dead letters per second; null is as fast as the consumers settle them.
+    rate_per_second: Option<u32>,
+    /// The dead letters asked for by name.
+    ids: Option<Vec<String>>,
+    /// What they had to fit.
+    filter: Option<Filter>,
+    /// Dead letters that fitted when it began; null until they are counted.
+    total: Option<u64>,
+    /// Of these, those that came back.
+    redriven: u64,
+    /// Of these, those that were gone, or in the queue already, when their turn came.
+    skipped: u64,
+    /// Of those that came back, in a queue ordered by key: a later message of their key was settled before.
+    late: u64,
+}
+
+/// What a redrive would bring back.
+#[derive(Debug, Serialize, ToSchema)]
+struct DryRun {
+    /// Always true.
+    dry_run: bool,
+    /// Dead letters that fit.
+    matching: u64,
+    /// Of these, in a queue ordered by key: a later message of their key is settled already.
+    late: u64,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Redrives {
+    /// The newest first.
+    redrives: Vec<View>,
+}
+
+/// A redrive's name.
+#[derive(Debug)]
+struct RedriveId(String);
+
+impl PathPart for RedriveId {
+    const PARAMETER: &'static str = "id";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        // The same alphabet and length as of a queue's name.
+        QueueName::parse(text)
+            .map(|_| Self(text.to_owned()))
+            .map_err(|error| error.to_string())
+    }
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list, begin))
+        .routes(routes!(describe, cancel))
+}
+
+impl From<Redrive> for View {
+    fn from(redrive: Redrive) -> Self {
+        let selection = redrive.selection;
+        let filter = Filter {
+            cause: selection.cause.map(|cause| cause.as_str().to_owned()),
+            topic: selection.topic.map(|topic| topic.to_string()),
+            key: selection.key,
+            reason: selection.reason,
+            died_after: selection.died_after.map(wire::time),
+            died_before: selection.died_before.map(wire::time),
+        };
+        let ids = selection.ids;
+        Self {
+            id: redrive.id,
+            status: redrive.status,
+            created_at: wire::time(redrive.created_at),
+            finished_at: redrive.finished_at.map(wire::time),
+            rate_per_second: redrive.rate_per_second,
+            filter: (!filter.is_empty()).then_some(filter),
+            ids: ids.map(|ids| ids.iter().map(ToString::to_string).collect()),
+            total: redrive.total,
+            redriven: redrive.redriven,
+            skipped: redrive.skipped,
+            late: redrive.late,
+        }
+    }
+}
+
+impl Filter {
+    fn is_empty(&self) -> bool {
+        let texts = [&self.cause, &self.topic, &self.key, &self.reason];
+        let times = [&self.died_after, &self.died_before];
+        texts.into_iter().chain(times).all(Option::is_none)
+    }
+
+    fn checked(self, check: &mut Check) -> Selection {
+        for (pointer, text) in [("/filter/key", &self.key), ("/filter/reason", &self.reason)] {
+            if let Some(text) = text {
+                check.text(pointer, text, TEXT_MAX_BYTES);
+            }
+        }
+        let mut time = |pointer: &str, text: Option<String>| {
+            text.and_then(|text| check.parsed(pointer, &text, parse_time))
+        };
+        let died_after = time("/filter/died_after", self.died_after);
+        let died_before = time("/filter/died_before", self.died_before);
+        Selection {
+            ids: None,
+            cause: self
+                .cause
+                .and_then(|text| check.parsed("/filter/cause", &text, Cause::parse)),
+            topic: self
+                .topic
+                .and_then(|text| check.parsed("/filter/topic", &text, TopicPattern::parse)),
+            key: self.key,
+            reason: self.reason,
+            died_after,
+            died_before,
+        }
+    }
+}
+
+impl Request {
+    fn checked(self) -> Result<NewRedrive, Problem> {
+        let mut check = Check::default();
+        let id = match self.redrive_id {
+            Some(text) => {
+                check.parsed("/redrive_id", &text, QueueName::parse);
+                text
+            }
+            None => uuid::Uuid::now_v7().to_string(),
+        };
+        if self.ids.is_some() && self.filter.is_some() {
+            check.fault("/filter", "`ids` and `filter` cannot be given together");
+        }
+        let mut selection = self.filter.unwrap_or_default().checked(&mut check);
+        if let Some(texts) = self.ids {
+            if texts.is_empty() || texts.len() > LETTER_IDS_MAX {
+                check.fault("/ids", format!("`ids` must have 1 to {LETTER_IDS_MAX} ids"));
+            }
+            let ids = texts.iter().take(LETTER_IDS_MAX).enumerate();
+            let ids = ids.filter_map(|(index, text)| {
+                check.parsed(&format!("/ids/{index}"), text, LetterId::parse)
+            });
+            selection.ids = Some(ids.collect());
+        }
+        let rate_per_second = self.rate_per_second.map(|rate| {
+            let rate = check.integer("/rate_per_second", rate, 1..=i64::from(REDRIVE_RATE_MAX));
+            u32::try_from(rate).unwrap_or(1)
+        });
+        check.finish()?;
+        Ok(NewRedrive {
+            id,
+            selection,
+            rate_per_second,
+        })
+    }
+}
+
+/// List a queue's redrives. Those that ended are kept for 30 days.
+#[utoipa::path(
+    get, path = "/v1/queues/{queue}/redrives", tag = "dead letters",
+    params(
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("limit" = Option<i64>, Query, description = "The newest so many; 100 without", minimum = 1, maximum = 1000),
+    ),
+    responses((status = 200, description = "Redrives", body = Redrives), NoQueue, Reads),
+)]
+async fn list(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let limit = query.integer("limit", 1..=1_000).unwrap_or(100);
+    query.finish()?;
+    let limit = u32::try_from(limit).unwrap_or(1);
+    let redrives = state.parts.queue.redrives(&name, limit).await?;
+    let redrives = redrives.into_iter().map(View::from).collect();
+    Ok(wire::json(StatusCode::OK, &Redrives { redrives }))
+}
+
+/// Bring dead letters back into their queue, and into no other: in offset order, each with all its attempts. A message that comes
+/// back goes out before later ones; receipts of former deliveries are `stale`.
+#[utoipa::path(
+    post, path = "/v1/queues/{queue}/redrives", tag = "dead letters",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    request_body = Request,
+    responses(
+        (status = 200, description = "A dry run's counts; or there is a redrive of this name already, and nothing new begins",
+            body = Answer),
+        (status = 201, description = "It has begun", body = View),
+        NoQueue, QueueBounds, Writes,
+    ),
+)]
+async fn begin(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+    Json(request): Json<Request>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let is_dry = request.dry_run == Some(true);
+    let new = request.checked()?;
+    if is_dry {
+        let found = state.parts.queue.dry_run(&name, new).await?;
+        let answer = DryRun {
+            dry_run: true,
+            matching: found.matching,
+            late: found.late,
+        };
+        return Ok(wire::json(StatusCode::OK, &answer));
+    }
+    let (redrive, is_new) = state.parts.queue.redrive(&name, new).await?;
+    let status = match is_new {
+        true => StatusCode::CREATED,
+        false => StatusCode::OK,
+    };
+    Ok(wire::json(status, &View::from(redrive)))
+}
+
+/// One or the other.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[schema(as = RedriveAnswer)]
+#[expect(dead_code, reason = "describes what begin answers")]
+enum Answer {
+    DryRun(DryRun),
+    Redrive(View),
+}
+
+/// Describe a redrive, as far as it has got.
+#[utoipa::path(
+    get, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters",
+    params(
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "after-the-fix"),
+    ),
+    responses((status = 200, description = "The redrive", body = View), NoRedrive, Reads),
+)]
+async fn describe(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    Named(RedriveId(id)): Named<RedriveId>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let redrive = state.parts.queue.find_redrive(&name, &id).await?;
+    Ok(wire::json(StatusCode::OK, &View::from(redrive)))
+}
+
+/// Cancel a redrive: what came back stays in the queue, the other letters stay dead. One that is over is left as it is.
+#[utoipa::path(
+    delete, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters",
+    params(
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "after-the-fix"),
+    ),
+    responses((status = 204, description = "It does not run"), NoRedrive, Cancels, Reads),
+)]
+async fn cancel(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    Named(RedriveId(id)): Named<RedriveId>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    state.parts.queue.cancel_redrive(&name, &id).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}

@@ -1,0 +1,169 @@
+//! Dead letters read ahead of their redrive, and what of their keys comes after them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+
+use super::api::Error;
+use super::declare::stream_error;
+use super::letters::Letters;
+use crate::domain::id::{Offset, QueueId, StreamId};
+use crate::domain::letter::Selection;
+use crate::domain::name::TopicPattern;
+use crate::domain::queue::Reborn;
+use crate::store;
+use crate::store::redrive::Redrivable;
+use crate::stream::{self, Scan, key_hash};
+
+/// Letters of one read.
+const BLOCK: i64 = 5_000;
+/// Messages of one scan for what comes after.
+const SCAN_ITEMS: usize = 10_000;
+
+/// Letters read ahead.
+#[derive(Debug, Default)]
+pub(in crate::queue) struct Block {
+    pub(in crate::queue) letters: VecDeque<Reborn>,
+    /// How far the letters were looked at; None before the first read, and at the end.
+    pub(in crate::queue) through: Option<Offset>,
+    pub(in crate::queue) is_end: bool,
+    /// In a queue ordered by key.
+    later: Option<Later>,
+}
+
+impl Block {
+    /// Whether a batch can be taken: letters are at hand, or none are left, and what comes after them is known.
+    pub(in crate::queue) fn is_ready(&self, scanned: Offset) -> bool {
+        let is_read = !self.letters.is_empty() || self.is_end;
+        let later = self.later.as_ref();
+        is_read && later.is_none_or(|later| later.open.is_empty() || later.scanned >= scanned)
+    }
+
+    /// The message of its key that comes after a letter.
+    pub(in crate::queue) fn take_next(&mut self, letter: Offset) -> Option<Offset> {
+        self.later.as_mut()?.next.remove(&letter)
+    }
+}
+
+/// Which message of its key comes next after each letter.
+#[derive(Debug, Default)]
+struct Later {
+    /// Letters without one so far, by the hash of their key.
+    open: HashMap<i64, Vec<Offset>>,
+    next: HashMap<Offset, Offset>,
+    /// The log was looked at up to here.
+    scanned: Offset,
+}
+
+impl Later {
+    fn new(letters: &[Redrivable]) -> Self {
+        let mut later = Self {
+            scanned: letters
+                .first()
+                .map_or(Offset(0), |first| first.letter.offset),
+            ..Self::default()
+        };
+        for found in letters {
+            if let Some(key) = &found.key {
+                let open = later.open.entry(key_hash(key)).or_default();
+                open.push(found.letter.offset);
+            }
+        }
+        later
+    }
+
+    fn see(&mut self, key: Option<i64>, offset: Offset, is_letter: impl Fn(Offset) -> bool) {
+        let Some(key) = key else {
+            return;
+        };
+        let Some(open) = self.open.get_mut(&key) else {
+            return;
+        };
+        // A letter of the same redrive comes back before it matters.
+        if is_letter(offset) {
+            return;
+        }
+        open.retain(|&letter| {
+            let is_before = letter < offset;
+            if is_before {
+                self.next.insert(letter, offset);
+            }
+            !is_before
+        });
+        if open.is_empty() {
+            self.open.remove(&key);
+        }
+    }
+}
+
+/// What a read ahead needs to know.
+pub(in crate::queue) struct Ahead {
+    pub(in crate::queue) letters: Letters,
+    pub(in crate::queue) stream: stream::Handle,
+    pub(in crate::queue) stream_id: StreamId,
+    pub(in crate::queue) queue: QueueId,
+    pub(in crate::queue) patterns: Arc<[TopicPattern]>,
+    pub(in crate::queue) selection: Selection,
+    pub(in crate::queue) before: DateTime<Utc>,
+    pub(in crate::queue) after: Offset,
+    pub(in crate::queue) is_ordered: bool,
+    pub(in crate::queue) scan_to: Offset,
+}
+
+impl Ahead {
+    pub(in crate::queue) async fn read(self, mut block: Block) -> Result<Block, Error> {
+        if block.letters.is_empty() && !block.is_end {
+            let (queue, after, before) = (self.queue, self.after, self.before);
+            let selection = self.selection.clone();
+            let part = self
+                .letters
+                .ask(move |database| async move {
+                    store::redrive::find_redrivable(
+                        &database, queue, after, &selection, before, BLOCK,
+                    )
+                    .await
+                })
+                .await?;
+            block.later = self.is_ordered.then(|| Later::new(&part.found));
+            block.is_end = part.through.is_none();
+            block.through = part.through;
+            block.letters = part.found.into_iter().map(|found| found.letter).collect();
+        }
+        if let Some(later) = &mut block.later {
+            self.look_for_later(later, &block.letters).await?;
+        }
+        Ok(block)
+    }
+
+    /// Looks through the log, as far as the queue has, for what comes next after the letters. Their keys go on mostly soon.
+    async fn look_for_later(
+        &self,
+        later: &mut Later,
+        letters: &VecDeque<Reborn>,
+    ) -> Result<(), Error> {
+        while !later.open.is_empty() && later.scanned < self.scan_to {
+            let scan = Scan {
+                stream: self.stream_id,
+                after: later.scanned,
+                topics: self.patterns.to_vec(),
+                max_items: SCAN_ITEMS,
+            };
+            let scanned = self.stream.scan(scan).await.map_err(stream_error)?;
+            let is_letter = |offset: Offset| {
+                let found = letters.binary_search_by_key(&offset, |letter| letter.offset);
+                found.is_ok()
+            };
+            for item in &scanned.items {
+                later.see(item.key_hash, item.offset, is_letter);
+            }
+            let is_end = scanned.through <= later.scanned;
+            later.scanned = if is_end {
+                self.scan_to
+            } else {
+                scanned.through
+            };
+        }
+        Ok(())
+    }
+}

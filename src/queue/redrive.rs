@@ -1,0 +1,570 @@
+//! Redrives, as the queue's task runs them: dead letters come back in offset order, at the rate asked for, a batch at a time.
+//!
+//! What a batch did is a step: the letters' marks and the counts on the redrive's row, written by the very group that
+//! journals the machine's record. So after a kill the row says exactly what came back, and the redrive goes on behind it.
+//! Letters are read ahead in blocks; the machine knows which of them are still dead when their turn comes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::ahead::{Ahead, Block};
+use super::api::Error;
+use super::handle::{Command, Handle};
+use super::task::{Answer, Done, Task};
+use crate::domain::id::Offset;
+use crate::domain::letter::{REDRIVES_MAX, Selection};
+use crate::domain::name::QueueName;
+use crate::domain::policy::Ordering;
+use crate::domain::queue::Reborn;
+use crate::store;
+use crate::store::redrive::{RedriveRow, RedriveStep, Which};
+
+/// Most letters of one batch.
+const BATCH_MAX: usize = 1_000;
+/// How much time the letters of one batch make up for.
+const BATCH_EVERY: Duration = Duration::from_millis(250);
+/// A redrive that fell behind its rate makes up for this much at once.
+const BEHIND_MAX: Duration = Duration::from_secs(1);
+/// A read that failed is tried again after this.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// What a dry run found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DryRun {
+    /// Letters that would come back.
+    pub matching: u64,
+    /// Of these, in a queue ordered by key: a later message of their key is settled already.
+    pub late: u64,
+}
+
+/// What is asked of a redrive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewRedrive {
+    /// Its name, 1 to 100 bytes: the same one again is the same redrive.
+    pub id: String,
+    /// Which letters.
+    pub selection: Selection,
+    /// Letters per second, 1 to 10,000; as fast as the queue takes them without.
+    pub rate_per_second: Option<u32>,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// Who waits for the redrive.
+#[derive(Debug)]
+enum Asker {
+    Nobody,
+    /// For its row, with the total.
+    Begin(Reply<RedriveRow>),
+    /// For the end of a dry run.
+    DryRun(Reply<DryRun>),
+}
+
+/// One that runs.
+#[derive(Debug)]
+struct Running {
+    row: RedriveRow,
+    asker: Asker,
+    is_dry: bool,
+    /// Its row is committed.
+    is_begun: bool,
+    /// None while a read has it.
+    block: Option<Block>,
+    next_at: Instant,
+}
+
+/// The redrives of one queue.
+#[derive(Debug, Default)]
+pub(in crate::queue) struct Redrives {
+    running: Vec<Running>,
+    steps: Vec<RedriveStep>,
+    retry_at: Option<Instant>,
+}
+
+/// What a read for a redrive brought.
+#[derive(Debug)]
+pub(in crate::queue) enum Found {
+    Counted(String, Result<u64, Error>),
+    Block(String, Result<Block, Error>),
+}
+
+impl Redrives {
+    /// Those that run, as their rows say.
+    pub(in crate::queue) fn new(rows: Vec<RedriveRow>) -> Self {
+        let running = rows.into_iter().map(|row| {
+            let mut running = Running::new(row, Asker::Nobody);
+            running.is_begun = true;
+            running
+        });
+        Self {
+            running: running.collect(),
+            ..Self::default()
+        }
+    }
+
+    /// What is to be written with the next group.
+    pub(in crate::queue) fn take_steps(&mut self) -> Vec<RedriveStep> {
+        std::mem::take(&mut self.steps)
+    }
+
+    pub(in crate::queue) fn has_steps(&self) -> bool {
+        !self.steps.is_empty()
+    }
+
+    fn find(&mut self, id: &str) -> Option<&mut Running> {
+        self.running.iter_mut().find(|running| running.row.id == id)
+    }
+
+    /// The step of a redrive in the next group, with its numbers of now: they are what it did in all, so that a group that
+    /// is written again changes nothing.
+    fn step(&mut self, row: &RedriveRow) -> &mut RedriveStep {
+        let place = match self.steps.iter().position(|step| step.id == row.id) {
+            Some(place) => place,
+            None => {
+                self.steps.push(RedriveStep {
+                    id: row.id.clone(),
+                    ..RedriveStep::default()
+                });
+                self.steps.len() - 1
+            }
+        };
+        let step = &mut self.steps[place];
+        step.through = row.through;
+        step.total = row.total;
+        step.redriven = row.redriven;
+        step.skipped = row.skipped;
+        step.late = row.late;
+        step
+    }
+}
+
+impl Running {
+    fn new(row: RedriveRow, asker: Asker) -> Self {
+        Self {
+            row,
+            is_dry: matches!(asker, Asker::DryRun(_)),
+            asker,
+            is_begun: false,
+            block: Some(Block::default()),
+            next_at: Instant::now(),
+        }
+    }
+
+    /// How many letters the next batch has.
+    fn batch(&self) -> usize {
+        let per_batch = |rate: u32| (f64::from(rate) * BATCH_EVERY.as_secs_f64()) as usize;
+        let rate = self.row.rate_per_second;
+        rate.map_or(BATCH_MAX, |rate| per_batch(rate).clamp(1, BATCH_MAX))
+    }
+
+    /// Keeps to the rate, over batches that came late as well.
+    fn pace(&mut self, count: usize) {
+        let now = Instant::now();
+        self.next_at = match self.row.rate_per_second {
+            Some(rate) => {
+                let takes = Duration::from_secs_f64(count as f64 / f64::from(rate));
+                let from = now.checked_sub(BEHIND_MAX).unwrap_or(now);
+                self.next_at.max(from) + takes
+            }
+            None => now,
+        };
+    }
+
+    fn is_abandoned(&self) -> bool {
+        matches!(&self.asker, Asker::DryRun(reply) if reply.is_closed())
+    }
+}
+
+impl Task {
+    /// Begins a redrive. Its row is written with the next group; only then are letters read: those that died before are
+    /// committed by then.
+    pub(in crate::queue) fn begin_redrive(&mut self, new: NewRedrive, reply: Reply<RedriveRow>) {
+        if let Some(running) = self.redrives.find(&new.id) {
+            let row = running.row.clone();
+            return self.answers.push(Answer::Redrive { reply, row });
+        }
+        if self.redrives.running.len() >= REDRIVES_MAX {
+            let _ = reply.send(Err(Error::TooManyRedrives {
+                limit: REDRIVES_MAX,
+            }));
+            return;
+        }
+        let row = self.new_row(&new);
+        let step = self.redrives.step(&row);
+        step.created_at = Some(row.created_at);
+        step.selection = Some(new.selection);
+        step.rate_per_second = new.rate_per_second;
+        self.answers.push(Answer::Begun { id: new.id });
+        let running = Running::new(row, Asker::Begin(reply));
+        self.redrives.running.push(running);
+    }
+
+    fn new_row(&self, new: &NewRedrive) -> RedriveRow {
+        RedriveRow {
+            id: new.id.clone(),
+            created_at: self.now().into(),
+            selection: new.selection.clone(),
+            rate_per_second: new.rate_per_second,
+            status: "running".to_owned(),
+            finished_at: None,
+            total: None,
+            redriven: 0,
+            skipped: 0,
+            late: 0,
+            through: Offset(0),
+        }
+    }
+
+    /// Counts what a redrive would do. What is decided and not committed yet is waited for, as by a redrive.
+    pub(in crate::queue) fn dry_run(&mut self, new: &NewRedrive, reply: Reply<DryRun>) {
+        if self.redrives.running.len() >= REDRIVES_MAX {
+            let _ = reply.send(Err(Error::TooManyRedrives {
+                limit: REDRIVES_MAX,
+            }));
+            return;
+        }
+        let row = self.new_row(new);
+        self.answers.push(Answer::Begun { id: new.id.clone() });
+        let running = Running::new(row, Asker::DryRun(reply));
+        self.redrives.running.push(running);
+    }
+
+    /// The redrive's row is committed.
+    pub(in crate::queue) fn redrive_is_begun(&mut self, id: &str) {
+        if let Some(running) = self.redrives.find(id) {
+            running.is_begun = true;
+        }
+    }
+
+    /// Ends a redrive where it stands. Answered after the commit.
+    pub(in crate::queue) fn cancel_redrive(&mut self, id: &str, reply: Reply<()>) {
+        self.finish_redrive(id, "cancelled");
+        self.answers.push(Answer::Done { reply });
+    }
+
+    fn finish_redrive(&mut self, id: &str, status: &'static str) {
+        let place = self.redrives.running.iter().position(|r| r.row.id == id);
+        let Some(place) = place else {
+            return;
+        };
+        let mut running = self.redrives.running.remove(place);
+        let now = self.now().into();
+        running.row.status = status.to_owned();
+        running.row.finished_at = Some(now);
+        if status == "done" {
+            // Letters that were counted and were gone when their turn came.
+            let left = running
+                .row
+                .total
+                .unwrap_or(0)
+                .saturating_sub(running.row.redriven);
+            running.row.skipped = running.row.skipped.max(left);
+        }
+        match running.asker {
+            Asker::DryRun(reply) => {
+                let _ = reply.send(Ok(DryRun {
+                    matching: running.row.redriven,
+                    late: running.row.late,
+                }));
+                return;
+            }
+            Asker::Begin(reply) => {
+                let row = running.row.clone();
+                self.answers.push(Answer::Redrive { reply, row });
+            }
+            Asker::Nobody => {}
+        }
+        let step = self.redrives.step(&running.row);
+        step.status = Some(status);
+        step.at = Some(now);
+        tracing::info!(queue = %self.parts.name, redrive = id, status, redriven = running.row.redriven, "a redrive ended");
+    }
+
+    /// When a redrive has something to do next.
+    pub(in crate::queue) fn redrive_at(&self, instant: Instant) -> Option<Instant> {
+        if let Some(retry_at) = self.redrives.retry_at {
+            return Some(retry_at);
+        }
+        if self.machine.redrive_room() == 0 {
+            return None;
+        }
+        let ready = self.redrives.running.iter();
+        let ready = ready.filter(|running| running.is_begun && running.block.is_some());
+        ready.map(|running| running.next_at.max(instant)).min()
+    }
+
+    /// Whatever redrives can do now.
+    pub(in crate::queue) fn redrive(&mut self) {
+        let now = Instant::now();
+        if self.redrives.retry_at.is_some_and(|at| at > now) {
+            return;
+        }
+        self.redrives.retry_at = None;
+        self.redrives
+            .running
+            .retain(|running| !running.is_abandoned());
+        let due = self.redrives.running.iter();
+        let due = due.filter(|r| r.is_begun && r.block.is_some() && r.next_at <= now);
+        let due: Vec<String> = due.map(|running| running.row.id.clone()).collect();
+        for id in due {
+            self.redrive_one(&id);
+        }
+    }
+
+    fn redrive_one(&mut self, id: &str) {
+        let room = self.machine.redrive_room();
+        let (is_ordered, scanned) = (
+            self.machine.settings().ordering == Ordering::Key,
+            self.machine.scanned_through(),
+        );
+        let Some(running) = self.redrives.find(id) else {
+            return;
+        };
+        if running.row.total.is_none() && !running.is_dry {
+            return self.count_letters(id);
+        }
+        if room == 0 && !running.is_dry {
+            return;
+        }
+        let Some(block) = &running.block else {
+            return;
+        };
+        if block.is_ready(scanned) {
+            return self.redrive_batch(id, room);
+        }
+        let Some(block) = running.block.take() else {
+            return;
+        };
+        let ahead = Ahead {
+            selection: running.row.selection.clone(),
+            before: running.row.created_at,
+            after: running.row.through,
+            letters: self.parts.letters.clone(),
+            stream: self.parts.stream.clone(),
+            stream_id: self.parts.stream_id,
+            queue: self.machine.id(),
+            patterns: Arc::clone(&self.parts.patterns),
+            is_ordered,
+            scan_to: scanned,
+        };
+        let id = id.to_owned();
+        self.work.push(Box::pin(async move {
+            let block = ahead.read(block).await;
+            Done::Redrive(Found::Block(id, block))
+        }));
+    }
+
+    fn count_letters(&mut self, id: &str) {
+        let (letters, queue) = (self.parts.letters.clone(), self.machine.id());
+        let Some(running) = self.redrives.find(id) else {
+            return;
+        };
+        running.block = None;
+        let (selection, before) = (running.row.selection.clone(), running.row.created_at);
+        let id = id.to_owned();
+        self.work.push(Box::pin(async move {
+            let total = letters
+                .ask(move |database| async move {
+                    store::redrive::count_redrivable(&database, queue, &selection, before).await
+                })
+                .await;
+            Done::Redrive(Found::Counted(id, total))
+        }));
+    }
+
+    /// Brings the next letters of the block back, or counts them for a dry run.
+    fn redrive_batch(&mut self, id: &str, room: usize) {
+        let now = self.now();
+        let Some(running) = self.redrives.find(id) else {
+            return;
+        };
+        let Some(mut block) = running.block.take() else {
+            return;
+        };
+        let most = if running.is_dry {
+            BATCH_MAX
+        } else {
+            running.batch().min(room)
+        };
+        let batch: Vec<Reborn> = block
+            .letters
+            .drain(..most.min(block.letters.len()))
+            .collect();
+        let is_dry = running.is_dry;
+        let back = match is_dry {
+            true => batch.iter().map(|letter| letter.offset).collect(),
+            false => self.machine.redrive(&batch, now),
+        };
+        let is_late = |&&offset: &&Offset| {
+            let next = block.take_next(offset);
+            next.is_some_and(|next| self.machine.is_done_with(next))
+        };
+        let late = back.iter().filter(is_late).count();
+        let is_over = block.letters.is_empty() && block.is_end;
+        let through = match block.letters.is_empty() {
+            true => block.through.or(batch.last().map(|letter| letter.offset)),
+            false => batch.last().map(|letter| letter.offset),
+        };
+        let Some(running) = self.redrives.find(id) else {
+            return;
+        };
+        running.pace(batch.len());
+        let row = &mut running.row;
+        row.through = row.through.max(through.unwrap_or_default());
+        row.redriven += back.len() as u64;
+        row.skipped += (batch.len() - back.len()) as u64;
+        row.late += late as u64;
+        let row = row.clone();
+        running.block = Some(block);
+        if !is_dry {
+            self.parts.shared.metrics.redriven.inc_by(back.len() as u64);
+            let step = self.redrives.step(&row);
+            step.at = Some(now.into());
+            step.offsets.extend(back);
+        }
+        if is_over {
+            self.finish_redrive(id, "done");
+        }
+    }
+
+    pub(in crate::queue) fn finish_found(&mut self, found: Found) {
+        let failed = match found {
+            Found::Counted(id, total) => self.finish_count(&id, total),
+            Found::Block(id, block) => self.finish_block(&id, block),
+        };
+        if let Err(error) = failed {
+            self.redrives.retry_at = Some(Instant::now() + RETRY);
+            tracing::debug!(queue = %self.parts.name, error = &error as &dyn std::error::Error, "reading for a redrive failed; trying again");
+        }
+    }
+
+    fn finish_count(&mut self, id: &str, total: Result<u64, Error>) -> Result<(), Error> {
+        let Some(running) = self.redrives.find(id) else {
+            return Ok(());
+        };
+        running.block = Some(Block::default());
+        let asker = std::mem::replace(&mut running.asker, Asker::Nobody);
+        let total = total.map(|total| running.row.total = Some(total));
+        let row = running.row.clone();
+        if total.is_ok() {
+            self.redrives.step(&row);
+        }
+        if let Asker::Begin(reply) = asker {
+            // Without a total when it could not be counted yet.
+            self.answers.push(Answer::Redrive { reply, row });
+        }
+        total
+    }
+
+    fn finish_block(&mut self, id: &str, block: Result<Block, Error>) -> Result<(), Error> {
+        let Some(running) = self.redrives.find(id) else {
+            return Ok(());
+        };
+        match block {
+            Ok(block) => running.block = Some(block),
+            Err(error) => {
+                running.block = Some(Block::default());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A dry run reads through all letters, and in a queue ordered by key through the log.
+const DRY_RUN_WAIT: Duration = Duration::from_secs(60);
+
+impl Handle {
+    /// Begins to bring dead letters back: those that died up to now. Answered once that is committed and the letters are
+    /// counted. A repeat under the same id gives that redrive, and `false`.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::TooManyRedrives`], [`Error::Unavailable`], [`Error::OutcomeUnknown`],
+    /// [`Error::Stopping`], or the database's.
+    pub async fn redrive(
+        &self,
+        queue: &QueueName,
+        new: NewRedrive,
+    ) -> Result<(RedriveRow, bool), Error> {
+        match self.find_redrive(queue, &new.id).await {
+            Ok(found) => return Ok((found, false)),
+            Err(Error::RedriveNotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let row = self
+            .tell(queue, self.shared.outcome_wait, |reply| Command::Redrive {
+                new,
+                reply,
+            })
+            .await?;
+        Ok((row, true))
+    }
+
+    /// Counts what a redrive would bring back, and writes nothing.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::TooManyRedrives`], [`Error::Unavailable`], [`Error::OutcomeUnknown`] when the count
+    /// takes longer than a minute, [`Error::Stopping`].
+    pub async fn dry_run(&self, queue: &QueueName, new: NewRedrive) -> Result<DryRun, Error> {
+        self.tell(queue, DRY_RUN_WAIT, |reply| Command::DryRun { new, reply })
+            .await
+    }
+
+    /// Lists redrives, the newest first. Those that ended are kept for 30 days.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Stopping`], or the database's.
+    pub async fn redrives(&self, queue: &QueueName, limit: u32) -> Result<Vec<RedriveRow>, Error> {
+        self.read_redrives(queue, Which::Newest(i64::from(limit)))
+            .await
+    }
+
+    /// Describes one redrive, as far as it is committed.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::RedriveNotFound`], [`Error::Stopping`], or the database's.
+    pub async fn find_redrive(&self, queue: &QueueName, id: &str) -> Result<RedriveRow, Error> {
+        let found = self
+            .read_redrives(queue, Which::Named(id.to_owned()))
+            .await?;
+        let found = found.into_iter().next();
+        found.ok_or_else(|| Error::RedriveNotFound {
+            queue: queue.clone(),
+            id: id.to_owned(),
+        })
+    }
+
+    /// Cancels a redrive: what came back stays, and no more does. Answered after the commit; one that is over is left as it
+    /// is.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::RedriveNotFound`], [`Error::Unavailable`], [`Error::OutcomeUnknown`],
+    /// [`Error::Stopping`], or the database's.
+    pub async fn cancel_redrive(&self, queue: &QueueName, id: &str) -> Result<(), Error> {
+        if self.find_redrive(queue, id).await?.status != "running" {
+            return Ok(());
+        }
+        let id = id.to_owned();
+        self.tell(queue, self.shared.outcome_wait, |reply| {
+            Command::CancelRedrive { id, reply }
+        })
+        .await
+    }
+
+    async fn read_redrives(
+        &self,
+        queue: &QueueName,
+        which: Which,
+    ) -> Result<Vec<RedriveRow>, Error> {
+        let queue = self.shared.find(queue)?.description.id;
+        self.shared
+            .letters
+            .ask(move |database| async move {
+                store::redrive::find_redrives(&database, queue, &which).await
+            })
+            .await
+    }
+}
