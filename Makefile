@@ -34,6 +34,10 @@ soak: ## Run the long tests at full size on a release build, and print their fig
 	POSTROAD_SOAK_READERS=1000 POSTROAD_SOAK_READER_MESSAGES=10000 \
 	cargo test --test it soak:: -- --nocapture --test-threads 1
 
+.PHONY: bench
+bench: ## Measure the broker on a private Postgres, beside a queue made from a table: make bench ARGS="latency"
+	@$(WITH_POSTGRES) cargo run --release --quiet -- bench $(if $(strip $(ARGS)),$(ARGS),outbox --batch 100 --baseline)
+
 .PHONY: check-api
 check-api: ## Run schemathesis over the API of a broker of its own (needs python3; a few minutes)
 	@$(WITH_POSTGRES) cargo build --release --quiet; scripts/check-api.sh --max-time 180

@@ -22,7 +22,8 @@ pub const LEAF_COUNT: i16 = 8;
 pub const LEAF_PERIOD: Duration = Duration::from_secs(300);
 
 /// On top of what every session of Postroad sets. A plan made while a leaf was small froze a sequential scan: 150 ms a step
-/// instead of 0.3. A role's statement timeout would end the manifest of a large window, and its read only default a mark.
+/// instead of 0.3. So plans are not kept, but for that of a window. A role's statement timeout would end the manifest of a large
+/// window, and its read only default a mark.
 const SESSION: [(&str, &str); 8] = [
     ("enable_seqscan", "off"),
     ("plan_cache_mode", "force_custom_plan"),
@@ -38,6 +39,7 @@ const SESSION: [(&str, &str); 8] = [
 #[derive(Debug)]
 pub struct Session {
     connection: Connection,
+    keeps_plans: bool,
 }
 
 /// Who the origin is at the moment of a window's snapshot.
@@ -144,7 +146,24 @@ impl Session {
     pub async fn open(database: &Database) -> Result<Self, Error> {
         let options = database.options.clone().options(SESSION);
         let connection = connecting(Connection::connect_with(&options)).await?;
-        Ok(Self { connection })
+        Ok(Self {
+            connection,
+            keeps_plans: false,
+        })
+    }
+
+    /// Whether plans that statements have are used again, or made anew for what is in the tables now.
+    async fn keep_plans(&mut self, keeps: bool) -> Result<(), Error> {
+        if self.keeps_plans != keeps {
+            let text = match keeps {
+                true => "set plan_cache_mode = force_generic_plan",
+                false => "set plan_cache_mode = force_custom_plan",
+            };
+            let setting = sqlx::query(text).execute(&mut self.connection);
+            statement("choosing how to plan", setting).await?;
+            self.keeps_plans = keeps;
+        }
+        Ok(())
     }
 
     /// Whether the outbox is there and whole. Its index is what pg_restore makes last, so an outbox that is still being
@@ -176,6 +195,7 @@ impl Session {
         max_bytes: usize,
     ) -> Result<Opened, Error> {
         const DOING: &str = "opening a window of the outbox";
+        self.keep_plans(true).await?;
         let reading = sqlx::query(include_str!("sql/open_outbox_window.sql"))
             .bind(last)
             .bind(mark)
@@ -197,6 +217,7 @@ impl Session {
         after: i64,
         limit: usize,
     ) -> Result<Vec<Place>, Error> {
+        self.keep_plans(false).await?;
         statement("reading the manifest of a window", async {
             let mut rows = sqlx::query(include_str!("sql/read_outbox_manifest.sql"))
                 .bind(since)
@@ -224,6 +245,7 @@ impl Session {
         after: i64,
         limit: usize,
     ) -> Result<Vec<(Place, (String, String))>, Error> {
+        self.keep_plans(false).await?;
         statement("reading the manifest of a re-relay", async {
             let mut rows = sqlx::query(include_str!("sql/read_outbox_manifest_ids.sql"))
                 .bind(since)
@@ -253,6 +275,7 @@ impl Session {
         snapshot: &str,
         after: i64,
     ) -> Result<u64, Error> {
+        self.keep_plans(false).await?;
         let counting = sqlx::query_scalar(include_str!("sql/count_outbox_window.sql"))
             .bind(since)
             .bind(snapshot)
@@ -268,6 +291,7 @@ impl Session {
     /// # Errors
     /// The statement failed.
     pub async fn read_places(&mut self, places: &[Place]) -> Result<Vec<OutboxRow>, Error> {
+        self.keep_plans(false).await?;
         const DOING: &str = "reading a page of the outbox";
         let mut rows = Vec::with_capacity(places.len());
         for leaf in 0..LEAF_COUNT {
@@ -319,6 +343,7 @@ impl Session {
     /// # Errors
     /// The transaction failed.
     pub async fn fold_marks(&mut self, kept: Uuid) -> Result<bool, Error> {
+        self.keep_plans(false).await?;
         statement("folding the marks", async {
             let mut transaction = self.connection.begin().await?;
             let locked =
@@ -348,6 +373,7 @@ impl Session {
     /// # Errors
     /// The statement failed.
     pub async fn restamp(&mut self) -> Result<i64, Error> {
+        self.keep_plans(false).await?;
         let calling =
             sqlx::query_scalar("select postroad.relay_restamp()").fetch_one(&mut self.connection);
         statement("restamping the outbox", calling).await
@@ -358,6 +384,7 @@ impl Session {
     /// # Errors
     /// The statement failed.
     pub async fn find_idle_leaves(&mut self) -> Result<Vec<i16>, Error> {
+        self.keep_plans(false).await?;
         let looking = sqlx::query_scalar(
             "select leaf::smallint
             from (select (floor(extract(epoch from now()) / 300)::bigint % 8)::integer as filled) as now,
@@ -392,6 +419,7 @@ impl Session {
     /// # Errors
     /// The transaction failed.
     pub async fn empty_leaf(&mut self, leaf: i16, passed: Passed<'_>) -> Result<Emptied, Error> {
+        self.keep_plans(false).await?;
         let snapshot = passed.snapshot;
         // The leaf is one of eight names of the schema.
         let probe = format!(

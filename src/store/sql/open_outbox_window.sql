@@ -13,6 +13,9 @@
 --  * The range is cut into spans around the ids that are in progress, the oldest 64 of them: a million rows of an open
 --    transaction are not even looked at. `stragglers` were in progress in $1 and have ended; those known to be aborted are left out
 --    for the same reason.
+--
+-- Its plan is kept, since making it takes five times as long as an ordinary window does. It is the same for leaves of any size:
+-- `offset 0` leaves the planner no way to the rows but their index, with the ids of a span or a straggler at hand.
 with step as materialized (
     select pg_current_snapshot() as now, $1::text::pg_snapshot as last
 ),
@@ -43,11 +46,12 @@ found as materialized (
     select * from (
         select o.*
         from step, spans, lateral (
-            select * from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high
+            select * from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high offset 0
         ) as o
         where pg_visible_in_snapshot(o.xid, step.now)
         union all
-        select o.* from stragglers join postroad.outbox as o on o.xid = stragglers.xid
+        select o.*
+        from stragglers, lateral (select * from postroad.outbox where outbox.xid = stragglers.xid offset 0) as o
     ) as either
     limit $3::bigint + 1
 ),

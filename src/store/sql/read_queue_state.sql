@@ -12,7 +12,7 @@ from (
     from postroad_broker.queue_journal j
     join postroad_broker.queue q on q.id = j.queue_id and q.generation = j.generation
     left join postroad_broker.queue_checkpoint c on c.queue_id = j.queue_id and c.generation = j.generation
-    where j.segment between 0 and 3 and j.slot = $1 and q.slot = $1
+    where j.slot = $1 and q.slot = $1
       and (c.queue_id is null or (j.epoch, j.number) > (c.epoch, c.number))
 ) r
 order by r.queue_id, r.epoch, r.number, r.is_journal
