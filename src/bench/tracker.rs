@@ -172,7 +172,8 @@ impl Tracker {
             return None;
         };
         let slot = self.offsets[book][came.producer].slot(came.number)?;
-        if slot.swap(came.offset, Ordering::Relaxed) != 0 {
+        let first = slot.compare_exchange(0, came.offset, Ordering::Relaxed, Ordering::Relaxed);
+        if first.is_err() {
             self.duplicated.fetch_add(1, Ordering::Relaxed);
             return None;
         }
