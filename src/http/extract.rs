@@ -207,6 +207,23 @@ impl PathPart for RejectedId {
     }
 }
 
+/// The offset of a message.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::http) struct MessageOffset(pub(in crate::http) crate::domain::id::Offset);
+
+impl PathPart for MessageOffset {
+    const PARAMETER: &'static str = "offset";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            Ok(offset) if (1..=9_007_199_254_740_991).contains(&offset) => {
+                Ok(Self(crate::domain::id::Offset(offset)))
+            }
+            _ => Err("must be an integer from 1 to 9007199254740991".to_owned()),
+        }
+    }
+}
+
 /// Takes a part out of the path.
 #[derive(Debug)]
 pub(in crate::http) struct Named<T>(pub(in crate::http) T);

@@ -60,6 +60,8 @@ kinds! {
     StreamNotFound = "stream-not-found", 404, "There is no such stream";
     /// No such queue.
     QueueNotFound = "queue-not-found", 404, "There is no such queue";
+    /// No such message, or not the queue's.
+    QueueMessageNotFound = "queue-message-not-found", 404, "There is no such message in the queue";
     /// No such origin.
     OriginNotFound = "origin-not-found", 404, "There is no such origin";
     /// No such rejected row.

@@ -44,6 +44,7 @@ use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 use crate::{cluster, stream};
 
+pub use crate::domain::queue::Whose;
 pub use api::{
     BATCH_MAX, BATCH_WAIT_MAX, BlockedBy, BlockedKey, Declaration, Declared, Delivery, Description,
     Error, InFlight, InFlightFilter, Outcome, ReceiveRequest, Received, Status, Verb, VerbItem,

@@ -13,7 +13,9 @@ use super::inbox::{Inbox, Pending};
 use super::leaves::LeafSizes;
 use super::limits::Limits;
 use super::metrics::Metrics;
-use super::request::{Attributes, Batch, Member, Page, Placed, Read, Scan, Scanned};
+use super::request::{
+    Attributes, Batch, Member, Page, Placed, Read, Scan, Scanned, Search, SearchPage,
+};
 use super::settings::{Declared, Description, Found, Settings};
 use super::tail::Tails;
 use super::topics::Topics;
@@ -206,6 +208,16 @@ impl Handle {
             found.extend(read);
         }
         Ok(found)
+    }
+
+    /// Looks for messages. Looks at 200,000 offsets at most before it answers with what it has, payloads left aside but for those
+    /// it found, so that a search through a long stream holds up neither the database nor other readers.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database's.
+    pub async fn search(&self, search: Search) -> Result<SearchPage, Error> {
+        self.ask(|reply| reader::Job::Search { search, reply })
+            .await
     }
 
     /// Says for each (source, id) whether some stream's log has it. Reads the log once per call: for a re-relay, in chunks

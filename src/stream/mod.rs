@@ -20,6 +20,7 @@ mod limits;
 mod metrics;
 mod reader;
 mod request;
+mod search;
 mod settings;
 mod tail;
 mod topics;
@@ -42,7 +43,8 @@ pub use handle::Handle;
 use handle::{Shared, State};
 pub use inbox::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
 pub use request::{
-    Attributes, Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, key_hash,
+    Attributes, Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, Search,
+    SearchPage, key_hash,
 };
 pub use settings::{
     Declared, Description, Found, PATTERN_MAX_COUNT, RETENTION_MIN_BYTES, Settings, SettingsError,

@@ -8,7 +8,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Error;
 use super::handle::State;
-use super::request::{Attributes, Page, Read, Scan, ScanItem, Scanned, key_hash};
+use super::request::{
+    Attributes, Page, Read, Scan, ScanItem, Scanned, Search, SearchPage, key_hash,
+};
 use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::Entry;
 use crate::domain::name::TopicPattern;
@@ -39,6 +41,10 @@ pub(super) enum Job {
         stream: StreamId,
         offsets: Vec<Offset>,
         reply: Reply<Vec<Attributes>>,
+    },
+    Search {
+        search: Search,
+        reply: Reply<SearchPage>,
     },
     FindPresent {
         ids: Vec<(String, String)>,
@@ -125,6 +131,10 @@ impl Reader {
                 let answer = self.attributes(stream, &offsets).await;
                 self.answer(reply, answer);
             }
+            Job::Search { search, reply } if !reply.is_closed() => {
+                let answer = self.search(search).await;
+                self.answer(reply, answer);
+            }
             Job::FindPresent { ids, reply } if !reply.is_closed() => {
                 let found = store::stream::find_present(&self.db, &ids).await;
                 self.answer(reply, found.map_err(Error::from));
@@ -146,7 +156,7 @@ impl Reader {
         let _ = reply.send(answer);
     }
 
-    async fn connected(&mut self) -> Result<&mut Connection, Error> {
+    pub(super) async fn connected(&mut self) -> Result<&mut Connection, Error> {
         if self.connection.is_none() {
             self.connection = Some(sql::connect_reader(&self.db).await?);
         }
@@ -161,7 +171,7 @@ impl Reader {
     }
 
     /// The first and the last offset that there is: (floor, top).
-    async fn bounds(&mut self, stream: StreamId) -> Result<(Offset, Offset), Error> {
+    pub(super) async fn bounds(&mut self, stream: StreamId) -> Result<(Offset, Offset), Error> {
         let hint = self.state.tails.last(stream);
         let floor = self.floor(stream).await?;
         let connection = self.connected().await?;
@@ -174,7 +184,10 @@ impl Reader {
 
     /// The numbers of the topics that match. To be called after the top was read: the topics of all messages up to the top
     /// are there by then, so a message that is passed over does not match.
-    async fn topics(&mut self, patterns: &[TopicPattern]) -> Result<Vec<TopicId>, Error> {
+    pub(super) async fn topics(
+        &mut self,
+        patterns: &[TopicPattern],
+    ) -> Result<Vec<TopicId>, Error> {
         let state = Arc::clone(&self.state);
         state.topics.refresh(self.connected().await?).await?;
         Ok(state.topics.matching(patterns))
@@ -246,6 +259,7 @@ impl Reader {
             through: end,
             topics: walk.topics,
             key_hash: walk.key_hash,
+            id: None,
             limit,
         };
         let found = sql::read_slice(self.connected().await?, &slice).await?;
@@ -353,7 +367,7 @@ impl Reader {
         })
     }
 
-    async fn fetch(
+    pub(super) async fn fetch(
         &mut self,
         stream: StreamId,
         mut offsets: Vec<Offset>,
@@ -386,6 +400,7 @@ impl Reader {
                 through: *last,
                 topics: None,
                 key_hash: None,
+                id: None,
                 limit: offsets.len(),
             };
             let found = sql::read_slice(connection, &slice).await?;
@@ -428,6 +443,6 @@ impl Reader {
     }
 }
 
-fn event_bytes(item: &SliceItem) -> usize {
+pub(super) fn event_bytes(item: &SliceItem) -> usize {
     EVENT_OVERHEAD_BYTES + usize::try_from(item.data_bytes).unwrap_or(0)
 }

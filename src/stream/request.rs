@@ -123,6 +123,36 @@ pub struct Scanned {
     pub through: Offset,
 }
 
+/// A search, for a person: a bounded part of the stream at a time.
+#[derive(Debug, Clone)]
+pub struct Search {
+    /// The stream.
+    pub stream: StreamId,
+    /// Messages after this offset.
+    pub after: Offset,
+    /// Topics that match one of these.
+    pub topics: Vec<TopicPattern>,
+    /// And this one.
+    pub topic: Option<TopicPattern>,
+    /// Only this ordering key.
+    pub key: Option<String>,
+    /// Only this CloudEvents id.
+    pub id: Option<String>,
+    /// At most so many entries.
+    pub max_messages: usize,
+    /// At most so many bytes of events, but always one entry if there is one.
+    pub max_bytes: usize,
+}
+
+/// What a search found so far, in offset order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SearchPage {
+    /// What fits.
+    pub entries: Vec<Arc<Entry>>,
+    /// The search goes on after this offset; `None` at the end of the stream.
+    pub next: Option<Offset>,
+}
+
 /// A message without its payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScanItem {

@@ -4,9 +4,12 @@ mod dead_letters;
 mod deliveries;
 mod origins;
 mod publish;
+mod queue_messages;
 pub(in crate::http) mod queues;
 mod redrives;
+mod renewals;
 mod replay;
+mod retry;
 pub(in crate::http) mod streams;
 mod system;
 pub(in crate::http) mod wire;
@@ -22,6 +25,8 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(streams::routes())
         .merge(replay::routes())
         .merge(queues::routes())
+        .merge(renewals::routes())
+        .merge(queue_messages::routes())
         .merge(deliveries::routes())
         .merge(dead_letters::routes())
         .merge(redrives::routes())

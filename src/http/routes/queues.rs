@@ -1,16 +1,14 @@
 //! Queues: declare, describe, list, delete.
 
-use std::time::Duration;
-
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
-use serde_json::Number;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::retry::{Retry, RetryNow, RetrySchedule, Seconds, seconds};
 use super::streams::{OFFSET_MAX, parse_time};
 use super::wire;
 use crate::domain::id::Offset;
@@ -86,27 +84,6 @@ struct Declaration {
     priorities: Option<bool>,
 }
 
-/// Either the first four, with defaults of 1, 2, 900 and 0.2, or `delays_seconds`.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Retry {
-    /// Delay after the first attempt.
-    #[schema(minimum = 0, maximum = 43200)]
-    initial_seconds: Option<f64>,
-    /// Growth per attempt.
-    #[schema(minimum = 1, maximum = 10)]
-    factor: Option<f64>,
-    /// Longest delay.
-    #[schema(minimum = 0, maximum = 43200)]
-    cap_seconds: Option<f64>,
-    /// Random part: 0.2 is up to 20 % less or more.
-    #[schema(minimum = 0, maximum = 1)]
-    jitter: Option<f64>,
-    /// One delay per attempt; the last one holds for all later ones.
-    #[schema(min_items = 1, max_items = 100)]
-    delays_seconds: Option<Vec<f64>>,
-}
-
 #[derive(Debug, Clone, Copy, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum OrderingName {
@@ -118,9 +95,9 @@ enum OrderingName {
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(
     untagged,
-    expecting = "`start` must be \"earliest\", \"latest\", {\"offset\": …} or {\"time\": …}"
+    expecting = "it must be \"earliest\", \"latest\", {\"offset\": …} or {\"time\": …}"
 )]
-enum StartAt {
+pub(super) enum StartAt {
     /// One of two words.
     Word(StartWord),
     /// The message of this offset is the first.
@@ -131,7 +108,7 @@ enum StartAt {
 
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum StartWord {
+pub(super) enum StartWord {
     /// At the oldest message that the stream still has.
     Earliest,
     /// After the newest message.
@@ -140,14 +117,14 @@ enum StartWord {
 
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct StartOffset {
+pub(super) struct StartOffset {
     #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64)]
     offset: i64,
 }
 
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct StartTime {
+pub(super) struct StartTime {
     #[schema(format = DateTime)]
     time: String,
 }
@@ -167,6 +144,8 @@ struct Queue {
     retry: RetryNow,
     dead_letter_retention_seconds: Seconds,
     dead_letter_topic: Option<String>,
+    /// What that comes to.
+    retry_schedule: RetrySchedule,
     ordering: OrderingName,
     hold_key: bool,
     key_batches: bool,
@@ -177,23 +156,10 @@ struct Queue {
     start_offset: i64,
     #[schema(format = DateTime)]
     created_at: String,
+    /// Whether a person has paused it.
+    paused: bool,
     /// Its numbers now; null while its state is being recovered.
     status: Option<Numbers>,
-}
-
-/// When a message that failed is tried again.
-#[derive(Debug, Serialize, ToSchema)]
-#[serde(untagged)]
-enum RetryNow {
-    Growing {
-        initial_seconds: Seconds,
-        factor: f64,
-        cap_seconds: Seconds,
-        jitter: f64,
-    },
-    List {
-        delays_seconds: Vec<Seconds>,
-    },
 }
 
 /// A queue's numbers at one moment.
@@ -301,41 +267,26 @@ struct Queues {
     queues: Vec<Queue>,
 }
 
-/// Seconds as a JSON number, without a fraction when there is none.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(value_type = f64)]
-struct Seconds(Number);
-
 pub(super) fn routes() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(declare, describe, delete))
 }
 
-fn seconds(duration: Duration) -> Seconds {
-    Seconds(match duration.subsec_nanos() {
-        0 => duration.as_secs().into(),
-        _ => Number::from_f64(duration.as_secs_f64()).expect("a duration is finite"),
-    })
-}
-
-impl From<RetryPolicy> for RetryNow {
-    fn from(policy: RetryPolicy) -> Self {
-        match policy {
-            RetryPolicy::Exponential {
-                initial,
-                factor,
-                cap,
-                jitter,
-            } => Self::Growing {
-                initial_seconds: seconds(initial),
-                factor,
-                cap_seconds: seconds(cap),
-                jitter,
-            },
-            RetryPolicy::List { delays } => Self::List {
-                delays_seconds: delays.into_iter().map(seconds).collect(),
-            },
+impl StartAt {
+    /// None with a fault.
+    pub(super) fn checked(self, pointer: &str, check: &mut Check) -> Option<Start> {
+        match self {
+            Self::Word(StartWord::Earliest) => Some(Start::Earliest),
+            Self::Word(StartWord::Latest) => Some(Start::Latest),
+            Self::Offset(StartOffset { offset }) => Some(Start::Offset(Offset(check.integer(
+                &format!("{pointer}/offset"),
+                offset,
+                1..=OFFSET_MAX,
+            )))),
+            Self::Time(StartTime { time }) => check
+                .parsed(&format!("{pointer}/time"), &time, parse_time)
+                .map(Start::Time),
         }
     }
 }
@@ -370,6 +321,7 @@ impl From<Description> for Queue {
             max_attempts: settings.max_attempts,
             max_in_flight: settings.max_in_flight,
             max_hold_seconds: settings.max_hold.map(seconds),
+            retry_schedule: RetrySchedule::new(&settings.retry, settings.max_attempts),
             retry: settings.retry.into(),
             dead_letter_retention_seconds: seconds(settings.dead_letter_retention),
             dead_letter_topic: settings.dead_letter_topic.map(|topic| topic.to_string()),
@@ -383,6 +335,7 @@ impl From<Description> for Queue {
             generation: queue.generation.0,
             start_offset: queue.start_offset.0,
             created_at: wire::time(queue.created_at),
+            paused: queue.is_paused,
             status: queue.status.map(Numbers::from),
         }
     }
@@ -443,14 +396,8 @@ impl Declaration {
             })
             .collect();
         let start = match self.start {
-            None | Some(StartAt::Word(StartWord::Earliest)) => Some(Start::Earliest),
-            Some(StartAt::Word(StartWord::Latest)) => Some(Start::Latest),
-            Some(StartAt::Offset(StartOffset { offset })) => Some(Start::Offset(Offset(
-                check.integer("/start/offset", offset, 1..=OFFSET_MAX),
-            ))),
-            Some(StartAt::Time(StartTime { time })) => check
-                .parsed("/start/time", &time, parse_time)
-                .map(Start::Time),
+            None => Some(Start::Earliest),
+            Some(start) => start.checked("/start", &mut check),
         };
         let integer = |check: &mut Check, pointer: &str, value: Option<i64>, default: u32, max| {
             value.map_or(default, |value| {
@@ -506,55 +453,6 @@ impl Declaration {
             start: start.expect("a start that does not parse is a fault"),
             settings,
         })
-    }
-}
-
-impl Retry {
-    fn checked(self, check: &mut Check) -> RetryPolicy {
-        if let Some(delays) = self.delays_seconds {
-            let others = [
-                self.initial_seconds,
-                self.factor,
-                self.cap_seconds,
-                self.jitter,
-            ];
-            if others.iter().any(Option::is_some) {
-                check.fault(
-                    "/retry/delays_seconds",
-                    "`delays_seconds` stands alone: the other fields have no meaning beside it",
-                );
-            }
-            if delays.is_empty() || delays.len() > 100 {
-                check.fault(
-                    "/retry/delays_seconds",
-                    "`delays_seconds` must have 1 to 100 numbers",
-                );
-            }
-            let delays = delays.iter().take(100).enumerate().map(|(index, value)| {
-                check.seconds(
-                    &format!("/retry/delays_seconds/{index}"),
-                    *value,
-                    0.0..=TWELVE_HOURS,
-                )
-            });
-            return RetryPolicy::List {
-                delays: delays.collect(),
-            };
-        }
-        RetryPolicy::Exponential {
-            initial: check.seconds(
-                "/retry/initial_seconds",
-                self.initial_seconds.unwrap_or(1.0),
-                0.0..=TWELVE_HOURS,
-            ),
-            factor: check.number("/retry/factor", self.factor.unwrap_or(2.0), 1.0..=10.0),
-            cap: check.seconds(
-                "/retry/cap_seconds",
-                self.cap_seconds.unwrap_or(900.0),
-                0.0..=TWELVE_HOURS,
-            ),
-            jitter: check.number("/retry/jitter", self.jitter.unwrap_or(0.2), 0.0..=1.0),
-        }
     }
 }
 

@@ -183,6 +183,8 @@ pub struct Slice<'a> {
     pub topics: Option<&'a [TopicId]>,
     /// Only keys with this hash.
     pub key_hash: Option<i64>,
+    /// Only this id.
+    pub id: Option<&'a str>,
     /// At most so many.
     pub limit: usize,
 }
@@ -223,6 +225,7 @@ pub async fn read_slice(
             .bind(topics)
             .bind(slice.key_hash)
             .bind(slice.limit as i64)
+            .bind(slice.id)
             .fetch_all(connection),
     )
     .await?;

@@ -4,6 +4,7 @@ mod connections;
 mod follow;
 mod letters;
 mod messages;
+mod operate;
 mod publishing;
 mod receive;
 mod refusals;

@@ -3,7 +3,7 @@
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::Response;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -11,13 +11,13 @@ use utoipa_axum::routes;
 use crate::domain::id::Offset;
 use crate::domain::name::QueueName;
 use crate::domain::policy::CONSUMER_MAX_BYTES;
-use crate::http::extract::{Named, Query};
-use crate::http::openapi::{NoQueue, Reads};
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{NoQueue, Reads, Writes};
 use crate::http::problem::Problem;
-use crate::http::routes::streams::OFFSET_MAX;
+use crate::http::routes::streams::{OFFSET_MAX, parse_time};
 use crate::http::routes::wire;
 use crate::http::state::State;
-use crate::queue::InFlightFilter;
+use crate::queue::{Expire, INSPECT_MAX, InFlightFilter, Whose};
 
 /// Live deliveries.
 #[derive(Debug, Serialize, ToSchema)]
@@ -42,8 +42,36 @@ struct LiveDelivery {
     visible_until: String,
 }
 
+/// Which deliveries end: those of a consumer, or of some messages.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = ExpireInFlight, example = json!({"consumer": "billing-1"}))]
+struct ExpireBody {
+    /// Those of this consumer. Not together with `offsets`.
+    #[schema(min_length = 1, max_length = 255)]
+    consumer: Option<String>,
+    /// Those of these messages.
+    #[schema(min_items = 1, max_items = 1000)]
+    offsets: Option<Vec<i64>>,
+    /// Only those handed out before this time: a repeat then ends none that began since.
+    #[schema(format = DateTime)]
+    delivered_before: Option<String>,
+}
+
+/// What ended.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ExpiredInFlight)]
+struct WireExpired {
+    /// How many deliveries.
+    expired: usize,
+    /// Their messages, by offset.
+    offsets: Vec<i64>,
+}
+
 pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new().routes(routes!(in_flight))
+    OpenApiRouter::new()
+        .routes(routes!(in_flight))
+        .routes(routes!(expire))
 }
 
 /// List live deliveries.
@@ -100,4 +128,62 @@ async fn in_flight(
         next_after,
     };
     Ok(wire::json(StatusCode::OK, &answer))
+}
+
+/// End live deliveries before their time, as if it were up: the attempts count, and the messages go out again. Repeating it ends
+/// those that are live then; `delivered_before` leaves out what was handed out since.
+#[utoipa::path(
+    post, path = "/v1/queues/{queue}/in-flight/expire", tag = "deliveries",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    request_body = ExpireBody,
+    responses((status = 200, description = "What ended", body = WireExpired), NoQueue, Writes),
+)]
+async fn expire(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+    Json(body): Json<ExpireBody>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let offsets = state.parts.queue.expire(&name, body.checked()?).await?;
+    let answer = WireExpired {
+        expired: offsets.len(),
+        offsets: offsets.into_iter().map(|offset| offset.0).collect(),
+    };
+    Ok(wire::json(StatusCode::OK, &answer))
+}
+
+impl ExpireBody {
+    fn checked(self) -> Result<Expire, Problem> {
+        let mut check = Check::default();
+        let before = self.delivered_before.as_deref();
+        let delivered_before =
+            before.and_then(|text| check.parsed("/delivered_before", text, parse_time));
+        let whose = match (self.consumer, self.offsets) {
+            (Some(consumer), None) => {
+                check.text("/consumer", &consumer, CONSUMER_MAX_BYTES);
+                Whose::Consumer(consumer)
+            }
+            (None, Some(offsets)) => {
+                if offsets.is_empty() || offsets.len() > INSPECT_MAX {
+                    let detail = format!("`offsets` must have 1 to {INSPECT_MAX} numbers");
+                    check.fault("/offsets", detail);
+                }
+                let offsets = offsets.iter().take(INSPECT_MAX).enumerate();
+                let offsets = offsets.map(|(index, &offset)| {
+                    Offset(check.integer(&format!("/offsets/{index}"), offset, 1..=OFFSET_MAX))
+                });
+                Whose::Offsets(offsets.collect())
+            }
+            _ => {
+                check.fault("", "one of `consumer` and `offsets` must be given");
+                Whose::Offsets(Vec::new())
+            }
+        };
+        check.finish()?;
+        Ok(Expire {
+            whose,
+            delivered_before,
+        })
+    }
 }

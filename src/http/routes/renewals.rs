@@ -1,0 +1,173 @@
+//! Seek, purge, pause, resume.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::queues::StartAt;
+use super::streams::OFFSET_MAX;
+use super::wire;
+use crate::domain::id::Generation;
+use crate::domain::name::QueueName;
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{NoQueue, QueueMoved, Reads, Writes};
+use crate::http::problem::Problem;
+use crate::http::state::State;
+use crate::queue::{Renewal, Renewed};
+
+/// Where the queue goes on.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Seek, example = json!({"to": {"offset": 1}}))]
+struct SeekBody {
+    to: StartAt,
+    /// The generation that the request counts on: 409 when the queue is in another one. A repeat of a request that was carried
+    /// out gets its answer, and does nothing.
+    #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64)]
+    expected_generation: Option<i64>,
+}
+
+/// What is dropped: everything that the stream has by now.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = Purge, example = json!({}))]
+struct PurgeBody {
+    /// The generation that the request counts on: 409 when the queue is in another one. A repeat of a request that was carried
+    /// out gets its answer, and does nothing.
+    #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64)]
+    expected_generation: Option<i64>,
+}
+
+/// The generation that began.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = NewGeneration)]
+struct WireRenewed {
+    /// Receipts of others are `gone`.
+    generation: i64,
+    /// The queue goes on after this offset.
+    through_offset: i64,
+    /// Whether retention had dropped some of what was asked for: the queue goes on with what is left.
+    at_floor: bool,
+}
+
+/// Whether the queue is paused.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Paused)]
+struct WirePaused {
+    paused: bool,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(seek))
+        .routes(routes!(purge))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+}
+
+fn expected(check: &mut Check, value: Option<i64>) -> Option<Generation> {
+    value.map(|value| Generation(check.integer("/expected_generation", value, 1..=OFFSET_MAX)))
+}
+
+fn answer(renewed: Renewed) -> Response {
+    let answer = WireRenewed {
+        generation: renewed.generation.0,
+        through_offset: renewed.through_offset.0,
+        at_floor: renewed.at_floor,
+    };
+    wire::json(StatusCode::OK, &answer)
+}
+
+/// Go on at another place of the stream, in a new generation. Receipts of before are `gone`; dead letters stay; receives that
+/// wait go on.
+#[utoipa::path(
+    post, path = "/v1/queues/{queue}/seek", tag = "queues",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    request_body = SeekBody,
+    responses((status = 200, description = "The new generation", body = WireRenewed), NoQueue, QueueMoved, Writes),
+)]
+async fn seek(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+    Json(body): Json<SeekBody>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let mut check = Check::default();
+    let to = body.to.checked("/to", &mut check);
+    let expected = expected(&mut check, body.expected_generation);
+    check.finish()?;
+    let renewal = Renewal::Seek(to.expect("a place that does not parse is a fault"));
+    let renewed = state.parts.queue.renew(&name, renewal, expected).await?;
+    Ok(answer(renewed))
+}
+
+/// Drop everything that the stream has by now, in a new generation: from this queue only. Receipts of before are `gone`; dead
+/// letters stay; receives that wait go on.
+#[utoipa::path(
+    post, path = "/v1/queues/{queue}/purge", tag = "queues",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    request_body = PurgeBody,
+    responses((status = 200, description = "The new generation", body = WireRenewed), NoQueue, QueueMoved, Writes),
+)]
+async fn purge(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+    Json(body): Json<PurgeBody>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let mut check = Check::default();
+    let expected = expected(&mut check, body.expected_generation);
+    check.finish()?;
+    let renewed = state
+        .parts
+        .queue
+        .renew(&name, Renewal::Purge, expected)
+        .await?;
+    Ok(answer(renewed))
+}
+
+/// Hand nothing out until the queue is resumed. Receives wait, or answer `paused`; the verbs, expiry and delays go on. Repeating
+/// it changes nothing.
+#[utoipa::path(
+    post, path = "/v1/queues/{queue}/pause", tag = "queues",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    responses((status = 200, description = "The queue is paused", body = WirePaused), NoQueue, Reads),
+)]
+async fn pause(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    set_paused(&state, &name, query, true).await
+}
+
+/// Go on handing out. Repeating it changes nothing.
+#[utoipa::path(
+    post, path = "/v1/queues/{queue}/resume", tag = "queues",
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    responses((status = 200, description = "The queue is not paused", body = WirePaused), NoQueue, Reads),
+)]
+async fn resume(
+    Extract(state): Extract<State>,
+    Named(name): Named<QueueName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    set_paused(&state, &name, query, false).await
+}
+
+async fn set_paused(
+    state: &State,
+    name: &QueueName,
+    query: Query,
+    paused: bool,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    state.parts.queue.set_paused(name, paused).await?;
+    Ok(wire::json(StatusCode::OK, &WirePaused { paused }))
+}
