@@ -53,13 +53,15 @@ const LIVE_AGAIN: [&str; 5] = [
     "dead_lettered",
 ];
 
-const MATRIX: [Row; 18] = [
+const MATRIX: [Row; 20] = [
     same("malformed", "unknown"),
     same("mac_wrong", "unknown"),
     same("other_queue", "unknown"),
     same("former_generation", "gone"),
     same("later_generation", "gone"),
     same("recreated", "gone"),
+    same("sought", "gone"),
+    same("purged", "gone"),
     same("lost_to_the_hard_limit", "gone"),
     same("acked", "already_settled"),
     row("rejected", DEAD, DEAD_AGAIN),
@@ -193,6 +195,16 @@ async fn bring_about(consumer: &Consumer, state: &str, taken: &[Value]) {
                 consumer.in_flight().await.is_empty().then_some(())
             })
             .await;
+        }
+        "sought" | "purged" => {
+            let verb = if state == "sought" { "seek" } else { "purge" };
+            let body = match verb {
+                "seek" => json!({"to": "latest"}),
+                _ => json!({}),
+            };
+            let path = format!("/v1/queues/{state}/{verb}");
+            let answer = consumer.http.ok(&path, &body).await;
+            assert_eq!(answer["generation"], 2, "{answer}");
         }
         "recreated" => {
             let path = format!("/v1/queues/{state}");
