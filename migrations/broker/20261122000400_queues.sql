@@ -233,6 +233,11 @@ begin
     values (of_queue, from_generation + 1, of_epoch, 0, new_state)
     on conflict (queue_id) do update
         set generation = excluded.generation, epoch = excluded.epoch, number = excluded.number, state = excluded.state;
+    if start_kind = 'purge' then
+        -- What was redriven and is not settled is a dead letter again.
+        update postroad_broker.dead_letter d set redrive_id = null, redriven_at = null
+            where d.queue_id = of_queue and d.redrive_id is not null;
+    end if;
     return query select 'renewed', from_generation + 1, first_offset, is_at_floor;
 end $$;
 
