@@ -158,9 +158,14 @@ pub(in crate::http) fn api() -> OpenApiRouter<State> {
     // An empty body counts as `{}`, or when publishing to a topic as an empty payload: only the others need one.
     for (path, item) in &mut router.get_openapi_mut().paths.paths {
         let is_verb = path.starts_with("/v1/queues/{queue}/")
-            && !["/receive", "/redrives", "/purge", "/messages/{offset}/reject"]
-                .iter()
-                .any(|end| path.ends_with(end));
+            && ![
+                "/receive",
+                "/redrives",
+                "/purge",
+                "/messages/{offset}/reject",
+            ]
+            .iter()
+            .any(|end| path.ends_with(end));
         let is_needed = is_verb || path == "/v1/messages";
         for operation in [&mut item.put, &mut item.post].into_iter().flatten() {
             if let Some(RefOr::T(body)) = &mut operation.request_body {
