@@ -75,7 +75,7 @@ impl Consumer {
         let (mut request, mut receipts) = (Vec::new(), Vec::new());
         loop {
             let is_with_acks = !receipts.is_empty();
-            put_receive(&mut request, self.shared.pace.batch, &receipts);
+            put_receive(&mut request, self.shared.pace.receive, &receipts);
             receipts.clear();
             let answer = tokio::select! {
                 biased;
@@ -194,7 +194,7 @@ pub(super) async fn run_lease(
     shared: Arc<Shared>,
     mut connection: Connection,
 ) -> Result<(), Error> {
-    let most = i32::try_from(shared.pace.batch).unwrap_or(i32::MAX);
+    let most = i32::try_from(shared.pace.receive).unwrap_or(i32::MAX);
     while !shared.done.is_cancelled() {
         let claimed = store::bench::claim(&mut connection, most).await?;
         let at = Instant::now();

@@ -16,8 +16,10 @@ use super::tracker::Tracker;
 /// How a load is paced.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pace {
-    /// Messages per transaction, publish or receive.
+    /// Messages per transaction or publish.
     pub(super) batch: u32,
+    /// Messages per receive, at most.
+    pub(super) receive: u32,
     pub(super) ack: Ack,
     /// Messages per second, all producers together; 0 for no limit.
     pub(super) rate: u32,

@@ -159,7 +159,7 @@ Defaults by scenario (consumers are per queue):
   queues   4 producers, 1,000 queues, 1 consumer, batches of 10, 10 s
   idle     1,000 queues, 1 consumer, 10 s
   held     4 producers, 4 consumers, 2,000 messages/s in batches of 10, 60 s, on tables aged by 20,000 updates
-  latency  4 producers, 4 consumers, 1,000 messages/s one by one, 10 s; then 20 single messages, 1 s apart
+  latency  4 producers, 4 consumers, 1,000 messages/s one by one, received by up to 10, 10 s; then 20 single messages, 1 s apart
 
 Exit status: 0 all was delivered once and in order, 1 it was not or the bench failed, 2 the command line is wrong.";
 
@@ -169,6 +169,8 @@ pub(super) struct Load {
     pub(super) producers: u32,
     pub(super) consumers: u32,
     pub(super) batch: u32,
+    /// Messages per receive, at most.
+    pub(super) receive: u32,
     pub(super) ack: Ack,
     pub(super) rate: u32,
     pub(super) seconds: u64,
@@ -206,6 +208,11 @@ impl Options {
             producers,
             consumers,
             batch,
+            // A consumer that takes one at a time would make a line of what comes in a moment.
+            receive: match self.scenario {
+                Latency => batch.max(10),
+                _ => batch,
+            },
             ack: self.ack,
             rate: self.rate.unwrap_or(match self.scenario {
                 Held => 2_000,

@@ -99,6 +99,7 @@ impl<'a> Round<'a> {
             business_row: load.business_row && !is_backlog,
             pace: Pace {
                 batch: load.batch,
+                receive: load.receive,
                 ack: load.ack,
                 rate: load.rate,
                 most: is_backlog.then_some(load.messages),
@@ -331,7 +332,7 @@ impl<'a> Round<'a> {
         }
         // From the next whole second on: what came before belongs to the load.
         let until = Instant::now();
-        let _ = first.add(&self.shared.series.latency(from + SILENCE, until));
+        let _ = first.add(self.shared.series.latency(from + SILENCE, until));
         measured.first_after_silence = super::measure::Percentiles::of(&first);
         self.linger().await?;
         Ok(measured)
