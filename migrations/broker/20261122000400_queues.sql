@@ -229,6 +229,11 @@ begin
     set generation = from_generation + 1, start_offset = first_offset, renewed_at = clock_timestamp(),
         renewal = new_renewal || jsonb_build_object('at_floor', is_at_floor)
     where q.id = of_queue;
+    -- What was redriven and is not settled is purged, too: it is a dead letter as before.
+    if start_kind = 'purge' then
+        update postroad_broker.dead_letter d set redrive_id = null, redriven_at = null
+        where d.queue_id = of_queue and d.redriven_at is not null;
+    end if;
     insert into postroad_broker.queue_checkpoint (queue_id, generation, epoch, number, state)
     values (of_queue, from_generation + 1, of_epoch, 0, new_state)
     on conflict (queue_id) do update

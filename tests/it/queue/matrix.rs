@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use postroad::domain::id::{Generation, Offset};
+use postroad::domain::letter::{LetterId, Selection};
 use postroad::domain::receipt::{Key, Receipt};
-use postroad::queue::{Outcome, Verb, VerbItem};
+use postroad::queue::{NewRedrive, Outcome, Verb, VerbItem};
 
 use super::{Broker, HOUR, at_once, declaration, delayed, item, items, name};
 use crate::support;
@@ -34,7 +35,7 @@ fn word(outcome: &Outcome) -> &'static str {
 }
 
 /// Per state: the answers to ack, nack, release, extend and reject; then those to the same once more.
-const CELLS: [(&str, [&str; 5], [&str; 5]); 11] = [
+const CELLS: [(&str, [&str; 5], [&str; 5]); 12] = [
     ("malformed", ["unknown"; 5], ["unknown"; 5]),
     ("other queue", ["unknown"; 5], ["unknown"; 5]),
     ("other generation", ["gone"; 5], ["gone"; 5]),
@@ -102,6 +103,8 @@ const CELLS: [(&str, [&str; 5], [&str; 5]); 11] = [
         ],
     ),
     ("never issued", ["gone"; 5], ["gone"; 5]),
+    // The last one: its messages are ready again.
+    ("dead and redriven", ["stale"; 5], ["stale"; 5]),
 ];
 
 /// Five receipts of messages in this state, one per verb.
@@ -142,6 +145,27 @@ async fn receipts(broker: &Broker, key: &Key, state: &str) -> Vec<String> {
         }
         "dead" => {
             broker.settle(Verb::Reject, items(&taken)).await;
+        }
+        "dead and redriven" => {
+            broker.settle(Verb::Reject, items(&taken)).await;
+            let ids = taken.iter().map(|delivery| LetterId {
+                generation: Generation(1),
+                offset: delivery.entry.offset,
+            });
+            let new = NewRedrive {
+                id: "all".to_owned(),
+                selection: Selection {
+                    ids: Some(ids.collect()),
+                    ..Selection::default()
+                },
+                rate_per_second: None,
+            };
+            broker.queue.redrive(&name(), new).await.unwrap();
+            support::eventually("the redrive to end", || async {
+                let redrive = broker.queue.find_redrive(&name(), "all").await.unwrap();
+                (redrive.redriven == 5).then_some(())
+            })
+            .await;
         }
         "stale" => {
             broker.settle(Verb::Nack, items(&taken)).await;
@@ -223,8 +247,8 @@ async fn every_cell_answers_as_the_protocol_says() {
         .unwrap();
     assert_eq!(
         letters,
-        4 + 4,
-        "one of the dead was acked after all, four states had a reject"
+        4 + 4 + 5,
+        "one of the dead was acked after all, four states had a reject, and redriven ones keep theirs"
     );
     broker.stop().await;
 }

@@ -104,13 +104,19 @@ impl Broker {
     }
 
     async fn publish(&self, topic: &str, count: usize) {
-        let messages = (0..count)
-            .map(|_| Message {
+        self.publish_keyed(topic, &vec![None; count]).await;
+    }
+
+    /// Publishes a message of each key.
+    async fn publish_keyed(&self, topic: &str, keys: &[Option<&str>]) {
+        let messages = keys
+            .iter()
+            .map(|key| Message {
                 id: uuid::Uuid::new_v4().to_string(),
                 source: "/test".into(),
                 kind: None,
                 topic: Topic::parse(topic).unwrap(),
-                key: None,
+                key: key.map(str::to_owned),
                 subject: None,
                 time: None,
                 data_content_type: None,
