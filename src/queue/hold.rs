@@ -119,6 +119,7 @@ impl Task {
         // Reads under way are of the former generation. A repeated receive among them asks again.
         self.work = FuturesUnordered::new();
         self.promises = Promises::default();
+        self.redrives.forget_reads();
         self.forget_marks();
         self.begin_unfolded();
         let watermark = self.machine.watermark().0;

@@ -105,6 +105,13 @@ impl Redrives {
         }
     }
 
+    /// The reads under way will bring nothing: what they were to read is read again.
+    pub(in crate::queue) fn forget_reads(&mut self) {
+        for running in &mut self.running {
+            running.block = Some(Block::default());
+        }
+    }
+
     /// What is to be written with the next group.
     pub(in crate::queue) fn take_steps(&mut self) -> Vec<RedriveStep> {
         std::mem::take(&mut self.steps)
