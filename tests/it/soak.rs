@@ -6,6 +6,7 @@ mod backlog;
 mod held;
 mod idle;
 mod many;
+mod keys;
 mod pgbench;
 mod readers;
 mod stuck;

@@ -5,6 +5,7 @@ mod follow;
 mod letters;
 mod messages;
 mod operate;
+mod order;
 mod publishing;
 mod receive;
 mod refusals;

@@ -5,6 +5,7 @@ mod letters;
 mod life;
 mod matrix;
 mod message;
+mod order;
 mod outage;
 mod receive;
 mod renewal;
