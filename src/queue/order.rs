@@ -38,8 +38,11 @@ impl Task {
     /// Before the first command is taken: an ack can be refused by order, too.
     pub(in crate::queue) async fn learn_order(&mut self) {
         let supervisor = self.parts.supervisor.clone();
-        while self.machine.is_arranging() && !supervisor.is_stopping() {
+        while !supervisor.is_stopping() {
             self.ask_marks();
+            if !self.machine.is_arranging() {
+                return;
+            }
             let retry_at = self.intake.retry_at(Instant::now());
             tokio::select! {
                 Some(done) = futures_util::StreamExt::next(&mut self.work) => self.finish_work(done),

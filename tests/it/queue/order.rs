@@ -256,6 +256,10 @@ async fn a_high_message_passes_a_backlog_of_low_ones_and_low_ones_go_on() {
     assert_eq!(offsets(&next), [20_001], "the high one");
     broker.kill();
     let broker = Broker::on(&database).await;
+    support::eventually("the queue looked at all again", || async {
+        (broker.status().await.scanned_through == Offset(20_002)).then_some(())
+    })
+    .await;
     assert_eq!(offsets(&receive(&broker, 2, HOUR).await), [20_002, 2]);
     let high = vec!["!"; 100];
     publish(&broker, &high).await;
