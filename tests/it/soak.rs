@@ -5,8 +5,8 @@
 mod backlog;
 mod held;
 mod idle;
-mod many;
 mod keys;
+mod many;
 mod pgbench;
 mod readers;
 mod stuck;

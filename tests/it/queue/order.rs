@@ -55,7 +55,10 @@ async fn publish(broker: &Broker, keys: &[&str]) {
 }
 
 fn offsets(deliveries: &[Delivery]) -> Vec<i64> {
-    deliveries.iter().map(|delivery| delivery.entry.offset.0).collect()
+    deliveries
+        .iter()
+        .map(|delivery| delivery.entry.offset.0)
+        .collect()
 }
 
 async fn receive(broker: &Broker, max_messages: u32, visible: Duration) -> Vec<Delivery> {
@@ -75,7 +78,11 @@ async fn receive(broker: &Broker, max_messages: u32, visible: Duration) -> Vec<D
 async fn keys_stay_in_order_through_nacks_expiries_and_kills() {
     let database = support::database().await;
     let mut broker = Broker::on(&database).await;
-    broker.queue.declare(name(), declaration(ordered())).await.unwrap();
+    broker
+        .queue
+        .declare(name(), declaration(ordered()))
+        .await
+        .unwrap();
     let keys = ["a", "b", "c", "d", ""];
     let published: Vec<&str> = (0..100).map(|n| keys[n % keys.len()]).collect();
     for chunk in published.chunks(25) {
@@ -94,7 +101,11 @@ async fn keys_stay_in_order_through_nacks_expiries_and_kills() {
             let (offset, key) = (delivery.entry.offset.0, delivery.entry.key.clone());
             let left = left.get_mut(key.as_deref().unwrap_or_default()).unwrap();
             if key.is_some() {
-                assert_eq!(left.first(), Some(&offset), "the first unsettled of {key:?}");
+                assert_eq!(
+                    left.first(),
+                    Some(&offset),
+                    "the first unsettled of {key:?}"
+                );
             }
             match (offset + turn) % 5 {
                 // Left to expire.
@@ -124,7 +135,11 @@ async fn keys_stay_in_order_through_nacks_expiries_and_kills() {
 async fn what_blocks_a_key_is_told_over_a_restart() {
     let database = support::database().await;
     let broker = Broker::on(&database).await;
-    broker.queue.declare(name(), declaration(ordered())).await.unwrap();
+    broker
+        .queue
+        .declare(name(), declaration(ordered()))
+        .await
+        .unwrap();
     publish(&broker, &["a", "a", "a", "b", "b", "c"]).await;
     let taken = receive(&broker, 10, HOUR).await;
     assert_eq!(offsets(&taken), [1, 4, 6]);
@@ -149,8 +164,14 @@ async fn what_blocks_a_key_is_told_over_a_restart() {
             .collect();
         assert_eq!(blocked.len(), 2, "nothing of `c` waits");
         let (a, b) = (&blocked["a"], &blocked["b"]);
-        assert_eq!((a.offset, a.state, a.waiting), (Offset(1), BlockedBy::Delayed, 2));
-        assert_eq!((b.offset, b.state, b.waiting), (Offset(4), BlockedBy::Live, 1));
+        assert_eq!(
+            (a.offset, a.state, a.waiting),
+            (Offset(1), BlockedBy::Delayed, 2)
+        );
+        assert_eq!(
+            (b.offset, b.state, b.waiting),
+            (Offset(4), BlockedBy::Live, 1)
+        );
         assert_eq!((a.attempt, b.attempt), (Some(1), Some(1)));
         brokers.push(broker);
     }
@@ -168,19 +189,37 @@ async fn a_dead_letter_holds_its_key_if_the_queue_says_so() {
         hold_key,
         ..ordered()
     };
-    broker.queue.declare(name(), declaration(hold(true))).await.unwrap();
+    broker
+        .queue
+        .declare(name(), declaration(hold(true)))
+        .await
+        .unwrap();
     publish(&broker, &["a", "a", "b", "b"]).await;
     let taken = receive(&broker, 10, HOUR).await;
     broker.settle(Verb::Reject, items(&taken[..1])).await;
     broker.settle(Verb::Ack, items(&taken[1..])).await;
-    assert_eq!(offsets(&receive(&broker, 10, HOUR).await), [4], "`b` goes on");
+    assert_eq!(
+        offsets(&receive(&broker, 10, HOUR).await),
+        [4],
+        "`b` goes on"
+    );
     broker.kill();
     let broker = Broker::on(&database).await;
-    assert_eq!(broker.poll().await.reason, Some(EmptyReason::WaitingForKeys));
+    assert_eq!(
+        broker.poll().await.reason,
+        Some(EmptyReason::WaitingForKeys)
+    );
     let blocked = broker.status().await.blocked_keys;
-    assert_eq!((blocked[0].offset, blocked[0].state), (Offset(1), BlockedBy::Held));
+    assert_eq!(
+        (blocked[0].offset, blocked[0].state),
+        (Offset(1), BlockedBy::Held)
+    );
     // Without it, the key goes on at once.
-    broker.queue.declare(name(), declaration(hold(false))).await.unwrap();
+    broker
+        .queue
+        .declare(name(), declaration(hold(false)))
+        .await
+        .unwrap();
     assert_eq!(offsets(&receive(&broker, 10, HOUR).await), [2]);
     broker.stop().await;
 }
@@ -193,13 +232,23 @@ async fn a_batch_of_a_key_is_settled_in_order() {
         key_batches: true,
         ..ordered()
     };
-    broker.queue.declare(name(), declaration(batches)).await.unwrap();
+    broker
+        .queue
+        .declare(name(), declaration(batches))
+        .await
+        .unwrap();
     publish(&broker, &["a", "a", "b", "a", "a"]).await;
     let taken = receive(&broker, 4, HOUR).await;
     assert_eq!(offsets(&taken), [1, 2, 3, 4]);
-    assert_eq!(broker.poll().await.reason, Some(EmptyReason::WaitingForKeys));
+    assert_eq!(
+        broker.poll().await.reason,
+        Some(EmptyReason::WaitingForKeys)
+    );
     let blocked = broker.settle(Verb::Ack, items(&taken[1..4])).await;
-    assert_eq!(blocked, [Outcome::Blocked, Outcome::Acked, Outcome::Blocked]);
+    assert_eq!(
+        blocked,
+        [Outcome::Blocked, Outcome::Acked, Outcome::Blocked]
+    );
     broker.kill();
     let broker = Broker::on(&database).await;
     let again = broker.settle(Verb::Ack, items(&taken[3..])).await;
@@ -215,18 +264,40 @@ async fn a_batch_of_a_key_is_settled_in_order() {
 async fn order_begins_and_ends_with_what_is_in_flight() {
     let database = support::database().await;
     let broker = Broker::on(&database).await;
-    broker.queue.declare(name(), declaration(at_once(16))).await.unwrap();
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
     publish(&broker, &["a", "a", "a", "b", "a", "a"]).await;
     let loose = receive(&broker, 2, HOUR).await;
-    broker.queue.declare(name(), declaration(ordered())).await.unwrap();
-    assert_eq!(offsets(&receive(&broker, 9, HOUR).await), [4], "two of `a` are in flight");
+    broker
+        .queue
+        .declare(name(), declaration(ordered()))
+        .await
+        .unwrap();
+    assert_eq!(
+        offsets(&receive(&broker, 9, HOUR).await),
+        [4],
+        "two of `a` are in flight"
+    );
     broker.settle(Verb::Ack, items(&loose[1..])).await;
-    assert_eq!(broker.poll().await.reason, Some(EmptyReason::WaitingForKeys));
+    assert_eq!(
+        broker.poll().await.reason,
+        Some(EmptyReason::WaitingForKeys)
+    );
     broker.settle(Verb::Ack, items(&loose[..1])).await;
     let third = receive(&broker, 9, HOUR).await;
     assert_eq!(offsets(&third), [3]);
-    broker.queue.declare(name(), declaration(at_once(16))).await.unwrap();
-    assert!(broker.poll().await.deliveries.is_empty(), "`a` is in order until then");
+    broker
+        .queue
+        .declare(name(), declaration(at_once(16)))
+        .await
+        .unwrap();
+    assert!(
+        broker.poll().await.deliveries.is_empty(),
+        "`a` is in order until then"
+    );
     broker.settle(Verb::Ack, items(&third)).await;
     assert_eq!(offsets(&receive(&broker, 9, HOUR).await), [5, 6]);
     broker.stop().await;
@@ -240,7 +311,11 @@ async fn a_high_message_passes_a_backlog_of_low_ones_and_low_ones_go_on() {
         priorities: true,
         ..at_once(16)
     };
-    broker.queue.declare(name(), declaration(lanes)).await.unwrap();
+    broker
+        .queue
+        .declare(name(), declaration(lanes))
+        .await
+        .unwrap();
     for _ in 0..20 {
         publish(&broker, &["?"; 1_000]).await;
     }

@@ -31,11 +31,15 @@ async fn many_keys_do_not_notice_one_that_stands_still() {
     let http = program.http.clone();
     let ordered = json!({"topics": ["keys.other"], "ordering": "key", "max_in_flight": 10_000});
     let behind = json!({"topics": ["keys.*"], "ordering": "key", "max_in_flight": 10_000});
-    http.declare("/v1/queues/plain", &json!({"topics": ["keys.other"]})).await;
+    http.declare("/v1/queues/plain", &json!({"topics": ["keys.other"]}))
+        .await;
     http.declare("/v1/queues/ordered", &ordered).await;
     http.declare("/v1/queues/behind", &behind).await;
     let mut connection = database.connect().await;
-    for (topic, key, count) in [("keys.hot", "'hot'", waiting), ("keys.other", "'k' || n % $2::bigint", count)] {
+    for (topic, key, count) in [
+        ("keys.hot", "'hot'", waiting),
+        ("keys.other", "'k' || n % $2::bigint", count),
+    ] {
         let statement = format!(
             "insert into postroad.outbox (topic, key, payload)
              select '{topic}', {key}, json_build_object('n', n, 'of', $2::bigint)::text from generate_series(1, $1) as n"
@@ -78,7 +82,10 @@ async fn many_keys_do_not_notice_one_that_stands_still() {
     program.kill().await;
     program.start().await;
     let answer = http
-        .ok("/v1/queues/behind/receive", &json!({"wait_seconds": 20, "max_messages": 1}))
+        .ok(
+            "/v1/queues/behind/receive",
+            &json!({"wait_seconds": 20, "max_messages": 1}),
+        )
         .await;
     assert_eq!(answer["reason"], "waiting_for_keys", "{answer}");
     let rate = |index: usize| count as f64 / seconds[index];
