@@ -190,7 +190,7 @@ impl Task {
     /// committed by then.
     pub(in crate::queue) fn begin_redrive(&mut self, new: NewRedrive, reply: Reply<RedriveRow>) {
         if let Some(running) = self.redrives.find(&new.id) {
-            let row = running.row.clone();
+            let row = Box::new(running.row.clone());
             return self.answers.push(Answer::Redrive { reply, row });
         }
         if self.redrives.running.len() >= REDRIVES_MAX {
@@ -279,7 +279,7 @@ impl Task {
                 return;
             }
             Asker::Begin(reply) => {
-                let row = running.row.clone();
+                let row = Box::new(running.row.clone());
                 self.answers.push(Answer::Redrive { reply, row });
             }
             Asker::Nobody => {}
@@ -461,6 +461,7 @@ impl Task {
         }
         if let Asker::Begin(reply) = asker {
             // Without a total when it could not be counted yet.
+            let row = Box::new(row);
             self.answers.push(Answer::Redrive { reply, row });
         }
         total

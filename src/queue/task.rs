@@ -126,7 +126,7 @@ pub(in crate::queue) enum Answer {
     Begun { id: String },
     Redrive {
         reply: oneshot::Sender<Result<RedriveRow, Error>>,
-        row: RedriveRow,
+        row: Box<RedriveRow>,
     },
     Settle {
         reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
@@ -739,7 +739,7 @@ impl Task {
                 }
                 Answer::Begun { id } => self.redrive_is_begun(&id),
                 Answer::Redrive { reply, row } => {
-                    let _ = reply.send(Ok(row));
+                    let _ = reply.send(Ok(*row));
                 }
             }
         }

@@ -303,7 +303,7 @@ async fn begin(
 #[expect(dead_code, reason = "describes what begin answers")]
 enum Answer {
     DryRun(DryRun),
-    Redrive(View),
+    Redrive(Box<View>),
 }
 
 /// Describe a redrive, as far as it has got.
