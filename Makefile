@@ -27,11 +27,13 @@ test: ## Run all tests
 	@$(WITH_POSTGRES) cargo test $(ARGS)
 
 .PHONY: soak
-soak: ## Run the long tests at full size on a release build, and print their figures (about ten minutes)
+soak: ## Run the long tests at full size on a release build, and print their figures (half an hour or so)
 	@$(WITH_POSTGRES) cargo build --release --quiet; \
 	POSTROAD_TEST_PROGRAM="$$PWD/target/release/postroad" POSTROAD_SOAK_BACKLOG=1000000 POSTROAD_SOAK_HELD_SECONDS=120 \
 	POSTROAD_SOAK_HELD_RATE=2000 POSTROAD_SOAK_AGE=20000 POSTROAD_SOAK_PGBENCH_SECONDS=30 \
 	POSTROAD_SOAK_KEY_WAITING=2000000 POSTROAD_SOAK_KEY_OTHERS=100000 POSTROAD_SOAK_READERS=1000 POSTROAD_SOAK_READER_MESSAGES=10000 \
+	POSTROAD_SOAK_POLLS=10000 POSTROAD_SOAK_QUEUES=10000 POSTROAD_SOAK_QUEUES_MESSAGES=20000 POSTROAD_SOAK_ACTIVE=1000 \
+	POSTROAD_SOAK_HISTORY=100000 POSTROAD_SOAK_STUCK=2000000 \
 	cargo test --test it soak:: -- --nocapture --test-threads 1
 
 .PHONY: bench

@@ -89,7 +89,8 @@ impl<T: DeserializeOwned + Send> FromRequest<State> for Json<T> {
 
     async fn from_request(request: Request, state: &State) -> Result<Self, Problem> {
         require_json(request.headers())?;
-        let Whole(bytes) = Whole::from_request(request, state).await?;
+        // Boxed: what reads the body is larger than what waits for messages afterwards, and has no place beside it.
+        let Whole(bytes) = Box::pin(Whole::from_request(request, state)).await?;
         parse_json(if bytes.is_empty() { b"{}" } else { &bytes }).map(Self)
     }
 }

@@ -5,8 +5,9 @@
 //! polls answer with what they have, then each connection finishes the requests it has; what is left after that is cut.
 
 use std::convert::Infallible;
+use std::fmt::Display;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -15,8 +16,9 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, Version};
 use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::GracefulConnection;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -25,7 +27,7 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
 use super::body::Outgoing;
-use super::connection::Watched;
+use super::connection::{Activity, Watched};
 use super::state::{Options, Parts, State};
 use crate::supervisor::{OnEnd, Supervisor};
 
@@ -196,6 +198,9 @@ impl Connection {
     }
 
     async fn serve(&self, stream: TcpStream) {
+        let Some(is_http2) = self.speaks_http2(&stream).await else {
+            return;
+        };
         let outgoing = Outgoing::default();
         let busy = Arc::new(AtomicUsize::new(0));
         let (io, activity) = Watched::new(stream, outgoing.clone());
@@ -216,8 +221,50 @@ impl Connection {
                 answer
             }
         });
-        let builder = builder(&self.state.options);
-        let mut connection = pin!(builder.serve_connection(TokioIo::new(io), service));
+        let options = &self.state.options;
+        // Boxed, since a connection is one or the other: it does not take the place of both.
+        if is_http2 {
+            let connection = http2_builder(options).serve_connection(TokioIo::new(io), service);
+            self.drive(Box::pin(connection), &activity, &busy).await;
+        } else {
+            let connection = http1_builder(options).serve_connection(TokioIo::new(io), service);
+            self.drive(Box::pin(connection), &activity, &busy).await;
+        }
+    }
+
+    /// Which of the two a client speaks, by its first bytes, which stay in the socket: read here, and put before the rest
+    /// again, they would have hyper take a second buffer for the life of the connection. None when it says nothing.
+    async fn speaks_http2(&self, stream: &TcpStream) -> Option<bool> {
+        const START: &[u8] = b"PRI ";
+        let over = sleep(self.state.options.idle_timeout);
+        let mut over = pin!(over);
+        let mut start = [0; START.len()];
+        loop {
+            let seen = tokio::select! {
+                seen = stream.peek(&mut start) => seen.ok()?,
+                () = self.close.cancelled() => return None,
+                () = &mut over => return None,
+            };
+            if seen == 0 {
+                return None;
+            }
+            if !START.starts_with(&start[..seen]) {
+                return Some(false);
+            }
+            if seen == START.len() {
+                return Some(true);
+            }
+            // What was peeked at is there again at once.
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Serves a connection until it ends, is told to, or is idle for too long.
+    async fn drive<C>(&self, mut connection: Pin<Box<C>>, activity: &Activity, busy: &AtomicUsize)
+    where
+        C: GracefulConnection,
+        C::Error: Display,
+    {
         let idle_timeout = self.state.options.idle_timeout;
         let mut is_closing = false;
         loop {
@@ -248,17 +295,20 @@ impl Connection {
     }
 }
 
-fn builder(options: &Options) -> Builder<TokioExecutor> {
-    let mut builder = Builder::new(TokioExecutor::new());
+fn http1_builder(options: &Options) -> http1::Builder {
+    let mut builder = http1::Builder::new();
     builder
-        .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(options.idle_timeout)
         .max_headers(HEADERS_MAX_COUNT)
         .max_buf_size(HEAD_MAX_BYTES)
         .half_close(false);
     builder
-        .http2()
+}
+
+fn http2_builder(options: &Options) -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(options.streams_per_connection_max)
         .max_header_list_size(u32::try_from(HEAD_MAX_BYTES).unwrap_or(u32::MAX))
