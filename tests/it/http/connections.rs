@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use postroad::http::Options;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::Api;
 use crate::support;
@@ -203,7 +203,7 @@ async fn an_answer_that_was_not_written_costs_no_attempt() {
     let api = Api::start().await;
     api.queue("q", json!({"visibility_timeout_seconds": 3600}))
         .await;
-    // More than the kernel buffers for a client that does not read.
+    // Together with the small buffer below, more than the kernel takes for a client that does not read.
     let large = "x".repeat(1 << 20 >> 1);
     for _ in 0..20 {
         let published = api.publish("a", "text/plain", &[], large.clone()).await;
@@ -215,7 +215,9 @@ async fn an_answer_that_was_not_written_costs_no_attempt() {
             "POST /v1/queues/q/receive HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
-        let mut stream = TcpStream::connect(api.address).await.unwrap();
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4_096).unwrap();
+        let mut stream = socket.connect(api.address).await.unwrap();
         stream.write_all(head.as_bytes()).await.unwrap();
         let mut start = [0; 12];
         stream.read_exact(&mut start).await.unwrap();

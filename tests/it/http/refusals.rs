@@ -48,7 +48,7 @@ async fn faults_are_named_where_they_are() {
             "/v1/queues/q",
             json!({"start": "now"}),
             ("pointer", "/start"),
-            "`start` must be \"earliest\"",
+            "it must be \"earliest\"",
         ),
         (
             "PUT",
@@ -60,9 +60,9 @@ async fn faults_are_named_where_they_are() {
         (
             "PUT",
             "/v1/queues/q",
-            json!({"ordering": "key"}),
+            json!({"ordering": "fifo"}),
             ("pointer", "/ordering"),
-            "unknown variant `key`",
+            "unknown variant `fifo`",
         ),
         (
             "PUT",

@@ -107,14 +107,14 @@ async fn a_refused_session_does_not_make_an_append_of_unknown_outcome_refused() 
     admin.execute(sqlx::AssertSqlSafe(refuse)).await.unwrap();
     let mut is_cut = false;
     proxy.filter(move |direction, bytes| {
-        let is_it = bytes.windows(6).any(|window| window == b"commit");
+        let is_it = bytes.windows(8).any(|window| window == b"the-one!");
         if is_cut || direction == Direction::ToClient || !is_it {
             return Action::Forward;
         }
         is_cut = true;
         Action::CutAfter
     });
-    let one = || vec![message("a", "commit", "2")];
+    let one = || vec![message("a", "the-one!", "2")];
     let unknown = node.publish(one(), true).await;
     assert!(
         matches!(unknown, Err(AppendError::OutcomeUnknown)),
