@@ -2,7 +2,7 @@
 //!
 //! The layers, each using only what stands above it (`tests/tidy.rs` holds them): [`domain`], [`supervisor`], [`store`]; the
 //! engines [`cluster`], [`stream`], [`relay`], [`queue`]; [`http`]; [`client`], which knows the names of the domain alone; and
-//! the program around them, [`app`], [`cli`], [`config`], [`telemetry`], [`local_postgres`], [`demo`], [`bench`].
+//! the program around them, [`app`], [`cli`], [`config`], [`telemetry`], [`local_postgres`], [`demo`], [`mod@bench`].
 //! [`outbox`] stands beside them: it is for services that publish, and the broker does not use it.
 
 pub mod app;

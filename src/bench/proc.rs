@@ -12,7 +12,7 @@ pub(super) struct Postgres {
     postmaster: i32,
 }
 
-/// What /proc/<pid>/stat says.
+/// What `/proc/PID/stat` says.
 #[derive(Debug, Clone, PartialEq)]
 struct Stat {
     name: String,

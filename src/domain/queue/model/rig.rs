@@ -112,6 +112,25 @@ impl Rig {
         self.answered = self.issued.len();
     }
 
+    /// Passes in the marks of all that the machine asks for, a few at a time.
+    fn learn_order(&mut self) {
+        let mut after = Offset(0);
+        while self.machine.is_arranging() {
+            let unmarked = self.machine.unmarked(after, 3);
+            let found: Vec<Found> = unmarked
+                .iter()
+                .filter_map(|offset| self.found(offset.0))
+                .collect();
+            match unmarked.last() {
+                Some(&last) => {
+                    self.machine.mark(Some(&found));
+                    after = last;
+                }
+                None => self.machine.mark(None),
+            }
+        }
+    }
+
     pub(super) fn crash(&mut self) {
         self.issued.truncate(self.answered);
         let (id, generation) = (QueueId(1), Generation(self.committed.generation));
@@ -141,21 +160,7 @@ impl Rig {
             }
         }
         self.machine.arrange();
-        let mut after = Offset(0);
-        while self.machine.is_arranging() {
-            let unmarked = self.machine.unmarked(after, 3);
-            let found: Vec<Found> = unmarked
-                .iter()
-                .filter_map(|offset| self.found(offset.0))
-                .collect();
-            match unmarked.last() {
-                Some(&last) => {
-                    self.machine.mark(Some(&found));
-                    after = last;
-                }
-                None => self.machine.mark(None),
-            }
-        }
+        self.learn_order();
         self.reference = self.committed.clone();
         self.reference.forget();
         self.publish_from(1);
@@ -187,6 +192,7 @@ impl Rig {
             .machine
             .next_generation(&carried, generation, Offset(start))
             .expect("its own state reads");
+        self.learn_order();
         self.base = Some(carried);
         self.start = start;
         self.journal.clear();
