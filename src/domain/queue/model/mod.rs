@@ -16,6 +16,8 @@ use crate::domain::message::Priority;
 
 /// Sequences per order.
 const CASES: u32 = 20_000;
+/// What proptest takes when the environment names no number.
+const PROPTESTS_OWN: u32 = 256;
 const STEPS_MAX: usize = 20;
 /// Offsets that steps name: sequences are short, and it is the low ones that have a history.
 const OFFSETS: std::ops::Range<i64> = 1..14;
@@ -131,13 +133,16 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn agree(mode: Mode) {
-    let cases = std::env::var("PROPTEST_CASES")
-        .ok()
-        .and_then(|cases| cases.parse().ok());
+    // Reads the environment.
+    let asked = ProptestConfig::default();
     let config = ProptestConfig {
-        cases: cases.unwrap_or(CASES),
+        cases: if asked.cases == PROPTESTS_OWN {
+            CASES
+        } else {
+            asked.cases
+        },
         failure_persistence: None,
-        ..ProptestConfig::default()
+        ..asked
     };
     let steps = proptest::collection::vec(step(), 1..STEPS_MAX);
     proptest!(config, |(steps in steps)| {
