@@ -8,8 +8,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::QUEUES_MAX;
 use super::api::{Declaration, Declared, Description, Error};
+use super::command::Command;
 use super::engine::Engine;
-use super::handle::{Command, ENDED};
+use super::handle::ENDED;
 use super::recovery::{self, Recovered};
 use crate::domain::id::{Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName, Topic, TopicPattern};

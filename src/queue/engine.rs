@@ -13,9 +13,10 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use super::Options;
+use super::command::{Command, Job};
 use super::declare::describe;
 use super::feed::{self, Dispatch, Feed};
-use super::handle::{Command, Job, Known, Shared};
+use super::handle::{Known, Shared};
 use super::recovery::{self, Recovered};
 use super::scans::Scans;
 use super::task::{Ended, Parts, Progress, Task, Why};

@@ -8,24 +8,18 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::api::{
     BATCH_MAX, BATCH_WAIT_MAX, Declaration, Declared, Description, Error, InFlight, InFlightFilter,
-    ReceiveRequest, Received, Status, VerbItem, WAIT_MAX,
+    ReceiveRequest, Received, VerbItem, WAIT_MAX,
 };
-use super::hold::Held;
+use super::command::{Acks, Command, Job, Reply};
 use super::letters::Letters;
-use super::message::{Act, Acted, Expire, MessageStatus};
 use super::metrics::Metrics;
-use super::redrive::{DryRun, NewRedrive};
-use super::renewal::{Renewal, Renewed};
 use super::task::Progress;
-use crate::domain::id::{Generation, Offset};
-use crate::domain::letter::LetterId;
-use crate::domain::name::{QueueName, Topic};
+use crate::domain::name::QueueName;
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
 };
 use crate::domain::queue::{EmptyReason, Item, Outcome, Verb};
 use crate::domain::receipt::Key;
-use crate::store::redrive::RedriveRow;
 
 /// The queues of this process. Cheap to clone. Every future can be dropped at any time.
 #[derive(Debug, Clone)]
@@ -35,120 +29,6 @@ pub struct Handle {
 
 /// How often a request looks whether its queue is recovered.
 const RECOVERY_POLL: Duration = Duration::from_millis(10);
-
-type Reply<T> = oneshot::Sender<Result<T, Error>>;
-
-/// What is asked of one queue's task.
-#[derive(Debug)]
-pub(in crate::queue) enum Command {
-    Receive {
-        request: ReceiveRequest,
-        acks: Option<Acks>,
-        reply: Reply<Received>,
-    },
-    Settle {
-        verb: Verb,
-        items: Vec<Item>,
-        reply: Reply<Vec<Outcome>>,
-    },
-    InFlight {
-        filter: InFlightFilter,
-        reply: Reply<Vec<InFlight>>,
-    },
-    Status {
-        reply: oneshot::Sender<Status>,
-    },
-    Inspect {
-        messages: Vec<(Offset, Option<Topic>)>,
-        reply: Reply<Vec<MessageStatus>>,
-    },
-    Act {
-        offset: Offset,
-        act: Act,
-        reply: Reply<Acted>,
-    },
-    Expire {
-        expire: Expire,
-        reply: Reply<Vec<Offset>>,
-    },
-    /// The topics are about to change: look no further. Answered when the scan position is committed, with all that
-    /// was found up to there.
-    Pin {
-        reply: Reply<()>,
-    },
-    /// The declaration changed, or a pinned queue may go on.
-    Change(Box<Declaration>),
-    /// Decide nothing more; answered once all that was decided is committed.
-    Hold {
-        keeps_redriven: bool,
-        reply: oneshot::Sender<Held>,
-    },
-    /// Hand nothing out from now on, or do again.
-    Pause {
-        is_paused: bool,
-    },
-    /// Write a checkpoint if something before this turn of the journal is not folded into one.
-    Fold {
-        before_turn: i64,
-    },
-    /// Remove these dead letters.
-    Trim {
-        letters: Vec<Offset>,
-    },
-    /// Remove this one, of this death.
-    RemoveLetter {
-        id: LetterId,
-        delivery: u32,
-        reply: Reply<()>,
-    },
-    Redrive {
-        new: NewRedrive,
-        reply: Reply<RedriveRow>,
-    },
-    DryRun {
-        new: NewRedrive,
-        reply: Reply<DryRun>,
-    },
-    CancelRedrive {
-        id: String,
-        reply: Reply<()>,
-    },
-    /// End: the queue is deleted or its slot is lost. Nothing more is written.
-    End,
-}
-
-/// Receipts that come along with a receive, acknowledged first and answered by themselves: their commit does not wait for
-/// the long poll.
-#[derive(Debug)]
-pub(in crate::queue) struct Acks {
-    pub(in crate::queue) items: Vec<Item>,
-    pub(in crate::queue) reply: Reply<Vec<Outcome>>,
-}
-
-/// What is asked of the engine's own task.
-#[derive(Debug)]
-pub(in crate::queue) enum Job {
-    Declare {
-        name: QueueName,
-        declaration: Box<Declaration>,
-        reply: Reply<(Description, Declared)>,
-    },
-    Delete {
-        name: QueueName,
-        reply: Reply<()>,
-    },
-    Renew {
-        name: QueueName,
-        renewal: Renewal,
-        expected_generation: Option<Generation>,
-        reply: Reply<Renewed>,
-    },
-    Pause {
-        name: QueueName,
-        is_paused: bool,
-        reply: Reply<()>,
-    },
-}
 
 /// One queue, as the handles find it.
 #[derive(Debug, Clone)]

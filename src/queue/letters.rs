@@ -8,8 +8,10 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::api::Error;
-use super::handle::{Command, Handle};
-use super::task::{Answer, Task};
+use super::command::Command;
+use super::handle::Handle;
+use super::part::Answer;
+use super::task::Task;
 use crate::domain::id::{Offset, QueueId, StreamId};
 use crate::domain::letter::{LetterId, Selection};
 use crate::domain::message::Entry;

@@ -9,8 +9,10 @@ use chrono::{DateTime, Utc};
 use tokio::sync::oneshot;
 
 use super::api::Error;
-use super::handle::{Command, Handle, invalid};
-use super::task::{Answer, Done, Task};
+use super::command::Command;
+use super::handle::{Handle, invalid};
+use super::part::Answer;
+use super::task::{Done, Task};
 use crate::domain::id::{Generation, Offset};
 use crate::domain::message::Entry;
 use crate::domain::name::{QueueName, Topic};

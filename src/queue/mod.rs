@@ -7,6 +7,7 @@
 
 mod ahead;
 mod api;
+mod command;
 mod declare;
 mod engine;
 mod feed;
@@ -20,6 +21,7 @@ mod message;
 mod metrics;
 mod order;
 mod pages;
+mod part;
 mod positions;
 mod receive;
 mod recovery;

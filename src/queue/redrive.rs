@@ -12,8 +12,10 @@ use tokio::time::Instant;
 
 use super::ahead::{Ahead, Block};
 use super::api::Error;
-use super::handle::{Command, Handle};
-use super::task::{Answer, Done, Task};
+use super::command::Command;
+use super::handle::Handle;
+use super::part::Answer;
+use super::task::{Done, Task};
 use crate::domain::id::Offset;
 use crate::domain::letter::{REDRIVES_MAX, Selection};
 use crate::domain::name::QueueName;

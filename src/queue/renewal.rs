@@ -11,8 +11,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::api::Error;
+use super::command::{Command, Job};
 use super::engine::Engine;
-use super::handle::{Command, Handle, Job};
+use super::handle::Handle;
 use super::hold::{Held, Verdict};
 use crate::domain::id::{Generation, Offset, QueueId};
 use crate::domain::name::QueueName;

@@ -16,33 +16,32 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::api::{Error, InFlight, InFlightFilter, Received, Status};
+use super::api::{Error, Received, Status};
+use super::command::{Acks, Command};
 use super::feed::{Dispatch, Feed};
-use super::handle::{Acks, Command, ENDED, Shared};
-use super::handout::{Promise, Promises};
+use super::handle::{ENDED, Shared};
+use super::handout::Promises;
 use super::hold::{Hold, told};
 use super::intake::{Intake, Loaded};
 use super::letters::{Fetched, Letters};
 use super::message::{Act, Acted};
 use super::order::{Marked, Marks};
+use super::part::{Answer, Submitted, committed};
 use super::redrive::{self, Redrives};
 use super::scans::Scans;
 use super::waiters::Waiters;
-use super::writer::{Contact, Outage, Submission, Written};
+use super::writer::{Contact, Outage, Submission};
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::{QueueName, TopicPattern};
-use crate::domain::queue::{At, End, Handed, Item, Outcome, Queue, Record, Verb, encode};
+use crate::domain::queue::{At, Queue, Verb};
 use crate::domain::receipt::Receipt;
 use crate::store;
-use crate::store::queue::GroupPart;
 use crate::store::redrive::RedriveRow;
 use crate::stream;
 use crate::supervisor::Supervisor;
 
-/// Commands taken in one round, so that the journal gets its groups.
-const ROUND_MAX: usize = 1_000;
 /// How often the scan position of a quiet queue is journaled, if it moved far enough to be worth a row.
 const POSITION_EVERY: Duration = Duration::from_secs(30);
 const POSITION_WORTH: i64 = 10_000;
@@ -108,50 +107,6 @@ pub(in crate::queue) struct Parts {
     pub(in crate::queue) supervisor: Supervisor,
 }
 
-/// An answer that waits for its commit.
-pub(in crate::queue) enum Answer {
-    Receive {
-        reply: oneshot::Sender<Result<Received, Error>>,
-        handed: Vec<(Handed, Arc<Entry>)>,
-        /// None for a repeated receive whose first answer was written: its deliveries are not taken back.
-        promise: Option<Arc<Promise>>,
-    },
-    Pin {
-        reply: oneshot::Sender<Result<(), Error>>,
-    },
-    Done {
-        reply: oneshot::Sender<Result<(), Error>>,
-    },
-    /// A redrive's row is written, or what a dry run counts is.
-    Begun { id: String },
-    Redrive {
-        reply: oneshot::Sender<Result<RedriveRow, Error>>,
-        row: Box<RedriveRow>,
-    },
-    Settle {
-        reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
-        outcomes: Vec<Outcome>,
-    },
-    Act {
-        reply: oneshot::Sender<Result<Acted, Error>>,
-        acted: Acted,
-    },
-    Expired {
-        reply: oneshot::Sender<Result<Vec<Offset>, Error>>,
-        offsets: Vec<Offset>,
-    },
-}
-
-struct Submitted {
-    decided_at: Instant,
-    done: oneshot::Receiver<Written>,
-    answers: Vec<Answer>,
-    has_records: bool,
-    has_forwards: bool,
-    is_fold: bool,
-    watermark: Offset,
-}
-
 /// What ran beside the task's loop.
 pub(in crate::queue) enum Done {
     Scanned(Result<stream::Scanned, stream::Error>),
@@ -185,9 +140,9 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) promises: Promises,
     pub(in crate::queue) redrives: Redrives,
     pub(in crate::queue) answers: Vec<Answer>,
-    submitted: Option<Submitted>,
+    pub(in crate::queue) submitted: Option<Submitted>,
     /// Since when decisions wait to be submitted.
-    decided_at: Option<Instant>,
+    pub(in crate::queue) decided_at: Option<Instant>,
     pub(in crate::queue) returned: (
         mpsc::UnboundedSender<Vec<Receipt>>,
         mpsc::UnboundedReceiver<Vec<Receipt>>,
@@ -195,9 +150,9 @@ pub(in crate::queue) struct Task {
     outage: watch::Receiver<Outage>,
     moved: i64,
     is_probing: bool,
-    fold_wanted: bool,
+    pub(in crate::queue) fold_wanted: bool,
     /// The turn of the first journal row that no checkpoint holds yet.
-    unfolded_turn: Option<i64>,
+    pub(in crate::queue) unfolded_turn: Option<i64>,
     position_at: Instant,
     pub(in crate::queue) ending: Option<Why>,
     /// Nothing is decided, since a new generation is about to begin.
@@ -390,123 +345,6 @@ impl Task {
         wake_at
     }
 
-    fn take_commands(&mut self, first: Option<Command>) {
-        let Some(first) = first else {
-            self.ending = Some(Why::Told);
-            return;
-        };
-        let mut next = Some(first);
-        for _ in 0..ROUND_MAX {
-            match next.take() {
-                Some(command) => self.take_command(command),
-                None => break,
-            }
-            if self.hold.is_some() {
-                return;
-            }
-            next = self.parts.mailbox.try_recv().ok();
-        }
-        if let Some(command) = next {
-            self.take_command(command);
-        }
-    }
-
-    fn take_command(&mut self, command: Command) {
-        match command {
-            Command::Receive {
-                request,
-                acks,
-                reply,
-            } => {
-                if let Some(Acks { items, reply }) = acks {
-                    self.settle(Verb::Ack, &items, reply);
-                }
-                self.take_receive(request, reply);
-            }
-            Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
-            Command::InFlight { filter, reply } => {
-                let _ = reply.send(Ok(self.in_flight(&filter)));
-            }
-            Command::Status { reply } => {
-                self.waiters.drop_gone();
-                self.tell_status(reply);
-            }
-            Command::Inspect { messages, reply } => {
-                let _ = reply.send(Ok(self.inspect(&messages)));
-            }
-            Command::Act { offset, act, reply } => self.take_act(offset, act, reply),
-            Command::Expire { expire, reply } => self.expire(&expire, reply),
-            Command::Pin { reply } => {
-                self.pin();
-                self.machine.journal_scan(self.machine.scanned_through());
-                self.answers.push(Answer::Pin { reply });
-            }
-            Command::Change(declaration) => {
-                self.change_settings(declaration.settings);
-                self.parts.patterns = declaration.topics.into();
-                self.unpin();
-            }
-            Command::Hold {
-                keeps_redriven,
-                reply,
-            } => {
-                self.hold = Some(Hold::Draining {
-                    keeps_redriven,
-                    reply,
-                });
-            }
-            Command::Pause { is_paused } => self.parts.is_paused = is_paused,
-            Command::Fold { before_turn } => {
-                self.fold_wanted |= self.unfolded_turn.is_some_and(|turn| turn < before_turn);
-            }
-            Command::Trim { letters } => {
-                // The copy of one that was redriven may be the only one.
-                for letter in letters {
-                    if !self.machine.is_reopened(letter) {
-                        self.machine.remove_letter(letter);
-                    }
-                }
-            }
-            Command::RemoveLetter {
-                id,
-                delivery,
-                reply,
-            } => self.remove_letter(id, delivery, reply),
-            Command::Redrive { new, reply } => self.begin_redrive(new, reply),
-            Command::DryRun { new, reply } => self.dry_run(&new, reply),
-            Command::CancelRedrive { id, reply } => self.cancel_redrive(&id, reply),
-            Command::End => self.ending = Some(Why::Told),
-        }
-    }
-
-    fn settle(
-        &mut self,
-        verb: Verb,
-        items: &[Item],
-        reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
-    ) {
-        let now = self.now();
-        let outcomes = self.machine.settle(verb, items, now);
-        let metrics = &self.parts.shared.metrics;
-        for (outcome, item) in outcomes.iter().zip(items) {
-            match outcome {
-                Outcome::Acked => {
-                    metrics.settled.inc();
-                }
-                Outcome::Gone { incident: true } => {
-                    metrics.incidents.inc();
-                    tracing::error!(
-                        queue = %self.parts.name,
-                        receipt = ?item.receipt,
-                        "a receipt names a delivery that was never issued: was the database restored to an earlier state?"
-                    );
-                }
-                _ => {}
-            }
-        }
-        self.answers.push(Answer::Settle { reply, outcomes });
-    }
-
     pub(in crate::queue) fn take_back_returned(&mut self) {
         if let Ok(first) = self.returned.1.try_recv() {
             self.take_back(first);
@@ -527,20 +365,6 @@ impl Task {
             }
             next = self.returned.1.try_recv().ok();
         }
-    }
-
-    fn in_flight(&self, filter: &InFlightFilter) -> Vec<InFlight> {
-        let live = self.machine.live(filter.after).map(|live| InFlight {
-            offset: live.offset,
-            delivery: live.delivery,
-            attempt: live.attempt,
-            consumer: live.receive.and_then(|receive| receive.consumer.clone()),
-            delivered_at: live.since.into(),
-            visible_until: live.deadline.into(),
-        });
-        live.filter(|live| filter.consumer.is_none() || live.consumer == filter.consumer)
-            .take(filter.limit.clamp(1, 1_000))
-            .collect()
     }
 
     pub(in crate::queue) fn status(&self) -> Status {
@@ -589,108 +413,6 @@ impl Task {
         }
     }
 
-    pub(in crate::queue) fn submit(&mut self) {
-        if self.machine.has_batch() {
-            self.decided_at.get_or_insert_with(Instant::now);
-        }
-        if self.submitted.is_some() {
-            return;
-        }
-        if self.fold_wanted {
-            self.machine.journal_scan(self.machine.scanned_through());
-        }
-        if !self.machine.has_batch() && !self.fold_wanted && !self.redrives.has_steps() {
-            let answers = std::mem::take(&mut self.answers);
-            self.answer(answers);
-            return;
-        }
-        let batch = self.machine.take_batch();
-        self.count(&batch.records, batch.letters.len());
-        let is_fold = std::mem::take(&mut self.fold_wanted);
-        let part = Box::new(GroupPart {
-            slot: self.parts.slot,
-            queue: self.machine.id(),
-            generation: self.machine.generation(),
-            records: match batch.records.is_empty() {
-                true => Vec::new(),
-                false => encode(&batch.records),
-            },
-            checkpoint: is_fold.then(|| self.machine.checkpoint()),
-            letters: batch.letters,
-            forward: self.machine.settings().dead_letter_topic.clone(),
-            removed_letters: batch.removed_letters,
-            redrives: self.redrives.take_steps(),
-        });
-        let has_records = !part.records.is_empty();
-        let has_forwards = part.forward.is_some() && !part.letters.is_empty();
-        let (done, receiver) = oneshot::channel();
-        let fence = self.parts.fence.clone();
-        if self
-            .parts
-            .writer
-            .try_send(Submission::Part { fence, part, done })
-            .is_err()
-        {
-            // The channel holds a part of every queue there can be, so the writer is gone.
-            self.ending = Some(Why::Cut);
-            return;
-        }
-        self.submitted = Some(Submitted {
-            decided_at: self.decided_at.take().unwrap_or_else(Instant::now),
-            done: receiver,
-            answers: std::mem::take(&mut self.answers),
-            has_records,
-            has_forwards,
-            is_fold,
-            watermark: self.machine.watermark(),
-        });
-    }
-
-    fn count(&self, records: &[Record], letters: usize) {
-        let metrics = &self.parts.shared.metrics;
-        metrics.dead_letters.inc_by(letters as u64);
-        let is_expiry = |record: &&Record| {
-            matches!(
-                record,
-                Record::Ended {
-                    end: End::TimedOut,
-                    ..
-                }
-            )
-        };
-        metrics
-            .expired
-            .inc_by(records.iter().filter(is_expiry).count() as u64);
-    }
-
-    fn finish_part(&mut self, written: Option<Written>) {
-        let Some(part) = self.submitted.take() else {
-            return;
-        };
-        match written {
-            Some(Written::Committed { turn }) => {
-                let waited = part.decided_at.elapsed().as_secs_f64();
-                self.parts.shared.metrics.wait_seconds.observe(waited);
-                if part.is_fold {
-                    self.unfolded_turn = None;
-                } else if part.has_records {
-                    self.unfolded_turn.get_or_insert(turn);
-                }
-                self.parts
-                    .progress
-                    .watermark
-                    .store(part.watermark.0, Ordering::Release);
-                if part.has_forwards {
-                    self.parts.shared.forward.notify_one();
-                }
-                self.answer(part.answers);
-            }
-            Some(Written::Fenced) => self.ending = Some(Why::Fenced),
-            Some(Written::Refused) => self.ending = Some(Why::Refused),
-            None => self.ending = Some(Why::Cut),
-        }
-    }
-
     pub(in crate::queue) fn finish_work(&mut self, done: Done) {
         match done {
             Done::Probed => self.is_probing = false,
@@ -710,38 +432,6 @@ impl Task {
                 reply,
                 fetched,
             } => self.finish_replay(&receive_id, reply, fetched),
-        }
-    }
-
-    /// Sends answers whose decisions are committed.
-    fn answer(&mut self, answers: Vec<Answer>) {
-        for answer in answers {
-            match answer {
-                Answer::Settle { reply, outcomes } => {
-                    let _ = reply.send(Ok(outcomes));
-                }
-                Answer::Receive {
-                    reply,
-                    handed,
-                    promise,
-                } => {
-                    // A caller that is gone drops the answer, and the handout in it takes the deliveries back.
-                    let _ = reply.send(Ok(self.received(handed, promise)));
-                }
-                Answer::Act { reply, acted } => {
-                    let _ = reply.send(Ok(acted));
-                }
-                Answer::Expired { reply, offsets } => {
-                    let _ = reply.send(Ok(offsets));
-                }
-                Answer::Pin { reply } | Answer::Done { reply } => {
-                    let _ = reply.send(Ok(()));
-                }
-                Answer::Begun { id } => self.redrive_is_begun(&id),
-                Answer::Redrive { reply, row } => {
-                    let _ = reply.send(Ok(*row));
-                }
-            }
         }
     }
 
@@ -821,14 +511,6 @@ impl Task {
             let written = committed(&mut self.submitted).await;
             self.finish_part(written);
         }
-    }
-}
-
-/// What became of the part under way; never resolves when there is none. Cancel-safe.
-async fn committed(submitted: &mut Option<Submitted>) -> Option<Written> {
-    match submitted {
-        Some(submitted) => (&mut submitted.done).await.ok(),
-        None => std::future::pending().await,
     }
 }
 

@@ -1,0 +1,207 @@
+//! What a queue's task decided since its last submission, as one part of a group commit, and the answers that wait for it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::api::{Error, Received};
+use super::handout::Promise;
+use super::message::Acted;
+use super::task::{Task, Why};
+use super::writer::{Submission, Written};
+use crate::domain::id::Offset;
+use crate::domain::message::Entry;
+use crate::domain::queue::{End, Handed, Outcome, Record, encode};
+use crate::store::queue::GroupPart;
+use crate::store::redrive::RedriveRow;
+
+/// An answer that waits for its commit.
+pub(in crate::queue) enum Answer {
+    Receive {
+        reply: oneshot::Sender<Result<Received, Error>>,
+        handed: Vec<(Handed, Arc<Entry>)>,
+        /// None for a repeated receive whose first answer was written: its deliveries are not taken back.
+        promise: Option<Arc<Promise>>,
+    },
+    Pin {
+        reply: oneshot::Sender<Result<(), Error>>,
+    },
+    Done {
+        reply: oneshot::Sender<Result<(), Error>>,
+    },
+    /// A redrive's row is written, or what a dry run counts is.
+    Begun { id: String },
+    Redrive {
+        reply: oneshot::Sender<Result<RedriveRow, Error>>,
+        row: Box<RedriveRow>,
+    },
+    Settle {
+        reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
+        outcomes: Vec<Outcome>,
+    },
+    Act {
+        reply: oneshot::Sender<Result<Acted, Error>>,
+        acted: Acted,
+    },
+    Expired {
+        reply: oneshot::Sender<Result<Vec<Offset>, Error>>,
+        offsets: Vec<Offset>,
+    },
+}
+
+/// What is with the writer.
+pub(in crate::queue) struct Submitted {
+    decided_at: Instant,
+    done: oneshot::Receiver<Written>,
+    answers: Vec<Answer>,
+    has_records: bool,
+    has_forwards: bool,
+    is_fold: bool,
+    watermark: Offset,
+}
+
+impl Task {
+    pub(in crate::queue) fn submit(&mut self) {
+        if self.machine.has_batch() {
+            self.decided_at.get_or_insert_with(Instant::now);
+        }
+        if self.submitted.is_some() {
+            return;
+        }
+        if self.fold_wanted {
+            self.machine.journal_scan(self.machine.scanned_through());
+        }
+        if !self.machine.has_batch() && !self.fold_wanted && !self.redrives.has_steps() {
+            let answers = std::mem::take(&mut self.answers);
+            self.answer(answers);
+            return;
+        }
+        let batch = self.machine.take_batch();
+        self.count(&batch.records, batch.letters.len());
+        let is_fold = std::mem::take(&mut self.fold_wanted);
+        let part = Box::new(GroupPart {
+            slot: self.parts.slot,
+            queue: self.machine.id(),
+            generation: self.machine.generation(),
+            records: match batch.records.is_empty() {
+                true => Vec::new(),
+                false => encode(&batch.records),
+            },
+            checkpoint: is_fold.then(|| self.machine.checkpoint()),
+            letters: batch.letters,
+            forward: self.machine.settings().dead_letter_topic.clone(),
+            removed_letters: batch.removed_letters,
+            redrives: self.redrives.take_steps(),
+        });
+        let has_records = !part.records.is_empty();
+        let has_forwards = part.forward.is_some() && !part.letters.is_empty();
+        let (done, receiver) = oneshot::channel();
+        let fence = self.parts.fence.clone();
+        if self
+            .parts
+            .writer
+            .try_send(Submission::Part { fence, part, done })
+            .is_err()
+        {
+            // The channel holds a part of every queue there can be, so the writer is gone.
+            self.ending = Some(Why::Cut);
+            return;
+        }
+        self.submitted = Some(Submitted {
+            decided_at: self.decided_at.take().unwrap_or_else(Instant::now),
+            done: receiver,
+            answers: std::mem::take(&mut self.answers),
+            has_records,
+            has_forwards,
+            is_fold,
+            watermark: self.machine.watermark(),
+        });
+    }
+
+    fn count(&self, records: &[Record], letters: usize) {
+        let metrics = &self.parts.shared.metrics;
+        metrics.dead_letters.inc_by(letters as u64);
+        let is_expiry = |record: &&Record| {
+            matches!(
+                record,
+                Record::Ended {
+                    end: End::TimedOut,
+                    ..
+                }
+            )
+        };
+        metrics
+            .expired
+            .inc_by(records.iter().filter(is_expiry).count() as u64);
+    }
+
+    pub(in crate::queue) fn finish_part(&mut self, written: Option<Written>) {
+        let Some(part) = self.submitted.take() else {
+            return;
+        };
+        match written {
+            Some(Written::Committed { turn }) => {
+                let waited = part.decided_at.elapsed().as_secs_f64();
+                self.parts.shared.metrics.wait_seconds.observe(waited);
+                if part.is_fold {
+                    self.unfolded_turn = None;
+                } else if part.has_records {
+                    self.unfolded_turn.get_or_insert(turn);
+                }
+                self.parts
+                    .progress
+                    .watermark
+                    .store(part.watermark.0, Ordering::Release);
+                if part.has_forwards {
+                    self.parts.shared.forward.notify_one();
+                }
+                self.answer(part.answers);
+            }
+            Some(Written::Fenced) => self.ending = Some(Why::Fenced),
+            Some(Written::Refused) => self.ending = Some(Why::Refused),
+            None => self.ending = Some(Why::Cut),
+        }
+    }
+
+    /// Sends answers whose decisions are committed.
+    fn answer(&mut self, answers: Vec<Answer>) {
+        for answer in answers {
+            match answer {
+                Answer::Settle { reply, outcomes } => {
+                    let _ = reply.send(Ok(outcomes));
+                }
+                Answer::Receive {
+                    reply,
+                    handed,
+                    promise,
+                } => {
+                    // A caller that is gone drops the answer, and the handout in it takes the deliveries back.
+                    let _ = reply.send(Ok(self.received(handed, promise)));
+                }
+                Answer::Act { reply, acted } => {
+                    let _ = reply.send(Ok(acted));
+                }
+                Answer::Expired { reply, offsets } => {
+                    let _ = reply.send(Ok(offsets));
+                }
+                Answer::Pin { reply } | Answer::Done { reply } => {
+                    let _ = reply.send(Ok(()));
+                }
+                Answer::Begun { id } => self.redrive_is_begun(&id),
+                Answer::Redrive { reply, row } => {
+                    let _ = reply.send(Ok(*row));
+                }
+            }
+        }
+    }
+}
+
+/// What became of the part under way; never resolves when there is none. Cancel-safe.
+pub(in crate::queue) async fn committed(submitted: &mut Option<Submitted>) -> Option<Written> {
+    match submitted {
+        Some(submitted) => (&mut submitted.done).await.ok(),
+        None => std::future::pending().await,
+    }
+}
