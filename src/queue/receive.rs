@@ -15,7 +15,7 @@ use super::task::{Done, Task};
 use super::waiters::Waiter;
 use crate::domain::id::Offset;
 use crate::domain::message::Entry;
-use crate::domain::queue::{At, EmptyReason, Handed, Queue, Receive};
+use crate::domain::queue::{EmptyReason, Handed, Queue, Receive};
 use crate::domain::receipt::Receipt;
 use crate::stream;
 
@@ -107,7 +107,7 @@ impl Task {
                 .visibility_timeout
                 .unwrap_or(self.machine.settings().visibility_timeout);
             let limits = (request.max_messages as usize, request.max_bytes);
-            let now = At::from(self.parts.cluster.now());
+            let now = self.now();
             let intake = &self.intake;
             let taken = self
                 .machine

@@ -158,12 +158,7 @@ async fn a_redriven_message_lives_again_and_its_letter_knows_its_history() {
 #[tokio::test(flavor = "multi_thread")]
 async fn letters_are_found_by_what_they_are() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(1)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(1)).await;
     broker.publish("orders.created", 2).await;
     broker.publish("orders.eu.created", 2).await;
     let taken = broker.take(4, HOUR).await;

@@ -13,12 +13,7 @@ use crate::support;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_poison_message_dies_in_exactly_its_attempts_and_takes_nobody_with_it() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(4)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(4)).await;
     broker.publish("orders.created", 10).await;
     let request = ReceiveRequest {
         visibility_timeout: Some(Duration::from_secs(1)),
@@ -144,12 +139,7 @@ async fn answers_that_are_not_written_charge_nobody() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receive_repeated_under_its_id_gets_the_same() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("orders.created", 4).await;
     let request = ReceiveRequest {
         max_messages: 2,
@@ -188,12 +178,7 @@ async fn a_receive_repeated_under_its_id_gets_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeated_receive_keeps_what_the_first_answer_loses() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("orders.created", 2).await;
     let request = ReceiveRequest {
         max_messages: 2,

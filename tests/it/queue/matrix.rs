@@ -7,7 +7,7 @@ use postroad::domain::letter::{LetterId, Selection};
 use postroad::domain::receipt::{Key, Receipt};
 use postroad::queue::{NewRedrive, Outcome, Verb, VerbItem};
 
-use super::{Broker, HOUR, at_once, declaration, delayed, item, items, name};
+use super::{Broker, HOUR, at_once, delayed, item, items, name};
 use crate::support;
 
 const VERBS: [Verb; 5] = [
@@ -218,12 +218,7 @@ async fn answers(broker: &Broker, receipts: &[String]) -> Vec<&'static str> {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_cell_answers_as_the_protocol_says() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     let key = Key::new(&broker.cluster.identity().receipt_key.0);
     let mut asked = Vec::new();
     for (state, first, again) in CELLS {
@@ -256,12 +251,7 @@ async fn every_cell_answers_as_the_protocol_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_request_is_evaluated_in_offset_order_and_answered_in_its_own() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("orders.created", 3).await;
     let taken = broker.take(3, HOUR).await;
     let mixed = vec![

@@ -7,19 +7,14 @@ use postroad::domain::name::Topic;
 use postroad::domain::queue::Whose;
 use postroad::queue::{Act, Acted, Expire, MessageState, MessageStatus, Outcome, Verb, VerbItem};
 
-use super::{Broker, HOUR, at_once, declaration, delayed, items, name};
+use super::{Broker, HOUR, at_once, delayed, items, name};
 use crate::support;
 
 /// Ten messages: 1 acked, 2 rejected, 3 nacked with a delay, 4 released, 5 live, 6 and 7 fresh, 8 of another topic, 9 and 10
 /// fresh.
 async fn begin() -> (support::TestDatabase, Broker, Vec<VerbItem>) {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("orders.created", 5).await;
     let taken = broker.take(5, HOUR).await;
     broker.publish("orders.created", 2).await;

@@ -94,6 +94,14 @@ impl Broker {
         Self::start(&database.url, &database.url, queue::Options::default()).await
     }
 
+    /// With the tests' queue declared.
+    async fn with(database: &support::TestDatabase, settings: Settings) -> Self {
+        let broker = Self::on(database).await;
+        let declaration = declaration(settings);
+        broker.queue.declare(name(), declaration).await.unwrap();
+        broker
+    }
+
     /// Ends every task where it stands.
     fn kill(self) {
         drop(self);

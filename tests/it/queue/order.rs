@@ -134,12 +134,7 @@ async fn keys_stay_in_order_through_nacks_expiries_and_kills() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_blocks_a_key_is_told_over_a_restart() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(ordered()))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, ordered()).await;
     publish(&broker, &["a", "a", "a", "b", "b", "c"]).await;
     let taken = receive(&broker, 10, HOUR).await;
     assert_eq!(offsets(&taken), [1, 4, 6]);
@@ -263,12 +258,7 @@ async fn a_batch_of_a_key_is_settled_in_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn order_begins_and_ends_with_what_is_in_flight() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     publish(&broker, &["a", "a", "a", "b", "a", "a"]).await;
     let loose = receive(&broker, 2, HOUR).await;
     broker

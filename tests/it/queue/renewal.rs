@@ -18,12 +18,7 @@ const TO_START: Renewal = Renewal::Seek(Start::Earliest);
 
 async fn begin(count: usize) -> (support::TestDatabase, Broker) {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("orders.created", count).await;
     (database, broker)
 }

@@ -22,12 +22,7 @@ async fn in_flight(broker: &Broker) -> Vec<InFlight> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_forgets_no_deadline_attempt_or_delay() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("orders.created", 1_000).await;
     for _ in 0..2 {
         let taken = broker.take(1_000, HOUR).await;
@@ -86,12 +81,7 @@ async fn a_kill_forgets_no_deadline_attempt_or_delay() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fenced_owner_drops_its_work_and_takes_the_queue_again() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("orders.created", 10).await;
     let taken = broker.take(5, HOUR).await;
     sqlx::query("update postroad_broker.lease set epoch = epoch + 1, holder = null where name like 'slot/%'")
@@ -131,12 +121,7 @@ async fn a_fenced_owner_drops_its_work_and_takes_the_queue_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_topics_holds_from_the_same_place_after_a_kill() {
     let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    broker
-        .queue
-        .declare(name(), declaration(at_once(16)))
-        .await
-        .unwrap();
+    let broker = Broker::with(&database, at_once(16)).await;
     broker.publish("parcels.sent", 3).await;
     broker.publish("orders.created", 5).await;
     let five = async |broker: &Broker| {
