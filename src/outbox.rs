@@ -25,6 +25,7 @@ pub struct Message {
     content_type: Option<String>,
     data_schema: Option<String>,
     headers: serde_json::Map<String, serde_json::Value>,
+    expected_version: Option<i64>,
 }
 
 macro_rules! attributes {
@@ -104,6 +105,14 @@ impl Message {
         data_schema => data_schema;
     }
 
+    /// For topics of a keyed stream: only if the message's key has had so many messages there when this one arrives. Otherwise it
+    /// is listed with the origin's rejected messages; the transaction does not hear of it. Needs a key.
+    #[must_use]
+    pub const fn expected_version(mut self, version: i64) -> Self {
+        self.expected_version = Some(version);
+        self
+    }
+
     /// With this CloudEvents extension attribute, `traceparent` for one: names of 1 to 20 of `a-z 0-9`; strings, booleans and
     /// 32-bit integers.
     #[must_use]
@@ -163,8 +172,8 @@ pub async fn publish(
     let connection: &mut PgConnection = transaction;
     sqlx::query(
         "insert into postroad.outbox (topic, payload, payload_bytes, key, type, id, source, subject, content_type, \
-         data_schema, headers) \
-         values ($1, $2, $3, $4, $5, $6, coalesce($7, '/postroad/outbox'), $8, $9, $10, $11::text::jsonb)",
+         data_schema, headers, expected_version) \
+         values ($1, $2, $3, $4, $5, $6, coalesce($7, '/postroad/outbox'), $8, $9, $10, $11::text::jsonb, $12)",
     )
     .bind(&message.topic)
     .bind(&message.text)
@@ -177,6 +186,7 @@ pub async fn publish(
     .bind(&message.content_type)
     .bind(&message.data_schema)
     .bind(headers)
+    .bind(message.expected_version)
     .execute(connection)
     .await
     .map_err(refused)?;

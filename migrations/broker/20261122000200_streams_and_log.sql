@@ -14,13 +14,15 @@ create table postroad_broker.stream_pattern (
     stream_id integer not null references postroad_broker.stream (id) on delete cascade
 );
 
--- The row that orders the appends to a stream. Appends only lock it; retention alone updates it.
+-- The row that orders the appends to a stream. Appends only lock it; retention and the fold of keys update it, once per leaf.
 create table postroad_broker.stream_head (
     stream_id integer primary key references postroad_broker.stream (id) on delete cascade,
     -- Offsets up to this one are gone. Keeps offsets going on when the log is empty.
     floor bigint not null default 0,
     -- When the message at the floor was appended: the next one's time is not before it.
     floor_appended_at timestamptz,
+    -- Of a keyed stream: up to which offset `key_head` counts its keys. Never below the floor.
+    keys_through bigint,
     constraint stream_head_floor_not_negative check (floor >= 0)
 );
 

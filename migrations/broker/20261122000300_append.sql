@@ -56,6 +56,8 @@ create table postroad_broker.append_journal (
     seen_message integer[] not null,
     seen_offset bigint[] not null,
     seen_conflict boolean[] not null,
+    conflict_message integer[] not null,
+    conflict_version bigint[] not null,
     primary key (bucket, incarnation, number)
 ) partition by list (bucket);
 
@@ -118,8 +120,14 @@ $$;
 -- m_stream is a place in s_, j_relay one in r_; m_rank counts from 0 within the stream; m_identity and m_content are null
 -- where ids are not checked.
 --
+-- Messages of keyed streams that expect a version: k_ by key that some of them name, x_ by message of such a key, expecting or not,
+-- in the order of m_. A key's version is what key_head has through s_base, and k_count after that through s_counted (-1 for streams
+-- that none of this is about), and what others appended since, which is looked at here. x_expected is -1 where nothing is expected,
+-- x_seq where the message is no outbox row. A published member goes by all of its expectations, an outbox row by its own.
+--
 -- Statuses: appended; stale (the catalogue has another version: nothing done); expired (p_born_at is too far from the clock
--- to find this group's result again: nothing done). A refused member's found is null when fenced, else the latest position.
+-- to find this group's result again: nothing done); behind (the keys were counted from another base than key_head has by now,
+-- or far from the log's end: nothing done). A refused member's found is null when fenced, else the latest position.
 create function postroad_broker.append(
     p_incarnation bigint,
     p_number bigint,
@@ -160,6 +168,16 @@ create function postroad_broker.append(
     m_origin integer[],
     m_identity uuid[],
     m_content uuid[],
+    s_base bigint[],
+    s_counted bigint[],
+    k_stream integer[],
+    k_key text[],
+    k_count bigint[],
+    x_message integer[],
+    x_key integer[],
+    x_expected bigint[],
+    x_seq bigint[],
+    x_row text[],
     out status text,
     out clock timestamptz,
     out stream_first bigint[],
@@ -168,7 +186,9 @@ create function postroad_broker.append(
     out refused_found bigint[],
     out seen_message integer[],
     out seen_offset bigint[],
-    out seen_conflict boolean[]
+    out seen_conflict boolean[],
+    out conflict_message integer[],
+    out conflict_version bigint[]
 )
 language plpgsql volatile
 set enable_seqscan = off
@@ -186,6 +206,14 @@ declare
     v_floor_at timestamptz;
     v_top bigint;
     v_top_at timestamptz;
+    v_keys_through bigint;
+    v_versions bigint[];
+    v_between jsonb;
+    v_member integer;
+    v_is_out boolean;
+    v_taken integer[] := '{}';
+    v_left_out integer[] := '{}';
+    v_left_at bigint[] := '{}';
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'append must run at read committed' using errcode = 'invalid_transaction_state';
@@ -200,8 +228,9 @@ begin
     clock := clock_timestamp();
     if p_is_repeat then
         select 'appended', j.stream_first, j.stream_at, j.refused_member, j.refused_found,
-            j.seen_message, j.seen_offset, j.seen_conflict
-        into status, stream_first, stream_at, refused_member, refused_found, seen_message, seen_offset, seen_conflict
+            j.seen_message, j.seen_offset, j.seen_conflict, j.conflict_message, j.conflict_version
+        into status, stream_first, stream_at, refused_member, refused_found, seen_message, seen_offset, seen_conflict,
+            conflict_message, conflict_version
         from postroad_broker.append_journal j
         where j.bucket = v_bucket and j.incarnation = p_incarnation and j.number = p_number;
         if found then
@@ -263,25 +292,11 @@ begin
         ) s;
     end if;
 
-    if cardinality(v_refused) > 0 or cardinality(seen_message) > 0 then
-        -- Closes the ranks over what is left out.
-        select array_agg(case when k.is_kept then k.rank end order by k.place) into v_rank
-        from (
-            select u.place, u.is_kept,
-                (row_number() over (partition by u.stream, u.is_kept order by u.place) - 1)::integer as rank
-            from (
-                select m.place, m.stream,
-                    not (m.member = any (v_refused) or m.place = any (seen_message)) as is_kept
-                from unnest(m_member, m_stream) with ordinality as m (member, stream, place)
-            ) u
-        ) k;
-    end if;
-
     stream_first := '{}';
     stream_at := '{}';
     -- One look per stream of the group, each planned anew: only then are the leaves before the hint neither looked at nor locked.
     for s in 1..cardinality(s_id) loop
-        select h.floor, h.floor_appended_at into v_floor, v_floor_at
+        select h.floor, h.floor_appended_at, h.keys_through into v_floor, v_floor_at, v_keys_through
         from postroad_broker.stream_head h where h.stream_id = s_id[s];
         execute 'select m."offset", m.appended_at from postroad_broker.message m '
             'where m.stream_id = $1 and m."offset" >= $2 order by m."offset" desc limit 1'
@@ -294,7 +309,78 @@ begin
         end if;
         stream_first[s] := greatest(v_top, v_floor) + 1;
         stream_at[s] := greatest(clock, v_top_at, v_floor_at);
+        if s_base[s] >= 0
+            and (v_keys_through is distinct from s_base[s]
+                or stream_first[s] - 1 not between s_counted[s] and s_counted[s] + 10000)
+        then
+            status := 'behind';
+            return;
+        end if;
     end loop;
+
+    conflict_message := '{}';
+    conflict_version := '{}';
+    if cardinality(x_message) > 0 then
+        v_versions := array(
+            select coalesce(h.version, 0) + k.count
+            from unnest(k_stream, k_key, k_count) with ordinality as k (stream, key, count, place)
+            left join postroad_broker.key_head h on h.stream_id = s_id[k.stream] and h.key = k.key
+            order by k.place);
+        for s in 1..cardinality(s_id) loop
+            if s_base[s] >= 0 and s_counted[s] < stream_first[s] - 1 then
+                execute 'select jsonb_object_agg(b.key, b.count) from ('
+                    'select m.key, count(*) from postroad_broker.message m '
+                    'where m.stream_id = $1 and m."offset" > $2 and m."offset" < $3 and m.key = any ($4) group by m.key) b'
+                into v_between using s_id[s], s_counted[s], stream_first[s], k_key;
+                v_versions := array(
+                    select v.version + case when v.stream = s then coalesce((v_between ->> v.key)::bigint, 0) else 0 end
+                    from unnest(v_versions, k_stream, k_key) with ordinality as v (version, stream, key, place)
+                    order by v.place);
+            end if;
+        end loop;
+        -- One after the other, since each message that goes in is a version further for those behind it. What a member took is
+        -- given back when one of its expectations fails.
+        for x in 1..cardinality(x_message) loop
+            if m_member[x_message[x]] is distinct from v_member then
+                v_member := m_member[x_message[x]];
+                v_is_out := v_member = any (v_refused);
+                v_taken := '{}';
+            end if;
+            continue when v_is_out or x_message[x] = any (seen_message);
+            if x_expected[x] = -1 or x_expected[x] = v_versions[x_key[x]] then
+                v_versions[x_key[x]] := v_versions[x_key[x]] + 1;
+                v_taken := v_taken || x_key[x];
+                continue;
+            end if;
+            conflict_message := conflict_message || x_message[x];
+            conflict_version := conflict_version || v_versions[x_key[x]];
+            if x_seq[x] <> -1 then
+                v_left_out := v_left_out || x_message[x];
+                v_left_at := v_left_at || v_versions[x_key[x]];
+            else
+                foreach v_count in array v_taken loop
+                    v_versions[v_count] := v_versions[v_count] - 1;
+                end loop;
+                v_refused := v_refused || v_member;
+                v_is_out := true;
+            end if;
+        end loop;
+    end if;
+
+    if cardinality(v_refused) > 0 or cardinality(seen_message) > 0 or cardinality(v_left_out) > 0 then
+        -- Closes the ranks over what is left out.
+        select array_agg(case when k.is_kept then k.rank end order by k.place) into v_rank
+        from (
+            select u.place, u.is_kept,
+                (row_number() over (partition by u.stream, u.is_kept order by u.place) - 1)::integer as rank
+            from (
+                select m.place, m.stream,
+                    not (m.member = any (v_refused) or m.place = any (seen_message) or m.place = any (v_left_out))
+                        as is_kept
+                from unnest(m_member, m_stream) with ordinality as m (member, stream, place)
+            ) u
+        ) k;
+    end if;
 
     insert into postroad_broker.message (
         stream_id, "offset", topic_id, key_hash, appended_at, key, id, source, type, subject, event_time,
@@ -329,14 +415,27 @@ begin
         select r_origin[j.relay], j.seq, j.reason, j.outbox_row
         from unnest(j_relay, j_seq, j_reason, j_row) as j (relay, seq, reason, outbox_row)
         where not r_member[j.relay] = any (v_refused);
+
+        if cardinality(v_left_out) > 0 then
+            -- Only rows of relays that were not refused are left out, in the order of their messages.
+            insert into postroad_broker.rejected_message (origin_id, seq, reason, outbox_row)
+            select m_origin[l.message], l.seq,
+                format('it expected version %s of its key, which is at %s', l.expected, v_left_at[l.place]), l.outbox_row
+            from (
+                select x.message, x.expected, x.seq, x.outbox_row, row_number() over (order by x.message) as place
+                from unnest(x_message, x_expected, x_seq, x_row) as x (message, expected, seq, outbox_row)
+                where x.message = any (v_left_out)
+            ) l
+            order by l.message;
+        end if;
     end if;
 
     insert into postroad_broker.append_journal (
         bucket, incarnation, number, stream_first, stream_at, refused_member, refused_found,
-        seen_message, seen_offset, seen_conflict
+        seen_message, seen_offset, seen_conflict, conflict_message, conflict_version
     ) values (
         v_bucket, p_incarnation, p_number, stream_first, stream_at, refused_member, refused_found,
-        seen_message, seen_offset, seen_conflict
+        seen_message, seen_offset, seen_conflict, conflict_message, conflict_version
     );
     status := 'appended';
 end

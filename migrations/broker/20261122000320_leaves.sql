@@ -70,7 +70,8 @@ $$;
 -- Empties the oldest leaf that still has messages, when its newest is old enough: p_settled if every queue has settled it
 -- (p_watermark), p_unsettled whatever the queues say; null is never. p_is_over_settled and p_is_over_unsettled say that the
 -- leaves behind this one alone have as many bytes as the stream is to keep, so that its age does not matter. Returns the offset up to which all is gone now, or null
--- when the leaf is too young. Fails at once, with lock_not_available, when somebody reads the leaf.
+-- when the leaf is too young, or -1 when its keys have to be folded first. Fails at once, with lock_not_available, when somebody
+-- reads the leaf.
 --
 -- The head is locked first, as an append does, then the leaf; what decides is looked at only after that, in new statements.
 -- The leaf that is being filled may go too: the floor in the head keeps offsets going on.
@@ -127,6 +128,10 @@ begin
         then
             return null;
         end if;
+        -- The versions of its keys outlive its messages.
+        if (select h.keys_through < v_top from postroad_broker.stream_head h where h.stream_id = p_stream) then
+            return -1;
+        end if;
     end loop;
     update postroad_broker.stream_head h set floor = v_top, floor_appended_at = v_top_at where h.stream_id = p_stream;
     execute format('truncate postroad_broker.%I', v_name);
@@ -157,6 +162,9 @@ begin
         end if;
     end if;
     execute format('drop table if exists postroad_broker.%I', v_name);
+    if p_first is null then
+        execute format('drop table if exists postroad_broker.%I', 'key_head_' || p_stream);
+    end if;
     delete from postroad_broker.message_leaf l
     where l.stream_id = p_stream and (p_first is null or l.first_offset = p_first);
     delete from postroad_broker.partition_topic t

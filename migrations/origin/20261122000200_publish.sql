@@ -4,6 +4,8 @@
 -- order_lock => true takes an advisory lock on the key until the transaction ends, for producers that hold no row lock of
 -- the key's own: messages of a key are relayed in the order in which their transactions inserted them under one lock. The
 -- locks are a fixed space of 1,024 (a lock per key would run the instance out of lock memory), so two keys can share one.
+--
+-- expected_version => n, on topics of a keyed stream: see the column.
 
 create function postroad.lock_key(key text) returns void
 language sql volatile as $$
@@ -15,7 +17,7 @@ $$;
 create function postroad.publish(
     topic text, payload text default null, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default null,
-    order_lock boolean default false
+    order_lock boolean default false, expected_version bigint default null
 ) returns text
 language plpgsql volatile as $$
 #variable_conflict use_column
@@ -25,9 +27,9 @@ begin
     if publish.order_lock then
         perform postroad.lock_key(publish.key);
     end if;
-    insert into postroad.outbox (topic, payload, key, type, headers, id, source, subject, content_type)
+    insert into postroad.outbox (topic, payload, key, type, headers, id, source, subject, content_type, expected_version)
         values (publish.topic, publish.payload, publish.key, publish.type, publish.headers, new_id,
-            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type);
+            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type, publish.expected_version);
     return new_id;
 end
 $$;
@@ -35,25 +37,27 @@ $$;
 create function postroad.publish(
     topic text, payload jsonb, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default 'application/json',
-    order_lock boolean default false
+    order_lock boolean default false, expected_version bigint default null
 ) returns text
 language sql volatile as $$
-    select postroad.publish(topic, payload::pg_catalog.text, key, type, headers, id, source, subject, content_type, order_lock)
+    select postroad.publish(topic, payload::pg_catalog.text, key, type, headers, id, source, subject, content_type, order_lock,
+        expected_version)
 $$;
 
 create function postroad.publish(
     topic text, payload json, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default 'application/json',
-    order_lock boolean default false
+    order_lock boolean default false, expected_version bigint default null
 ) returns text
 language sql volatile as $$
-    select postroad.publish(topic, payload::pg_catalog.text, key, type, headers, id, source, subject, content_type, order_lock)
+    select postroad.publish(topic, payload::pg_catalog.text, key, type, headers, id, source, subject, content_type, order_lock,
+        expected_version)
 $$;
 
 create function postroad.publish(
     topic text, payload bytea, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default null,
-    order_lock boolean default false
+    order_lock boolean default false, expected_version bigint default null
 ) returns text
 language plpgsql volatile as $$
 #variable_conflict use_column
@@ -63,17 +67,17 @@ begin
     if publish.order_lock then
         perform postroad.lock_key(publish.key);
     end if;
-    insert into postroad.outbox (topic, payload_bytes, key, type, headers, id, source, subject, content_type)
+    insert into postroad.outbox (topic, payload_bytes, key, type, headers, id, source, subject, content_type, expected_version)
         values (publish.topic, publish.payload, publish.key, publish.type, publish.headers, new_id,
-            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type);
+            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type, publish.expected_version);
     return new_id;
 end
 $$;
 
 revoke all on function
     postroad.lock_key(text),
-    postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean),
-    postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean),
-    postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean),
-    postroad.publish(text, bytea, text, text, jsonb, text, text, text, text, boolean)
+    postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean, bigint),
+    postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean, bigint),
+    postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean, bigint),
+    postroad.publish(text, bytea, text, text, jsonb, text, text, text, text, boolean, bigint)
 from public;

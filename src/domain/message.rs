@@ -35,6 +35,9 @@ pub struct Message {
     pub data: Data,
     /// Extension attributes other than `partitionkey`: names of `[a-z0-9]`, at most 20 long; strings, booleans, integers.
     pub extensions: Map<String, Value>,
+    /// The version that its key must have when it is appended: how many messages the key has had in the stream. A command on
+    /// the way in, on the wire `expectedversion`; neither the log nor the event has it.
+    pub expected_version: Option<i64>,
 }
 
 /// A payload, in the form in which a JSON event carries it. The bytes come out as they went in.
@@ -275,6 +278,7 @@ mod tests {
             data_schema: None,
             data,
             extensions: Map::from_iter([("traceparent".to_owned(), Value::from("00-1"))]),
+            expected_version: None,
         }
     }
 

@@ -90,7 +90,7 @@ problem_sets! {
     Writes = MalformedRequest RequestTimeout PayloadTooLarge UnsupportedMediaType InvalidRequest Internal
         OutcomeUnknown Unavailable NoOwner Stopping;
     /// Of publishing.
-    Publishes = MalformedRequest RequestTimeout IdConflict PayloadTooLarge MessageTooLarge UnsupportedMediaType
+    Publishes = MalformedRequest RequestTimeout IdConflict VersionConflict StreamNotKeyed PayloadTooLarge MessageTooLarge UnsupportedMediaType
         InvalidRequest InvalidMessage TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
     /// No such stream.
     NoStream = StreamNotFound;
@@ -101,7 +101,9 @@ problem_sets! {
     /// Conflicts of beginning a generation.
     QueueMoved = GenerationMoved;
     /// Conflicts of declaring a stream.
-    StreamConflicts = StreamOverlap;
+    StreamConflicts = StreamOverlap StreamKeyedFixed;
+    /// Of the routes of keys.
+    NotKeyed = StreamNotKeyed;
     /// Of a replay that asks for what is gone.
     OffsetsLost = OffsetGone;
     /// Bounds of following a stream.

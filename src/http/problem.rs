@@ -76,6 +76,12 @@ kinds! {
     RequestTimeout = "request-timeout", 408, "The request took too long to arrive";
     /// An id stands for another message.
     IdConflict = "id-conflict", 409, "An id was already used for another message";
+    /// A message expects another version of its key.
+    VersionConflict = "version-conflict", 409, "The key is at another version";
+    /// Versions and keys are of keyed streams alone.
+    StreamNotKeyed = "stream-not-keyed", 409, "The stream is not keyed";
+    /// A stream that has had messages stays keyed, or not.
+    StreamKeyedFixed = "stream-keyed-fixed", 409, "Whether the stream is keyed cannot be changed";
     /// Patterns of two streams overlap.
     StreamOverlap = "stream-overlap", 409, "The topics belong to another stream";
     /// The stream has queues.

@@ -239,6 +239,7 @@ mod tests {
                     data_schema: None,
                     data: Data::Json(Bytes::from_static(b"{\"a\": 1.0}")),
                     extensions: serde_json::Map::new(),
+                    expected_version: None,
                 },
             },
         };

@@ -110,6 +110,8 @@ impl Desk {
             outbox_row.payload = Some(payload);
             outbox_row.payload_bytes = None;
         }
+        // A person sends it on: whatever version its key is at by now.
+        outbox_row.expected_version = None;
         let message =
             row::to_message(outbox_row).map_err(|rejected| RejectedError::StillInvalid {
                 reason: rejected.reason,

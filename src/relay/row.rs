@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::domain::message::{Data, Message};
 use crate::domain::name::Topic;
 use crate::store::origin::OutboxRow;
-use crate::stream::Rejected;
+use crate::stream::{Conditional, Rejected};
 
 /// The largest payload (PROTOCOL.md, Parameters: cap).
 const PAYLOAD_MAX_BYTES: usize = 16 << 20;
@@ -21,7 +21,7 @@ const CONTENT_TYPE_MAX_BYTES: usize = 255;
 const COPY_MAX_BYTES: usize = 1 << 20;
 
 /// Attribute names that have a column of their own, or that CloudEvents keeps for itself.
-const RESERVED: [&str; 10] = [
+const RESERVED: [&str; 11] = [
     "specversion",
     "id",
     "source",
@@ -32,6 +32,7 @@ const RESERVED: [&str; 10] = [
     "dataschema",
     "data",
     "partitionkey",
+    "expectedversion",
 ];
 
 /// The message of a row.
@@ -52,6 +53,7 @@ pub(super) fn to_message(row: OutboxRow) -> Result<Message, Box<Rejected>> {
                 data_schema: row.data_schema,
                 data,
                 extensions,
+                expected_version: row.expected_version,
             })
         }
         Err(reason) => Err(Box::new(Rejected {
@@ -107,6 +109,12 @@ fn check(row: &OutboxRow) -> Result<(Topic, Map<String, Value>), String> {
     }
     if !row.time_is_valid {
         return Err("the time is not in the years 1 to 9999".to_owned());
+    }
+    if row
+        .expected_version
+        .is_some_and(|version| version < 0 || row.key.is_none())
+    {
+        return Err("the expected_version is negative or of no key".to_owned());
     }
     let extensions = to_extensions(row.headers.as_deref())?;
     Ok((topic, extensions))
@@ -205,6 +213,14 @@ fn is_json(content_type: &str) -> bool {
     })
 }
 
+/// The row as it would be listed if the stream does not take it; of those that expect something of the stream.
+pub(super) fn to_conditional(row: &OutboxRow) -> Option<Conditional> {
+    row.expected_version.map(|_| Conditional {
+        seq: row.seq,
+        outbox_row: copy(row).to_string(),
+    })
+}
+
 /// The row as JSON, for the list of rejected rows.
 fn copy(row: &OutboxRow) -> Value {
     let mut copy = json!({
@@ -220,6 +236,9 @@ fn copy(row: &OutboxRow) -> Value {
         "headers": row.headers,
         "time": row.time,
     });
+    if let Some(version) = row.expected_version {
+        copy["expected_version"] = version.into();
+    }
     let size = row.payload.as_ref().map_or(0, String::len)
         + row.payload_bytes.as_ref().map_or(0, Vec::len);
     if size > COPY_MAX_BYTES {
@@ -266,6 +285,7 @@ pub(super) fn from_copy(copy: &str) -> Option<OutboxRow> {
         headers: text("headers"),
         time: text("time").and_then(|time| time.parse().ok()),
         time_is_valid: true,
+        expected_version: copy.get("expected_version").and_then(Value::as_i64),
     })
 }
 
@@ -368,6 +388,14 @@ mod tests {
         check(&|row| row.headers = Some("{\"id\":\"1\"}".into()), "`id`");
         check(&|row| row.headers = Some("{\"a\":1.5}".into()), "`a`");
         check(&|row| row.payload = Some("1".into()), "both given");
+        check(&|row| row.expected_version = Some(3), "of no key");
+        check(
+            &|row| {
+                row.key = Some("k".into());
+                row.expected_version = Some(-1);
+            },
+            "is negative",
+        );
         let large = OutboxRow {
             payload: Some("x".repeat(PAYLOAD_MAX_BYTES + 1)),
             ..row()

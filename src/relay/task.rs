@@ -2,6 +2,7 @@
 //! amiss. Whatever it is, the session is dropped and the loop begins again from the stored position: nothing that was only in
 //! memory outlives a session, since a snapshot without a mark behind it says nothing about a server that restarted.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use crate::domain::name::OriginName;
 use crate::store::origin::{OutboxRow, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database, Retry};
-use crate::stream::{self, AppendError, Member, Rejected};
+use crate::stream::{self, AppendError, Conditional, Member, Rejected};
 use crate::{cluster, supervisor};
 
 /// How often folds, history and rotation are looked at.
@@ -326,7 +327,7 @@ impl Run<'_> {
     ) -> Result<(), Trouble> {
         let prepared = self.prepare(position, rows).await?;
         let placed = self.relay.stream.append(prepared.member).await;
-        self.settle(prepared.position, prepared.count, prepared.rejected, placed)
+        self.settle(prepared.sent, placed)
     }
 
     /// The next position's number. Beyond what was emptied, so that a broker restored from a backup goes through a gap once.
@@ -341,11 +342,14 @@ impl Run<'_> {
         rows: Vec<OutboxRow>,
     ) -> Result<Prepared, Trouble> {
         let count = rows.len();
-        let (messages, rejected) = convert(rows);
+        let rows = self.without_refused(&position, rows).await?;
+        let (messages, conditional, rejected) = convert(rows);
         let rejected = self.without_listed(&position, rejected).await?;
         let rejected_count = rejected.len();
+        let message_count = messages.len();
         let member = Member::Relay {
             messages,
+            conditional,
             origin: self.relay.id,
             fence: self.fence.clone(),
             from: self.number,
@@ -355,21 +359,30 @@ impl Run<'_> {
         };
         Ok(Prepared {
             member,
-            position,
-            count,
-            rejected: rejected_count,
+            sent: Sent {
+                position,
+                count,
+                messages: message_count,
+                rejected: rejected_count,
+            },
         })
     }
 
     /// Takes note of an append's outcome.
     pub(super) fn settle(
         &mut self,
-        position: Position,
-        count: usize,
-        rejected: usize,
+        sent: Sent,
         placed: Result<Vec<stream::Placed>, AppendError>,
     ) -> Result<(), Trouble> {
+        let Sent {
+            position,
+            count,
+            messages,
+            rejected,
+        } = sent;
         let placed = placed?;
+        // What expected another version of its key was listed by the append itself.
+        let rejected = rejected + messages.saturating_sub(placed.len());
         self.number = self.next_number();
         self.position = Some(position);
         self.cursor = None;
@@ -386,24 +399,55 @@ impl Run<'_> {
         Ok(())
     }
 
+    fn is_rerelay(&self, position: &Position) -> bool {
+        let previous = self.position.as_ref().and_then(|p| p.window.as_ref());
+        let window = position.window.as_ref().or(previous);
+        window.is_some_and(|window| window.is_rerelay)
+    }
+
+    /// In a re-relay, leaves out the rows that the stream did not take for the version that they expect: they are listed.
+    async fn without_refused(
+        &self,
+        position: &Position,
+        rows: Vec<OutboxRow>,
+    ) -> Result<Vec<OutboxRow>, Trouble> {
+        let copies = rows.iter().map(row::to_conditional);
+        let expecting: Vec<(i64, String)> = copies
+            .flatten()
+            .map(|row| (row.seq, row.outbox_row))
+            .collect();
+        if expecting.is_empty() || !self.is_rerelay(position) {
+            return Ok(rows);
+        }
+        let seqs: Vec<i64> = expecting.iter().map(|(seq, _)| *seq).collect();
+        let listed = self.find_listed(expecting).await?;
+        let listed = seqs.into_iter().zip(listed);
+        let listed: HashSet<i64> = listed.filter_map(|(seq, is)| is.then_some(seq)).collect();
+        let mut rows = rows;
+        rows.retain(|row| !listed.contains(&row.seq));
+        Ok(rows)
+    }
+
+    async fn find_listed(&self, rows: Vec<(i64, String)>) -> Result<Vec<bool>, Trouble> {
+        let relay = self.relay;
+        let listed = store::relay::find_listed_rejected(&relay.broker, relay.id, rows).await;
+        listed.map_err(Trouble::Broker)
+    }
+
     /// In a re-relay, leaves out the rejected rows that are listed already.
     async fn without_listed(
         &self,
         position: &Position,
         rejected: Vec<Rejected>,
     ) -> Result<Vec<Rejected>, Trouble> {
-        let previous = self.position.as_ref().and_then(|p| p.window.as_ref());
-        let window = position.window.as_ref().or(previous);
-        if rejected.is_empty() || !window.is_some_and(|window| window.is_rerelay) {
+        if rejected.is_empty() || !self.is_rerelay(position) {
             return Ok(rejected);
         }
         let rows = rejected
             .iter()
             .map(|row| (row.seq, row.outbox_row.clone()))
             .collect();
-        let listed =
-            store::relay::find_listed_rejected(&self.relay.broker, self.relay.id, rows).await;
-        let listed = listed.map_err(Trouble::Broker)?;
+        let listed = self.find_listed(rows).await?;
         let unlisted = rejected
             .into_iter()
             .zip(listed)
@@ -412,24 +456,37 @@ impl Run<'_> {
     }
 }
 
-/// A member on its way, and what its success means.
+/// A member on its way.
 pub(super) struct Prepared {
     pub(super) member: Member,
-    pub(super) position: Position,
-    pub(super) count: usize,
-    pub(super) rejected: usize,
+    pub(super) sent: Sent,
 }
 
-fn convert(rows: Vec<OutboxRow>) -> (Vec<Message>, Vec<Rejected>) {
+/// What a member's success means.
+pub(super) struct Sent {
+    position: Position,
+    /// Rows.
+    count: usize,
+    /// Rows that became messages.
+    messages: usize,
+    /// Rows that could not.
+    rejected: usize,
+}
+
+fn convert(rows: Vec<OutboxRow>) -> (Vec<Message>, Vec<Conditional>, Vec<Rejected>) {
     let mut messages = Vec::with_capacity(rows.len());
-    let mut rejected = Vec::new();
+    let (mut conditional, mut rejected) = (Vec::new(), Vec::new());
     for row in rows {
+        let copy = row::to_conditional(&row);
         match row::to_message(row) {
-            Ok(message) => messages.push(message),
+            Ok(message) => {
+                messages.push(message);
+                conditional.extend(copy);
+            }
             Err(row) => rejected.push(*row),
         }
     }
-    (messages, rejected)
+    (messages, conditional, rejected)
 }
 
 /// Between half of the pause and all of it, so that relays that lost one server do not come back to it as one.

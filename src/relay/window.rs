@@ -233,7 +233,7 @@ impl Run<'_> {
                 Some(prepared) => {
                     let append = self.relay.stream.append(prepared.member);
                     let (placed, rows) = tokio::join!(append, reading);
-                    self.settle(prepared.position, prepared.count, prepared.rejected, placed)?;
+                    self.settle(prepared.sent, placed)?;
                     rows
                 }
             };
@@ -256,7 +256,7 @@ impl Run<'_> {
         }
         if let Some(prepared) = in_flight {
             let placed = self.relay.stream.append(prepared.member).await;
-            self.settle(prepared.position, prepared.count, prepared.rejected, placed)?;
+            self.settle(prepared.sent, placed)?;
         }
         // A window that ends with rows that the streams have, or without any, is closed all the same.
         if is_whole && chunk.is_last && pages.is_empty() {

@@ -291,6 +291,7 @@ fn read_copy(row: &PgRow) -> Result<Copy, Error> {
                 data_schema: row.try_get("data_schema")?,
                 data: Data::Absent,
                 extensions: serde_json::Map::new(),
+                expected_version: None,
             },
         };
         Ok((copy, kind, data, extensions))

@@ -92,6 +92,7 @@ pub struct OutboxRow {
     pub headers: Option<String>,
     pub time: Option<DateTime<Utc>>,
     pub time_is_valid: bool,
+    pub expected_version: Option<i64>,
 }
 
 /// Where a row of a large window lies.
@@ -306,7 +307,7 @@ impl Session {
             // The leaf is one of eight names of the schema, each with a statement of its own.
             let text = format!(
                 "select seq, topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema,
-                    headers::text as headers,
+                    headers::text as headers, expected_version,
                     case when time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00' then time end as time,
                     coalesce(time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00', true) as time_is_valid
                 from postroad.outbox_{leaf} where ctid = any($1::text[]::tid[])"
@@ -542,6 +543,7 @@ fn read_row(row: &PgRow) -> Result<OutboxRow, sqlx::Error> {
         headers: row.try_get("headers")?,
         time: row.try_get("time")?,
         time_is_valid: row.try_get("time_is_valid")?,
+        expected_version: row.try_get("expected_version")?,
     })
 }
 

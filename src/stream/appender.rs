@@ -12,10 +12,11 @@ use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::mpsc;
 
 use super::Options;
-use super::error::AppendError;
-use super::group::{Group, Joined, Layout, Plan, Router};
+use super::error::{AppendError, Error};
+use super::group::{Counts, Group, Joined, Layout, Plan, Router};
 use super::handle::State;
 use super::inbox::{Pending, Taken};
+use super::keys::{self, Counted};
 use super::tail::Appended as TailAppended;
 use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
@@ -42,6 +43,8 @@ pub(super) struct Appender {
     ends: HashMap<StreamId, Offset>,
     /// A member that could not join the last group.
     carried: Option<Taken>,
+    /// Keys were counted from another base, or through another end, than the database goes by.
+    is_behind: bool,
     number: i64,
     /// The database's clock when it was last read.
     clock: (DateTime<Utc>, Instant),
@@ -102,6 +105,7 @@ impl Appender {
             lasts,
             ends: HashMap::new(),
             carried: None,
+            is_behind: false,
             number: 0,
         }
     }
@@ -192,6 +196,12 @@ impl Appender {
                         tokio::time::sleep(pause).await;
                         pause = (pause * 2).min(REPEAT.1);
                     }
+                }
+                Ok(AppendOutcome::Behind) => {
+                    plan = None;
+                    self.is_behind = true;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(REPEAT.1);
                 }
                 Ok(AppendOutcome::Expired { clock }) => {
                     self.clock = (clock, Instant::now());
@@ -313,18 +323,21 @@ impl Appender {
                 }
                 key.catalogue = self.router.version;
                 intern(connection, &mut self.router, group).await?;
-                plan.insert(Plan::new(group, &mut self.router, &self.lasts))
+                let counts = self.count_keys(group).await?;
+                let made = Plan::new(group, &mut self.router, &self.lasts, &counts);
+                plan.insert(made)
             }
         };
+        let connection = self.connection.as_mut().expect("connected just above");
         for (stream, count) in plan.append.streams() {
             let known_end = self.ends.get(&stream).copied();
             if known_end.is_none() {
-                let Some(floor) = sql::find_head(connection, stream).await? else {
+                let Some(head) = sql::find_head(connection, stream).await? else {
                     return Ok(AppendOutcome::Stale);
                 };
                 let last = self.lasts.entry(stream).or_default();
                 let top = sql::read_top(connection, stream, *last).await?;
-                *last = (*last).max(floor).max(top.unwrap_or_default());
+                *last = (*last).max(head.floor).max(top.unwrap_or_default());
             }
             let last = self.lasts.get(&stream).copied().unwrap_or_default();
             let through = Offset(last.0 + i64::from(count));
@@ -352,6 +365,50 @@ impl Appender {
             })
     }
 
+    /// Counts the keys that messages of the group expect versions of.
+    async fn count_keys<'g>(&mut self, group: &'g Group) -> Result<Counts<'g>, store::Error> {
+        let expected = self.router.expected_keys(group);
+        let mut counts = Counts::with_capacity(expected.len());
+        if expected.is_empty() {
+            return Ok(counts);
+        }
+        let state = Arc::clone(&self.state);
+        let connection = self.connection.as_mut().expect("connected before");
+        let is_behind = std::mem::take(&mut self.is_behind);
+        for (stream, own) in expected {
+            let mut counted = state.keys.count(stream, own.iter().copied());
+            let last = self.lasts.get(&stream).copied().unwrap_or_default();
+            if is_behind || counted.as_ref().is_none_or(|known| known.through < last) {
+                let through = match is_behind {
+                    false => last,
+                    // The log's end, which can be far beyond what this node knows, or before it.
+                    true => {
+                        let top = sql::read_top(connection, stream, Offset(0)).await?;
+                        let is_ahead =
+                            |known: &Counted<'_>| top.is_some_and(|top| known.through > top);
+                        if counted.as_ref().is_some_and(is_ahead) {
+                            state.keys.forget(stream);
+                        }
+                        top.unwrap_or_default()
+                    }
+                };
+                counted = match keys::catch_up(connection, &state.keys, stream, through).await {
+                    Ok(_) => state.keys.count(stream, own.iter().copied()),
+                    Err(Error::Store(error)) => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "keys are not counted"
+                        );
+                        None
+                    }
+                };
+            }
+            counts.insert(stream, counted);
+        }
+        Ok(counts)
+    }
+
     async fn finish(&mut self, group: Group, layout: &Layout, appended: &Appended) {
         let metrics = &self.state.metrics;
         metrics.group_messages.observe(group.message_count as f64);
@@ -369,6 +426,13 @@ impl Appender {
         for (reply, answer) in settled.answers {
             // Nobody waits any more: the append stands.
             let _ = reply.send(answer);
+        }
+        for tail in &settled.tails {
+            let last = Offset(tail.first.0 + tail.messages.len() as i64 - 1);
+            let offsets = (tail.first.0..).map(Offset);
+            let keys = offsets.zip(&tail.messages);
+            let keys = keys.filter_map(|(offset, message)| Some((offset, message.key.as_deref()?)));
+            self.state.keys.feed(tail.stream, (tail.first, last), keys);
         }
         if !settled.tails.is_empty() {
             // Ends only with the engine.

@@ -133,13 +133,17 @@ impl CatalogueTask {
         let Settings {
             patterns,
             retention,
+            is_keyed,
         } = settings;
         let connection = self.connected().await?;
-        let outcome = sql::declare(connection, name, patterns, retention).await?;
+        let outcome = sql::declare(connection, name, patterns, retention, *is_keyed).await?;
         let declared = match outcome {
             DeclareOutcome::Created => Declared::Created,
             DeclareOutcome::Unchanged => Declared::Unchanged,
             DeclareOutcome::Changed => Declared::Changed,
+            DeclareOutcome::KeyedIsFixed => {
+                return Err(Error::KeyedIsFixed { name: name.clone() });
+            }
             DeclareOutcome::Overlap {
                 pattern,
                 other_stream,
@@ -179,10 +183,10 @@ impl CatalogueTask {
         let streams = sql::load_catalogue(connection).await?.streams;
         let row = streams.into_iter().find(|stream| stream.name == *name);
         let row = row.ok_or_else(not_found)?;
-        let floor = sql::find_head(connection, row.id).await?;
+        let head = sql::find_head(connection, row.id).await?;
         Ok(Found {
             id: row.id,
-            first_offset: floor.ok_or_else(not_found)?.next(),
+            first_offset: head.ok_or_else(not_found)?.floor.next(),
         })
     }
 
@@ -195,9 +199,10 @@ impl CatalogueTask {
         let mut descriptions = Vec::with_capacity(streams.len());
         for stream in streams {
             // Deleted since the catalogue was read.
-            let Some(floor) = sql::find_head(connection, stream.id).await? else {
+            let Some(head) = sql::find_head(connection, stream.id).await? else {
                 continue;
             };
+            let floor = head.floor;
             let hint = state.tails.last(stream.id).max(floor);
             let top = sql::read_top(connection, stream.id, hint).await?;
             descriptions.push(Description {
@@ -205,6 +210,7 @@ impl CatalogueTask {
                 name: stream.name,
                 patterns: stream.patterns,
                 retention: stream.retention,
+                is_keyed: stream.is_keyed,
                 unsettled_limit_used: state.limits.used(stream.id),
                 first_offset: floor.next(),
                 last_offset: top.unwrap_or(hint),
@@ -228,6 +234,7 @@ impl CatalogueTask {
         }
         tracing::info!(stream = name.as_str(), "stream deleted");
         self.state.tails.remove(stream);
+        self.state.keys.forget(stream);
         self.state.cache.forget(stream);
         self.state.maintain.notify_one();
         Ok(())

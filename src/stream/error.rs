@@ -35,6 +35,24 @@ pub enum Error {
     /// `main` takes what no other stream claims, so it is always there.
     #[error("stream `main` cannot be deleted")]
     MainIsKept,
+    /// The stream is not keyed.
+    #[error("stream `{stream}` is not keyed")]
+    NotKeyed {
+        /// The stream's name, or its number.
+        stream: String,
+    },
+    /// A stream that has had messages stays keyed, or not keyed.
+    #[error("stream `{name}` has had messages: whether it is keyed cannot change any more")]
+    KeyedIsFixed {
+        /// The stream.
+        name: StreamName,
+    },
+    /// More of a keyed stream is not folded yet than is counted in memory.
+    #[error("the keys of stream {stream} are still being counted")]
+    KeysNotCounted {
+        /// The stream.
+        stream: StreamId,
+    },
     /// The engine has ended.
     #[error("the stream engine is stopping")]
     Stopping,
@@ -51,6 +69,15 @@ pub enum AppendError {
     IdConflict {
         /// The items in conflict, in the order sent.
         items: Vec<ConflictItem>,
+    },
+    /// A message expects another version of its key; nothing was appended.
+    #[error(transparent)]
+    VersionConflict(VersionConflict),
+    /// Messages expect a version of their key, and their streams are not keyed; nothing was appended.
+    #[error("{} messages expect a version in a stream that is not keyed", items.len())]
+    NotKeyed {
+        /// Their places in the member, from 0, and their streams.
+        items: Vec<(usize, StreamId)>,
     },
     /// The member's lease has another epoch or holder; nothing was appended.
     #[error("the lease was taken over")]
@@ -92,6 +119,20 @@ pub enum AppendError {
     /// The engine has ended; nothing was appended.
     #[error("the stream engine is stopping")]
     Stopping,
+}
+
+/// A message that expects another version of its key than it has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the key is at version {version}, not {expected}")]
+pub struct VersionConflict {
+    /// Its place in the member, from 0.
+    pub index: usize,
+    /// Its key.
+    pub key: String,
+    /// What it expects.
+    pub expected: i64,
+    /// The version that the key has, counting the member's own messages before this one.
+    pub version: i64,
 }
 
 /// A message whose id stands for another message already.

@@ -6,9 +6,10 @@ use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::error::{AppendError, ConflictItem};
+use super::error::{AppendError, ConflictItem, VersionConflict};
 use super::inbox::{Reply, Taken};
-use super::request::{Member, Placed, key_hash};
+use super::keys::Counted;
+use super::request::{Conditional, Member, Placed, key_hash};
 use super::tail::Appended as TailAppended;
 use crate::domain::id::{Offset, OriginId, StreamId, TopicId};
 use crate::domain::message::Message;
@@ -54,16 +55,35 @@ impl Router {
         stream
     }
 
+    pub(super) fn is_keyed(&self, stream: StreamId) -> bool {
+        let mut streams = self.streams.iter();
+        streams.any(|row| row.id == stream && row.is_keyed)
+    }
+
+    /// The keys of keyed streams that some message of a group expects a version of.
+    pub(super) fn expected_keys<'g>(
+        &mut self,
+        group: &'g Group,
+    ) -> HashMap<StreamId, HashSet<&'g str>> {
+        let mut expected: HashMap<StreamId, HashSet<&str>> = HashMap::new();
+        for message in group.messages().filter(|m| m.expected_version.is_some()) {
+            let stream = self.route(&message.topic);
+            if let Some(key) = &message.key
+                && self.is_keyed(stream)
+            {
+                expected.entry(stream).or_default().insert(key);
+            }
+        }
+        expected
+    }
+
     /// The topics of a group whose numbers are not known.
     pub(super) fn unknown_topics(&mut self, group: &Group) -> Vec<Topic> {
         if self.topics.len() >= ROUTES_MAX {
             self.topics.clear();
         }
-        let messages = group
-            .members
-            .iter()
-            .flat_map(|member| member.taken.member.messages());
-        let unknown: HashSet<&Topic> = messages
+        let unknown: HashSet<&Topic> = group
+            .messages()
             .map(|message| &message.topic)
             .filter(|topic| !self.topics.contains_key(topic))
             .collect();
@@ -114,6 +134,11 @@ impl Group {
 
     pub(super) fn is_empty(&self) -> bool {
         self.members.is_empty()
+    }
+
+    pub(super) fn messages(&self) -> impl Iterator<Item = &Message> {
+        let members = self.members.iter();
+        members.flat_map(|member| member.taken.member.messages())
     }
 
     pub(super) fn join(&mut self, taken: Taken) -> Joined {
@@ -236,6 +261,9 @@ fn digest(parts: &[&[u8]]) -> Uuid {
     Uuid::from_bytes(half)
 }
 
+/// What the keys came to that a group expects versions of, by stream; `None` for a stream whose keys are not counted.
+pub(super) type Counts<'g> = HashMap<StreamId, Option<Counted<'g>>>;
+
 /// A group laid out for the call. Kept as it is while the outcome of a call is not known.
 #[derive(Debug)]
 pub(super) struct Plan<'g> {
@@ -253,6 +281,55 @@ pub(super) struct Layout {
     repeats: Vec<Vec<(usize, usize)>>,
     /// By member: messages that have an earlier one's id and other content.
     conflicts: Vec<Vec<ConflictItem>>,
+    /// By member: why nothing of it is in the call.
+    refusals: Vec<Option<Refusal>>,
+}
+
+/// Why a member is refused before the call.
+#[derive(Debug, Clone)]
+enum Refusal {
+    /// Messages expect a version in streams that are not keyed.
+    NotKeyed(Vec<(usize, StreamId)>),
+    /// A message expects a version in a stream whose keys are not counted at the moment.
+    NotCounted,
+}
+
+impl Refusal {
+    /// `None`: the member goes into the call.
+    fn of(member: &Member, router: &mut Router, counts: &Counts<'_>) -> Option<Self> {
+        let messages = member.messages().iter().enumerate();
+        let mut not_keyed = Vec::new();
+        for (index, message) in messages.filter(|(_, m)| m.expected_version.is_some()) {
+            let stream = router.route(&message.topic);
+            match counts.get(&stream) {
+                Some(Some(_)) => {}
+                Some(None) => return Some(Self::NotCounted),
+                None => not_keyed.push((index, stream)),
+            }
+        }
+        // An outbox row of a stream that is not keyed is listed as rejected, and its relay goes on.
+        let is_refused = matches!(member, Member::Publish { .. }) && !not_keyed.is_empty();
+        is_refused.then_some(Self::NotKeyed(not_keyed))
+    }
+
+    fn error(self) -> AppendError {
+        match self {
+            Self::NotKeyed(items) => AppendError::NotKeyed { items },
+            Self::NotCounted => AppendError::Unavailable(None),
+        }
+    }
+}
+
+/// What is being laid out.
+struct Planner<'g, 'p> {
+    router: &'p mut Router,
+    lasts: &'p HashMap<StreamId, Offset>,
+    counts: &'p Counts<'g>,
+    append: Append<'g>,
+    layout: Layout,
+    places: HashMap<StreamId, usize>,
+    /// Numbers of the keys that some message expects a version of.
+    keys: HashMap<(StreamId, &'g str), usize>,
 }
 
 impl<'g> Plan<'g> {
@@ -260,49 +337,124 @@ impl<'g> Plan<'g> {
         group: &'g Group,
         router: &mut Router,
         lasts: &HashMap<StreamId, Offset>,
+        counts: &Counts<'g>,
     ) -> Self {
-        let mut append = Append::default();
-        let mut layout = Layout::default();
-        let mut places: HashMap<StreamId, usize> = HashMap::new();
+        let mut planner = Planner {
+            router,
+            lasts,
+            counts,
+            append: Append::default(),
+            layout: Layout::default(),
+            places: HashMap::new(),
+            keys: HashMap::new(),
+        };
         for (number, member) in group.members.iter().enumerate() {
-            let origin = match &member.taken.member {
-                Member::Publish { .. } => None,
-                Member::Relay { origin, .. } => Some(*origin),
-            };
-            push_relay(&mut append, number, &member.taken.member);
-            let messages = member.taken.member.messages();
-            let checks = checks(&member.taken.member, router);
-            let (repeats, conflicts) = find_repeats(&checks);
-            let is_refused = !conflicts.is_empty();
-            for (index, message) in messages.iter().enumerate() {
-                if is_refused || repeats.iter().any(|&(repeat, _)| repeat == index) {
-                    continue;
-                }
-                let stream = router.route(&message.topic);
-                let place = *places.entry(stream).or_insert_with(|| {
-                    layout.streams.push(stream);
-                    append.push_stream(stream, lasts.get(&stream).map_or(0, |last| last.0))
-                });
-                append.push_message(AppendMessage {
-                    member: number,
-                    place,
-                    topic: router.topics[&message.topic],
-                    message,
-                    key_hash: message.key.as_deref().map(key_hash),
-                    origin,
-                    check: checks.get(index).copied(),
-                });
-                layout.slots.push((number, index, place));
-            }
-            let conflicts = conflicts.into_iter().map(|index| ConflictItem {
-                index,
-                stream: router.route(&messages[index].topic),
-                offset: Offset(0),
-            });
-            layout.conflicts.push(conflicts.collect());
-            layout.repeats.push(repeats);
+            planner.push(number, &member.taken.member);
         }
-        Self { append, layout }
+        Self {
+            append: planner.append,
+            layout: planner.layout,
+        }
+    }
+}
+
+impl<'g> Planner<'g, '_> {
+    fn push(&mut self, number: usize, member: &'g Member) {
+        let refusal = Refusal::of(member, self.router, self.counts);
+        let is_refused = refusal.is_some();
+        self.layout.refusals.push(refusal);
+        let checks = checks(member, self.router);
+        let (repeats, conflicts) = find_repeats(&checks);
+        if !is_refused {
+            push_relay(&mut self.append, number, member);
+        }
+        if !is_refused && conflicts.is_empty() {
+            self.push_messages(number, member, &checks, &repeats);
+        }
+        let messages = member.messages();
+        let conflicts = conflicts.into_iter().map(|index| ConflictItem {
+            index,
+            stream: self.router.route(&messages[index].topic),
+            offset: Offset(0),
+        });
+        self.layout.conflicts.push(conflicts.collect());
+        self.layout.repeats.push(repeats);
+    }
+
+    fn push_messages(
+        &mut self,
+        number: usize,
+        member: &'g Member,
+        checks: &[(Uuid, Uuid)],
+        repeats: &[(usize, usize)],
+    ) {
+        let (origin, rows): (_, &[Conditional]) = match member {
+            Member::Publish { .. } => (None, &[]),
+            Member::Relay {
+                origin,
+                conditional,
+                ..
+            } => (Some(*origin), conditional),
+        };
+        let mut rows = rows.iter();
+        for (index, message) in member.messages().iter().enumerate() {
+            if repeats.iter().any(|&(repeat, _)| repeat == index) {
+                continue;
+            }
+            let expected = message.expected_version;
+            let row = expected.and_then(|_| rows.next());
+            let stream = self.router.route(&message.topic);
+            if expected.is_some() && !self.counts.contains_key(&stream) {
+                // Of a relay: see `Refusal`.
+                if let Some(row) = row {
+                    let reason = "it expects a version of its key, and its stream is not keyed";
+                    self.append.push_rejected(row.seq, reason, &row.outbox_row);
+                }
+                continue;
+            }
+            let place = self.place(stream);
+            self.append.push_message(AppendMessage {
+                member: number,
+                place,
+                topic: self.router.topics[&message.topic],
+                message,
+                key_hash: message.key.as_deref().map(key_hash),
+                origin,
+                check: checks.get(index).copied(),
+            });
+            if let Some(key) = self.key(stream, place, message) {
+                let row = row.map(|row| (row.seq, row.outbox_row.as_str()));
+                self.append.push_expectation(key, expected, row);
+            }
+            self.layout.slots.push((number, index, place));
+        }
+    }
+
+    fn place(&mut self, stream: StreamId) -> usize {
+        if let Some(&place) = self.places.get(&stream) {
+            return place;
+        }
+        let hint = self.lasts.get(&stream).map_or(0, |last| last.0);
+        let place = self.append.push_stream(stream, hint);
+        if let Some(Some(counted)) = self.counts.get(&stream) {
+            self.append.counted(place, counted.after, counted.through);
+        }
+        self.layout.streams.push(stream);
+        self.places.insert(stream, place);
+        place
+    }
+
+    /// The number of a message's key, if some message of the group expects a version of it.
+    fn key(&mut self, stream: StreamId, place: usize, message: &'g Message) -> Option<usize> {
+        let counted = self.counts.get(&stream)?.as_ref()?;
+        let key = message.key.as_deref()?;
+        let &count = counted.counts.get(key)?;
+        let append = &mut self.append;
+        let number = self
+            .keys
+            .entry((stream, key))
+            .or_insert_with(|| append.push_key(place, key, count));
+        Some(*number)
     }
 }
 
@@ -394,8 +546,10 @@ impl Group {
         let mut outcomes: Vec<Outcome> = self
             .members
             .iter()
-            .zip(&layout.conflicts)
-            .map(|(member, conflicts)| Outcome {
+            .zip(layout.conflicts.iter().zip(&layout.refusals))
+            .map(|(member, (conflicts, refusal))| Outcome {
+                refusal: refusal.clone(),
+                version: None,
                 refused: None,
                 conflicts: conflicts.clone(),
                 placed: vec![None; member.taken.member.messages().len()],
@@ -417,10 +571,28 @@ impl Group {
             }
             seen.insert(slot, offset);
         }
+        let mut left_out = HashSet::new();
+        for &(slot, version) in &appended.conflicts {
+            let (member, index, _) = layout.slots[slot];
+            let own = &self.members[member].taken.member;
+            match own {
+                Member::Relay { .. } => {
+                    left_out.insert(slot);
+                }
+                Member::Publish { messages, .. } => {
+                    outcomes[member].version = Some(VersionConflict {
+                        index,
+                        key: messages[index].key.clone().unwrap_or_default(),
+                        expected: messages[index].expected_version.unwrap_or_default(),
+                        version,
+                    });
+                }
+            }
+        }
         let mut next = appended.first.clone();
         for (slot, &(member, index, place)) in layout.slots.iter().enumerate() {
             let outcome = &mut outcomes[member];
-            if outcome.refused.is_some() || !outcome.conflicts.is_empty() {
+            if outcome.is_refused() || left_out.contains(&slot) {
                 continue;
             }
             let first_use = seen.get(&slot).copied();
@@ -438,17 +610,26 @@ impl Group {
 }
 
 struct Outcome {
+    refusal: Option<Refusal>,
+    version: Option<VersionConflict>,
     refused: Option<Option<i64>>,
     conflicts: Vec<ConflictItem>,
     placed: Vec<Option<Placed>>,
 }
 
 impl Outcome {
+    fn is_refused(&self) -> bool {
+        self.refused.is_some() || self.version.is_some() || !self.conflicts.is_empty()
+    }
+
     fn is_fresh(&self, index: usize) -> bool {
         self.placed[index].is_some_and(|placed| !placed.duplicate)
     }
 
     fn answer(&mut self, repeats: &[(usize, usize)]) -> Result<Vec<Placed>, AppendError> {
+        if let Some(refusal) = self.refusal.take() {
+            return Err(refusal.error());
+        }
         match self.refused {
             Some(None) => return Err(AppendError::Fenced),
             Some(Some(found)) => return Err(AppendError::PositionMoved { found }),
@@ -459,6 +640,9 @@ impl Outcome {
             // Nothing of the member was appended, so nothing of it is fresh.
             self.placed.fill(None);
             return Err(AppendError::IdConflict { items });
+        }
+        if let Some(conflict) = self.version.take() {
+            return Err(AppendError::VersionConflict(conflict));
         }
         for &(repeat, first) in repeats {
             self.placed[repeat] = self.placed[first].map(|placed| Placed {

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
 use super::cache::Cache;
 use super::catalogue::{self, Watermarks};
 use super::inbox::{Inbox, Pending};
+use super::keys::Keys;
 use super::leaves::LeafSizes;
 use super::limits::Limits;
 use super::metrics::Metrics;
@@ -46,6 +47,7 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) tails: Tails,
     pub(super) cache: Cache,
+    pub(super) keys: Keys,
     pub(super) watermarks: Watermarks,
     pub(super) topics: Topics,
     pub(super) limits: Limits,

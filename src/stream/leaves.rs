@@ -12,7 +12,7 @@ use super::handle::State;
 use super::limits::Unsettled;
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
-use crate::store::stream::{self as sql, EmptyLeaf, Leaf, StreamRow};
+use crate::store::stream::{self as sql, Emptied, EmptyLeaf, Leaf, StreamRow};
 use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
 
@@ -191,8 +191,20 @@ impl Maintenance {
         let last = self.state.tails.last(stream.id);
         for leaf in leaves {
             if !leaf.is_summarised && !leaf.is_emptied && leaf.last <= last {
+                // First, so that a leaf that is summarised is folded.
+                if stream.is_keyed {
+                    self.fold(connection, leaf).await?;
+                }
                 sql::summarise_leaf(connection, leaf.stream, leaf.first).await?;
             }
+        }
+        Ok(())
+    }
+
+    /// Folds the keys of a leaf, and drops from memory what is in their heads now.
+    async fn fold(&self, connection: &mut Connection, leaf: &Leaf) -> Result<(), store::Error> {
+        if let Some(through) = sql::fold_keys(connection, leaf.stream, leaf.first).await? {
+            self.state.keys.rebase(leaf.stream, through);
         }
         Ok(())
     }
@@ -214,23 +226,24 @@ impl Maintenance {
         for leaf in leaves.iter().filter(|leaf| !leaf.is_emptied) {
             behind -= size_of(sizes, leaf);
             let is_over = |limit: Option<u64>| limit.is_some_and(|limit| behind >= limit);
-            let emptied = sql::empty_leaf(
-                connection,
-                EmptyLeaf {
-                    stream: stream.id,
-                    first: leaf.first,
-                    now: self.cluster.now(),
-                    settled: retention.settled,
-                    unsettled: retention.unsettled,
-                    is_over_settled_bytes: is_over(retention.settled_bytes),
-                    is_over_unsettled_bytes: is_over(retention.unsettled_bytes),
-                    watermark,
-                    watermark_at,
-                },
-            )
-            .await;
+            let old = EmptyLeaf {
+                stream: stream.id,
+                first: leaf.first,
+                now: self.cluster.now(),
+                settled: retention.settled,
+                unsettled: retention.unsettled,
+                is_over_settled_bytes: is_over(retention.settled_bytes),
+                is_over_unsettled_bytes: is_over(retention.unsettled_bytes),
+                watermark,
+                watermark_at,
+            };
+            let mut emptied = sql::empty_leaf(connection, old).await;
+            if matches!(emptied, Ok(Emptied::KeysFirst)) {
+                self.fold(connection, leaf).await?;
+                emptied = sql::empty_leaf(connection, old).await;
+            }
             match emptied {
-                Ok(Some(floor)) => {
+                Ok(Emptied::Through(floor)) => {
                     self.state.raise_floor(stream.id, floor);
                     tracing::info!(
                         stream = stream.name.as_str(),
@@ -239,7 +252,7 @@ impl Maintenance {
                     );
                     self.state.metrics.leaves_emptied.inc();
                 }
-                Ok(None) => break,
+                Ok(Emptied::No | Emptied::KeysFirst) => break,
                 Err(error) if is_held(&error) => {
                     tracing::warn!(
                         stream = stream.name.as_str(),

@@ -15,6 +15,7 @@ mod error;
 mod group;
 mod handle;
 mod inbox;
+mod keys;
 mod leaves;
 mod limits;
 mod metrics;
@@ -38,13 +39,13 @@ use crate::store::{self, Connection, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 
 pub use crate::domain::retention::{DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Retention};
-pub use error::{AppendError, ConflictItem, Error};
+pub use error::{AppendError, ConflictItem, Error, VersionConflict};
 pub use handle::Handle;
 use handle::{Shared, State};
 pub use inbox::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
 pub use request::{
-    Attributes, Batch, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned, Search,
-    SearchPage, key_hash,
+    Attributes, Batch, Conditional, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned,
+    Search, SearchPage, key_hash,
 };
 pub use settings::{
     Declared, Description, Found, PATTERN_MAX_COUNT, RETENTION_MIN_BYTES, Settings, SettingsError,
@@ -115,6 +116,7 @@ pub async fn start(
     let state = Arc::new(State {
         tails: tail::Tails::default(),
         cache: cache::Cache::new(options.cache_bytes),
+        keys: keys::Keys::default(),
         watermarks: catalogue::Watermarks::default(),
         topics: topics::Topics::default(),
         limits: limits::Limits::default(),

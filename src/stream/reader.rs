@@ -14,7 +14,7 @@ use super::request::{
 use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::Entry;
 use crate::domain::name::TopicPattern;
-use crate::store::stream::{self as sql, Slice, SliceItem};
+use crate::store::stream::{self as sql, Head, Slice, SliceItem};
 use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
 
@@ -164,8 +164,12 @@ impl Reader {
     }
 
     async fn floor(&mut self, stream: StreamId) -> Result<Offset, Error> {
-        let floor = sql::find_head(self.connected().await?, stream).await?;
-        floor.ok_or_else(|| Error::NotFound {
+        Ok(self.head(stream).await?.floor)
+    }
+
+    async fn head(&mut self, stream: StreamId) -> Result<Head, Error> {
+        let head = sql::find_head(self.connected().await?, stream).await?;
+        head.ok_or_else(|| Error::NotFound {
             stream: stream.to_string(),
         })
     }

@@ -22,8 +22,11 @@ pub enum Member {
     },
     /// Outbox rows of one origin. Its latest position number must be `from`, its lease must be held at the fence's epoch.
     Relay {
-        /// In the order in which they get their offsets.
+        /// In the order in which they get their offsets. One that expects another version of its key than it has is listed as
+        /// rejected instead, and has no place in the answer.
         messages: Vec<Message>,
+        /// The rows of those that expect a version, in the order of the messages.
+        conditional: Vec<Conditional>,
         /// The origin.
         origin: OriginId,
         /// The relay's lease.
@@ -47,6 +50,15 @@ impl Member {
             Self::Publish { messages, .. } | Self::Relay { messages, .. } => messages,
         }
     }
+}
+
+/// An outbox row that goes into the stream at one version of its key only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conditional {
+    /// Its number in the outbox.
+    pub seq: i64,
+    /// The row as a JSON object.
+    pub outbox_row: String,
 }
 
 /// An outbox row that cannot become a message.

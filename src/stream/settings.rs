@@ -20,6 +20,8 @@ pub struct Settings {
     pub patterns: Vec<TopicPattern>,
     /// How long its messages are kept.
     pub retention: Retention,
+    /// Whether its keys are indexed, and its messages may expect versions of them. Fixed once it has had a message.
+    pub is_keyed: bool,
 }
 
 /// The rule that settings break.
@@ -131,6 +133,8 @@ pub struct Description {
     pub patterns: Vec<TopicPattern>,
     /// How long its messages are kept.
     pub retention: Retention,
+    /// Whether its keys are indexed.
+    pub is_keyed: bool,
     /// The first offset still there; one past `last_offset` when all are gone.
     pub first_offset: Offset,
     /// The last offset given out; `Offset(0)` before the first message.
@@ -169,6 +173,7 @@ mod tests {
                 unsettled: unsettled.map(Duration::from_secs),
                 ..Retention::default()
             },
+            is_keyed: false,
         }
         .validate(&StreamName::parse(name).unwrap())
         .map_or_else(|error| error.to_string(), |()| "valid".to_owned())

@@ -194,6 +194,10 @@ impl TailTask {
     }
 
     fn publish(&self, batch: Batch) {
+        let keys = batch.entries.iter();
+        let keys = keys.filter_map(|entry| Some((entry.offset, entry.key.as_deref()?)));
+        let span = (batch.first, batch.last);
+        self.state.keys.feed(batch.stream, span, keys);
         self.state.cache.push(&batch);
         self.state.tails.publish(batch);
     }
@@ -291,6 +295,7 @@ impl TailTask {
         for stream in known {
             if !heads.iter().any(|&(there, _)| there == stream) {
                 self.state.tails.remove(stream);
+                self.state.keys.forget(stream);
                 self.state.cache.forget(stream);
             }
         }

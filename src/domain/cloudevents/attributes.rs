@@ -11,13 +11,9 @@ use super::{
 use crate::domain::message::{Data, Message};
 
 /// Attributes with a meaning that this version does not have: ignoring them would break what the producer counts on.
-const NOT_BUILT: [(&str, &str); 2] = [
-    ("deliverat", "delayed delivery is not supported yet"),
-    (
-        "expectedversion",
-        "conditional publishing is not supported yet",
-    ),
-];
+const NOT_BUILT: [(&str, &str); 1] = [("deliverat", "delayed delivery is not supported yet")];
+/// The largest version that every JSON parser reads exactly.
+const VERSION_MAX: i64 = (1 << 53) - 1;
 
 /// Gathers the attributes of one event.
 #[derive(Debug, Default)]
@@ -31,6 +27,7 @@ pub(super) struct Attributes {
     data_content_type: Option<String>,
     data_schema: Option<String>,
     key: Option<String>,
+    expected_version: Option<i64>,
     extensions: Map<String, Value>,
     bytes: usize,
 }
@@ -90,6 +87,7 @@ impl Attributes {
             "dataschema" => &mut self.data_schema,
             "partitionkey" => &mut self.key,
             "time" => return self.set_time(&value),
+            "expectedversion" => return self.set_expected_version(&value),
             _ => return self.set_extension(name, value),
         };
         let limit = match name {
@@ -121,6 +119,22 @@ impl Attributes {
             DateTime::from_timestamp_micros(time.timestamp_micros())
                 .ok_or_else(|| "`time` is out of range".to_owned())?,
         );
+        Ok(())
+    }
+
+    /// A number, or in a header its digits.
+    fn set_expected_version(&mut self, value: &Value) -> Result<(), String> {
+        let number = match value {
+            Value::Number(number) => number.as_i64(),
+            Value::String(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => {
+                text.parse().ok()
+            }
+            _ => None,
+        };
+        let allowed = |number: &i64| (0..=VERSION_MAX).contains(number);
+        self.expected_version = Some(number.filter(allowed).ok_or_else(|| {
+            format!("`expectedversion` must be an integer from 0 to {VERSION_MAX}")
+        })?);
         Ok(())
     }
 
@@ -168,6 +182,16 @@ impl Attributes {
         self.data_content_type.as_deref()
     }
 
+    /// What the attributes must be together.
+    pub(super) fn check_together(&self, place: Place, faults: &mut Faults) {
+        if self.expected_version.is_some() && self.key.is_none() {
+            faults.add(
+                place,
+                "`expectedversion` is the version of a key: it needs `partitionkey`",
+            );
+        }
+    }
+
     /// Fills in what is missing and makes the message.
     pub(super) fn into_message(
         mut self,
@@ -198,6 +222,7 @@ impl Attributes {
             data_schema: self.data_schema,
             data,
             extensions: self.extensions,
+            expected_version: self.expected_version,
         })
     }
 

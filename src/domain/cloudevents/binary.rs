@@ -44,6 +44,7 @@ pub(super) fn parse(request: &Request<'_>, context: &Context<'_>) -> Result<Vec<
     };
     let place = || Place::Header("content-type".to_owned());
     attributes.set("datacontenttype", content_type.into(), place(), &mut faults);
+    attributes.check_together(Place::Header("ce-expectedversion".to_owned()), &mut faults);
     let data = data(content_type, request, &mut faults);
     if !faults.0.is_empty() {
         return Err(Error::Invalid(faults.0));

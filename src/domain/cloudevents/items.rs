@@ -11,7 +11,11 @@ use crate::domain::message::Message;
 use crate::domain::name::Topic;
 
 /// What an item may have beside its topic, when it has no `event`: the member, and the attribute that it becomes.
-const PLAIN: [(&str, &str); 2] = [("id", "id"), ("key", "partitionkey")];
+const PLAIN: [(&str, &str); 3] = [
+    ("id", "id"),
+    ("key", "partitionkey"),
+    ("expected_version", "expectedversion"),
+];
 
 pub(super) fn parse(
     request: &Request<'_>,
@@ -141,6 +145,7 @@ impl Item<'_> {
             let json = Value::from("application/json");
             attributes.set("datacontenttype", json, self.at("data"), faults);
         }
+        attributes.check_together(Place::Body(self.place.clone()), faults);
         let payload =
             structured::payload(data, None, &self.place, &attributes, self.request, faults);
         if faults.0.len() > before {

@@ -182,6 +182,7 @@ pub(super) fn event(
             "`specversion` is missing: it must be \"1.0\"",
         );
     }
+    attributes.check_together(whole(), faults);
     let payload = payload(data, data_base64, place, &attributes, request, faults);
     if faults.0.len() > before {
         return Ok(None);

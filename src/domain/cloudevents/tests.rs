@@ -222,7 +222,7 @@ fn faults_of_an_event_are_named() {
         ),
         (
             "\"specversion\":\"1.0\",\"expectedversion\":1",
-            "/expectedversion: `expectedversion`: cond",
+            ": `expectedversion` is the version of a key",
         ),
         (
             "\"specversion\":\"1.0\",\"data\":1,\"data_base64\":\"\"",

@@ -101,6 +101,7 @@ mod tests {
                 data_schema: None,
                 data: Data::Json(Bytes::copy_from_slice(raw.as_bytes())),
                 extensions: serde_json::Map::new(),
+                expected_version: None,
             };
             let mut entry = crate::stream::entry(
                 StreamId(1),

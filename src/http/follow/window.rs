@@ -273,6 +273,7 @@ mod tests {
             data_schema: None,
             data: Data::Text(vec![b'x'; 20_000].into()),
             extensions: serde_json::Map::new(),
+            expected_version: None,
         };
         let stream = StreamId(1);
         let at = chrono::DateTime::UNIX_EPOCH;

@@ -96,6 +96,10 @@ struct NewEvent {
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     partitionkey: Option<String>,
+    /// Where the topic belongs to a keyed stream: how many messages the key must have had there; 409 otherwise. Not part of the
+    /// event as it is kept.
+    #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
+    expectedversion: Option<i64>,
     /// The payload, JSON or text by `datacontenttype`. Passed on as the text it is.
     data: Option<serde_json::Value>,
 }
@@ -164,6 +168,14 @@ struct PlainItem {
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     key: Option<String>,
+    /// Where the topic belongs to a keyed stream: how many messages the key must have had there; 409 otherwise.
+    #[schema(
+        minimum = 0,
+        maximum = 9_007_199_254_740_991_i64,
+        required = false,
+        nullable = false
+    )]
+    expected_version: Option<i64>,
     /// Its id; made, if there is none.
     #[schema(
         min_length = 1,

@@ -45,6 +45,10 @@ struct Declaration {
     unsettled_retention_seconds: Option<Seconds>,
     /// Bytes beyond which the oldest messages go, settled or not; unlimited without.
     unsettled_retention_bytes: Option<Bytes>,
+    /// Whether its keys are indexed: each has a history and a version, and a message may expect one (`expectedversion`). Fixed
+    /// once the stream has had a message.
+    #[serde(default)]
+    keyed: bool,
 }
 
 /// A number of seconds, or `unlimited`.
@@ -134,6 +138,8 @@ struct Stream {
     settled_retention_bytes: Bytes,
     unsettled_retention_seconds: Seconds,
     unsettled_retention_bytes: Bytes,
+    /// Whether its keys are indexed.
+    keyed: bool,
     /// How much of the limits for unsettled messages is used up by those that some queue has not settled, 0 to 1; absent
     /// without a limit. At 1 they are dropped; from a half on the broker warns.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -174,6 +180,7 @@ impl From<Description> for Stream {
             settled_retention_bytes: Bytes::new(stream.retention.settled_bytes),
             unsettled_retention_seconds: Seconds::new(stream.retention.unsettled),
             unsettled_retention_bytes: Bytes::new(stream.retention.unsettled_bytes),
+            keyed: stream.is_keyed,
             unsettled_limit_used: stream.unsettled_limit_used,
             first_offset: stream.first_offset.0,
             last_offset: stream.last_offset.0,
@@ -226,6 +233,7 @@ impl Declaration {
                 unsettled,
                 ..retention
             },
+            is_keyed: self.keyed,
         })
     }
 }

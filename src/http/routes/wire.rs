@@ -111,6 +111,9 @@ impl From<stream::Error> for Problem {
                 allowed: None,
             }]),
             Error::HasQueues { .. } => Self::new(Kind::StreamHasQueues, error.to_string()),
+            Error::NotKeyed { .. } => Self::new(Kind::StreamNotKeyed, error.to_string()),
+            Error::KeyedIsFixed { .. } => Self::new(Kind::StreamKeyedFixed, error.to_string()),
+            Error::KeysNotCounted { .. } => Self::new(Kind::Unavailable, error.to_string()),
             Error::MainIsKept => Self::new(Kind::StreamIsKept, error.to_string()),
             Error::Stopping => stopping(),
             Error::Store(source) => store_problem(source),
@@ -136,6 +139,25 @@ pub(super) fn append_problem(
                 allowed: None,
             });
             Problem::new(Kind::IdConflict, error.to_string()).with_errors(errors.collect())
+        }
+        AppendError::VersionConflict(conflict) => {
+            Problem::new(Kind::VersionConflict, conflict.to_string())
+                .with_errors(vec![FieldError {
+                    place: Place::Pointer(place(conflict.index)),
+                    detail: conflict.to_string(),
+                    allowed: None,
+                }])
+                .with("key", conflict.key.as_str())
+                .with("version", conflict.version)
+                .with("expected_version", conflict.expected)
+        }
+        AppendError::NotKeyed { items } => {
+            let errors = items.iter().map(|&(index, _)| FieldError {
+                place: Place::Pointer(place(index)),
+                detail: "the stream that owns the topic is not keyed".to_owned(),
+                allowed: None,
+            });
+            Problem::new(Kind::StreamNotKeyed, error.to_string()).with_errors(errors.collect())
         }
         AppendError::OutcomeUnknown => Problem::new(
             Kind::OutcomeUnknown,

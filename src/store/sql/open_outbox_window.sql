@@ -89,6 +89,7 @@ select
     case when r.is_whole then r.payload end as payload,
     case when r.is_whole then r.payload_bytes end as payload_bytes,
     r.key, r.type, r.id, r.source, r.subject, r.content_type, r.data_schema, r.headers::text as headers,
+    r.expected_version,
     case when r.time >= '0001-01-01 00:00:00+00' and r.time < '10000-01-01 00:00:00+00' then r.time end as time,
     coalesce(r.time >= '0001-01-01 00:00:00+00' and r.time < '10000-01-01 00:00:00+00', true) as time_is_valid
 from identity as i

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use crate::domain::id::{Fence, OriginId, StreamId, TopicId};
+use crate::domain::id::{Fence, Offset, OriginId, StreamId, TopicId};
 use crate::domain::message::Message;
 use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Error};
@@ -36,7 +36,32 @@ pub struct Append<'a> {
     identities: Vec<Option<Uuid>>,
     contents: Vec<Option<Uuid>>,
     checks_ids: bool,
+    bases: Vec<i64>,
+    counted: Vec<i64>,
+    expected_keys: ExpectedKeys<'a>,
+    expectations: Expectations<'a>,
 }
+
+/// Keys of which some message of the group expects a version.
+#[derive(Debug, Default)]
+struct ExpectedKeys<'a> {
+    streams: Vec<i32>,
+    keys: Vec<&'a str>,
+    counts: Vec<i64>,
+}
+
+/// Messages of those keys.
+#[derive(Debug, Default)]
+struct Expectations<'a> {
+    messages: Vec<i32>,
+    keys: Vec<i32>,
+    expected: Vec<i64>,
+    seqs: Vec<i64>,
+    rows: Vec<&'a str>,
+}
+
+/// What stands for nothing in arrays of numbers: an element of an array with nulls is not found by its place alone.
+const NONE: i64 = -1;
 
 #[derive(Debug, Default)]
 struct Relays<'a> {
@@ -93,7 +118,40 @@ impl<'a> Append<'a> {
         self.streams.push(stream.0);
         self.hints.push(hint);
         self.counts.push(0);
+        self.bases.push(NONE);
+        self.counted.push(NONE);
         self.streams.len() - 1
+    }
+
+    /// Says between which offsets the appender has counted the keys of a keyed stream.
+    pub fn counted(&mut self, place: usize, after: Offset, through: Offset) {
+        self.bases[place] = after.0;
+        self.counted[place] = through.0;
+    }
+
+    /// Adds a key that some message expects a version of, with how many messages it has had between those offsets. Returns its
+    /// number for [`Append::push_expectation`].
+    pub fn push_key(&mut self, place: usize, key: &'a str, count: usize) -> usize {
+        self.expected_keys.streams.push(place as i32 + 1);
+        self.expected_keys.keys.push(key);
+        self.expected_keys.counts.push(count as i64);
+        self.expected_keys.keys.len() - 1
+    }
+
+    /// Says of the message added last that it has this key, and which version it expects, if any. An outbox row comes with its
+    /// number and its copy: it is listed as rejected when it expects another version.
+    pub fn push_expectation(
+        &mut self,
+        key: usize,
+        expected: Option<i64>,
+        row: Option<(i64, &'a str)>,
+    ) {
+        let (seq, row) = row.unwrap_or((NONE, ""));
+        self.expectations.messages.push(self.members.len() as i32);
+        self.expectations.keys.push(key as i32 + 1);
+        self.expectations.expected.push(expected.unwrap_or(NONE));
+        self.expectations.seqs.push(seq);
+        self.expectations.rows.push(row);
     }
 
     /// Adds a message at the end of its stream.
@@ -172,6 +230,8 @@ pub enum AppendOutcome {
     Appended(Appended),
     /// Nothing was done: the catalogue has another version than the group was routed by.
     Stale,
+    /// Nothing was done: keys were counted from another base than their heads have by now, or too far from the log's end.
+    Behind,
     /// Nothing was done now, and whether an earlier try was is forgotten by now: the group is older than results are kept.
     Expired {
         /// The database's clock.
@@ -190,6 +250,9 @@ pub struct Appended {
     pub refused: Vec<(usize, Option<i64>)>,
     /// Messages, from 0, whose id was used before: at which offset, and whether for other content.
     pub seen: Vec<(usize, i64, bool)>,
+    /// Messages, from 0, that expect another version of their key, with the version that it had at their turn. One that was
+    /// published refuses its member, an outbox row is left out alone.
+    pub conflicts: Vec<(usize, i64)>,
 }
 
 type Columns = (
@@ -202,6 +265,8 @@ type Columns = (
     Option<Vec<i32>>,
     Option<Vec<i64>>,
     Option<Vec<bool>>,
+    Option<Vec<i32>>,
+    Option<Vec<i64>>,
 );
 
 /// Names a group, and says what it was made under.
@@ -227,76 +292,100 @@ pub async fn append(
     is_repeat: bool,
     group: &Append<'_>,
 ) -> Result<AppendOutcome, Error> {
-    let (status, clock, first, at, refused, found, seen, seen_at, conflict): Columns = bounded(
+    let columns: Columns = bounded(
         "appending",
         STATEMENT,
-        sqlx::query_as(include_str!("../sql/append_group.sql"))
-            .bind(key.incarnation)
-            .bind(key.number)
-            .bind(key.born_at)
-            .bind(is_repeat)
-            .bind(key.catalogue)
-            .bind(group.checks_ids)
-            .bind(&group.streams)
-            .bind(&group.hints)
-            .bind(&group.relays.members)
-            .bind(&group.relays.leases)
-            .bind(&group.relays.epochs)
-            .bind(&group.relays.origins)
-            .bind(&group.relays.from)
-            .bind(&group.relays.to)
-            .bind(&group.relays.positions)
-            .bind(&group.relays.rejected_relays)
-            .bind(&group.relays.rejected_seqs)
-            .bind(&group.relays.rejected_reasons)
-            .bind(&group.relays.rejected_rows)
-            .bind(&group.members)
-            .bind(&group.message_streams)
-            .bind(&group.ranks)
-            .bind(&group.topics)
-            .bind(&group.key_hashes)
-            .bind(&group.keys)
-            .bind(&group.ids)
-            .bind(&group.sources)
-            .bind(&group.types)
-            .bind(&group.subjects)
-            .bind(&group.times)
-            .bind(&group.content_types)
-            .bind(&group.schemas)
-            .bind(&group.extensions)
-            .bind(&group.kinds)
-            .bind(&group.priorities)
-            .bind(&group.data)
-            .bind(&group.origins)
-            .bind(&group.identities)
-            .bind(&group.contents)
-            .fetch_one(connection),
+        call(key, is_repeat, group).fetch_one(connection),
     )
     .await?;
+    Ok(read_outcome(columns))
+}
+
+type Call<'q> = sqlx::query::QueryAs<'q, sqlx::Postgres, Columns, sqlx::postgres::PgArguments>;
+
+fn call<'q>(key: GroupKey, is_repeat: bool, group: &'q Append<'_>) -> Call<'q> {
+    sqlx::query_as(include_str!("../sql/append_group.sql"))
+        .bind(key.incarnation)
+        .bind(key.number)
+        .bind(key.born_at)
+        .bind(is_repeat)
+        .bind(key.catalogue)
+        .bind(group.checks_ids)
+        .bind(&group.streams)
+        .bind(&group.hints)
+        .bind(&group.relays.members)
+        .bind(&group.relays.leases)
+        .bind(&group.relays.epochs)
+        .bind(&group.relays.origins)
+        .bind(&group.relays.from)
+        .bind(&group.relays.to)
+        .bind(&group.relays.positions)
+        .bind(&group.relays.rejected_relays)
+        .bind(&group.relays.rejected_seqs)
+        .bind(&group.relays.rejected_reasons)
+        .bind(&group.relays.rejected_rows)
+        .bind(&group.members)
+        .bind(&group.message_streams)
+        .bind(&group.ranks)
+        .bind(&group.topics)
+        .bind(&group.key_hashes)
+        .bind(&group.keys)
+        .bind(&group.ids)
+        .bind(&group.sources)
+        .bind(&group.types)
+        .bind(&group.subjects)
+        .bind(&group.times)
+        .bind(&group.content_types)
+        .bind(&group.schemas)
+        .bind(&group.extensions)
+        .bind(&group.kinds)
+        .bind(&group.priorities)
+        .bind(&group.data)
+        .bind(&group.origins)
+        .bind(&group.identities)
+        .bind(&group.contents)
+        .bind(&group.bases)
+        .bind(&group.counted)
+        .bind(&group.expected_keys.streams)
+        .bind(&group.expected_keys.keys)
+        .bind(&group.expected_keys.counts)
+        .bind(&group.expectations.messages)
+        .bind(&group.expectations.keys)
+        .bind(&group.expectations.expected)
+        .bind(&group.expectations.seqs)
+        .bind(&group.expectations.rows)
+}
+
+fn read_outcome(columns: Columns) -> AppendOutcome {
+    let (status, clock, first, at, refused, found, seen, seen_at, is_other, conflicts, versions) =
+        columns;
     match status.as_str() {
-        "stale" => Ok(AppendOutcome::Stale),
-        "expired" => Ok(AppendOutcome::Expired { clock }),
-        _ => {
-            let places = seen
-                .unwrap_or_default()
-                .into_iter()
-                .map(|place| place as usize - 1);
-            let members = refused
-                .unwrap_or_default()
-                .into_iter()
-                .map(|member| member as usize);
-            Ok(AppendOutcome::Appended(Appended {
-                first: first.unwrap_or_default(),
-                at: at.unwrap_or_default(),
-                refused: members.zip(found.unwrap_or_default()).collect(),
-                seen: places
-                    .zip(seen_at.unwrap_or_default())
-                    .zip(conflict.unwrap_or_default())
-                    .map(|((place, offset), is_conflict)| (place, offset, is_conflict))
-                    .collect(),
-            }))
-        }
+        "stale" => return AppendOutcome::Stale,
+        "behind" => return AppendOutcome::Behind,
+        "expired" => return AppendOutcome::Expired { clock },
+        _ => {}
     }
+    let from_zero = |places: Option<Vec<i32>>| {
+        let places = places.unwrap_or_default().into_iter();
+        places.map(|place| place as usize - 1)
+    };
+    let members = refused.unwrap_or_default().into_iter();
+    AppendOutcome::Appended(Appended {
+        first: first.unwrap_or_default(),
+        at: at.unwrap_or_default(),
+        refused: members
+            .map(|member| member as usize)
+            .zip(found.unwrap_or_default())
+            .collect(),
+        seen: from_zero(seen)
+            .zip(seen_at.unwrap_or_default())
+            .zip(is_other.unwrap_or_default())
+            .map(|((place, offset), is_conflict)| (place, offset, is_conflict))
+            .collect(),
+        conflicts: from_zero(conflicts)
+            .zip(versions.unwrap_or_default())
+            .collect(),
+    })
 }
 
 /// The numbers of topics, new ones included.

@@ -32,6 +32,8 @@ pub struct StreamRow {
     pub patterns: Vec<TopicPattern>,
     /// How long messages are kept.
     pub retention: Retention,
+    /// Whether its keys are indexed.
+    pub is_keyed: bool,
     /// When it was created.
     pub created_at: DateTime<Utc>,
 }
@@ -45,6 +47,8 @@ pub enum DeclareOutcome {
     Unchanged,
     /// It was there with other settings.
     Changed,
+    /// It has had messages: whether it is keyed cannot change; nothing was done.
+    KeyedIsFixed,
     /// Another stream's pattern is in the way; nothing was done.
     Overlap {
         /// The pattern refused.
@@ -96,6 +100,7 @@ pub async fn load_catalogue(connection: &mut Connection) -> Result<Catalogue, Er
         let retention = settings.retention();
         catalogue.streams.push(StreamRow {
             id: StreamId(id),
+            is_keyed: settings.keyed,
             patterns: patterns.collect::<Result<_, _>>()?,
             name: StreamName::parse(&name).map_err(|error| corrupt(format!("`{name}` {error}")))?,
             retention: retention
@@ -113,11 +118,14 @@ struct Stored {
     settled_retention_bytes: Option<u64>,
     unsettled_retention_seconds: Option<f64>,
     unsettled_retention_bytes: Option<u64>,
+    #[serde(default)]
+    keyed: bool,
 }
 
 impl Stored {
-    fn of(retention: &Retention) -> String {
+    fn of(retention: &Retention, keyed: bool) -> String {
         let stored = Self {
+            keyed,
             settled_retention_seconds: retention.settled.map(|age| age.as_secs_f64()),
             settled_retention_bytes: retention.settled_bytes,
             unsettled_retention_seconds: retention.unsettled.map(|age| age.as_secs_f64()),
@@ -149,7 +157,14 @@ pub async fn create_main(connection: &mut Connection, retention: &Retention) -> 
     let mut transaction = begin(connection, DECLARING).await?;
     let catalogue = load_catalogue(&mut transaction).await?;
     if catalogue.streams.iter().all(|stream| stream.name != main) {
-        write(&mut transaction, None, &main, &[], &Stored::of(retention)).await?;
+        write(
+            &mut transaction,
+            None,
+            &main,
+            &[],
+            &Stored::of(retention, false),
+        )
+        .await?;
     }
     transaction.commit().await.map_err(Error::query(DECLARING))
 }
@@ -163,6 +178,7 @@ pub async fn declare(
     name: &StreamName,
     patterns: &[TopicPattern],
     retention: &Retention,
+    is_keyed: bool,
 ) -> Result<DeclareOutcome, Error> {
     let mut transaction = begin(connection, DECLARING).await?;
     let catalogue = load_catalogue(&mut transaction).await?;
@@ -186,7 +202,8 @@ pub async fn declare(
             wanted.sort();
             let mut have = row.patterns.clone();
             have.sort();
-            if wanted == have && row.retention == *retention {
+            let is_same = row.retention == *retention && row.is_keyed == is_keyed;
+            if wanted == have && is_same {
                 end(transaction, DECLARING).await?;
                 return Ok(DeclareOutcome::Unchanged);
             }
@@ -194,7 +211,13 @@ pub async fn declare(
         }
     };
     let id = present.map(|row| row.id);
-    write(&mut transaction, id, name, patterns, &Stored::of(retention)).await?;
+    let settings = Stored::of(retention, is_keyed);
+    let id = write(&mut transaction, id, name, patterns, &settings).await?;
+    let was_keyed = present.is_some_and(|row| row.is_keyed);
+    if was_keyed != is_keyed && !set_keyed(&mut transaction, id, is_keyed).await? {
+        end(transaction, DECLARING).await?;
+        return Ok(DeclareOutcome::KeyedIsFixed);
+    }
     transaction
         .commit()
         .await
@@ -246,7 +269,7 @@ async fn write(
     name: &StreamName,
     patterns: &[TopicPattern],
     settings: &str,
-) -> Result<(), Error> {
+) -> Result<i32, Error> {
     let (id,): (i32,) = match present {
         Some(id) => sqlx::query_as(
             "update postroad_broker.stream set settings = $2::text::jsonb where id = $1 returning id",
@@ -292,7 +315,25 @@ async fn write(
     .execute(&mut **transaction)
     .await
     .map_err(Error::query(DECLARING))?;
-    raise_version(transaction, DECLARING).await
+    raise_version(transaction, DECLARING).await?;
+    Ok(id)
+}
+
+/// Makes a stream keyed, or not, under the lock of its head. `false`: it has had messages.
+async fn set_keyed(
+    transaction: &mut Transaction<'_>,
+    stream: i32,
+    is_keyed: bool,
+) -> Result<bool, Error> {
+    let text = match is_keyed {
+        true => "select postroad_broker.create_stream_keys($1)",
+        false => "select postroad_broker.drop_stream_keys($1)",
+    };
+    sqlx::query_scalar(text)
+        .bind(stream)
+        .fetch_one(&mut **transaction)
+        .await
+        .map_err(Error::query(DECLARING))
 }
 
 /// Deletes a stream's rows; its log is dropped later. `false`: queues read it.

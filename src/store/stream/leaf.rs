@@ -145,15 +145,23 @@ pub struct EmptyLeaf {
     pub watermark_at: DateTime<Utc>,
 }
 
-/// Empties the oldest leaf that has messages, if all of it is old enough. Returns the new floor. Fails with SQLSTATE 55P03 when
+/// What an attempt to empty a leaf came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Emptied {
+    /// It is empty; the new floor.
+    Through(Offset),
+    /// It is too young.
+    No,
+    /// Its keys have to be folded first.
+    KeysFirst,
+}
+
+/// Empties the oldest leaf that has messages, if all of it is old enough. Fails with SQLSTATE 55P03 when
 /// somebody holds the leaf.
 ///
 /// # Errors
 /// The database's.
-pub async fn empty_leaf(
-    connection: &mut Connection,
-    leaf: EmptyLeaf,
-) -> Result<Option<Offset>, Error> {
+pub async fn empty_leaf(connection: &mut Connection, leaf: EmptyLeaf) -> Result<Emptied, Error> {
     let (floor,): (Option<i64>,) = bounded(
         "emptying a leaf",
         LONG_STATEMENT,
@@ -170,7 +178,11 @@ pub async fn empty_leaf(
             .fetch_one(connection),
     )
     .await?;
-    Ok(floor.map(Offset))
+    Ok(match floor {
+        None => Emptied::No,
+        Some(-1) => Emptied::KeysFirst,
+        Some(floor) => Emptied::Through(Offset(floor)),
+    })
 }
 
 fn interval(duration: Duration) -> PgInterval {

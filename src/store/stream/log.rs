@@ -46,23 +46,37 @@ pub async fn list_heads(connection: &mut Connection) -> Result<Vec<(StreamId, Of
         .collect())
 }
 
-/// A stream's floor; `None` when the stream is gone.
+/// A stream's head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// All up to here is gone.
+    pub floor: Offset,
+    /// Of a keyed stream: up to where its keys are folded.
+    pub keys_through: Option<Offset>,
+}
+
+/// A stream's head; `None` when the stream is gone.
 ///
 /// # Errors
 /// The database's.
 pub async fn find_head(
     connection: &mut Connection,
     stream: StreamId,
-) -> Result<Option<Offset>, Error> {
-    let row: Option<(i64,)> = bounded(
+) -> Result<Option<Head>, Error> {
+    let row: Option<(i64, Option<i64>)> = bounded(
         "reading the head of a stream",
         STATEMENT,
-        sqlx::query_as("select floor from postroad_broker.stream_head where stream_id = $1")
-            .bind(stream.0)
-            .fetch_optional(connection),
+        sqlx::query_as(
+            "select floor, keys_through from postroad_broker.stream_head where stream_id = $1",
+        )
+        .bind(stream.0)
+        .fetch_optional(connection),
     )
     .await?;
-    Ok(row.map(|(floor,)| Offset(floor)))
+    Ok(row.map(|(floor, keys_through)| Head {
+        floor: Offset(floor),
+        keys_through: keys_through.map(Offset),
+    }))
 }
 
 /// The last offset of the log at or after the hint; `None` when there is none.
@@ -204,6 +218,21 @@ pub struct SliceItem {
     pub priority: Priority,
 }
 
+impl SliceItem {
+    /// From the columns of `read_slice.sql`.
+    pub(super) fn of(
+        (offset, topic, key_hash, data_bytes, priority): (i64, i32, Option<i64>, Option<i32>, i16),
+    ) -> Self {
+        Self {
+            offset: Offset(offset),
+            topic: TopicId(topic),
+            key_hash,
+            data_bytes: data_bytes.unwrap_or(0),
+            priority: Priority::from_stored(priority),
+        }
+    }
+}
+
 /// Looks through a slice, in offset order. The size of a payload is read without the payload.
 ///
 /// # Errors
@@ -215,7 +244,7 @@ pub async fn read_slice(
     let topics = slice
         .topics
         .map(|topics| topics.iter().map(|topic| topic.0).collect::<Vec<_>>());
-    let rows: Vec<(i64, i32, Option<i64>, Option<i32>, i16)> = bounded(
+    let rows = bounded(
         "scanning a stream",
         STATEMENT,
         sqlx::query_as(include_str!("../sql/read_slice.sql"))
@@ -229,18 +258,7 @@ pub async fn read_slice(
             .fetch_all(connection),
     )
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(
-            |(offset, topic, key_hash, data_bytes, priority)| SliceItem {
-                offset: Offset(offset),
-                topic: TopicId(topic),
-                key_hash,
-                data_bytes: data_bytes.unwrap_or(0),
-                priority: Priority::from_stored(priority),
-            },
-        )
-        .collect())
+    Ok(rows.into_iter().map(SliceItem::of).collect())
 }
 
 /// What order by key and lanes go by.
@@ -358,6 +376,7 @@ fn read_row(row: &PgRow, topic: impl Fn(TopicId) -> Option<Topic>) -> Result<Row
                 data_schema: row.try_get(10)?,
                 data: Data::Absent,
                 extensions: serde_json::Map::new(),
+                expected_version: None,
             },
         };
         Ok((rest, kind, data, extensions))

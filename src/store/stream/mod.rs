@@ -2,6 +2,7 @@
 
 mod append;
 mod catalogue;
+mod keys;
 mod leaf;
 mod log;
 
@@ -12,12 +13,16 @@ pub use catalogue::{
     Catalogue, DeclareOutcome, StreamRow, create_main, declare, delete, load_catalogue,
     read_leaf_sizes, read_sizes,
 };
+pub use keys::{
+    KeyHead, fetch_items, find_key_head, find_span_end, fold_keys, list_key_heads, read_key_slice,
+    read_keys,
+};
 pub use leaf::{
-    EmptyLeaf, Leaf, drop_leaf, empty_leaf, extend_log, list_leaves, list_orphans, rotate_buckets,
-    summarise_leaf,
+    Emptied, EmptyLeaf, Leaf, drop_leaf, empty_leaf, extend_log, list_leaves, list_orphans,
+    rotate_buckets, summarise_leaf,
 };
 pub use log::{
-    AttributesRow, MatchRange, Row, Slice, SliceItem, connect_reader, fetch_attributes,
+    AttributesRow, Head, MatchRange, Row, Slice, SliceItem, connect_reader, fetch_attributes,
     fetch_entries, find_head, find_present, list_heads, list_match_ranges, list_topics,
     read_appended_at, read_slice, read_top,
 };

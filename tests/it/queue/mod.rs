@@ -132,6 +132,7 @@ impl Broker {
                 data_schema: None,
                 data: Data::Json(Bytes::from_static(b"{\"a\":1}")),
                 extensions: serde_json::Map::new(),
+                expected_version: None,
             })
             .collect();
         let member = Member::Publish {

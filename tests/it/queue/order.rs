@@ -43,6 +43,7 @@ async fn publish(broker: &Broker, keys: &[&str]) {
             data_schema: None,
             data: Data::Json(Bytes::from_static(b"{}")),
             extensions,
+            expected_version: None,
         }
     };
     let messages = keys.iter().map(message).collect();

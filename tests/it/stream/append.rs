@@ -117,6 +117,7 @@ async fn ids_are_deduplicated_within_a_member_a_group_and_over_groups() {
 fn relay(fence: &Fence, from: i64, to: i64, ids: &[&str]) -> Member {
     Member::Relay {
         messages: ids.iter().map(|id| message("orders", id, "1")).collect(),
+        conditional: Vec::new(),
         origin: OriginId(1),
         fence: fence.clone(),
         from,

@@ -3,6 +3,7 @@
 mod append;
 mod faults;
 mod keeping;
+mod keyed;
 mod log;
 mod priority;
 
@@ -105,6 +106,7 @@ fn message(topic: &str, id: &str, data: &str) -> Message {
         data_schema: None,
         data: Data::Json(Bytes::from(data.to_owned())),
         extensions: serde_json::Map::from_iter([("traceparent".to_owned(), "00-1".into())]),
+        expected_version: None,
     }
 }
 
@@ -131,5 +133,6 @@ fn settings(patterns: &[&str], retention: Retention) -> Settings {
             .map(|pattern| TopicPattern::parse(pattern).unwrap())
             .collect(),
         retention,
+        is_keyed: false,
     }
 }

@@ -112,6 +112,7 @@ async fn attributes_are_answered_of_the_log_without_what_is_gone() {
         data_schema: None,
         data: Data::Json(Bytes::from_static(b"1")),
         extensions: serde_json::Map::from_iter([("priority".to_owned(), (n % 10).into())]),
+        expected_version: None,
     };
     let messages = (1..=400).map(numbered).collect();
     let member = Member::Publish {
