@@ -238,11 +238,6 @@ begin
     values (of_queue, from_generation + 1, of_epoch, 0, new_state)
     on conflict (queue_id) do update
         set generation = excluded.generation, epoch = excluded.epoch, number = excluded.number, state = excluded.state;
-    if start_kind = 'purge' then
-        -- What was redriven and is not settled is a dead letter again.
-        update postroad_broker.dead_letter d set redrive_id = null, redriven_at = null
-            where d.queue_id = of_queue and d.redrive_id is not null;
-    end if;
     return query select 'renewed', from_generation + 1, first_offset, is_at_floor;
 end $$;
 
@@ -319,6 +314,16 @@ begin
             set generation = excluded.generation, epoch = excluded.epoch, number = excluded.number, state = excluded.state;
     end if;
 
+    -- Before the letters: a message that came back and died again in one group has died last. The other way about cannot be,
+    -- since a letter is brought back only once it is committed.
+    if cardinality(redrive_queues) > 0 then
+        perform postroad_broker.write_redrives(
+            array(select r.queue_id from unnest(redrive_slots, redrive_queues) with ordinality r (slot, queue_id, place)
+                where r.slot = any (fresh) order by r.place),
+            array(select r.step from unnest(redrive_slots, redrive_steps) with ordinality r (slot, step, place)
+                where r.slot = any (fresh) order by r.place));
+    end if;
+
     if cardinality(letter_queues) > 0 then
         -- One that died before, and was redriven, has its letter still, and perhaps no row in the log.
         with died as (
@@ -358,14 +363,6 @@ begin
         delete from postroad_broker.dead_letter d
         using unnest(removed_slots, removed_queues, removed_offsets) r (slot, queue_id, "offset")
         where d.queue_id = r.queue_id and d."offset" = r."offset" and r.slot = any (fresh);
-    end if;
-
-    if cardinality(redrive_queues) > 0 then
-        perform postroad_broker.write_redrives(
-            array(select r.queue_id from unnest(redrive_slots, redrive_queues) with ordinality r (slot, queue_id, place)
-                where r.slot = any (fresh) order by r.place),
-            array(select r.step from unnest(redrive_slots, redrive_steps) with ordinality r (slot, step, place)
-                where r.slot = any (fresh) order by r.place));
     end if;
 
     return query select turn_now, array(select s.slot from unnest(slots) s (slot) where s.slot <> all (owned));

@@ -20,6 +20,8 @@ use crate::stream::{self, Scan, key_hash};
 const BLOCK: i64 = 5_000;
 /// Messages of one scan for what comes after.
 const SCAN_ITEMS: usize = 10_000;
+/// How often the log is looked at before a batch: while producers go on there is always something new.
+const LOOKS_MAX: u32 = 3;
 
 /// Letters read ahead.
 #[derive(Debug, Default)]
@@ -37,7 +39,15 @@ impl Block {
     pub(in crate::queue) fn is_ready(&self, scanned: Offset) -> bool {
         let is_read = !self.letters.is_empty() || self.is_end;
         let later = self.later.as_ref();
-        is_read && later.is_none_or(|later| later.open.is_empty() || later.scanned >= scanned)
+        is_read && later.is_none_or(|later| later.is_known(scanned))
+    }
+
+    /// The letters of the next batch.
+    pub(in crate::queue) fn take_batch(&mut self, most: usize) -> Vec<Reborn> {
+        if let Some(later) = &mut self.later {
+            later.looks = 0;
+        }
+        self.letters.drain(..most.min(self.letters.len())).collect()
     }
 
     /// The message of its key that comes after a letter.
@@ -54,6 +64,8 @@ struct Later {
     next: HashMap<Offset, Offset>,
     /// The log was looked at up to here.
     scanned: Offset,
+    /// How often it was looked at for this batch.
+    looks: u32,
 }
 
 impl Later {
@@ -71,6 +83,11 @@ impl Later {
             }
         }
         later
+    }
+
+    /// Whether what comes after is known, as far as the queue has looked or as can be had.
+    fn is_known(&self, scanned: Offset) -> bool {
+        self.open.is_empty() || self.scanned >= scanned || self.looks >= LOOKS_MAX
     }
 
     fn see(&mut self, key: Option<i64>, offset: Offset, is_letter: impl Fn(Offset) -> bool) {
@@ -131,6 +148,7 @@ impl Ahead {
             block.letters = part.found.into_iter().map(|found| found.letter).collect();
         }
         if let Some(later) = &mut block.later {
+            later.looks += 1;
             self.look_for_later(later, &block.letters).await?;
         }
         Ok(block)

@@ -20,7 +20,6 @@ use crate::domain::id::Offset;
 use crate::domain::letter::{REDRIVES_MAX, Selection};
 use crate::domain::name::QueueName;
 use crate::domain::policy::Ordering;
-use crate::domain::queue::Reborn;
 use crate::store;
 use crate::store::redrive::{RedriveRow, RedriveStep, Which};
 
@@ -398,10 +397,7 @@ impl Task {
         } else {
             running.batch().min(room)
         };
-        let batch: Vec<Reborn> = block
-            .letters
-            .drain(..most.min(block.letters.len()))
-            .collect();
+        let batch = block.take_batch(most);
         let is_dry = running.is_dry;
         let back = match is_dry {
             true => batch.iter().map(|letter| letter.offset).collect(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use postroad::domain::id::Offset;
 use postroad::domain::letter::{Cause, LetterId, Selection};
 use postroad::domain::name::{QueueName, StreamName, Topic, TopicPattern};
-use postroad::domain::policy::{Ordering, Settings};
+use postroad::domain::policy::Settings;
 use postroad::queue::{
     self, Delivery, LetterFilter, LetterSummary, NewRedrive, Outcome, Redrive, Verb, VerbItem,
 };
@@ -14,7 +14,7 @@ use postroad::stream::Read;
 use super::{Broker, HOUR, at_once, declaration, item, items, name};
 use crate::support;
 
-fn new(id: &str, selection: Selection) -> NewRedrive {
+pub(super) fn new(id: &str, selection: Selection) -> NewRedrive {
     NewRedrive {
         id: id.to_owned(),
         selection,
@@ -37,7 +37,7 @@ fn offsets(letters: &[LetterSummary]) -> Vec<i64> {
     letters.iter().map(|letter| letter.id.offset.0).collect()
 }
 
-async fn reject(broker: &Broker, deliveries: &[Delivery], reason: &str) {
+pub(super) async fn reject(broker: &Broker, deliveries: &[Delivery], reason: &str) {
     let items = items(deliveries).into_iter().map(|item| VerbItem {
         reason: Some(reason.to_owned()),
         ..item
@@ -47,7 +47,7 @@ async fn reject(broker: &Broker, deliveries: &[Delivery], reason: &str) {
     assert!(outcomes.iter().all(is_rejected), "{outcomes:?}");
 }
 
-async fn ended(broker: &Broker, id: &str) -> Redrive {
+pub(super) async fn ended(broker: &Broker, id: &str) -> Redrive {
     support::eventually("the redrive to end", || async {
         let redrive = broker.queue.find_redrive(&name(), id).await.unwrap();
         (redrive.status != "running").then_some(redrive)
@@ -56,7 +56,11 @@ async fn ended(broker: &Broker, id: &str) -> Redrive {
 }
 
 /// A queue with so many dead letters, of offsets from 1 on, and what was delivered.
-async fn with_letters(broker: &Broker, count: usize, settings: Settings) -> Vec<Delivery> {
+pub(super) async fn with_letters(
+    broker: &Broker,
+    count: usize,
+    settings: Settings,
+) -> Vec<Delivery> {
     broker
         .queue
         .declare(name(), declaration(settings))
@@ -461,48 +465,5 @@ async fn a_receipt_of_a_letter_that_is_removed_is_settled() {
         .await;
     assert_eq!(acked, [Outcome::Acked]);
     assert!(letters(&broker, Selection::default()).await.is_empty());
-    broker.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn letters_after_which_their_key_went_on_come_back_late() {
-    let database = support::database().await;
-    let broker = Broker::on(&database).await;
-    let ordered = Settings {
-        ordering: Ordering::Key,
-        ..at_once(16)
-    };
-    let declared = declaration(ordered);
-    broker.queue.declare(name(), declared).await.unwrap();
-    // Of the key a the second is done with and of the key b nothing is; without a key nothing is late.
-    let keys = [Some("a"), Some("b"), None, Some("a"), Some("b"), None];
-    broker.publish_keyed("orders.created", &keys).await;
-    let first = broker.take(4, HOUR).await;
-    let seen: Vec<i64> = first.iter().map(|d| d.entry.offset.0).collect();
-    assert_eq!(seen, [1, 2, 3, 6]);
-    reject(&broker, &first[..3], "no stock").await;
-    broker.settle(Verb::Ack, items(&first[3..])).await;
-    let second = broker.take(2, HOUR).await;
-    broker.settle(Verb::Ack, items(&second[..1])).await;
-    let release = broker.settle(Verb::Release, items(&second[1..])).await;
-    assert!(matches!(release[0], Outcome::Released { .. }));
-    let all = Selection::default();
-    let dry = broker
-        .queue
-        .dry_run(&name(), new("dry", all.clone()))
-        .await
-        .unwrap();
-    assert_eq!((dry.matching, dry.late), (3, 1));
-    broker
-        .queue
-        .redrive(&name(), new("all", all))
-        .await
-        .unwrap();
-    let done = ended(&broker, "all").await;
-    assert_eq!((done.redriven, done.late), (3, 1));
-    // The redriven one of the key b goes before its later one.
-    let taken = broker.take(3, HOUR).await;
-    let seen: Vec<i64> = taken.iter().map(|d| d.entry.offset.0).collect();
-    assert_eq!(seen, [1, 2, 3]);
     broker.stop().await;
 }

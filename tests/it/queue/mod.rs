@@ -8,6 +8,7 @@ mod message;
 mod order;
 mod outage;
 mod receive;
+mod redrive;
 mod renewal;
 mod restart;
 mod scale;
