@@ -16,6 +16,7 @@ mod end_to_end;
 mod examples;
 mod faults;
 mod golden;
+mod history;
 mod http;
 mod inbox;
 mod local_postgres;

@@ -6,6 +6,7 @@
 
 #![allow(dead_code, unused_imports, reason = "each test uses what it needs")]
 
+pub mod audit;
 pub mod broker;
 pub mod cluster;
 pub mod consumer;

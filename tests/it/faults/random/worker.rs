@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use chrono::{TimeDelta, Utc};
 use postroad::domain::queue::Random;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use super::history::{Asked, Delivered, Recorder, Settled, Told, Verb};
+use crate::history::{Asked, Delivered, Recorder, Settled, Time, Told, Verb};
 use crate::support::Http;
 use crate::support::consumer::time;
 
@@ -38,9 +40,17 @@ impl Dice {
 
 #[derive(Clone)]
 struct Held {
+    generation: u64,
     offset: u64,
     delivery: u64,
     receipt: String,
+}
+
+/// A receive that was not answered, and has an id: it is asked again, mostly.
+struct Unanswered {
+    body: Value,
+    acks: Vec<Held>,
+    first_at: Time,
 }
 
 pub struct Worker {
@@ -50,10 +60,28 @@ pub struct Worker {
     pub recorder: Arc<Recorder>,
     pub dice: Dice,
     held: Vec<Held>,
-    /// A receive that was not answered, and has an id: it is asked again, mostly.
-    unanswered: Option<(Value, Vec<Held>)>,
+    unanswered: Option<Unanswered>,
     receives: u64,
+    reasons: u64,
     last: Option<(Verb, Vec<Held>)>,
+}
+
+/// The generation in a receipt: it is the second of the numbers behind its version.
+fn generation(receipt: &str) -> u64 {
+    let bytes = URL_SAFE_NO_PAD.decode(receipt).unwrap();
+    let mut numbers = bytes[1..].iter();
+    let mut next = || {
+        let mut number = 0;
+        for (place, byte) in numbers.by_ref().enumerate() {
+            number |= u64::from(byte & 0x7f) << (7 * place);
+            if byte & 0x80 == 0 {
+                break;
+            }
+        }
+        number
+    };
+    next();
+    next()
 }
 
 impl Worker {
@@ -67,6 +95,7 @@ impl Worker {
             held: Vec::new(),
             unanswered: None,
             receives: 0,
+            reasons: 0,
             last: None,
         }
     }
@@ -88,23 +117,27 @@ impl Worker {
         }
     }
 
-    /// Takes what there is and acknowledges it. Gives how many came.
-    pub async fn drain(&mut self) -> usize {
+    /// Takes what there is and acknowledges it.
+    pub async fn drain(&mut self) {
         let before = self.held.len();
         let body = json!({"max_messages": 100, "wait_seconds": 0.5, "visibility_timeout_seconds": 2, "consumer": self.name});
-        self.receive(body, Vec::new()).await;
+        self.receive(body, Vec::new(), None).await;
         let came = self.held.split_off(before.min(self.held.len()));
         if !came.is_empty() {
-            self.settle(Verb::Ack, came.clone()).await;
+            self.settle(Verb::Ack, came).await;
         }
-        came.len()
     }
 
     async fn receive_something(&mut self) {
-        if let Some((body, acks)) = self.unanswered.take()
+        if let Some(unanswered) = self.unanswered.take()
             && self.dice.is_lucky(0.9)
         {
-            return self.receive(body, acks).await;
+            let Unanswered {
+                body,
+                acks,
+                first_at,
+            } = unanswered;
+            return self.receive(body, acks, Some(first_at)).await;
         }
         self.receives += 1;
         let mut body = json!({
@@ -124,7 +157,7 @@ impl Worker {
                 .map(|held| json!({"receipt": held.receipt}))
                 .collect();
         }
-        self.receive(body, acks).await;
+        self.receive(body, acks, None).await;
     }
 
     async fn settle_something(&mut self) {
@@ -136,7 +169,7 @@ impl Worker {
             0..50 => Verb::Ack,
             50..66 => Verb::Nack,
             66..80 => Verb::Extend(TimeDelta::seconds(1 + self.dice.below(2) as i64)),
-            80..96 => Verb::Release,
+            80..94 => Verb::Release,
             _ => Verb::Reject,
         };
         self.last = Some((verb, items.clone()));
@@ -172,11 +205,12 @@ impl Worker {
         match answer {
             Ok((status, answer)) if status.is_success() => (asked, Some(answer)),
             Ok((status, answer)) => {
-                assert_eq!(
-                    status,
+                // As many are in flight as may be: what the answer would have said of its acks is not known.
+                let may_be = [
                     StatusCode::SERVICE_UNAVAILABLE,
-                    "{path} {body}: {answer}"
-                );
+                    StatusCode::TOO_MANY_REQUESTS,
+                ];
+                assert!(may_be.contains(&status), "{path} {body}: {status} {answer}");
                 tokio::time::sleep(std::time::Duration::from_millis(20)).await;
                 (asked, None)
             }
@@ -187,27 +221,46 @@ impl Worker {
         }
     }
 
-    async fn receive(&mut self, body: Value, acks: Vec<Held>) {
+    /// `first_at`: when the receive was asked for first, if it is a repeat.
+    async fn receive(&mut self, body: Value, acks: Vec<Held>, first_at: Option<Time>) {
         let (asked, answer) = self.ask("receive", &body).await;
-        self.record(asked, Verb::Ack, &acks, answer.as_ref().map(|a| &a["ack"]));
+        self.record(
+            asked,
+            Verb::Ack,
+            &acks,
+            &[],
+            answer.as_ref().map(|a| &a["ack"]),
+        );
+        let first_at = first_at.unwrap_or(asked.at);
         let Some(answer) = answer else {
             if body.get("receive_id").is_some() {
-                self.unanswered = Some((body, acks));
+                self.unanswered = Some(Unanswered {
+                    body,
+                    acks,
+                    first_at,
+                });
             }
             return;
         };
         for delivery in answer["deliveries"].as_array().unwrap() {
             let number = |member: &str| delivery[member].as_u64().unwrap();
+            let receipt = delivery["receipt"].as_str().unwrap().to_owned();
             let delivered = Delivered {
-                asked,
+                asked: Asked {
+                    at: first_at,
+                    answered: asked.answered,
+                },
+                generation: generation(&receipt),
                 offset: number("offset"),
                 delivery: number("delivery"),
                 attempt: number("attempt"),
-                receipt: delivery["receipt"].as_str().unwrap().to_owned(),
+                receipt,
                 visible_until: time(&delivery["visible_until"]),
                 receive_id: body["receive_id"].as_str().map(str::to_owned),
+                consumer: self.name.clone(),
             };
             self.held.push(Held {
+                generation: delivered.generation,
                 offset: delivered.offset,
                 delivery: delivered.delivery,
                 receipt: delivered.receipt.clone(),
@@ -221,12 +274,23 @@ impl Worker {
 
     async fn settle(&mut self, verb: Verb, items: Vec<Held>) {
         let delay = self.dice.below(3) as f64 * 0.3;
+        let has_reason = matches!(verb, Verb::Nack | Verb::Reject);
+        let reasons: Vec<String> = items
+            .iter()
+            .filter(|_| has_reason)
+            .map(|_| {
+                self.reasons += 1;
+                format!("{} {}", self.name, self.reasons)
+            })
+            .collect();
         let deliveries: Vec<Value> = items
             .iter()
-            .map(|held| match verb {
-                Verb::Ack | Verb::Reject => json!({"receipt": held.receipt}),
+            .enumerate()
+            .map(|(place, held)| match verb {
+                Verb::Ack => json!({"receipt": held.receipt}),
+                Verb::Reject => json!({"receipt": held.receipt, "reason": reasons[place]}),
                 Verb::Nack => {
-                    json!({"receipt": held.receipt, "delay_seconds": delay, "reason": "dice"})
+                    json!({"receipt": held.receipt, "delay_seconds": delay, "reason": reasons[place]})
                 }
                 Verb::Release => json!({"receipt": held.receipt, "delay_seconds": delay}),
                 Verb::Extend(by) => {
@@ -237,10 +301,17 @@ impl Worker {
         let (asked, answer) = self
             .ask(verb.path(), &json!({"deliveries": deliveries}))
             .await;
-        self.record(asked, verb, &items, answer.as_ref());
+        self.record(asked, verb, &items, &reasons, answer.as_ref());
     }
 
-    fn record(&self, asked: Asked, verb: Verb, items: &[Held], answer: Option<&Value>) {
+    fn record(
+        &self,
+        asked: Asked,
+        verb: Verb,
+        items: &[Held],
+        reasons: &[String],
+        answer: Option<&Value>,
+    ) {
         let mut history = self.recorder.lock();
         for (place, held) in items.iter().enumerate() {
             let told = answer.map(|answer| {
@@ -258,8 +329,10 @@ impl Worker {
             history.settled.push(Settled {
                 asked,
                 verb,
+                generation: held.generation,
                 offset: held.offset,
                 delivery: held.delivery,
+                reason: reasons.get(place).cloned(),
                 told,
             });
         }
