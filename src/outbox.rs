@@ -4,6 +4,7 @@
 //! What the database would refuse, it refuses here too: the constraint that says so is in [`Error::Refused`]. The insert needs the
 //! rights of the role `postroad_producer` and no more.
 
+use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
@@ -26,6 +27,7 @@ pub struct Message {
     data_schema: Option<String>,
     headers: serde_json::Map<String, serde_json::Value>,
     expected_version: Option<i64>,
+    deliver_at: Option<DateTime<Utc>>,
 }
 
 macro_rules! attributes {
@@ -113,6 +115,13 @@ impl Message {
         self
     }
 
+    /// To enter its stream then, a year ahead at most; a time that is past is at once.
+    #[must_use]
+    pub fn deliver_at(mut self, at: DateTime<Utc>) -> Self {
+        self.deliver_at = Some(at);
+        self
+    }
+
     /// With this CloudEvents extension attribute, `traceparent` for one: names of 1 to 20 of `a-z 0-9`; strings, booleans and
     /// 32-bit integers.
     #[must_use]
@@ -172,8 +181,8 @@ pub async fn publish(
     let connection: &mut PgConnection = transaction;
     sqlx::query(
         "insert into postroad.outbox (topic, payload, payload_bytes, key, type, id, source, subject, content_type, \
-         data_schema, headers, expected_version) \
-         values ($1, $2, $3, $4, $5, $6, coalesce($7, '/postroad/outbox'), $8, $9, $10, $11::text::jsonb, $12)",
+         data_schema, headers, expected_version, deliver_at) \
+         values ($1, $2, $3, $4, $5, $6, coalesce($7, '/postroad/outbox'), $8, $9, $10, $11::text::jsonb, $12, $13)",
     )
     .bind(&message.topic)
     .bind(&message.text)
@@ -187,6 +196,7 @@ pub async fn publish(
     .bind(&message.data_schema)
     .bind(headers)
     .bind(message.expected_version)
+    .bind(message.deliver_at)
     .execute(connection)
     .await
     .map_err(refused)?;

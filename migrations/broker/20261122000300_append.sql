@@ -40,7 +40,9 @@ create table postroad_broker.recent_id (
     bucket smallint not null,
     identity uuid not null,
     content uuid not null,
-    "offset" bigint not null
+    -- Of a message that was scheduled, its number; and when it is due.
+    "offset" bigint not null,
+    due_at timestamptz
 ) partition by list (bucket);
 
 -- The results of group commits, for at least 10 minutes after the group was made: what an appender that lost its connection asks
@@ -58,6 +60,8 @@ create table postroad_broker.append_journal (
     seen_conflict boolean[] not null,
     conflict_message integer[] not null,
     conflict_version bigint[] not null,
+    seen_due timestamptz[] not null,
+    scheduled_number bigint[] not null,
     primary key (bucket, incarnation, number)
 ) partition by list (bucket);
 
@@ -118,7 +122,8 @@ $$;
 --
 -- Arrays, 1-based: s_ by stream, r_ by relay member, j_ by rejected row, m_ by message in the order of their offsets.
 -- m_stream is a place in s_, j_relay one in r_; m_rank counts from 0 within the stream; m_identity and m_content are null
--- where ids are not checked.
+-- where ids are not checked. m_due is when a message is to enter the stream, null at once, empty when all are: what is due later is
+-- kept as scheduled, and scheduled_number has its number at its place, empty when nothing is.
 --
 -- Messages of keyed streams that expect a version: k_ by key that some of them name, x_ by message of such a key, expecting or not,
 -- in the order of m_. A key's version is what key_head has through s_base, and k_count after that through s_counted (-1 for streams
@@ -178,6 +183,7 @@ create function postroad_broker.append(
     x_expected bigint[],
     x_seq bigint[],
     x_row text[],
+    m_due timestamptz[],
     out status text,
     out clock timestamptz,
     out stream_first bigint[],
@@ -188,7 +194,9 @@ create function postroad_broker.append(
     out seen_offset bigint[],
     out seen_conflict boolean[],
     out conflict_message integer[],
-    out conflict_version bigint[]
+    out conflict_version bigint[],
+    out seen_due timestamptz[],
+    out scheduled_number bigint[]
 )
 language plpgsql volatile
 set enable_seqscan = off
@@ -228,9 +236,10 @@ begin
     clock := clock_timestamp();
     if p_is_repeat then
         select 'appended', j.stream_first, j.stream_at, j.refused_member, j.refused_found,
-            j.seen_message, j.seen_offset, j.seen_conflict, j.conflict_message, j.conflict_version
+            j.seen_message, j.seen_offset, j.seen_conflict, j.conflict_message, j.conflict_version, j.seen_due,
+            j.scheduled_number
         into status, stream_first, stream_at, refused_member, refused_found, seen_message, seen_offset, seen_conflict,
-            conflict_message, conflict_version
+            conflict_message, conflict_version, seen_due, scheduled_number
         from postroad_broker.append_journal j
         where j.bucket = v_bucket and j.incarnation = p_incarnation and j.number = p_number;
         if found then
@@ -279,17 +288,26 @@ begin
     seen_message := '{}';
     seen_offset := '{}';
     seen_conflict := '{}';
+    seen_due := '{}';
     if p_checks_ids then
         select coalesce(array_agg(s.place order by s.place), '{}'),
             coalesce(array_agg(s.first_use order by s.place), '{}'),
             coalesce(array_agg(s.is_conflict order by s.place), '{}'),
+            coalesce(array_agg(s.due_at order by s.place), '{}'),
             v_refused || coalesce(array_agg(distinct s.member) filter (where s.is_conflict), '{}')
-        into seen_message, seen_offset, seen_conflict, v_refused
+        into seen_message, seen_offset, seen_conflict, seen_due, v_refused
         from (
-            select u.place::integer as place, u.member, i."offset" as first_use, i.content <> u.content as is_conflict
+            select u.place::integer as place, u.member, i."offset" as first_use, i.due_at,
+                i.content <> u.content as is_conflict
             from unnest(m_identity, m_content, m_member) with ordinality as u (identity, content, member, place)
             join postroad_broker.recent_id i on i.identity = u.identity
         ) s;
+    end if;
+
+    scheduled_number := '{}';
+    if cardinality(m_due) > 0 then
+        scheduled_number := postroad_broker.number_scheduled(
+            clock, s_id, m_member, m_stream, m_due, v_refused, seen_message);
     end if;
 
     stream_first := '{}';
@@ -346,7 +364,8 @@ begin
                 v_is_out := v_member = any (v_refused);
                 v_taken := '{}';
             end if;
-            continue when v_is_out or x_message[x] = any (seen_message);
+            -- What is scheduled is no version yet.
+            continue when v_is_out or x_message[x] = any (seen_message) or scheduled_number[x_message[x]] is not null;
             if x_expected[x] = -1 or x_expected[x] = v_versions[x_key[x]] then
                 v_versions[x_key[x]] := v_versions[x_key[x]] + 1;
                 v_taken := v_taken || x_key[x];
@@ -367,7 +386,14 @@ begin
         end loop;
     end if;
 
-    if cardinality(v_refused) > 0 or cardinality(seen_message) > 0 or cardinality(v_left_out) > 0 then
+    if cardinality(scheduled_number) > 0 and cardinality(v_refused) > 0 then
+        select array_agg(case when not m.member = any (v_refused) then m.number end order by m.place) into scheduled_number
+        from unnest(m_member, scheduled_number) with ordinality as m (member, number, place);
+    end if;
+
+    if cardinality(v_refused) > 0 or cardinality(seen_message) > 0 or cardinality(v_left_out) > 0
+        or cardinality(scheduled_number) > 0
+    then
         -- Closes the ranks over what is left out.
         select array_agg(case when k.is_kept then k.rank end order by k.place) into v_rank
         from (
@@ -375,9 +401,10 @@ begin
                 (row_number() over (partition by u.stream, u.is_kept order by u.place) - 1)::integer as rank
             from (
                 select m.place, m.stream,
-                    not (m.member = any (v_refused) or m.place = any (seen_message) or m.place = any (v_left_out))
+                    m.number is null
+                        and not (m.member = any (v_refused) or m.place = any (seen_message) or m.place = any (v_left_out))
                         as is_kept
-                from unnest(m_member, m_stream) with ordinality as m (member, stream, place)
+                from unnest(m_member, m_stream, scheduled_number) with ordinality as m (member, stream, number, place)
             ) u
         ) k;
     end if;
@@ -398,11 +425,35 @@ begin
     )
     where m.rank is not null;
 
+    if cardinality(scheduled_number) > 0 then
+        insert into postroad_broker.scheduled_stream (stream_id)
+        select distinct s_id[m.stream] from unnest(m_stream, scheduled_number) as m (stream, number)
+        where m.number is not null
+        on conflict (stream_id) do nothing;
+
+        insert into postroad_broker.scheduled_message (
+            stream_id, due_at, number, topic_id, key_hash, key, id, source, type, subject, event_time, data_content_type,
+            data_schema, extensions, data_kind, priority, data, origin_id, accepted_at
+        )
+        select s_id[m.stream], m.due, m.number, m.topic, m.key_hash, m.key, m.id, m.source, m.type, m.subject,
+            m.event_time, m.content_type, m.schema, m.extensions, m.kind, m.priority, m.data, m.origin, clock
+        from unnest(
+            m_stream, m_due, scheduled_number, m_topic, m_key_hash, m_key, m_id, m_source, m_type, m_subject, m_time,
+            m_content_type, m_schema, m_extensions, m_kind, m_priority, m_data, m_origin
+        ) as m (
+            stream, due, number, topic, key_hash, key, id, source, type, subject, event_time,
+            content_type, schema, extensions, kind, priority, data, origin
+        )
+        where m.number is not null;
+    end if;
+
     if p_checks_ids then
-        insert into postroad_broker.recent_id (bucket, identity, content, "offset")
-        select postroad_broker.half_day(clock) % 5, m.identity, m.content, stream_first[m.stream] + m.rank
-        from unnest(m_stream, v_rank, m_identity, m_content) as m (stream, rank, identity, content)
-        where m.rank is not null and m.identity is not null;
+        insert into postroad_broker.recent_id (bucket, identity, content, "offset", due_at)
+        select postroad_broker.half_day(clock) % 5, m.identity, m.content,
+            coalesce(m.number, stream_first[m.stream] + m.rank), case when m.number is not null then m.due end
+        from unnest(m_stream, v_rank, m_identity, m_content, scheduled_number, m_due)
+            as m (stream, rank, identity, content, number, due)
+        where (m.rank is not null or m.number is not null) and m.identity is not null;
     end if;
 
     if cardinality(r_lease) > 0 then
@@ -432,10 +483,10 @@ begin
 
     insert into postroad_broker.append_journal (
         bucket, incarnation, number, stream_first, stream_at, refused_member, refused_found,
-        seen_message, seen_offset, seen_conflict, conflict_message, conflict_version
+        seen_message, seen_offset, seen_conflict, conflict_message, conflict_version, seen_due, scheduled_number
     ) values (
         v_bucket, p_incarnation, p_number, stream_first, stream_at, refused_member, refused_found,
-        seen_message, seen_offset, seen_conflict, conflict_message, conflict_version
+        seen_message, seen_offset, seen_conflict, conflict_message, conflict_version, seen_due, scheduled_number
     );
     status := 'appended';
 end

@@ -33,6 +33,8 @@ create table postroad.outbox (
     -- Where the topic belongs to a keyed stream: how many messages the key must have had there. Otherwise the row does not go into
     -- the stream, and is listed as rejected.
     expected_version bigint,
+    -- When the message is to enter its stream, a year ahead at most; in the past, or absent, at once.
+    deliver_at timestamptz,
 
     -- What could not become a message is refused here, so that the producer learns it at once.
     constraint outbox_topic_is_valid check (
@@ -57,13 +59,16 @@ create table postroad.outbox (
     constraint outbox_expected_version_is_of_a_key check (
         expected_version is null or (key is not null and expected_version between 0 and 9007199254740991)
     ),
+    constraint outbox_deliver_at_has_a_four_digit_year check (
+        deliver_at >= timestamptz '0001-01-01 00:00:00+00' and deliver_at < timestamptz '10000-01-01 00:00:00+00'
+    ),
     constraint outbox_headers_are_extension_attributes check (
         case when headers is null then true
             when jsonb_typeof(headers) <> 'object' then false
             else octet_length(headers::text) <= 65536
                 and not jsonb_path_exists(headers, '$.keyvalue() ? (
                     !(@.key like_regex "^[a-z0-9]{1,20}$")
-                    || @.key like_regex "^(specversion|id|source|type|subject|time|datacontenttype|dataschema|data|partitionkey|expectedversion)$"
+                    || @.key like_regex "^(specversion|id|source|type|subject|time|datacontenttype|dataschema|data|partitionkey|expectedversion|deliverat)$"
                     || !(@.value.type() == "string" || @.value.type() == "boolean" || @.value.type() == "number")
                     || (@.value.type() == "number"
                         && (@.value < -2147483648 || @.value > 2147483647 || @.value.floor() != @.value)))')

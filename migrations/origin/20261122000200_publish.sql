@@ -6,6 +6,7 @@
 -- locks are a fixed space of 1,024 (a lock per key would run the instance out of lock memory), so two keys can share one.
 --
 -- expected_version => n, on topics of a keyed stream: see the column.
+-- deliver_at => now() + interval '1 hour' has the message enter its stream then.
 
 create function postroad.lock_key(key text) returns void
 language sql volatile as $$
@@ -17,7 +18,8 @@ $$;
 create function postroad.publish(
     topic text, payload text default null, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default null,
-    order_lock boolean default false, expected_version bigint default null
+    order_lock boolean default false, expected_version bigint default null,
+    deliver_at timestamptz default null
 ) returns text
 language plpgsql volatile as $$
 #variable_conflict use_column
@@ -27,9 +29,11 @@ begin
     if publish.order_lock then
         perform postroad.lock_key(publish.key);
     end if;
-    insert into postroad.outbox (topic, payload, key, type, headers, id, source, subject, content_type, expected_version)
+    insert into postroad.outbox (topic, payload, key, type, headers, id, source, subject, content_type, expected_version,
+        deliver_at)
         values (publish.topic, publish.payload, publish.key, publish.type, publish.headers, new_id,
-            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type, publish.expected_version);
+            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type, publish.expected_version,
+            publish.deliver_at);
     return new_id;
 end
 $$;
@@ -37,27 +41,30 @@ $$;
 create function postroad.publish(
     topic text, payload jsonb, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default 'application/json',
-    order_lock boolean default false, expected_version bigint default null
+    order_lock boolean default false, expected_version bigint default null,
+    deliver_at timestamptz default null
 ) returns text
 language sql volatile as $$
     select postroad.publish(topic, payload::pg_catalog.text, key, type, headers, id, source, subject, content_type, order_lock,
-        expected_version)
+        expected_version, deliver_at)
 $$;
 
 create function postroad.publish(
     topic text, payload json, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default 'application/json',
-    order_lock boolean default false, expected_version bigint default null
+    order_lock boolean default false, expected_version bigint default null,
+    deliver_at timestamptz default null
 ) returns text
 language sql volatile as $$
     select postroad.publish(topic, payload::pg_catalog.text, key, type, headers, id, source, subject, content_type, order_lock,
-        expected_version)
+        expected_version, deliver_at)
 $$;
 
 create function postroad.publish(
     topic text, payload bytea, key text default null, type text default null, headers jsonb default null,
     id text default null, source text default null, subject text default null, content_type text default null,
-    order_lock boolean default false, expected_version bigint default null
+    order_lock boolean default false, expected_version bigint default null,
+    deliver_at timestamptz default null
 ) returns text
 language plpgsql volatile as $$
 #variable_conflict use_column
@@ -67,17 +74,19 @@ begin
     if publish.order_lock then
         perform postroad.lock_key(publish.key);
     end if;
-    insert into postroad.outbox (topic, payload_bytes, key, type, headers, id, source, subject, content_type, expected_version)
+    insert into postroad.outbox (topic, payload_bytes, key, type, headers, id, source, subject, content_type, expected_version,
+        deliver_at)
         values (publish.topic, publish.payload, publish.key, publish.type, publish.headers, new_id,
-            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type, publish.expected_version);
+            coalesce(publish.source, '/postroad/outbox'), publish.subject, publish.content_type, publish.expected_version,
+            publish.deliver_at);
     return new_id;
 end
 $$;
 
 revoke all on function
     postroad.lock_key(text),
-    postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean, bigint),
-    postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean, bigint),
-    postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean, bigint),
-    postroad.publish(text, bytea, text, text, jsonb, text, text, text, text, boolean, bigint)
+    postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
+    postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
+    postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
+    postroad.publish(text, bytea, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz)
 from public;

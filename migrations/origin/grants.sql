@@ -4,7 +4,7 @@ do $postroad$
 declare
     needed text;
     leaf regclass;
-    columns constant text := 'topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema, headers, time, expected_version';
+    columns constant text := 'topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema, headers, time, expected_version, deliver_at';
 begin
     foreach needed in array array['postroad_producer', 'postroad_relay'] loop
         if not exists (select from pg_catalog.pg_roles where rolname = needed) then
@@ -27,10 +27,10 @@ begin
     grant usage on sequence postroad.outbox_seq to postroad_producer;
     grant execute on function
         postroad.lock_key(text),
-        postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean, bigint),
-        postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean, bigint),
-        postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean, bigint),
-        postroad.publish(text, bytea, text, text, jsonb, text, text, text, text, boolean, bigint)
+        postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
+        postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
+        postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
+        postroad.publish(text, bytea, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz)
     to postroad_producer;
     -- A relay reads, truncates leaves that it has passed, and leaves marks, and notes what it has emptied.
     for leaf in

@@ -119,6 +119,12 @@ impl NewEvent {
         self
     }
 
+    /// To enter its stream then, a year ahead at most; a time that is past is at once.
+    #[must_use]
+    pub fn deliver_at(self, at: DateTime<Utc>) -> Self {
+        self.extension("deliverat", at.to_rfc3339())
+    }
+
     /// An extension attribute: a name of a-z and 0-9, at most 20 long; a string, a boolean or an integer.
     #[must_use]
     pub fn extension(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
@@ -135,10 +141,22 @@ pub struct Published {
     pub id: String,
     /// The stream that owns its topic; None when it was deleted just now.
     pub stream: Option<String>,
-    /// Its offset there; of the first use, for a duplicate.
-    pub offset: i64,
+    /// Its offset there; of the first use, for a duplicate. None for one that comes later.
+    pub offset: Option<i64>,
     /// Whether source and id were used before, for the same message: by a repeat of this call, among others.
     pub duplicate: bool,
+    /// Its name until it comes, if it was published to come later; of the first use, for a duplicate.
+    pub scheduled: Option<ScheduledFor>,
+}
+
+/// A message that comes later.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
+pub struct ScheduledFor {
+    /// Its name, to look it up or cancel it by.
+    pub id: String,
+    /// When it enters its stream.
+    pub due_at: DateTime<Utc>,
 }
 
 /// A message as it was received.

@@ -1,5 +1,6 @@
 //! The numbers that identify things in Postroad's tables, each a type of its own so that none is taken for another.
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 macro_rules! number {
@@ -101,4 +102,73 @@ pub struct Fence {
     pub lease: String,
     /// The epoch at which the writer took the lease.
     pub epoch: Epoch,
+}
+
+/// Names a message that was accepted to come later: its place among those of its stream. Its text, `3-1764000000000000-17`, is
+/// for the broker alone to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ScheduledId {
+    /// When it is due; whole microseconds.
+    pub due_at: DateTime<Utc>,
+    /// The order of acceptance.
+    pub number: i64,
+    /// Its stream.
+    pub stream: StreamId,
+}
+
+impl std::fmt::Display for ScheduledId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let due = self.due_at.timestamp_micros();
+        write!(f, "{}-{due}-{}", self.stream, self.number)
+    }
+}
+
+impl ScheduledId {
+    /// Reads what [`ScheduledId`] prints; `None` for any other text.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.splitn(3, '-').map(str::parse::<i64>);
+        let (Some(Ok(stream)), Some(Ok(due)), Some(Ok(number))) =
+            (parts.next(), parts.next(), parts.next())
+        else {
+            return None;
+        };
+        let id = Self {
+            due_at: DateTime::from_timestamp_micros(due)?,
+            number,
+            stream: StreamId(i32::try_from(stream).ok()?),
+        };
+        // Only one text stands for each: `007` is none.
+        (id.to_string() == text).then_some(id)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scheduled_ids_read_back_and_nothing_else_does() {
+        let id = ScheduledId {
+            due_at: DateTime::from_timestamp_micros(1_764_000_000_000_001).unwrap(),
+            number: 17,
+            stream: StreamId(3),
+        };
+        assert_eq!(id.to_string(), "3-1764000000000001-17");
+        assert_eq!(ScheduledId::parse(&id.to_string()), Some(id));
+        for text in [
+            "",
+            "3",
+            "3-1",
+            "3--1-1",
+            "03-1-1",
+            "3-1-1-1",
+            "3-1-+1",
+            "99999999999-1-1",
+            "3-9223372036854775807-1",
+        ] {
+            assert_eq!(ScheduledId::parse(text), None, "{text}");
+        }
+    }
 }

@@ -4,11 +4,24 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use bytes::Bytes;
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use serde_json::{Map, Value};
 
 use super::id::{Offset, StreamId};
 use super::name::Topic;
+
+/// The extension attribute that says when a message is to enter its stream.
+pub const DELIVER_AT: &str = "deliverat";
+
+/// How far ahead a message can be scheduled: a year, leap days included.
+pub const DELIVER_AHEAD_MAX: TimeDelta = TimeDelta::days(366);
+
+/// Reads an RFC 3339 timestamp, cut to the microseconds that the log keeps.
+#[must_use]
+pub fn parse_micros(text: &str) -> Option<DateTime<Utc>> {
+    let time = DateTime::parse_from_rfc3339(text).ok()?;
+    DateTime::from_timestamp_micros(time.timestamp_micros())
+}
 
 /// A CloudEvent on its way into a stream.
 #[derive(Debug, Clone, PartialEq)]
@@ -160,6 +173,14 @@ impl Message {
         self.extensions
             .get("priority")
             .map_or(Priority::Normal, Priority::of)
+    }
+
+    /// When it is to enter its stream, whole microseconds: the extension attribute `deliverat`, which itself passes on as it came.
+    /// `None` without one, and for a value that is no time: the ways in refuse those.
+    #[must_use]
+    pub fn deliver_at(&self) -> Option<DateTime<Utc>> {
+        let text = self.extensions.get(DELIVER_AT)?.as_str()?;
+        parse_micros(text)
     }
 
     /// The event in CloudEvents' JSON format, one object. Written once per message, shared by all its readers.

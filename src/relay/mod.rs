@@ -207,6 +207,7 @@ pub async fn start(
     let desk = rejected::Desk {
         broker: db,
         stream,
+        cluster: cluster.clone(),
         supervisor: supervisor.clone(),
     };
     supervisor.spawn("relay/rejected", OnEnd::StopProcess, desk.run(inbox));

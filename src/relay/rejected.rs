@@ -5,6 +5,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::handle::{Correction, RejectedError};
 use super::row;
+use crate::cluster;
 use crate::domain::id::OriginId;
 use crate::store::relay::RejectedRow;
 use crate::store::{self, Database};
@@ -42,6 +43,7 @@ pub(super) enum Job {
 pub(super) struct Desk {
     pub(super) broker: Database,
     pub(super) stream: stream::Handle,
+    pub(super) cluster: cluster::Handle,
     pub(super) supervisor: Supervisor,
 }
 
@@ -113,8 +115,10 @@ impl Desk {
         // A person sends it on: whatever version its key is at by now.
         outbox_row.expected_version = None;
         let message =
-            row::to_message(outbox_row).map_err(|rejected| RejectedError::StillInvalid {
-                reason: rejected.reason,
+            row::to_message(outbox_row, self.cluster.now()).map_err(|rejected| {
+                RejectedError::StillInvalid {
+                    reason: rejected.reason,
+                }
             })?;
         let member = Member::Publish {
             messages: vec![message],

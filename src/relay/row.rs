@@ -3,10 +3,11 @@
 
 use base64::Engine as _;
 use bytes::Bytes;
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::domain::message::{Data, Message};
+use crate::domain::message::{DELIVER_AHEAD_MAX, DELIVER_AT, Data, Message};
 use crate::domain::name::Topic;
 use crate::store::origin::OutboxRow;
 use crate::stream::{Conditional, Rejected};
@@ -21,7 +22,7 @@ const CONTENT_TYPE_MAX_BYTES: usize = 255;
 const COPY_MAX_BYTES: usize = 1 << 20;
 
 /// Attribute names that have a column of their own, or that CloudEvents keeps for itself.
-const RESERVED: [&str; 11] = [
+const RESERVED: [&str; 12] = [
     "specversion",
     "id",
     "source",
@@ -33,11 +34,12 @@ const RESERVED: [&str; 11] = [
     "data",
     "partitionkey",
     "expectedversion",
+    DELIVER_AT,
 ];
 
-/// The message of a row.
-pub(super) fn to_message(row: OutboxRow) -> Result<Message, Box<Rejected>> {
-    match check(&row) {
+/// The message of a row, as of now.
+pub(super) fn to_message(row: OutboxRow, now: DateTime<Utc>) -> Result<Message, Box<Rejected>> {
+    match check(&row, now) {
         Ok((topic, extensions)) => {
             let data = to_data(row.payload, row.payload_bytes, row.content_type.as_deref());
             Ok(Message {
@@ -64,7 +66,7 @@ pub(super) fn to_message(row: OutboxRow) -> Result<Message, Box<Rejected>> {
     }
 }
 
-fn check(row: &OutboxRow) -> Result<(Topic, Map<String, Value>), String> {
+fn check(row: &OutboxRow, now: DateTime<Utc>) -> Result<(Topic, Map<String, Value>), String> {
     let topic = Topic::parse(row.topic.as_deref().unwrap_or_default())
         .map_err(|error| format!("the topic {error}"))?;
     check_length("key", row.key.as_deref(), KEY_MAX_BYTES)?;
@@ -116,7 +118,20 @@ fn check(row: &OutboxRow) -> Result<(Topic, Map<String, Value>), String> {
     {
         return Err("the expected_version is negative or of no key".to_owned());
     }
-    let extensions = to_extensions(row.headers.as_deref())?;
+    if row.expected_version.is_some() && row.deliver_at.is_some() {
+        return Err("expected_version and deliver_at are both given".to_owned());
+    }
+    if !row.deliver_at_is_valid || row.deliver_at.is_some_and(|at| at - now > DELIVER_AHEAD_MAX) {
+        return Err(format!(
+            "the deliver_at is more than {} days ahead",
+            DELIVER_AHEAD_MAX.num_days()
+        ));
+    }
+    let mut extensions = to_extensions(row.headers.as_deref())?;
+    if let Some(at) = row.deliver_at {
+        let at = at.to_rfc3339_opts(SecondsFormat::AutoSi, true);
+        extensions.insert(DELIVER_AT.to_owned(), at.into());
+    }
     Ok((topic, extensions))
 }
 
@@ -235,6 +250,7 @@ fn copy(row: &OutboxRow) -> Value {
         "data_schema": row.data_schema,
         "headers": row.headers,
         "time": row.time,
+        "deliver_at": row.deliver_at,
     });
     if let Some(version) = row.expected_version {
         copy["expected_version"] = version.into();
@@ -286,6 +302,8 @@ pub(super) fn from_copy(copy: &str) -> Option<OutboxRow> {
         time: text("time").and_then(|time| time.parse().ok()),
         time_is_valid: true,
         expected_version: copy.get("expected_version").and_then(Value::as_i64),
+        deliver_at: text("deliver_at").and_then(|time| time.parse().ok()),
+        deliver_at_is_valid: true,
     })
 }
 
@@ -294,6 +312,10 @@ pub(super) fn from_copy(copy: &str) -> Option<OutboxRow> {
 mod tests {
     use super::*;
 
+    fn now() -> DateTime<Utc> {
+        DateTime::from_timestamp(1_764_000_000, 0).unwrap()
+    }
+
     fn row() -> OutboxRow {
         OutboxRow {
             seq: 7,
@@ -301,6 +323,7 @@ mod tests {
             id: Some("a".into()),
             source: Some("/shop".into()),
             time_is_valid: true,
+            deliver_at_is_valid: true,
             ..OutboxRow::default()
         }
     }
@@ -372,7 +395,7 @@ mod tests {
             let mut row = row();
             change(&mut row);
             row.payload_bytes = row.payload_bytes.or(Some(vec![0, 255]));
-            let rejected = to_message(row.clone()).unwrap_err();
+            let rejected = to_message(row.clone(), now()).unwrap_err();
             assert!(rejected.reason.contains(reason), "{}", rejected.reason);
             assert_eq!(from_copy(&rejected.outbox_row).unwrap(), row);
         };
@@ -396,20 +419,39 @@ mod tests {
             },
             "is negative",
         );
+        check(
+            &|row| row.deliver_at = Some(now() + DELIVER_AHEAD_MAX + chrono::TimeDelta::seconds(1)),
+            "more than 366 days ahead",
+        );
         let large = OutboxRow {
             payload: Some("x".repeat(PAYLOAD_MAX_BYTES + 1)),
             ..row()
         };
-        let rejected = to_message(large).unwrap_err();
+        let rejected = to_message(large, now()).unwrap_err();
         assert!(rejected.outbox_row.len() < 1_000);
         assert_eq!(from_copy(&rejected.outbox_row), None);
+    }
+
+    #[test]
+    fn deliver_at_becomes_an_attribute() {
+        for (seconds, text) in [
+            (0, "2025-11-24T16:00:00Z"),
+            (-60, "2025-11-24T15:59:00Z"),
+            (DELIVER_AHEAD_MAX.num_seconds(), "2026-11-25T16:00:00Z"),
+        ] {
+            let mut row = row();
+            row.deliver_at = Some(now() + chrono::TimeDelta::seconds(seconds));
+            let message = to_message(row.clone(), now()).unwrap();
+            assert_eq!(message.extensions[DELIVER_AT], text);
+            assert_eq!(message.deliver_at(), row.deliver_at);
+        }
     }
 
     #[test]
     fn headers_become_extensions() {
         let mut row = row();
         row.headers = Some("{\"a\": 1.0, \"b\": true, \"c\": \"x\", \"d\": -2147483648}".into());
-        let message = to_message(row).unwrap();
+        let message = to_message(row, now()).unwrap();
         let printed = Value::Object(message.extensions).to_string();
         assert_eq!(printed, r#"{"a":1,"b":true,"c":"x","d":-2147483648}"#);
     }

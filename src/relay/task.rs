@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 
 use super::position::Position;
@@ -343,7 +344,7 @@ impl Run<'_> {
     ) -> Result<Prepared, Trouble> {
         let count = rows.len();
         let rows = self.without_refused(&position, rows).await?;
-        let (messages, conditional, rejected) = convert(rows);
+        let (messages, conditional, rejected) = convert(rows, self.relay.cluster.now());
         let rejected = self.without_listed(&position, rejected).await?;
         let rejected_count = rejected.len();
         let message_count = messages.len();
@@ -473,12 +474,15 @@ pub(super) struct Sent {
     rejected: usize,
 }
 
-fn convert(rows: Vec<OutboxRow>) -> (Vec<Message>, Vec<Conditional>, Vec<Rejected>) {
+fn convert(
+    rows: Vec<OutboxRow>,
+    now: DateTime<Utc>,
+) -> (Vec<Message>, Vec<Conditional>, Vec<Rejected>) {
     let mut messages = Vec::with_capacity(rows.len());
     let (mut conditional, mut rejected) = (Vec::new(), Vec::new());
     for row in rows {
         let copy = row::to_conditional(&row);
-        match row::to_message(row) {
+        match row::to_message(row, now) {
             Ok(message) => {
                 messages.push(message);
                 conditional.extend(copy);

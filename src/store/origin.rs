@@ -93,6 +93,8 @@ pub struct OutboxRow {
     pub time: Option<DateTime<Utc>>,
     pub time_is_valid: bool,
     pub expected_version: Option<i64>,
+    pub deliver_at: Option<DateTime<Utc>>,
+    pub deliver_at_is_valid: bool,
 }
 
 /// Where a row of a large window lies.
@@ -309,7 +311,11 @@ impl Session {
                 "select seq, topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema,
                     headers::text as headers, expected_version,
                     case when time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00' then time end as time,
-                    coalesce(time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00', true) as time_is_valid
+                    coalesce(time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00', true) as time_is_valid,
+                    case when deliver_at >= '0001-01-01 00:00:00+00' and deliver_at < '10000-01-01 00:00:00+00'
+                        then deliver_at end as deliver_at,
+                    coalesce(deliver_at >= '0001-01-01 00:00:00+00' and deliver_at < '10000-01-01 00:00:00+00', true)
+                        as deliver_at_is_valid
                 from postroad.outbox_{leaf} where ctid = any($1::text[]::tid[])"
             );
             let reading = sqlx::query(AssertSqlSafe(text))
@@ -544,6 +550,8 @@ fn read_row(row: &PgRow) -> Result<OutboxRow, sqlx::Error> {
         time: row.try_get("time")?,
         time_is_valid: row.try_get("time_is_valid")?,
         expected_version: row.try_get("expected_version")?,
+        deliver_at: row.try_get("deliver_at")?,
+        deliver_at_is_valid: row.try_get("deliver_at_is_valid")?,
     })
 }
 

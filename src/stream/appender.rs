@@ -17,6 +17,7 @@ use super::group::{Counts, Group, Joined, Layout, Plan, Router};
 use super::handle::State;
 use super::inbox::{Pending, Taken};
 use super::keys::{self, Counted};
+use super::scheduled::ScheduledLeaves;
 use super::tail::Appended as TailAppended;
 use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
@@ -41,6 +42,8 @@ pub(super) struct Appender {
     lasts: HashMap<StreamId, Offset>,
     /// Up to where each log has leaves, as far as known.
     ends: HashMap<StreamId, Offset>,
+    /// The leaves of scheduled messages that are there, as far as known.
+    scheduled_leaves: ScheduledLeaves,
     /// A member that could not join the last group.
     carried: Option<Taken>,
     /// Keys were counted from another base, or through another end, than the database goes by.
@@ -104,6 +107,7 @@ impl Appender {
             router: Router::default(),
             lasts,
             ends: HashMap::new(),
+            scheduled_leaves: ScheduledLeaves::default(),
             carried: None,
             is_behind: false,
             number: 0,
@@ -258,6 +262,7 @@ impl Appender {
             // No leaf takes an offset: others have appended, or leaves are gone. Where each log stands is read again.
             Some("23514") if error.constraint().is_none() => {
                 self.ends.clear();
+                self.scheduled_leaves.clear();
                 true
             }
             // An earlier try of this very group came through after all: its result is there.
@@ -357,6 +362,11 @@ impl Appender {
                 }
             }
         }
+        let missing = self.scheduled_leaves.missing(plan.append.dues());
+        if !missing.is_empty() {
+            sql::extend_scheduled(connection, sql::ScheduledKind::Message, &missing).await?;
+            self.scheduled_leaves.add(&missing);
+        }
         sql::append(connection, *key, is_repeat, &plan.append)
             .await
             .map_err(|error| Failure {
@@ -418,6 +428,9 @@ impl Appender {
             .inc_by(settled.appended_count as u64);
         metrics.duplicates.inc_by(settled.duplicate_count as u64);
         metrics.members_refused.inc_by(settled.refused_count as u64);
+        self.state
+            .schedule
+            .note_accepted(metrics, &settled.scheduled);
         for tail in &settled.tails {
             let last = Offset(tail.first.0 + tail.messages.len() as i64 - 1);
             self.lasts.insert(tail.stream, last);

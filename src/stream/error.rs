@@ -1,6 +1,6 @@
 //! What the stream engine answers when it cannot do what was asked.
 
-use crate::domain::id::{Offset, StreamId};
+use crate::domain::id::{Offset, ScheduledId, StreamId};
 use crate::domain::name::{StreamName, TopicPattern};
 use crate::store;
 
@@ -142,6 +142,8 @@ pub struct ConflictItem {
     pub index: usize,
     /// The stream of the first use.
     pub stream: StreamId,
-    /// The offset of the first use; `Offset(0)` when the first use is in the same member.
+    /// The offset of the first use; `Offset(0)` when the first use is in the same member, or was scheduled.
     pub offset: Offset,
+    /// The first use, if it was scheduled.
+    pub scheduled: Option<ScheduledId>,
 }

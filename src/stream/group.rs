@@ -11,7 +11,7 @@ use super::inbox::{Reply, Taken};
 use super::keys::Counted;
 use super::request::{Conditional, Member, Placed, key_hash};
 use super::tail::Appended as TailAppended;
-use crate::domain::id::{Offset, OriginId, StreamId, TopicId};
+use crate::domain::id::{Offset, OriginId, ScheduledId, StreamId, TopicId};
 use crate::domain::message::Message;
 use crate::domain::name::Topic;
 use crate::store::stream::{self as sql, Append, AppendMessage, Appended, RelayMember, StreamRow};
@@ -376,6 +376,7 @@ impl<'g> Planner<'g, '_> {
             index,
             stream: self.router.route(&messages[index].topic),
             offset: Offset(0),
+            scheduled: None,
         });
         self.layout.conflicts.push(conflicts.collect());
         self.layout.repeats.push(repeats);
@@ -421,6 +422,7 @@ impl<'g> Planner<'g, '_> {
                 key_hash: message.key.as_deref().map(key_hash),
                 origin,
                 check: checks.get(index).copied(),
+                due_at: message.deliver_at(),
             });
             if let Some(key) = self.key(stream, place, message) {
                 let row = row.map(|row| (row.seq, row.outbox_row.as_str()));
@@ -492,6 +494,8 @@ pub(super) struct Settled {
     pub(super) appended_count: usize,
     pub(super) duplicate_count: usize,
     pub(super) refused_count: usize,
+    /// When what was scheduled is due, by stream.
+    pub(super) scheduled: Vec<ScheduledId>,
     pub(super) answers: Vec<(Reply, Result<Vec<Placed>, AppendError>)>,
 }
 
@@ -522,6 +526,9 @@ impl Group {
         }
         let mut by_stream: Vec<Vec<Message>> = layout.streams.iter().map(|_| Vec::new()).collect();
         for &(member, index, place) in &layout.slots {
+            if let Some(scheduled) = outcomes[member].scheduled_now(index) {
+                settled.scheduled.push(scheduled);
+            }
             if outcomes[member].is_fresh(index)
                 && let Some(message) = messages[member][index].take()
             {
@@ -559,17 +566,28 @@ impl Group {
             outcomes[member].refused = Some(found);
         }
         let mut seen = HashMap::with_capacity(appended.seen.len());
-        for &(slot, offset, is_conflict) in &appended.seen {
-            let (member, index, place) = layout.slots[slot];
+        for found in &appended.seen {
+            let (member, index, place) = layout.slots[found.place];
             let stream = layout.streams[place];
-            if is_conflict {
+            let first_use = Placed {
+                stream,
+                offset: Offset(found.due_at.map_or(found.offset, |_| 0)),
+                duplicate: true,
+                scheduled: found.due_at.map(|due_at| ScheduledId {
+                    due_at,
+                    number: found.offset,
+                    stream,
+                }),
+            };
+            if found.is_conflict {
                 outcomes[member].conflicts.push(ConflictItem {
                     index,
                     stream,
-                    offset: Offset(offset),
+                    offset: first_use.offset,
+                    scheduled: first_use.scheduled,
                 });
             }
-            seen.insert(slot, offset);
+            seen.insert(found.place, first_use);
         }
         let mut left_out = HashSet::new();
         for &(slot, version) in &appended.conflicts {
@@ -590,22 +608,48 @@ impl Group {
             }
         }
         let mut next = appended.first.clone();
-        for (slot, &(member, index, place)) in layout.slots.iter().enumerate() {
+        for (slot, &(member, index, _)) in layout.slots.iter().enumerate() {
             let outcome = &mut outcomes[member];
             if outcome.is_refused() || left_out.contains(&slot) {
                 continue;
             }
-            let first_use = seen.get(&slot).copied();
-            outcome.placed[index] = Some(Placed {
-                stream: layout.streams[place],
-                offset: Offset(first_use.unwrap_or(next[place])),
-                duplicate: first_use.is_some(),
+            outcome.placed[index] = Some(match seen.get(&slot) {
+                Some(&first_use) => first_use,
+                None => self.place_new(layout, appended, slot, &mut next),
             });
-            if first_use.is_none() {
-                next[place] += 1;
-            }
         }
         outcomes
+    }
+
+    /// Where a message went that was not there before: into the log, or among those that come later.
+    fn place_new(
+        &self,
+        layout: &Layout,
+        appended: &Appended,
+        slot: usize,
+        next: &mut [i64],
+    ) -> Placed {
+        let (member, index, place) = layout.slots[slot];
+        let stream = layout.streams[place];
+        let due_at = || self.members[member].taken.member.messages()[index].deliver_at();
+        let number = appended.scheduled.get(slot).copied().flatten();
+        let scheduled = number.zip(number.and_then(|_| due_at()));
+        let scheduled = scheduled.map(|(number, due_at)| ScheduledId {
+            due_at,
+            number,
+            stream,
+        });
+        let mut offset = Offset(0);
+        if scheduled.is_none() {
+            offset = Offset(next[place]);
+            next[place] += 1;
+        }
+        Placed {
+            stream,
+            offset,
+            duplicate: false,
+            scheduled,
+        }
     }
 }
 
@@ -623,7 +667,12 @@ impl Outcome {
     }
 
     fn is_fresh(&self, index: usize) -> bool {
-        self.placed[index].is_some_and(|placed| !placed.duplicate)
+        self.placed[index].is_some_and(|placed| !placed.duplicate && placed.scheduled.is_none())
+    }
+
+    /// The name of a message that this group scheduled.
+    fn scheduled_now(&self, index: usize) -> Option<ScheduledId> {
+        self.placed[index].and_then(|placed| placed.scheduled.filter(|_| !placed.duplicate))
     }
 
     fn answer(&mut self, repeats: &[(usize, usize)]) -> Result<Vec<Placed>, AppendError> {

@@ -20,7 +20,7 @@ use super::request::{
 use super::settings::{Declared, Description, Found, Settings};
 use super::tail::Tails;
 use super::topics::Topics;
-use super::{AppendError, Error, reader};
+use super::{AppendError, Error, reader, scheduled};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::StreamName;
@@ -39,6 +39,7 @@ pub(super) struct Shared {
     /// Replays that may ask the log at a time: one reader is left for the queues.
     pub(super) replays: Semaphore,
     pub(super) catalogue: mpsc::Sender<catalogue::Job>,
+    pub(super) desk: mpsc::Sender<scheduled::Job>,
     pub(super) state: Arc<State>,
 }
 
@@ -54,6 +55,7 @@ pub(super) struct State {
     pub(super) leaf_sizes: LeafSizes,
     /// Wakes the maintenance before its tick: a log's end comes near.
     pub(super) maintain: Notify,
+    pub(super) schedule: scheduled::Schedule,
     pub(super) metrics: Metrics,
 }
 

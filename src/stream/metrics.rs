@@ -27,6 +27,12 @@ pub(super) struct Metrics {
     pub(super) leaves_dropped: Counter,
     pub(super) leaves_blocked: Gauge,
     pub(super) maintenance_failures: Counter,
+    pub(super) scheduled_accepted: Counter,
+    pub(super) scheduled_published: Counter,
+    pub(super) scheduled_cancelled: Counter,
+    pub(super) scheduled_failures: Counter,
+    scheduled_waiting: Family<OfStream, Gauge>,
+    scheduled_lag: Family<OfStream, Gauge<f64, AtomicU64>>,
     unsettled_limit_used: Family<OfStream, Gauge<f64, AtomicU64>>,
 }
 
@@ -51,10 +57,17 @@ impl Metrics {
             leaves_dropped: Counter::default(),
             leaves_blocked: Gauge::default(),
             maintenance_failures: Counter::default(),
+            scheduled_accepted: Counter::default(),
+            scheduled_published: Counter::default(),
+            scheduled_cancelled: Counter::default(),
+            scheduled_failures: Counter::default(),
+            scheduled_waiting: Family::default(),
+            scheduled_lag: Family::default(),
             unsettled_limit_used: Family::default(),
         };
         metrics.register_appends(registry);
         metrics.register_log(registry);
+        metrics.register_scheduled(registry);
         metrics
     }
 
@@ -67,6 +80,58 @@ impl Metrics {
     pub(super) fn forget_limit(&self, stream: &StreamName) {
         let stream = stream.to_string();
         self.unsettled_limit_used.remove(&OfStream { stream });
+    }
+
+    pub(super) fn scheduled_count(&self, stream: &StreamName, count: i64) {
+        let stream = stream.to_string();
+        let label = OfStream { stream };
+        self.scheduled_waiting.get_or_create(&label).set(count);
+    }
+
+    pub(super) fn scheduled_lag(&self, stream: &StreamName, seconds: f64) {
+        let stream = stream.to_string();
+        let label = OfStream { stream };
+        self.scheduled_lag.get_or_create(&label).set(seconds);
+    }
+
+    pub(super) fn forget_scheduled(&self, stream: &StreamName) {
+        let stream = stream.to_string();
+        let label = OfStream { stream };
+        self.scheduled_waiting.remove(&label);
+        self.scheduled_lag.remove(&label);
+    }
+
+    fn register_scheduled(&self, registry: &mut Registry) {
+        registry.register(
+            "postroad_scheduled_messages",
+            "Messages that wait to enter their stream, by stream; on the node that publishes them",
+            self.scheduled_waiting.clone(),
+        );
+        registry.register(
+            "postroad_scheduled_lag_seconds",
+            "For how long the oldest message of a stream that is due has not been published; 0 when none is",
+            self.scheduled_lag.clone(),
+        );
+        registry.register(
+            "postroad_scheduled_accepted",
+            "Messages that this node accepted to come later",
+            self.scheduled_accepted.clone(),
+        );
+        registry.register(
+            "postroad_scheduled_published",
+            "Scheduled messages that this node published",
+            self.scheduled_published.clone(),
+        );
+        registry.register(
+            "postroad_scheduled_cancelled",
+            "Scheduled messages cancelled by way of this node",
+            self.scheduled_cancelled.clone(),
+        );
+        registry.register(
+            "postroad_scheduled_failures",
+            "Passes of publishing scheduled messages that failed",
+            self.scheduled_failures.clone(),
+        );
     }
 
     fn register_appends(&self, registry: &mut Registry) {

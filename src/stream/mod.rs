@@ -21,6 +21,7 @@ mod limits;
 mod metrics;
 mod reader;
 mod request;
+mod scheduled;
 mod search;
 mod settings;
 mod tail;
@@ -46,6 +47,9 @@ pub use inbox::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
 pub use request::{
     Attributes, Batch, Conditional, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned,
     Search, SearchPage, key_hash,
+};
+pub use scheduled::{
+    Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting,
 };
 pub use settings::{
     Declared, Description, Found, PATTERN_MAX_COUNT, RETENTION_MIN_BYTES, Settings, SettingsError,
@@ -122,6 +126,7 @@ pub async fn start(
         limits: limits::Limits::default(),
         leaf_sizes: leaves::LeafSizes::new(options.leaf_offsets),
         maintain: Notify::new(),
+        schedule: scheduled::Schedule::default(),
         metrics: metrics::Metrics::new(registry),
     });
     let lasts = start_tails(&mut connection, &state).await?;
@@ -131,6 +136,7 @@ pub async fn start(
         options.wait,
     );
     let (tail, appended) = mpsc::channel(8);
+    let (published_tail, published) = mpsc::channel(8);
     let appender = appender::Appender::new(
         options.clone(),
         db.clone(),
@@ -148,6 +154,7 @@ pub async fn start(
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
         appended,
+        published,
         connection: Some(connection),
     };
     supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
@@ -162,6 +169,7 @@ pub async fn start(
         connection: None,
     };
     supervisor.spawn("stream catalogue", OnEnd::StopProcess, task.run());
+    let desk = start_scheduled(&db, &cluster, &state, supervisor, published_tail);
     let maintenance = leaves::Maintenance {
         lease: cluster.hold(leaves::LEASE.to_owned()),
         options,
@@ -179,6 +187,7 @@ pub async fn start(
         reads,
         replays: Semaphore::new(read_count.saturating_sub(1).max(1)),
         catalogue,
+        desk,
         state,
     };
     Ok(Handle {
@@ -200,6 +209,36 @@ async fn start_tails(
         lasts.insert(stream, last);
     }
     Ok(lasts)
+}
+
+/// Starts the duty that publishes scheduled messages, and the desk where they are asked for.
+fn start_scheduled(
+    db: &Database,
+    cluster: &cluster::Handle,
+    state: &Arc<State>,
+    supervisor: &Supervisor,
+    tail: mpsc::Sender<(StreamId, Offset)>,
+) -> mpsc::Sender<scheduled::Job> {
+    let duty = scheduled::Duty {
+        db: db.clone(),
+        cluster: cluster.clone(),
+        state: Arc::clone(state),
+        supervisor: supervisor.clone(),
+        lease: cluster.hold(scheduled::LEASE.to_owned()),
+        tail,
+        known: scheduled::DutyKnows::default(),
+    };
+    supervisor.spawn("stream schedule", OnEnd::StopProcess, duty.run());
+    let (desk, jobs) = mpsc::channel(JOBS_MAX);
+    let task = scheduled::Desk {
+        db: db.clone(),
+        state: Arc::clone(state),
+        supervisor: supervisor.clone(),
+        jobs,
+        connection: None,
+    };
+    supervisor.spawn("stream schedule desk", OnEnd::StopProcess, task.run());
+    desk
 }
 
 fn start_readers(

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::domain::id::{Fence, Offset, OriginId, StreamId};
+use crate::domain::id::{Fence, Offset, OriginId, ScheduledId, StreamId};
 use crate::domain::message::{Entry, Message, Priority};
 use crate::domain::name::{Topic, TopicPattern};
 
@@ -77,10 +77,12 @@ pub struct Rejected {
 pub struct Placed {
     /// The stream that owns its topic.
     pub stream: StreamId,
-    /// Its offset: of the first use, for a duplicate.
+    /// Its offset: of the first use, for a duplicate. `Offset(0)` for one that was scheduled.
     pub offset: Offset,
     /// Whether its id was used before for the same content.
     pub duplicate: bool,
+    /// Its name among those that are to come later, if it is one: of the first use, for a duplicate.
+    pub scheduled: Option<ScheduledId>,
 }
 
 /// A page of a stream, with payloads.

@@ -160,6 +160,8 @@ pub(super) struct TailTask {
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
     pub(super) appended: mpsc::Receiver<Vec<Appended>>,
+    /// How far scheduled messages were published: they are passed on from the log.
+    pub(super) published: mpsc::Receiver<(StreamId, Offset)>,
     pub(super) connection: Option<Connection>,
 }
 
@@ -178,6 +180,7 @@ impl TailTask {
                     }
                     None => return,
                 },
+                Some((stream, last)) = self.published.recv() => self.fill(stream, last).await,
                 _ = poll.tick() => {
                     if let Err(error) = self.poll().await {
                         self.connection = None;

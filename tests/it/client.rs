@@ -82,8 +82,8 @@ async fn calls_are_typed_and_what_is_refused_is_an_error() {
     let event = event.key("sku-1").source("/shop").extension("tenant", "x");
     let first = client.publish("shop.orders", &event).await.unwrap();
     let again = client.publish("shop.orders", &event).await.unwrap();
-    assert_eq!((first.offset, first.duplicate), (1, false));
-    assert_eq!((again.offset, again.duplicate), (1, true));
+    assert_eq!((first.offset, first.duplicate), (Some(1), false));
+    assert_eq!((again.offset, again.duplicate), (Some(1), true));
     let other = NewEvent::bytes("image/png", &[0, 1])
         .id(&first.id)
         .source("/shop");

@@ -8,10 +8,9 @@ use super::{
     ATTRIBUTE_MAX_BYTES, Context, DEFAULT_SOURCE, EXTENSION_MAX_BYTES, EXTENSIONS_MAX_COUNT, Error,
     Faults, ID_MAX_BYTES, KEY_MAX_BYTES, NAME_MAX_BYTES, Place, Request,
 };
-use crate::domain::message::{Data, Message};
+use crate::domain::message::{DELIVER_AT, Data, Message, parse_micros};
 
 /// Attributes with a meaning that this version does not have: ignoring them would break what the producer counts on.
-const NOT_BUILT: [(&str, &str); 1] = [("deliverat", "delayed delivery is not supported yet")];
 /// The largest version that every JSON parser reads exactly.
 const VERSION_MAX: i64 = (1 << 53) - 1;
 
@@ -74,9 +73,6 @@ impl Attributes {
 
     fn try_set(&mut self, name: &str, value: Value) -> Result<(), String> {
         check_name(name)?;
-        if let Some((_, reason)) = NOT_BUILT.iter().find(|(refused, _)| *refused == name) {
-            return Err(format!("`{name}`: {reason}"));
-        }
         let slot = match name {
             "specversion" => &mut self.specversion,
             "id" => &mut self.id,
@@ -88,6 +84,16 @@ impl Attributes {
             "partitionkey" => &mut self.key,
             "time" => return self.set_time(&value),
             "expectedversion" => return self.set_expected_version(&value),
+            DELIVER_AT => {
+                let text = value.as_str().unwrap_or_default();
+                if parse_micros(text).is_none() {
+                    return Err(format!(
+                        "`{name}` is `{}`, not an RFC 3339 timestamp",
+                        shown(text)
+                    ));
+                }
+                return self.set_extension(name, value);
+            }
             _ => return self.set_extension(name, value),
         };
         let limit = match name {
@@ -188,6 +194,11 @@ impl Attributes {
             faults.add(
                 place,
                 "`expectedversion` is the version of a key: it needs `partitionkey`",
+            );
+        } else if self.expected_version.is_some() && self.extensions.contains_key(DELIVER_AT) {
+            faults.add(
+                place,
+                "`expectedversion` is of now and `deliverat` of later: an event has one of them",
             );
         }
     }

@@ -11,10 +11,11 @@ use crate::domain::message::Message;
 use crate::domain::name::Topic;
 
 /// What an item may have beside its topic, when it has no `event`: the member, and the attribute that it becomes.
-const PLAIN: [(&str, &str); 3] = [
+const PLAIN: [(&str, &str); 4] = [
     ("id", "id"),
     ("key", "partitionkey"),
     ("expected_version", "expectedversion"),
+    ("deliver_at", "deliverat"),
 ];
 
 pub(super) fn parse(

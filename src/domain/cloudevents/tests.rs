@@ -218,7 +218,7 @@ fn faults_of_an_event_are_named() {
         ),
         (
             "\"specversion\":\"1.0\",\"deliverat\":\"x\"",
-            "/deliverat: `deliverat`: delayed delivery is not",
+            "/deliverat: `deliverat` is `x`, not an RFC 3339",
         ),
         (
             "\"specversion\":\"1.0\",\"expectedversion\":1",

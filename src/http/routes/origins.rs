@@ -118,8 +118,9 @@ struct Resend {
 #[derive(Debug, Serialize, ToSchema)]
 struct Resent {
     stream: Option<String>,
+    /// Null for one that comes later, at its `deliver_at`.
     #[schema(minimum = 1)]
-    offset: i64,
+    offset: Option<i64>,
     /// Whether it was sent on before.
     duplicate: bool,
 }
@@ -267,7 +268,7 @@ async fn resend(
         .unwrap_or_default();
     let answer = Resent {
         stream: names.get(&placed.stream).map(ToString::to_string),
-        offset: placed.offset.0,
+        offset: placed.scheduled.is_none().then_some(placed.offset.0),
         duplicate: placed.duplicate,
     };
     Ok(wire::json(StatusCode::OK, &answer))

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::wire;
 use crate::domain::cloudevents::{self, Fault};
-use crate::domain::message::Message;
+use crate::domain::message::{DELIVER_AHEAD_MAX, DELIVER_AT, Message};
 use crate::domain::name::Topic;
 use crate::http::extract::{Named, Query, Whole, require_json};
 use crate::http::openapi::Publishes;
@@ -100,6 +100,9 @@ struct NewEvent {
     /// event as it is kept.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
     expectedversion: Option<i64>,
+    /// When it is to enter its stream, a year ahead at most; a time that is past is at once.
+    #[schema(value_type = Option<String>, format = DateTime, pattern = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T")]
+    deliverat: Option<String>,
     /// The payload, JSON or text by `datacontenttype`. Passed on as the text it is.
     data: Option<serde_json::Value>,
 }
@@ -176,6 +179,15 @@ struct PlainItem {
         nullable = false
     )]
     expected_version: Option<i64>,
+    /// When it is to enter its stream, a year ahead at most; a time that is past is at once.
+    #[schema(
+        value_type = String,
+        format = DateTime,
+        required = false,
+        nullable = false,
+        pattern = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T"
+    )]
+    deliver_at: Option<String>,
     /// Its id; made, if there is none.
     #[schema(
         min_length = 1,
@@ -201,11 +213,24 @@ struct PublishedMessage {
     /// The stream that owns its topic; null when it was deleted just now.
     #[schema(example = "main")]
     stream: Option<String>,
-    /// Its offset there; of the first use, for a duplicate.
+    /// Its offset there; of the first use, for a duplicate. Null for one that comes later.
     #[schema(minimum = 1)]
-    offset: i64,
+    offset: Option<i64>,
     /// Whether source and id were used before, for the same message.
     duplicate: bool,
+    /// For a message that comes later: its name until then. Of the first use, for a duplicate.
+    scheduled: Option<ScheduledFor>,
+}
+
+/// A message that comes later.
+#[derive(Debug, Serialize, ToSchema)]
+struct ScheduledFor {
+    /// What it is looked up and cancelled by: see `/v1/scheduled-messages`.
+    #[schema(example = "1-1764000000000000-17")]
+    id: String,
+    /// When it enters its stream.
+    #[schema(format = DateTime)]
+    due_at: String,
 }
 
 pub(super) fn routes() -> OpenApiRouter<State> {
@@ -248,6 +273,13 @@ async fn publish(
     let Whole(body) = Whole::from_request(request, &state).await?;
     let (messages, as_one) = parse_to(&state, &topic, &headers, key.as_deref(), body)?;
     let is_batch = content_type(&headers)?.is_some_and(|text| text.contains("batch"));
+    check_due(&state, &messages, |index| {
+        match (is_batch, headers.contains_key("ce-deliverat")) {
+            (true, _) => Place::Pointer(format!("/{index}/{DELIVER_AT}")),
+            (false, true) => Place::Header("ce-deliverat".to_owned()),
+            (false, false) => Place::Pointer(format!("/{DELIVER_AT}")),
+        }
+    })?;
     let published = append(&state, messages, as_one, |index| match is_batch {
         true => format!("/{index}"),
         false => String::new(),
@@ -283,6 +315,9 @@ async fn publish_together(
     require_json(&headers)?;
     let Whole(body) = Whole::from_request(request, &state).await?;
     let (messages, as_one) = parse_items(&state, &headers, key.as_deref(), body)?;
+    check_due(&state, &messages, |index| {
+        Place::Pointer(format!("/messages/{index}"))
+    })?;
     let published = append(&state, messages, as_one, |index| {
         format!("/messages/{index}")
     });
@@ -402,11 +437,44 @@ async fn append(
             .map(|(id, placed): (String, stream::Placed)| PublishedMessage {
                 id,
                 stream: names.get(&placed.stream).map(ToString::to_string),
-                offset: placed.offset.0,
+                offset: placed.scheduled.is_none().then_some(placed.offset.0),
                 duplicate: placed.duplicate,
+                scheduled: placed.scheduled.map(|scheduled| ScheduledFor {
+                    id: scheduled.to_string(),
+                    due_at: wire::time(scheduled.due_at),
+                }),
             })
             .collect(),
     })
+}
+
+/// Refuses messages that are due too far ahead.
+fn check_due(
+    state: &State,
+    messages: &[Message],
+    place: impl Fn(usize) -> Place,
+) -> Result<(), Problem> {
+    let latest = state.parts.cluster.now() + DELIVER_AHEAD_MAX;
+    let days = DELIVER_AHEAD_MAX.num_days();
+    let faults = messages.iter().enumerate().filter_map(|(index, message)| {
+        let due_at = message.deliver_at().filter(|&due_at| due_at > latest)?;
+        Some(FieldError {
+            place: place(index),
+            detail: format!(
+                "`{DELIVER_AT}` is {}, more than {days} days ahead",
+                wire::time(due_at)
+            ),
+            allowed: Some(format!("at most {}", wire::time(latest))),
+        })
+    });
+    let faults: Vec<FieldError> = faults.take(100).collect();
+    match faults.first() {
+        None => Ok(()),
+        Some(first) => {
+            let detail = first.detail.clone();
+            Err(Problem::new(Kind::InvalidMessage, detail).with_errors(faults))
+        }
+    }
 }
 
 fn content_type(headers: &HeaderMap) -> Result<Option<&str>, Problem> {

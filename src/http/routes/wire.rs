@@ -131,10 +131,14 @@ pub(super) fn append_problem(
         AppendError::IdConflict { items } => {
             let errors = items.iter().map(|item| FieldError {
                 place: Place::Pointer(place(item.index)),
-                detail: if item.offset.0 > 0 {
-                    format!("the id stands for the message at offset {}", item.offset)
-                } else {
-                    "the id stands for an earlier message of this request".to_owned()
+                detail: match item.scheduled {
+                    Some(scheduled) => {
+                        format!("the id stands for the scheduled message `{scheduled}`")
+                    }
+                    None if item.offset.0 > 0 => {
+                        format!("the id stands for the message at offset {}", item.offset)
+                    }
+                    None => "the id stands for an earlier message of this request".to_owned(),
                 },
                 allowed: None,
             });

@@ -91,7 +91,10 @@ select
     r.key, r.type, r.id, r.source, r.subject, r.content_type, r.data_schema, r.headers::text as headers,
     r.expected_version,
     case when r.time >= '0001-01-01 00:00:00+00' and r.time < '10000-01-01 00:00:00+00' then r.time end as time,
-    coalesce(r.time >= '0001-01-01 00:00:00+00' and r.time < '10000-01-01 00:00:00+00', true) as time_is_valid
+    coalesce(r.time >= '0001-01-01 00:00:00+00' and r.time < '10000-01-01 00:00:00+00', true) as time_is_valid,
+    case when r.deliver_at >= '0001-01-01 00:00:00+00' and r.deliver_at < '10000-01-01 00:00:00+00'
+        then r.deliver_at end as deliver_at,
+    coalesce(r.deliver_at >= '0001-01-01 00:00:00+00' and r.deliver_at < '10000-01-01 00:00:00+00', true) as deliver_at_is_valid
 from identity as i
 left join numbered as r on true
 order by r.n

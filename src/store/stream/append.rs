@@ -35,6 +35,8 @@ pub struct Append<'a> {
     origins: Vec<Option<i32>>,
     identities: Vec<Option<Uuid>>,
     contents: Vec<Option<Uuid>>,
+    /// Empty unless a message is to come later.
+    dues: Vec<Option<DateTime<Utc>>>,
     checks_ids: bool,
     bases: Vec<i64>,
     counted: Vec<i64>,
@@ -95,6 +97,8 @@ pub struct AppendMessage<'a> {
     pub origin: Option<OriginId>,
     /// Its identity and content, if ids are checked.
     pub check: Option<(Uuid, Uuid)>,
+    /// When it is to enter the stream; `None` is at once.
+    pub due_at: Option<DateTime<Utc>>,
 }
 
 /// A relay's share of a group commit.
@@ -164,6 +168,7 @@ impl<'a> Append<'a> {
             key_hash,
             origin,
             check,
+            due_at,
         } = one;
         self.members.push(member as i32);
         self.message_streams.push(place as i32 + 1);
@@ -193,6 +198,10 @@ impl<'a> Append<'a> {
         self.identities.push(check.map(|(identity, _)| identity));
         self.contents.push(check.map(|(_, content)| content));
         self.checks_ids |= check.is_some();
+        if due_at.is_some() || !self.dues.is_empty() {
+            self.dues.resize(self.members.len() - 1, None);
+            self.dues.push(due_at);
+        }
     }
 
     /// Adds the relay part of a member.
@@ -214,6 +223,11 @@ impl<'a> Append<'a> {
         self.relays.rejected_seqs.push(seq);
         self.relays.rejected_reasons.push(reason);
         self.relays.rejected_rows.push(outbox_row);
+    }
+
+    /// When messages are due that are not to come at once.
+    pub fn dues(&self) -> impl Iterator<Item = DateTime<Utc>> {
+        self.dues.iter().copied().flatten()
     }
 
     /// The streams with the messages that go to each.
@@ -248,11 +262,26 @@ pub struct Appended {
     pub at: Vec<DateTime<Utc>>,
     /// Members of relays that were refused, with the latest position number; `None` is fenced.
     pub refused: Vec<(usize, Option<i64>)>,
-    /// Messages, from 0, whose id was used before: at which offset, and whether for other content.
-    pub seen: Vec<(usize, i64, bool)>,
+    /// Messages whose id was used before.
+    pub seen: Vec<Seen>,
     /// Messages, from 0, that expect another version of their key, with the version that it had at their turn. One that was
     /// published refuses its member, an outbox row is left out alone.
     pub conflicts: Vec<(usize, i64)>,
+    /// By message: its number, if it was scheduled. Empty when none was.
+    pub scheduled: Vec<Option<i64>>,
+}
+
+/// A message whose id was used before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Its place in the group, from 0.
+    pub place: usize,
+    /// The offset of the first use; the number of a scheduled one.
+    pub offset: i64,
+    /// Whether the first use was for other content.
+    pub is_conflict: bool,
+    /// When the first use was scheduled for, if it was.
+    pub due_at: Option<DateTime<Utc>>,
 }
 
 type Columns = (
@@ -267,6 +296,8 @@ type Columns = (
     Option<Vec<bool>>,
     Option<Vec<i32>>,
     Option<Vec<i64>>,
+    Option<Vec<Option<DateTime<Utc>>>>,
+    Option<Vec<Option<i64>>>,
 );
 
 /// Names a group, and says what it was made under.
@@ -354,11 +385,12 @@ fn call<'q>(key: GroupKey, is_repeat: bool, group: &'q Append<'_>) -> Call<'q> {
         .bind(&group.expectations.expected)
         .bind(&group.expectations.seqs)
         .bind(&group.expectations.rows)
+        .bind(&group.dues)
 }
 
 fn read_outcome(columns: Columns) -> AppendOutcome {
-    let (status, clock, first, at, refused, found, seen, seen_at, is_other, conflicts, versions) =
-        columns;
+    let (status, clock, first, at, refused, found, seen, seen_at, is_other, ..) = columns;
+    let (.., conflicts, versions, seen_due, scheduled) = columns;
     match status.as_str() {
         "stale" => return AppendOutcome::Stale,
         "behind" => return AppendOutcome::Behind,
@@ -380,11 +412,18 @@ fn read_outcome(columns: Columns) -> AppendOutcome {
         seen: from_zero(seen)
             .zip(seen_at.unwrap_or_default())
             .zip(is_other.unwrap_or_default())
-            .map(|((place, offset), is_conflict)| (place, offset, is_conflict))
+            .zip(seen_due.unwrap_or_default())
+            .map(|(((place, offset), is_conflict), due_at)| Seen {
+                place,
+                offset,
+                is_conflict,
+                due_at,
+            })
             .collect(),
         conflicts: from_zero(conflicts)
             .zip(versions.unwrap_or_default())
             .collect(),
+        scheduled: scheduled.unwrap_or_default(),
     })
 }
 

@@ -354,7 +354,10 @@ pub async fn fetch_entries(
 
 const FETCHING: &str = "reading messages";
 
-fn read_row(row: &PgRow, topic: impl Fn(TopicId) -> Option<Topic>) -> Result<Row, Error> {
+pub(super) fn read_row(
+    row: &PgRow,
+    topic: impl Fn(TopicId) -> Option<Topic>,
+) -> Result<Row, Error> {
     let read = || -> Result<_, sqlx::Error> {
         let kind: i16 = row.try_get(12)?;
         let data: Option<Vec<u8>> = row.try_get(13)?;

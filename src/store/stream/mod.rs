@@ -5,9 +5,11 @@ mod catalogue;
 mod keys;
 mod leaf;
 mod log;
+mod scheduled;
 
 pub use append::{
-    Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, append, intern_topics,
+    Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, Seen, append,
+    intern_topics,
 };
 pub use catalogue::{
     Catalogue, DeclareOutcome, StreamRow, create_main, declare, delete, load_catalogue,
@@ -26,3 +28,4 @@ pub use log::{
     fetch_entries, find_head, find_present, list_heads, list_match_ranges, list_topics,
     read_appended_at, read_slice, read_top,
 };
+pub use scheduled::*;

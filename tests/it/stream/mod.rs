@@ -6,6 +6,7 @@ mod keeping;
 mod keyed;
 mod log;
 mod priority;
+mod scheduled;
 
 use std::time::Duration;
 

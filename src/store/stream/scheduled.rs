@@ -1,0 +1,447 @@
+//! Messages that are to enter their stream later. The functions are in `migrations/broker`.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use sqlx::Row as _;
+use sqlx::postgres::types::PgInterval;
+
+use super::log::{Row, read_row};
+use crate::domain::id::{Offset, ScheduledId, StreamId, TopicId};
+use crate::domain::message::Priority;
+use crate::domain::name::{StreamName, Topic};
+use crate::store::bounded::{LONG_STATEMENT, STATEMENT, bounded};
+use crate::store::{Connection, Error};
+
+/// How long a leaf of scheduled messages is, in seconds, as `extend_scheduled` in `migrations/broker` makes them.
+pub const SCHEDULED_LEAF_SECONDS: i64 = 21_600;
+
+/// Which of the two tables a leaf is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ScheduledKind {
+    /// The messages, by when they are due.
+    Message,
+    /// The moves of horizons.
+    Publication,
+}
+
+impl ScheduledKind {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Message => "message",
+            Self::Publication => "publication",
+        }
+    }
+}
+
+/// Makes the leaves that these times fall into, where they are missing.
+///
+/// # Errors
+/// The database's.
+pub async fn extend_scheduled(
+    connection: &mut Connection,
+    kind: ScheduledKind,
+    times: &[DateTime<Utc>],
+) -> Result<(), Error> {
+    bounded(
+        "making leaves for scheduled messages",
+        STATEMENT,
+        sqlx::query("select postroad_broker.extend_scheduled($1, $2)")
+            .bind(kind.as_str())
+            .bind(times)
+            .execute(connection),
+    )
+    .await?;
+    Ok(())
+}
+
+/// What publishing came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PublishedScheduled {
+    /// The horizon moved, over so many messages and cancelled ones; the log ends at this offset.
+    Moved {
+        /// The last offset of the log.
+        last: Offset,
+        /// Messages appended.
+        count: u64,
+    },
+    /// Nothing is due.
+    Idle,
+    /// There is no such stream.
+    Gone,
+}
+
+/// Publishes the next messages of a stream that are due, as one commit. Safe to repeat when its outcome is unknown: the next call
+/// goes on from what is there.
+///
+/// # Errors
+/// The database's.
+pub async fn publish_scheduled(
+    connection: &mut Connection,
+    stream: StreamId,
+    hint: Offset,
+    max_messages: i32,
+    max_bytes: i64,
+) -> Result<PublishedScheduled, Error> {
+    let (status, last, count): (String, Option<i64>, i32) = bounded(
+        "publishing scheduled messages",
+        LONG_STATEMENT,
+        sqlx::query_as(
+            "select status, last_offset, message_count from postroad_broker.publish_scheduled($1, $2, $3, $4)",
+        )
+        .bind(stream.0)
+        .bind(hint.0)
+        .bind(max_messages)
+        .bind(max_bytes)
+        .fetch_one(connection),
+    )
+    .await?;
+    Ok(match status.as_str() {
+        "published" => PublishedScheduled::Moved {
+            last: Offset(last.unwrap_or_default()),
+            count: u64::from(count.unsigned_abs()),
+        },
+        "idle" => PublishedScheduled::Idle,
+        _ => PublishedScheduled::Gone,
+    })
+}
+
+/// What comes next in a stream that had something scheduled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NextScheduled {
+    /// The stream.
+    pub stream: StreamId,
+    /// When the next of its messages is due; `None`: later than was looked for.
+    pub due_at: Option<DateTime<Utc>>,
+    /// The database's clock.
+    pub clock: DateTime<Utc>,
+}
+
+/// What comes next in each stream, `ahead` of the database's clock at most.
+///
+/// # Errors
+/// The database's.
+pub async fn next_scheduled(
+    connection: &mut Connection,
+    ahead: Duration,
+) -> Result<Vec<NextScheduled>, Error> {
+    let rows: Vec<(i32, Option<DateTime<Utc>>, DateTime<Utc>)> = bounded(
+        "looking for scheduled messages that are due",
+        STATEMENT,
+        sqlx::query_as("select stream_id, due_at, clock from postroad_broker.next_scheduled($1)")
+            .bind(interval(ahead))
+            .fetch_all(connection),
+    )
+    .await?;
+    let next = rows.into_iter().map(|(stream, due_at, clock)| NextScheduled {
+        stream: StreamId(stream),
+        due_at,
+        clock,
+    });
+    Ok(next.collect())
+}
+
+fn interval(duration: Duration) -> PgInterval {
+    PgInterval {
+        months: 0,
+        days: 0,
+        microseconds: i64::try_from(duration.as_micros()).unwrap_or(i64::MAX),
+    }
+}
+
+/// What cancelling came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CancelledScheduled {
+    /// It will not be published.
+    Cancelled {
+        /// Whether this call did it.
+        is_new: bool,
+    },
+    /// It is in its stream.
+    Published {
+        /// Where.
+        offset: Offset,
+    },
+    /// There is no such message, or it is forgotten.
+    Unknown,
+}
+
+/// Cancels a message that is not in its stream yet. Safe to repeat.
+///
+/// # Errors
+/// The database's.
+pub async fn cancel_scheduled(
+    connection: &mut Connection,
+    id: ScheduledId,
+) -> Result<CancelledScheduled, Error> {
+    let (status, offset, is_new): (String, Option<i64>, bool) = bounded(
+        "cancelling a scheduled message",
+        STATEMENT,
+        sqlx::query_as(
+            "select status, \"offset\", is_new from postroad_broker.cancel_scheduled($1, $2, $3)",
+        )
+        .bind(id.stream.0)
+        .bind(id.due_at)
+        .bind(id.number)
+        .fetch_one(connection),
+    )
+    .await?;
+    Ok(match status.as_str() {
+        "cancelled" => CancelledScheduled::Cancelled { is_new },
+        "published" => CancelledScheduled::Published {
+            offset: Offset(offset.unwrap_or_default()),
+        },
+        _ => CancelledScheduled::Unknown,
+    })
+}
+
+/// A leaf of scheduled messages or of horizons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScheduledLeaf {
+    /// Which table it is of.
+    pub kind: ScheduledKind,
+    /// Its first due time.
+    pub first_at: DateTime<Utc>,
+    /// The first due time after it.
+    pub last_at: DateTime<Utc>,
+}
+
+/// All leaves, those of messages first, each kind by time.
+///
+/// # Errors
+/// The database's.
+pub async fn list_scheduled_leaves(
+    connection: &mut Connection,
+) -> Result<Vec<ScheduledLeaf>, Error> {
+    let rows: Vec<(bool, DateTime<Utc>, DateTime<Utc>)> = bounded(
+        "listing leaves of scheduled messages",
+        STATEMENT,
+        sqlx::query_as(
+            "select kind = 'message', first_at, last_at from postroad_broker.scheduled_leaf order by kind, first_at",
+        )
+        .fetch_all(connection),
+    )
+    .await?;
+    let leaves = rows
+        .into_iter()
+        .map(|(is_message, first_at, last_at)| ScheduledLeaf {
+            kind: match is_message {
+                true => ScheduledKind::Message,
+                false => ScheduledKind::Publication,
+            },
+            first_at,
+            last_at,
+        });
+    Ok(leaves.collect())
+}
+
+/// Empties a leaf whose time has been over for `keep`, or drops one that is empty. `now` is the node's clock; the earlier of it and
+/// the server's counts. Whether anything was done. Fails with SQLSTATE 55P03 when somebody is in the way.
+///
+/// # Errors
+/// The database's.
+pub async fn empty_scheduled_leaf(
+    connection: &mut Connection,
+    leaf: &ScheduledLeaf,
+    now: DateTime<Utc>,
+    keep: Duration,
+) -> Result<bool, Error> {
+    let (done,): (Option<String>,) = bounded(
+        "emptying a leaf of scheduled messages",
+        LONG_STATEMENT,
+        sqlx::query_as("select postroad_broker.empty_scheduled_leaf($1, $2, $3, $4)")
+            .bind(leaf.kind.as_str())
+            .bind(leaf.first_at)
+            .bind(now)
+            .bind(interval(keep))
+            .fetch_one(connection),
+    )
+    .await?;
+    Ok(done.is_some())
+}
+
+/// Which scheduled messages are asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct ScheduledSlice {
+    /// Only of this stream.
+    pub stream: Option<StreamId>,
+    /// Due from then on.
+    pub from: DateTime<Utc>,
+    /// And before then: within a leaf.
+    pub until: DateTime<Utc>,
+    /// After this one in the order (due, number).
+    pub after: Option<ScheduledId>,
+    /// At most so many.
+    pub limit: u32,
+}
+
+/// A message that waits to be published, without its payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WaitingRow {
+    /// Its name.
+    pub id: ScheduledId,
+    /// Its topic.
+    pub topic: TopicId,
+    /// Its ordering key.
+    pub key: Option<String>,
+    /// CloudEvents id.
+    pub event_id: String,
+    /// CloudEvents source.
+    pub source: String,
+    /// CloudEvents type; `None` is the topic.
+    pub kind: Option<String>,
+    /// Its lane.
+    pub priority: Priority,
+    /// When it was accepted.
+    pub accepted_at: DateTime<Utc>,
+    /// Bytes of its payload.
+    pub data_bytes: u64,
+}
+
+/// Reads messages that wait, by (due, number). The session must be a reader's, which plans each time: only the leaf of the slice is
+/// looked at.
+///
+/// # Errors
+/// The database's.
+pub async fn list_scheduled(
+    connection: &mut Connection,
+    slice: &ScheduledSlice,
+) -> Result<Vec<WaitingRow>, Error> {
+    const DOING: &str = "listing scheduled messages";
+    let (after_due, after_number) = match slice.after {
+        Some(after) => (after.due_at, after.number),
+        None => (slice.from, 0),
+    };
+    let rows = bounded(
+        DOING,
+        STATEMENT,
+        sqlx::query(include_str!("../sql/list_scheduled.sql"))
+            .bind(slice.from)
+            .bind(slice.until)
+            .bind(after_due)
+            .bind(after_number)
+            .bind(slice.stream.map(|stream| stream.0))
+            .bind(i64::from(slice.limit))
+            .fetch_all(connection),
+    )
+    .await?;
+    let read = |row: &sqlx::postgres::PgRow| -> Result<WaitingRow, sqlx::Error> {
+        Ok(WaitingRow {
+            id: ScheduledId {
+                stream: StreamId(row.try_get(0)?),
+                due_at: row.try_get(1)?,
+                number: row.try_get(2)?,
+            },
+            topic: TopicId(row.try_get(3)?),
+            key: row.try_get(4)?,
+            event_id: row.try_get(5)?,
+            source: row.try_get(6)?,
+            kind: row.try_get(7)?,
+            priority: Priority::from_stored(row.try_get(8)?),
+            accepted_at: row.try_get(9)?,
+            data_bytes: u64::from(row.try_get::<i32, _>(10)?.unsigned_abs()),
+        })
+    };
+    let rows: Result<_, _> = rows.iter().map(read).collect();
+    rows.map_err(Error::query(DOING))
+}
+
+/// What became of a scheduled message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScheduledStatus {
+    /// It waits.
+    Scheduled,
+    /// It is in its stream, at this offset.
+    Published(Offset),
+    /// It was cancelled then.
+    Cancelled(DateTime<Utc>),
+}
+
+/// A scheduled message, whole.
+#[derive(Debug)]
+pub struct ScheduledRow {
+    /// The message, with when it was accepted for when it was appended, and no offset.
+    pub row: Row,
+    /// What became of it.
+    pub status: ScheduledStatus,
+}
+
+/// Reads a scheduled message; `None` when there is none of the name, or it is forgotten.
+///
+/// # Errors
+/// The database's.
+pub async fn find_scheduled(
+    connection: &mut Connection,
+    id: ScheduledId,
+    topic: impl Fn(TopicId) -> Option<Topic>,
+) -> Result<Option<ScheduledRow>, Error> {
+    const DOING: &str = "reading a scheduled message";
+    let found = bounded(
+        DOING,
+        STATEMENT,
+        sqlx::query(include_str!("../sql/find_scheduled.sql"))
+            .bind(id.stream.0)
+            .bind(id.due_at)
+            .bind(id.number)
+            .fetch_optional(connection),
+    )
+    .await?;
+    let Some(found) = found else { return Ok(None) };
+    let read = || -> Result<_, sqlx::Error> {
+        let cancelled_at: Option<DateTime<Utc>> = found.try_get(14)?;
+        let is_published: bool = found.try_get(15)?;
+        let offset: Option<i64> = found.try_get(16)?;
+        Ok(match (cancelled_at, is_published) {
+            (Some(at), _) => ScheduledStatus::Cancelled(at),
+            (None, true) => ScheduledStatus::Published(Offset(offset.unwrap_or_default())),
+            (None, false) => ScheduledStatus::Scheduled,
+        })
+    };
+    Ok(Some(ScheduledRow {
+        status: read().map_err(Error::query(DOING))?,
+        row: read_row(&found, topic)?,
+    }))
+}
+
+/// How many messages wait, by stream; streams that never had one are absent. Counts 1,000,000 of a stream at most.
+///
+/// # Errors
+/// The database's.
+pub async fn count_scheduled(
+    connection: &mut Connection,
+) -> Result<HashMap<StreamId, (StreamName, i64)>, Error> {
+    const DOING: &str = "counting scheduled messages";
+    let rows: Vec<(i32, String, i64)> = bounded(
+        DOING,
+        LONG_STATEMENT,
+        sqlx::query_as(include_str!("../sql/count_scheduled.sql")).fetch_all(connection),
+    )
+    .await?;
+    rows.into_iter()
+        .map(|(id, name, count)| {
+            let name = StreamName::parse(&name).map_err(|error| Error::Corrupt {
+                doing: DOING,
+                what: format!("`{name}` {error}"),
+            })?;
+            Ok((StreamId(id), (name, count)))
+        })
+        .collect()
+}
+
+/// The start of the leaf that a time falls into, in leaves since 1970.
+#[must_use]
+pub fn scheduled_leaf_of(at: DateTime<Utc>) -> i64 {
+    at.timestamp().div_euclid(SCHEDULED_LEAF_SECONDS)
+}
+
+/// A time in each leaf from one time to another, both included; 4,000 leaves at most, the latest.
+#[must_use]
+pub fn scheduled_leaves_between(from: DateTime<Utc>, to: DateTime<Utc>) -> Vec<DateTime<Utc>> {
+    let last = scheduled_leaf_of(from.max(to));
+    let first = scheduled_leaf_of(from).max(last - 4_000);
+    let starts = (first..=last).map(|leaf| leaf * SCHEDULED_LEAF_SECONDS);
+    starts
+        .filter_map(|seconds| DateTime::from_timestamp(seconds, 0))
+        .collect()
+}

@@ -1,0 +1,169 @@
+//! The desk where people ask for scheduled messages: lists them, shows one, cancels one. A task of its own, so that a caller who
+//! goes away leaves nothing half done.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
+use crate::domain::id::{Offset, ScheduledId};
+use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, ScheduledSlice};
+use crate::store::{Connection, Database};
+use crate::stream::Error;
+use crate::stream::handle::State;
+use crate::stream::tail::entry;
+use crate::supervisor::Supervisor;
+
+/// Rows that one listing looks at before it answers with what it has.
+const LOOKED_AT_MAX: usize = 20_000;
+/// Rows read at a time.
+const SLICE_ROWS: u32 = 2_000;
+
+type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// What is asked of the desk.
+#[derive(Debug)]
+pub(in crate::stream) enum Job {
+    List {
+        query: ScheduledQuery,
+        reply: Reply<ScheduledPage>,
+    },
+    Find {
+        id: ScheduledId,
+        reply: Reply<Option<Scheduled>>,
+    },
+    Cancel {
+        id: ScheduledId,
+        reply: Reply<Cancelled>,
+    },
+}
+
+pub(in crate::stream) struct Desk {
+    pub(in crate::stream) db: Database,
+    pub(in crate::stream) state: Arc<State>,
+    pub(in crate::stream) supervisor: Supervisor,
+    pub(in crate::stream) jobs: mpsc::Receiver<Job>,
+    pub(in crate::stream) connection: Option<Connection>,
+}
+
+impl Desk {
+    pub(in crate::stream) async fn run(mut self) {
+        loop {
+            let job = tokio::select! {
+                job = self.jobs.recv() => job,
+                () = self.supervisor.stopping() => return,
+            };
+            let Some(job) = job else { return };
+            match job {
+                Job::List { query, reply } => {
+                    let answer = self.list(&query).await;
+                    self.answer(reply, answer);
+                }
+                Job::Find { id, reply } => {
+                    let answer = self.find(id).await;
+                    self.answer(reply, answer);
+                }
+                Job::Cancel { id, reply } => {
+                    let answer = self.cancel(id).await;
+                    self.answer(reply, answer);
+                }
+            }
+        }
+    }
+
+    fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
+        if let Err(Error::Store(_)) = &answer {
+            self.connection = None;
+        }
+        let _ = reply.send(answer);
+    }
+
+    async fn connected(&mut self) -> Result<&mut Connection, Error> {
+        if self.connection.is_none() {
+            self.connection = Some(sql::connect_reader(&self.db).await?);
+        }
+        Ok(self.connection.as_mut().expect("connected just above"))
+    }
+
+    /// Walks over the leaves from the query's place on, as far as the bounds allow.
+    async fn list(&mut self, query: &ScheduledQuery) -> Result<ScheduledPage, Error> {
+        let state = Arc::clone(&self.state);
+        let connection = self.connected().await?;
+        state.topics.refresh(connection).await?;
+        let leaves = sql::list_scheduled_leaves(connection).await?;
+        let mut page = ScheduledPage::default();
+        let mut looked_at = 0;
+        for leaf in leaves {
+            let is_past = query.after.is_some_and(|after| after.due_at >= leaf.last_at)
+                || query.due_from.is_some_and(|from| from >= leaf.last_at);
+            let is_ahead = query.due_until.is_some_and(|until| until <= leaf.first_at);
+            if leaf.kind != ScheduledKind::Message || is_past || is_ahead {
+                continue;
+            }
+            let mut after = query.after.filter(|after| after.due_at >= leaf.first_at);
+            loop {
+                let slice = ScheduledSlice {
+                    stream: query.stream,
+                    from: query.due_from.map_or(leaf.first_at, |from| from.max(leaf.first_at)),
+                    until: query.due_until.map_or(leaf.last_at, |until| until.min(leaf.last_at)),
+                    after,
+                    limit: SLICE_ROWS,
+                };
+                let rows = sql::list_scheduled(connection, &slice).await?;
+                let is_last = rows.len() < SLICE_ROWS as usize;
+                for row in rows {
+                    after = Some(row.id);
+                    looked_at += 1;
+                    let Some(topic) = state.topics.name(row.topic) else {
+                        continue;
+                    };
+                    let is_wanted = query.topic.as_ref().is_none_or(|p| p.matches(&topic))
+                        && query.key.as_ref().is_none_or(|key| row.key.as_ref() == Some(key));
+                    if is_wanted {
+                        page.messages.push(Waiting { topic, row });
+                    }
+                    if page.messages.len() >= query.max_messages || looked_at >= LOOKED_AT_MAX {
+                        page.next = after;
+                        return Ok(page);
+                    }
+                }
+                if is_last {
+                    break;
+                }
+            }
+        }
+        Ok(page)
+    }
+
+    async fn find(&mut self, id: ScheduledId) -> Result<Option<Scheduled>, Error> {
+        let state = Arc::clone(&self.state);
+        let connection = self.connected().await?;
+        state.topics.refresh(connection).await?;
+        let found = sql::find_scheduled(connection, id, |topic| state.topics.name(topic)).await?;
+        Ok(found.map(|found| Scheduled {
+            id,
+            accepted_at: found.row.appended_at,
+            status: match found.status {
+                sql::ScheduledStatus::Scheduled => ScheduledStatus::Scheduled,
+                sql::ScheduledStatus::Published(offset) => ScheduledStatus::Published { offset },
+                sql::ScheduledStatus::Cancelled(at) => ScheduledStatus::Cancelled { at },
+            },
+            entry: entry(id.stream, Offset(0), found.row.appended_at, &found.row.message),
+        }))
+    }
+
+    async fn cancel(&mut self, id: ScheduledId) -> Result<Cancelled, Error> {
+        let connection = self.connected().await?;
+        Ok(match sql::cancel_scheduled(connection, id).await? {
+            CancelledScheduled::Cancelled { is_new } => {
+                if is_new {
+                    self.state.metrics.scheduled_cancelled.inc();
+                    self.state.schedule.note_gone(id.stream, 1);
+                }
+                Cancelled::Cancelled
+            }
+            CancelledScheduled::Published { offset } => Cancelled::AlreadyPublished { offset },
+            CancelledScheduled::Unknown => Cancelled::Unknown,
+        })
+    }
+}

@@ -1,0 +1,233 @@
+//! The duty that publishes what has become due.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use std::sync::Arc;
+use tokio::sync::{mpsc, watch};
+
+use super::ScheduledLeaves;
+use crate::cluster;
+use crate::domain::id::{Fence, Offset, StreamId};
+use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled, ScheduledKind};
+use crate::store::{self, Connection, Database};
+use crate::stream::handle::State;
+use crate::supervisor::Supervisor;
+
+/// The lease of the node that publishes.
+pub(in crate::stream) const LEASE: &str = "duty/scheduled";
+/// How often what other nodes accepted is looked for.
+const POLL: Duration = Duration::from_millis(500);
+/// How far ahead of the clock is looked.
+const AHEAD: Duration = Duration::from_secs(60);
+/// The most messages in one commit: other appends to the stream wait for it.
+const BATCH_MESSAGES: i32 = 2_000;
+/// The most bytes of payload in one commit, but always one message.
+const BATCH_BYTES: i64 = 4 << 20;
+/// How often leaves are made and emptied, and messages counted.
+const UPKEEP: Duration = Duration::from_secs(60);
+/// How long what was published is remembered, so that a late cancel is told where it went.
+const KEEP: Duration = Duration::from_secs(86_400);
+
+pub(in crate::stream) struct Duty {
+    pub(in crate::stream) db: Database,
+    pub(in crate::stream) cluster: cluster::Handle,
+    pub(in crate::stream) state: Arc<State>,
+    pub(in crate::stream) supervisor: Supervisor,
+    pub(in crate::stream) lease: watch::Receiver<Option<Fence>>,
+    /// The tail passes on what was published, from the log.
+    pub(in crate::stream) tail: mpsc::Sender<(StreamId, Offset)>,
+    pub(in crate::stream) known: DutyKnows,
+}
+
+/// What the duty remembers between passes. All of it can be forgotten at any time.
+#[derive(Debug, Default)]
+pub(in crate::stream) struct DutyKnows {
+    connection: Option<Connection>,
+    message_leaves: ScheduledLeaves,
+    publication_leaves: ScheduledLeaves,
+    /// By stream: the last offset known, and up to where its log has leaves.
+    ends: HashMap<StreamId, (Offset, Offset)>,
+    upkeep_at: Option<Instant>,
+}
+
+impl Duty {
+    pub(in crate::stream) async fn run(mut self) {
+        while !self.supervisor.is_stopping() {
+            let mut pause = POLL;
+            if self.lease.borrow_and_update().is_some() {
+                match self.pass().await {
+                    Ok(until_next) => pause = until_next,
+                    Err(error) => {
+                        self.state.metrics.scheduled_failures.inc();
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "publishing scheduled messages failed"
+                        );
+                        self.known = DutyKnows::default();
+                    }
+                }
+            }
+            if pause.is_zero() {
+                continue;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.state.schedule.wake.notified() => {}
+                _ = self.lease.changed() => {}
+                () = self.supervisor.stopping() => {}
+            }
+        }
+    }
+
+    /// Publishes one batch of each stream that has something due. Returns how long there is nothing more to do.
+    async fn pass(&mut self) -> Result<Duration, store::Error> {
+        let mut connection = match self.known.connection.take() {
+            Some(connection) => connection,
+            None => self.db.connect().await?,
+        };
+        let now = Instant::now();
+        if self.known.upkeep_at.is_none_or(|at| now >= at) {
+            self.upkeep(&mut connection).await?;
+            self.known.upkeep_at = Some(now + UPKEEP);
+        }
+        // What is accepted from here on says so itself.
+        self.state.schedule.known().next = None;
+        let next = sql::next_scheduled(&mut connection, AHEAD).await?;
+        let mut pause = POLL;
+        for one in &next {
+            if !self.note_lag(one) {
+                // Its first: it is counted at once.
+                self.known.upkeep_at = None;
+            }
+            let Some(due_at) = one.due_at else { continue };
+            if due_at > one.clock {
+                pause = pause.min((due_at - one.clock).to_std().unwrap_or_default());
+                continue;
+            }
+            if self.publish(&mut connection, one.stream, due_at, one.clock).await? {
+                pause = Duration::ZERO;
+            }
+        }
+        self.known.connection = Some(connection);
+        if !pause.is_zero() {
+            let at = self.cluster.now() + pause;
+            self.state.schedule.known().next = Some(at);
+        }
+        self.show_counts();
+        Ok(pause)
+    }
+
+    /// Publishes a batch. Whether there may be more.
+    async fn publish(
+        &mut self,
+        connection: &mut Connection,
+        stream: StreamId,
+        due_at: DateTime<Utc>,
+        clock: DateTime<Utc>,
+    ) -> Result<bool, store::Error> {
+        let leaves = sql::scheduled_leaves_between(due_at, clock);
+        let missing = self.known.publication_leaves.missing(leaves.into_iter());
+        if !missing.is_empty() {
+            sql::extend_scheduled(connection, ScheduledKind::Publication, &missing).await?;
+            self.known.publication_leaves.add(&missing);
+        }
+        let (mut last, mut end) = match self.known.ends.get(&stream) {
+            Some(&known) => known,
+            None => {
+                let Some(head) = sql::find_head(connection, stream).await? else {
+                    return Ok(false);
+                };
+                let top = sql::read_top(connection, stream, head.floor).await?;
+                (top.unwrap_or(head.floor), Offset(0))
+            }
+        };
+        let through = Offset(last.0 + i64::from(BATCH_MESSAGES));
+        if end < through {
+            let size = self.state.leaf_sizes.get(stream);
+            match sql::extend_log(connection, stream, through, size).await? {
+                Some(extended) => end = extended,
+                None => return Ok(false),
+            }
+        }
+        let published =
+            sql::publish_scheduled(connection, stream, last, BATCH_MESSAGES, BATCH_BYTES).await;
+        match published {
+            Ok(PublishedScheduled::Moved { last: now, count }) => {
+                last = now;
+                self.known.ends.insert(stream, (last, end));
+                self.state.metrics.scheduled_published.inc_by(count);
+                self.state.metrics.messages_appended.inc_by(count);
+                self.state.schedule.note_gone(stream, count);
+                // Ends only with the engine.
+                let _ = self.tail.send((stream, last)).await;
+                Ok(true)
+            }
+            Ok(PublishedScheduled::Idle | PublishedScheduled::Gone) => Ok(false),
+            // No leaf takes an offset or a horizon: others have appended, or leaves are gone. All is looked up again.
+            Err(error) if error.sqlstate().as_deref() == Some("23514") => {
+                self.known.ends.remove(&stream);
+                self.known.publication_leaves.clear();
+                Ok(true)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the leaves of now and of what comes next, empties those that are over, and counts.
+    async fn upkeep(&mut self, connection: &mut Connection) -> Result<(), store::Error> {
+        let now = self.cluster.now();
+        let ahead = now + chrono::TimeDelta::seconds(sql::SCHEDULED_LEAF_SECONDS);
+        for (kind, leaves) in [
+            (ScheduledKind::Message, &mut self.known.message_leaves),
+            (ScheduledKind::Publication, &mut self.known.publication_leaves),
+        ] {
+            let missing = leaves.missing([now, ahead].into_iter());
+            if !missing.is_empty() {
+                sql::extend_scheduled(connection, kind, &missing).await?;
+                leaves.add(&missing);
+            }
+        }
+        for leaf in sql::list_scheduled_leaves(connection).await? {
+            match sql::empty_scheduled_leaf(connection, &leaf, now, KEEP).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::debug!(first_at = %leaf.first_at, kind = ?leaf.kind, "scheduled messages forgotten");
+                }
+                Err(error) if error.sqlstate().as_deref() == Some("55P03") => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let counts = sql::count_scheduled(connection).await?;
+        let mut known = self.state.schedule.known();
+        for (id, (name, _)) in &known.counts {
+            if !counts.contains_key(id) {
+                self.state.metrics.forget_scheduled(name);
+            }
+        }
+        known.counts = counts;
+        Ok(())
+    }
+
+    /// Shows the lag. Whether the stream is known.
+    fn note_lag(&self, next: &NextScheduled) -> bool {
+        let known = self.state.schedule.known();
+        let Some((name, _)) = known.counts.get(&next.stream) else {
+            return false;
+        };
+        let lag = next
+            .due_at
+            .map(|due_at| (next.clock - due_at).as_seconds_f64());
+        self.state
+            .metrics
+            .scheduled_lag(name, lag.unwrap_or_default().max(0.0));
+        true
+    }
+
+    fn show_counts(&self) {
+        for (name, count) in self.state.schedule.known().counts.values() {
+            self.state.metrics.scheduled_count(name, *count);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Messages that are to enter their stream later.
+//!
+//! An append accepts them under the head's lock, as rows beside the log (`number_scheduled` in `migrations/broker`). One task, on
+//! the node that holds the lease, publishes what has become due: one call moves a stream's horizon and copies what it passed to the
+//! end of the log, a bounded number at a time. Each call is right on any number of nodes and after any crash, since the horizon
+//! commits with what it passed; the lease only spares the work. The task sleeps until the next message that it knows of is due, and
+//! looks every half second for what other nodes accepted.
+
+mod desk;
+mod duty;
+mod handle;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use chrono::{DateTime, Utc};
+use tokio::sync::Notify;
+
+use crate::domain::id::{ScheduledId, StreamId};
+use crate::domain::name::StreamName;
+use crate::store::stream as sql;
+
+pub(super) use desk::{Desk, Job};
+pub(super) use duty::{Duty, DutyKnows, LEASE};
+pub use handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
+
+use super::metrics::Metrics;
+
+/// What the appender, the desk and the duty know in common.
+#[derive(Debug, Default)]
+pub(super) struct Schedule {
+    /// Wakes the duty: something is due before it meant to look again.
+    wake: Notify,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// When the duty looks again, as far as scheduled messages go; `None` while it looks.
+    next: Option<DateTime<Utc>>,
+    /// How many wait, by stream: counted from time to time, and kept up with what this node does.
+    counts: HashMap<StreamId, (StreamName, i64)>,
+}
+
+impl Schedule {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what was accepted.
+    pub(super) fn note_accepted(&self, metrics: &Metrics, accepted: &[ScheduledId]) {
+        let Some(first) = accepted.iter().map(|id| id.due_at).min() else {
+            return;
+        };
+        metrics.scheduled_accepted.inc_by(accepted.len() as u64);
+        let mut known = self.known();
+        for id in accepted {
+            if let Some((_, count)) = known.counts.get_mut(&id.stream) {
+                *count += 1;
+            }
+        }
+        let is_sooner = known.next.is_none_or(|next| first < next);
+        drop(known);
+        if is_sooner {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Notes that so many of a stream wait no longer.
+    fn note_gone(&self, stream: StreamId, gone: u64) {
+        if let Some((_, count)) = self.known().counts.get_mut(&stream) {
+            *count = (*count - gone.cast_signed()).max(0);
+        }
+    }
+}
+
+/// The leaves that are there for messages or horizons, as far as known.
+#[derive(Debug, Default)]
+pub(super) struct ScheduledLeaves {
+    known: HashSet<i64>,
+}
+
+impl ScheduledLeaves {
+    /// Of these times those whose leaf is not known, one per leaf.
+    pub(super) fn missing(&self, times: impl Iterator<Item = DateTime<Utc>>) -> Vec<DateTime<Utc>> {
+        let mut missing: HashMap<i64, DateTime<Utc>> = HashMap::new();
+        for time in times {
+            let leaf = sql::scheduled_leaf_of(time);
+            if !self.known.contains(&leaf) {
+                missing.entry(leaf).or_insert(time);
+            }
+        }
+        missing.into_values().collect()
+    }
+
+    pub(super) fn add(&mut self, times: &[DateTime<Utc>]) {
+        self.known
+            .extend(times.iter().map(|&time| sql::scheduled_leaf_of(time)));
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.known.clear();
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leaf_is_asked_for_once() {
+        let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap();
+        let mut leaves = ScheduledLeaves::default();
+        let times = [at(0), at(1), at(21_600), at(-1)];
+        let mut missing = leaves.missing(times.into_iter());
+        missing.sort();
+        assert_eq!(missing.len(), 3);
+        leaves.add(&missing);
+        assert!(leaves.missing(times.into_iter()).is_empty());
+        leaves.clear();
+        assert_eq!(leaves.missing(times.into_iter()).len(), 3);
+    }
+}
