@@ -114,12 +114,11 @@ impl Desk {
         }
         // A person sends it on: whatever version its key is at by now.
         outbox_row.expected_version = None;
-        let message =
-            row::to_message(outbox_row, self.cluster.now()).map_err(|rejected| {
-                RejectedError::StillInvalid {
-                    reason: rejected.reason,
-                }
-            })?;
+        let message = row::to_message(outbox_row, self.cluster.now()).map_err(|rejected| {
+            RejectedError::StillInvalid {
+                reason: rejected.reason,
+            }
+        })?;
         let member = Member::Publish {
             messages: vec![message],
             check_ids: true,

@@ -121,7 +121,11 @@ fn check(row: &OutboxRow, now: DateTime<Utc>) -> Result<(Topic, Map<String, Valu
     if row.expected_version.is_some() && row.deliver_at.is_some() {
         return Err("expected_version and deliver_at are both given".to_owned());
     }
-    if !row.deliver_at_is_valid || row.deliver_at.is_some_and(|at| at - now > DELIVER_AHEAD_MAX) {
+    if !row.deliver_at_is_valid
+        || row
+            .deliver_at
+            .is_some_and(|at| at - now > DELIVER_AHEAD_MAX)
+    {
         return Err(format!(
             "the deliver_at is more than {} days ahead",
             DELIVER_AHEAD_MAX.num_days()

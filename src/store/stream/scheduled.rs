@@ -134,11 +134,13 @@ pub async fn next_scheduled(
             .fetch_all(connection),
     )
     .await?;
-    let next = rows.into_iter().map(|(stream, due_at, clock)| NextScheduled {
-        stream: StreamId(stream),
-        due_at,
-        clock,
-    });
+    let next = rows
+        .into_iter()
+        .map(|(stream, due_at, clock)| NextScheduled {
+            stream: StreamId(stream),
+            due_at,
+            clock,
+        });
     Ok(next.collect())
 }
 

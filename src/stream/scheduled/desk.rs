@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
+use super::handle::{
+    Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting,
+};
 use crate::domain::id::{Offset, ScheduledId};
 use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, ScheduledSlice};
 use crate::store::{Connection, Database};
@@ -94,7 +96,9 @@ impl Desk {
         let mut page = ScheduledPage::default();
         let mut looked_at = 0;
         for leaf in leaves {
-            let is_past = query.after.is_some_and(|after| after.due_at >= leaf.last_at)
+            let is_past = query
+                .after
+                .is_some_and(|after| after.due_at >= leaf.last_at)
                 || query.due_from.is_some_and(|from| from >= leaf.last_at);
             let is_ahead = query.due_until.is_some_and(|until| until <= leaf.first_at);
             if leaf.kind != ScheduledKind::Message || is_past || is_ahead {
@@ -104,8 +108,12 @@ impl Desk {
             loop {
                 let slice = ScheduledSlice {
                     stream: query.stream,
-                    from: query.due_from.map_or(leaf.first_at, |from| from.max(leaf.first_at)),
-                    until: query.due_until.map_or(leaf.last_at, |until| until.min(leaf.last_at)),
+                    from: query
+                        .due_from
+                        .map_or(leaf.first_at, |from| from.max(leaf.first_at)),
+                    until: query
+                        .due_until
+                        .map_or(leaf.last_at, |until| until.min(leaf.last_at)),
                     after,
                     limit: SLICE_ROWS,
                 };
@@ -118,7 +126,10 @@ impl Desk {
                         continue;
                     };
                     let is_wanted = query.topic.as_ref().is_none_or(|p| p.matches(&topic))
-                        && query.key.as_ref().is_none_or(|key| row.key.as_ref() == Some(key));
+                        && query
+                            .key
+                            .as_ref()
+                            .is_none_or(|key| row.key.as_ref() == Some(key));
                     if is_wanted {
                         page.messages.push(Waiting { topic, row });
                     }
@@ -148,7 +159,12 @@ impl Desk {
                 sql::ScheduledStatus::Published(offset) => ScheduledStatus::Published { offset },
                 sql::ScheduledStatus::Cancelled(at) => ScheduledStatus::Cancelled { at },
             },
-            entry: entry(id.stream, Offset(0), found.row.appended_at, &found.row.message),
+            entry: entry(
+                id.stream,
+                Offset(0),
+                found.row.appended_at,
+                &found.row.message,
+            ),
         }))
     }
 

@@ -106,7 +106,10 @@ impl Duty {
                 pause = pause.min((due_at - one.clock).to_std().unwrap_or_default());
                 continue;
             }
-            if self.publish(&mut connection, one.stream, due_at, one.clock).await? {
+            if self
+                .publish(&mut connection, one.stream, due_at, one.clock)
+                .await?
+            {
                 pause = Duration::ZERO;
             }
         }
@@ -181,7 +184,10 @@ impl Duty {
         let ahead = now + chrono::TimeDelta::seconds(sql::SCHEDULED_LEAF_SECONDS);
         for (kind, leaves) in [
             (ScheduledKind::Message, &mut self.known.message_leaves),
-            (ScheduledKind::Publication, &mut self.known.publication_leaves),
+            (
+                ScheduledKind::Publication,
+                &mut self.known.publication_leaves,
+            ),
         ] {
             let missing = leaves.missing([now, ahead].into_iter());
             if !missing.is_empty() {

@@ -21,7 +21,8 @@ async fn many_at_one_instant_come_in_bounded_commits_and_in_order() {
     let node = super::node(&db).await;
     let main = node.main().await;
     let count = count();
-    node.schedule(super::due_in(&node, "model", 3_600_000)).await;
+    node.schedule(super::due_in(&node, "model", 3_600_000))
+        .await;
     node.stop().await;
     // As `append` would have accepted them, of one instant that is past by now.
     let mut owner = db.connect().await;
@@ -94,7 +95,12 @@ async fn leaves_that_are_past_are_emptied_and_dropped_and_the_horizon_stays() {
                 .unwrap();
         }
     }
-    assert!(sql::list_scheduled_leaves(&mut connection).await.unwrap().is_empty());
+    assert!(
+        sql::list_scheduled_leaves(&mut connection)
+            .await
+            .unwrap()
+            .is_empty()
+    );
     let horizon: (bool,) = sqlx::query_as(
         "select h.due_at > now() - interval '3 days' from postroad_broker.scheduled_horizon(1) h",
     )
@@ -128,6 +134,9 @@ async fn a_leaf_with_something_that_waits_is_kept() {
     }
     let query = "select count(*) from postroad_broker.scheduled_message";
     let mut owner = db.connect().await;
-    let count: i64 = sqlx::query_scalar(query).fetch_one(&mut owner).await.unwrap();
+    let count: i64 = sqlx::query_scalar(query)
+        .fetch_one(&mut owner)
+        .await
+        .unwrap();
     assert_eq!(count, 1);
 }

@@ -32,7 +32,10 @@ async fn what_is_due_later_waits_and_enters_in_the_order_of_due_and_acceptance()
     // Again: the same answers, and nothing new.
     let again = node.publish(batch, true).await.unwrap();
     for (first, again) in placed.iter().zip(&again) {
-        assert_eq!((first.offset, first.scheduled), (again.offset, again.scheduled));
+        assert_eq!(
+            (first.offset, first.scheduled),
+            (again.offset, again.scheduled)
+        );
         assert!(again.duplicate);
     }
     let mut other = due("second", at);
@@ -47,7 +50,10 @@ async fn what_is_due_later_waits_and_enters_in_the_order_of_due_and_acceptance()
     assert_eq!(waiting.len(), 4);
     assert!(waiting.is_sorted());
     let ids = node.ids(main, 6).await;
-    assert_eq!(ids, ["at once", "long past", "first", "second", "third", "fourth"]);
+    assert_eq!(
+        ids,
+        ["at once", "long past", "first", "second", "third", "fourth"]
+    );
     assert!(node.waiting().await.is_empty());
     for (id, offset) in [(placed[3].scheduled.unwrap(), 3), (fourth, 6)] {
         let found = node.stream.find_scheduled(id).await.unwrap().unwrap();
@@ -58,7 +64,10 @@ async fn what_is_due_later_waits_and_enters_in_the_order_of_due_and_acceptance()
     }
     // It stays a duplicate of the name that it had.
     let again = node.publish(vec![due("fourth", at)], true).await.unwrap();
-    assert_eq!((again[0].scheduled, again[0].duplicate), (Some(fourth), true));
+    assert_eq!(
+        (again[0].scheduled, again[0].duplicate),
+        (Some(fourth), true)
+    );
     node.stop().await;
 }
 
@@ -113,7 +122,10 @@ async fn the_list_goes_by_due_time_over_streams_and_leaves() {
     let mut expected = Vec::new();
     for n in 0..30_i64 {
         // Over a year, two streams, in no order.
-        let mut message = due(&n.to_string(), now + TimeDelta::hours(1 + (n * 37 % 31) * 280));
+        let mut message = due(
+            &n.to_string(),
+            now + TimeDelta::hours(1 + (n * 37 % 31) * 280),
+        );
         if n % 2 == 0 {
             message.topic = super::message("orders.late", "", "").topic;
         }
@@ -146,10 +158,15 @@ async fn the_list_goes_by_due_time_over_streams_and_leaves() {
     };
     let page = node.stream.list_scheduled(query).await.unwrap();
     let orders = node.stream.find(&orders).await.unwrap().id;
-    let wanted = expected.iter().filter(|id| {
-        id.stream == orders && id.due_at >= from && id.due_at < until
-    });
-    assert!(page.messages.iter().map(|waiting| &waiting.row.id).eq(wanted));
+    let wanted = expected
+        .iter()
+        .filter(|id| id.stream == orders && id.due_at >= from && id.due_at < until);
+    assert!(
+        page.messages
+            .iter()
+            .map(|waiting| &waiting.row.id)
+            .eq(wanted)
+    );
     assert_eq!(page.next, None);
     node.stop().await;
 }
@@ -166,7 +183,12 @@ async fn what_another_node_accepted_is_published_and_survives_a_restart() {
     one.stop().await;
     two.stop().await;
     // Nobody is there when it is due.
-    tokio::time::sleep((late.due_at - two.cluster.now()).to_std().unwrap_or_default()).await;
+    tokio::time::sleep(
+        (late.due_at - two.cluster.now())
+            .to_std()
+            .unwrap_or_default(),
+    )
+    .await;
     let node = node_with(&db.database, "http://three", quick()).await;
     assert_eq!(node.ids(main, 2).await, ["by two", "late"]);
     node.stop().await;
@@ -177,11 +199,14 @@ async fn the_look_for_what_is_due_is_a_range_of_one_leafs_index() {
     let db = support::database().await;
     let node = node(&db).await;
     for n in 0..200 {
-        node.schedule(due_in(&node, &n.to_string(), 3_600_000 * (1 + n % 100))).await;
+        node.schedule(due_in(&node, &n.to_string(), 3_600_000 * (1 + n % 100)))
+            .await;
     }
     let mut session = db.connect().await;
     let settings = "set enable_seqscan = off; set enable_bitmapscan = off; set enable_hashjoin = off; set enable_mergejoin = off";
-    sqlx::Executor::execute(&mut session, settings).await.unwrap();
+    sqlx::Executor::execute(&mut session, settings)
+        .await
+        .unwrap();
     let at = node.cluster.now();
     let statement = format!(
         "select m.due_at, m.number, 512 + coalesce(octet_length(m.data), 0) as bytes from postroad_broker.scheduled_message m \
@@ -189,9 +214,15 @@ async fn the_look_for_what_is_due_is_a_range_of_one_leafs_index() {
          and (m.due_at, m.number) > ('{at}', 17) order by m.due_at, m.number limit 2000"
     );
     let plan = explain(&mut session, &statement).await;
-    assert!(plan.contains("Index Cond: ((stream_id = 1) AND (due_at >= "), "{plan}");
+    assert!(
+        plan.contains("Index Cond: ((stream_id = 1) AND (due_at >= "),
+        "{plan}"
+    );
     assert!(plan.contains("ROW(due_at, number) > ROW("), "{plan}");
-    assert!(!plan.contains("Seq Scan") && !plan.contains("Sort"), "{plan}");
+    assert!(
+        !plan.contains("Seq Scan") && !plan.contains("Sort"),
+        "{plan}"
+    );
     // Two, when the second is the last one of a leaf.
     assert!(plan.matches("Index Scan").count() <= 2, "{plan}");
     node.stop().await;

@@ -25,7 +25,10 @@ fn due(id: &str, at: DateTime<Utc>) -> Message {
 
 /// One that is due so many milliseconds from now.
 fn due_in(node: &Node, id: &str, milliseconds: i64) -> Message {
-    due(id, node.cluster.now() + TimeDelta::milliseconds(milliseconds))
+    due(
+        id,
+        node.cluster.now() + TimeDelta::milliseconds(milliseconds),
+    )
 }
 
 impl Node {

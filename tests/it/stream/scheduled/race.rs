@@ -57,7 +57,10 @@ async fn what_is_due_as_it_is_accepted_comes_once() {
     let count = each * WRITERS;
     let ids = nodes[0].ids(main, count as i64).await;
     let unique: HashSet<&String> = ids.iter().collect();
-    println!("{at_once} at once, {later} scheduled: {} in the stream", ids.len());
+    println!(
+        "{at_once} at once, {later} scheduled: {} in the stream",
+        ids.len()
+    );
     assert_eq!((ids.len(), unique.len()), (count, count), "0 lost, 0 twice");
     assert!(at_once > 0 && later > 0, "both ways were gone");
     assert!(nodes[1].waiting().await.is_empty());
@@ -85,7 +88,8 @@ async fn a_cancel_that_races_with_publishing_has_one_outcome() {
         };
         let node = Arc::clone(&node);
         cancels.push(tokio::spawn(async move {
-            let wait = id.due_at - node.cluster.now() + TimeDelta::microseconds(n as i64 % 8 * 500 - 1_000);
+            let wait = id.due_at - node.cluster.now()
+                + TimeDelta::microseconds(n as i64 % 8 * 500 - 1_000);
             tokio::time::sleep(wait.to_std().unwrap_or_default()).await;
             (n, id, node.stream.cancel_scheduled(id).await.unwrap())
         }));
@@ -106,10 +110,23 @@ async fn a_cancel_that_races_with_publishing_has_one_outcome() {
     }
     published.sort();
     let ids = node.ids(main, published.len() as i64).await;
-    println!("{} published, {} cancelled", published.len(), cancelled.len());
+    println!(
+        "{} published, {} cancelled",
+        published.len(),
+        cancelled.len()
+    );
     let said: Vec<&String> = published.iter().map(|(_, id)| id).collect();
-    assert_eq!(ids.iter().collect::<Vec<_>>(), said, "each where it was said to be");
-    assert!(published.iter().map(|(offset, _)| *offset).eq(1..=published.len() as i64));
+    assert_eq!(
+        ids.iter().collect::<Vec<_>>(),
+        said,
+        "each where it was said to be"
+    );
+    assert!(
+        published
+            .iter()
+            .map(|(offset, _)| *offset)
+            .eq(1..=published.len() as i64)
+    );
     assert!(ids.iter().all(|id| !cancelled.contains(id)));
     assert_eq!(published.len() + cancelled.len(), count);
     node.stop().await;
