@@ -225,6 +225,22 @@ impl PathPart for MessageOffset {
     }
 }
 
+/// An ordering key.
+#[derive(Debug, Clone)]
+pub(in crate::http) struct Key(pub(in crate::http) String);
+
+impl PathPart for Key {
+    const PARAMETER: &'static str = "key";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        if (1..=512).contains(&text.len()) && !text.contains('\0') {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err("must be 1 to 512 bytes long, without the character U+0000".to_owned())
+        }
+    }
+}
+
 /// Takes a part out of the path.
 #[derive(Debug)]
 pub(in crate::http) struct Named<T>(pub(in crate::http) T);

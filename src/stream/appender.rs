@@ -13,10 +13,11 @@ use tokio::sync::mpsc;
 
 use super::Options;
 use super::error::{AppendError, Error};
-use super::group::{Counts, Group, Joined, Layout, Plan, Router};
+use super::group::{Group, Joined, Router};
 use super::handle::State;
 use super::inbox::{Pending, Taken};
 use super::keys::{self, Counted};
+use super::plan::{Counts, Layout, Plan};
 use super::scheduled::ScheduledLeaves;
 use super::tail::Appended as TailAppended;
 use crate::cluster;
@@ -180,7 +181,7 @@ impl Appender {
         let started = Instant::now();
         let mut pause = REPEAT.0;
         let mut is_unknown = false;
-        let mut is_stale_again = false;
+        let (mut is_stale_again, mut is_behind_again) = (false, false);
         let mut plan: Option<Plan<'_>> = None;
         loop {
             match self.attempt(&group, &mut plan, &mut key, is_unknown).await {
@@ -204,8 +205,10 @@ impl Appender {
                 Ok(AppendOutcome::Behind) => {
                     plan = None;
                     self.is_behind = true;
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(REPEAT.1);
+                    if std::mem::replace(&mut is_behind_again, true) {
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(REPEAT.1);
+                    }
                 }
                 Ok(AppendOutcome::Expired { clock }) => {
                     self.clock = (clock, Instant::now());

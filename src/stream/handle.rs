@@ -15,7 +15,8 @@ use super::leaves::LeafSizes;
 use super::limits::Limits;
 use super::metrics::Metrics;
 use super::request::{
-    Attributes, Batch, Member, Page, Placed, Read, Scan, Scanned, Search, SearchPage,
+    Attributes, Batch, KeyPage, KeyRead, KeysPage, KeysRead, Member, Page, Placed, Read, Scan,
+    Scanned, Search, SearchPage,
 };
 use super::settings::{Declared, Description, Found, Settings};
 use super::tail::Tails;
@@ -153,6 +154,26 @@ impl Handle {
         // Never closed.
         let _turn = self.shared.replays.acquire().await;
         self.ask(|reply| reader::Job::Read { read, reply }).await
+    }
+
+    /// What is known of a key of a keyed stream, and a page of its history, payloads included.
+    ///
+    /// # Errors
+    /// [`Error::NotKeyed`], [`Error::KeysNotCounted`], or the database's.
+    pub async fn read_key(&self, read: KeyRead) -> Result<KeyPage, Error> {
+        // Never closed.
+        let _turn = self.shared.replays.acquire().await;
+        self.ask(|reply| reader::Job::Key { read, reply }).await
+    }
+
+    /// A page of the keys of a keyed stream, each with its last message.
+    ///
+    /// # Errors
+    /// [`Error::NotKeyed`], [`Error::KeysNotCounted`], or the database's.
+    pub async fn read_keys(&self, read: KeysRead) -> Result<KeysPage, Error> {
+        // Never closed.
+        let _turn = self.shared.replays.acquire().await;
+        self.ask(|reply| reader::Job::Keys { read, reply }).await
     }
 
     /// Scans for what matches without reading payloads. Closed partitions none of whose topics match are skipped.

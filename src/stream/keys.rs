@@ -25,7 +25,7 @@ const ALL_COUNTED_MAX: usize = 4_000_000;
 /// Messages whose keys one statement reads.
 const READ_CHUNK: i64 = 50_000;
 /// How often a fold may overtake a reader before it gives up.
-const TRIES: usize = 20;
+pub(super) const TRIES: usize = 20;
 
 /// The keyed streams that were asked for.
 #[derive(Debug, Default)]

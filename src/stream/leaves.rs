@@ -25,6 +25,9 @@ const FILLS_SLOWLY: Duration = Duration::from_secs(6 * 3_600);
 /// How far sizes adapt from the configured one, as factors.
 const SMALLEST_FRACTION: i64 = 50;
 const LARGEST_MULTIPLE: i64 = 8;
+/// The same of keyed streams: what is not folded is in memory, and each leaf's index is looked at for a key's history.
+const SMALLEST_KEYED_FRACTION: i64 = 5;
+const LARGEST_KEYED_MULTIPLE: i64 = 1;
 /// The pause between attempts to drop leaves while somebody has the log open: each may hold up appends for 50 ms.
 const DROP_PAUSE: Duration = Duration::from_secs(60);
 const ROTATE_PAUSE: Duration = Duration::from_secs(60);
@@ -56,7 +59,11 @@ impl LeafSizes {
 }
 
 /// The size after a leaf of `size` offsets that took `filled_in` to fill.
-fn next_size(configured: i64, size: i64, filled_in: Duration) -> i64 {
+fn next_size(configured: i64, is_keyed: bool, size: i64, filled_in: Duration) -> i64 {
+    let (smallest, largest) = match is_keyed {
+        true => (SMALLEST_KEYED_FRACTION, LARGEST_KEYED_MULTIPLE),
+        false => (SMALLEST_FRACTION, LARGEST_MULTIPLE),
+    };
     let next = if filled_in < FILLS_FAST {
         size * 2
     } else if filled_in > FILLS_SLOWLY {
@@ -64,10 +71,7 @@ fn next_size(configured: i64, size: i64, filled_in: Duration) -> i64 {
     } else {
         size
     };
-    next.clamp(
-        (configured / SMALLEST_FRACTION).max(1),
-        configured * LARGEST_MULTIPLE,
-    )
+    next.clamp((configured / smallest).max(1), configured * largest)
 }
 
 pub(super) struct Maintenance {
@@ -162,7 +166,8 @@ impl Maintenance {
                 let age = (self.cluster.now() - newest.created_at)
                     .to_std()
                     .unwrap_or_default();
-                next_size(sizes.configured, newest.last.0 - newest.first.0 + 1, age)
+                let size = newest.last.0 - newest.first.0 + 1;
+                next_size(sizes.configured, stream.is_keyed, size, age)
             }
         };
         let size = match stream.retention.bytes() {
@@ -367,14 +372,17 @@ mod tests {
     #[test]
     fn leaves_grow_while_they_fill_fast_and_shrink_while_slowly() {
         let seconds = Duration::from_secs;
-        for (size, filled_in, next) in [
-            (1_000, 5, 2_000),
-            (8_000, 5, 8_000),
-            (1_000, 3_600, 1_000),
-            (1_000, 90_000, 500),
-            (20, 90_000, 20),
+        for (is_keyed, size, filled_in, next) in [
+            (false, 1_000, 5, 2_000),
+            (false, 8_000, 5, 8_000),
+            (false, 1_000, 3_600, 1_000),
+            (false, 1_000, 90_000, 500),
+            (false, 20, 90_000, 20),
+            (true, 1_000, 5, 1_000),
+            (true, 1_000, 90_000, 500),
+            (true, 200, 90_000, 200),
         ] {
-            assert_eq!(next_size(1_000, size, seconds(filled_in)), next);
+            assert_eq!(next_size(1_000, is_keyed, size, seconds(filled_in)), next);
         }
     }
 }

@@ -14,11 +14,13 @@ mod catalogue;
 mod error;
 mod group;
 mod handle;
+mod history;
 mod inbox;
 mod keys;
 mod leaves;
 mod limits;
 mod metrics;
+mod plan;
 mod reader;
 mod request;
 mod scheduled;
@@ -45,8 +47,8 @@ pub use handle::Handle;
 use handle::{Shared, State};
 pub use inbox::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
 pub use request::{
-    Attributes, Batch, Conditional, Member, Page, Placed, Read, Rejected, Scan, ScanItem, Scanned,
-    Search, SearchPage, key_hash,
+    Attributes, Batch, Conditional, KeyEntry, KeyPage, KeyRead, KeysPage, KeysRead, Member, Page,
+    Placed, Read, Rejected, Scan, ScanItem, Scanned, Search, SearchPage, key_hash,
 };
 pub use scheduled::{
     Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting,
@@ -130,6 +132,11 @@ pub async fn start(
         metrics: metrics::Metrics::new(registry),
     });
     let lasts = start_tails(&mut connection, &state).await?;
+    let streams = store::stream::load_catalogue(&mut connection)
+        .await?
+        .streams;
+    let keyed = streams.into_iter().filter(|row| row.is_keyed);
+    let keyed: Vec<StreamId> = keyed.map(|row| row.id).collect();
     let (appends, inbox) = inbox::Inbox::new(
         options.waiting_max_members,
         options.waiting_max_bytes,
@@ -160,6 +167,10 @@ pub async fn start(
     supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
     let read_count = options.readers;
     let reads = start_readers(&options, &db, &state, supervisor);
+    for stream in keyed {
+        // Without it, the first who asks waits.
+        let _ = reads.try_send(reader::Job::CountKeys { stream });
+    }
     let (catalogue, jobs) = mpsc::channel(JOBS_MAX);
     let task = catalogue::CatalogueTask {
         db: db.clone(),

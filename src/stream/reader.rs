@@ -9,7 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::Error;
 use super::handle::State;
 use super::request::{
-    Attributes, Page, Read, Scan, ScanItem, Scanned, Search, SearchPage, key_hash,
+    Attributes, KeyPage, KeyRead, KeysPage, KeysRead, Page, Read, Scan, ScanItem, Scanned, Search,
+    SearchPage, key_hash,
 };
 use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::Entry;
@@ -41,6 +42,18 @@ pub(super) enum Job {
         stream: StreamId,
         offsets: Vec<Offset>,
         reply: Reply<Vec<Attributes>>,
+    },
+    Key {
+        read: KeyRead,
+        reply: Reply<KeyPage>,
+    },
+    Keys {
+        read: KeysRead,
+        reply: Reply<KeysPage>,
+    },
+    /// Nobody waits for it.
+    CountKeys {
+        stream: StreamId,
     },
     Search {
         search: Search,
@@ -130,6 +143,24 @@ impl Reader {
             } if !reply.is_closed() => {
                 let answer = self.attributes(stream, &offsets).await;
                 self.answer(reply, answer);
+            }
+            Job::Key { read, reply } if !reply.is_closed() => {
+                let answer = self.key_page(read).await;
+                self.answer(reply, answer);
+            }
+            Job::Keys { read, reply } if !reply.is_closed() => {
+                let answer = self.keys_page(read).await;
+                self.answer(reply, answer);
+            }
+            Job::CountKeys { stream } => {
+                if let Err(error) = self.count_keys(stream).await {
+                    self.connection = None;
+                    tracing::warn!(
+                        stream = stream.0,
+                        error = &error as &dyn std::error::Error,
+                        "counting keys failed"
+                    );
+                }
             }
             Job::Search { search, reply } if !reply.is_closed() => {
                 let answer = self.search(search).await;
@@ -339,15 +370,7 @@ impl Reader {
             None => None,
         };
         let (items, mut through) = self
-            .walk(Walk {
-                stream: read.stream,
-                after,
-                through: end,
-                topics: topics.as_deref(),
-                key_hash: read.key.as_deref().map(key_hash),
-                max_items: read.max_messages.max(1),
-                max_examined: READ_MAX_EXAMINED,
-            })
+            .matching(&read, (after, end), topics.as_deref())
             .await?;
         let mut offsets = Vec::with_capacity(items.len());
         let mut bytes = 0;
@@ -369,6 +392,43 @@ impl Reader {
             through,
             lost_through: (floor > read.after).then_some(floor),
         })
+    }
+
+    /// What a read is about between two offsets. One key of a keyed stream is found by its index.
+    async fn matching(
+        &mut self,
+        read: &Read,
+        (after, through): (Offset, Offset),
+        topics: Option<&[TopicId]>,
+    ) -> Result<(Vec<SliceItem>, Offset), Error> {
+        let limit = read.max_messages.max(1);
+        if let Some(key) = &read.key
+            // Which no key has, and which Postgres would not take.
+            && !key.contains('\0')
+            && self.head(read.stream).await?.keys_through.is_some()
+        {
+            let span = (after, through);
+            match self.key_items(read.stream, key, span, limit).await {
+                // Not now: as in any other stream.
+                Err(Error::KeysNotCounted { .. }) => {}
+                found => {
+                    let (mut items, through) = found?;
+                    let matches = |item: &SliceItem| topics.is_none_or(|t| t.contains(&item.topic));
+                    items.retain(matches);
+                    return Ok((items, through));
+                }
+            }
+        }
+        self.walk(Walk {
+            stream: read.stream,
+            after,
+            through,
+            topics,
+            key_hash: read.key.as_deref().map(key_hash),
+            max_items: limit,
+            max_examined: READ_MAX_EXAMINED,
+        })
+        .await
     }
 
     pub(super) async fn fetch(

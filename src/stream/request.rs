@@ -115,6 +115,73 @@ pub struct Page {
     pub lost_through: Option<Offset>,
 }
 
+/// A page of one key's history, in a keyed stream.
+#[derive(Debug, Clone)]
+pub struct KeyRead {
+    /// The stream.
+    pub stream: StreamId,
+    /// The key.
+    pub key: String,
+    /// Messages after this offset.
+    pub after: Offset,
+    /// Only the last message.
+    pub last_only: bool,
+    /// At most so many entries.
+    pub max_messages: usize,
+    /// At most so many bytes of events, but always one entry if there is one.
+    pub max_bytes: usize,
+}
+
+/// What is known of a key, and a page of its history.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeyPage {
+    /// How many messages it has had, whether they are still there or not; 0 for a key that there never was.
+    pub version: i64,
+    /// The offset of the last one.
+    pub last_offset: Option<Offset>,
+    /// The first offset that the stream still has: messages before it are missing.
+    pub first_offset: Offset,
+    /// In offset order.
+    pub entries: Vec<Arc<Entry>>,
+    /// The next page is the one after this offset; none when this page reaches `last_offset`.
+    pub next_after: Option<Offset>,
+}
+
+/// A page of a keyed stream's keys, each with its last message.
+#[derive(Debug, Clone)]
+pub struct KeysRead {
+    /// The stream.
+    pub stream: StreamId,
+    /// Keys after this one, in the order of their bytes.
+    pub after: Option<String>,
+    /// At most so many keys.
+    pub max_keys: usize,
+    /// At most so many bytes of events, but always one key if there is one.
+    pub max_bytes: usize,
+}
+
+/// Keys in the order of their bytes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeysPage {
+    /// The keys.
+    pub keys: Vec<KeyEntry>,
+    /// The next page is the one after this key; none at the end.
+    pub next_after: Option<String>,
+}
+
+/// A key and its last message.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeyEntry {
+    /// The key.
+    pub key: String,
+    /// How many messages it has had.
+    pub version: i64,
+    /// The offset of the last one.
+    pub last_offset: Offset,
+    /// That one; `None` when retention dropped it.
+    pub entry: Option<Arc<Entry>>,
+}
+
 /// A look at what matches, without payloads.
 #[derive(Debug, Clone)]
 pub struct Scan {

@@ -2,6 +2,7 @@
 
 mod dead_letters;
 mod deliveries;
+mod keys;
 mod origins;
 mod publish;
 mod queue_messages;
@@ -24,6 +25,7 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(publish::routes())
         .merge(streams::routes())
         .merge(replay::routes())
+        .merge(keys::routes())
         .merge(queues::routes())
         .merge(renewals::routes())
         .merge(queue_messages::routes())

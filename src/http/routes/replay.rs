@@ -39,7 +39,7 @@ struct WirePage {
 /// A message in the log.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes what is printed by hand")]
-struct LoggedMessage {
+pub(super) struct LoggedMessage {
     #[schema(minimum = 1)]
     offset: i64,
     topic: String,

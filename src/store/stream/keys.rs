@@ -128,7 +128,9 @@ pub async fn list_key_heads(
             last: Offset(last?),
         })
     });
-    Ok(Some((Offset(through), heads.collect())))
+    let mut heads: Vec<KeyHead> = heads.collect();
+    heads.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    Ok(Some((Offset(through), heads)))
 }
 
 /// The end of the 64th leaf that has something after an offset, or the offset where the leaves end: what one statement may go through.

@@ -1,0 +1,202 @@
+//! Keys of keyed streams: the last message of each, and one key's history with its version.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::Response;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::replay::LoggedMessage;
+use super::streams::OFFSET_MAX;
+use super::wire;
+use crate::domain::id::Offset;
+use crate::domain::name::StreamName;
+use crate::http::extract::{Key, Named, PathPart as _, Query};
+use crate::http::follow;
+use crate::http::openapi::{NoStream, NotKeyed, Reads};
+use crate::http::problem::Problem;
+use crate::http::state::State;
+use crate::stream::{KeyPage, KeyRead, KeysPage, KeysRead};
+
+/// Bytes of events in a page unless asked for otherwise.
+const PAGE_BYTES: i64 = 4 * 1024 * 1024;
+const PAGE_MAX_BYTES: i64 = 16 * 1024 * 1024;
+
+/// A key and its history.
+#[derive(ToSchema)]
+#[schema(as = KeyHistory)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct WireHistory {
+    key: String,
+    /// How many messages the key has had in the stream, gone ones too: what the next one may expect. 0 if there was none.
+    #[schema(minimum = 0)]
+    version: i64,
+    /// The offset of the last one; null if there was none.
+    last_offset: Option<i64>,
+    /// The first offset that the stream still has. Messages of the key before it are missing here.
+    first_offset: i64,
+    /// By offset.
+    messages: Vec<LoggedMessage>,
+    /// The next page is the one `after` this offset; null when this one reaches `last_offset`.
+    next_after: Option<i64>,
+}
+
+/// Keys, each with its last message.
+#[derive(ToSchema)]
+#[schema(as = KeysPage)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct WireKeys {
+    /// By key, in the order of their bytes.
+    keys: Vec<WireKey>,
+    /// The next page is the one `after` this key; null at the end.
+    next_after: Option<String>,
+}
+
+/// A key and its last message.
+#[derive(ToSchema)]
+#[schema(as = StreamKey)]
+#[expect(dead_code, reason = "describes what is printed by hand")]
+struct WireKey {
+    key: String,
+    /// How many messages the key has had in the stream, gone ones too.
+    #[schema(minimum = 1)]
+    version: i64,
+    /// The offset of the last one.
+    #[schema(minimum = 1)]
+    last_offset: i64,
+    /// That message; null when retention dropped it.
+    message: Option<LoggedMessage>,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(history))
+}
+
+/// List the keys of a keyed stream, each with its version and its last message.
+///
+/// What is published meanwhile may or may not be in it. Keys outlive their messages: retention takes those, and the key stays with its
+/// version.
+#[utoipa::path(
+    get, path = "/v1/streams/{stream}/keys", tag = "streams",
+    params(
+        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "orders"),
+        ("after" = Option<String>, Query, description = "Keys after this one", min_length = 1, max_length = 512),
+        ("max_keys" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+        ("max_bytes" = Option<i64>, Query, description = "At most so many bytes of events, but one key always; 4 MiB without",
+            minimum = 1, maximum = 16_777_216),
+    ),
+    responses((status = 200, description = "A page", body = WireKeys), NoStream, NotKeyed, Reads),
+)]
+async fn list(
+    Extract(state): Extract<State>,
+    Named(name): Named<StreamName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let after = query.parsed("after", Key::parse).map(|Key(key)| key);
+    let max_keys = query.integer("max_keys", 1..=1_000).unwrap_or(100);
+    let max_bytes = query.integer("max_bytes", 1..=PAGE_MAX_BYTES);
+    query.finish()?;
+    let stream = &state.parts.stream;
+    let read = KeysRead {
+        stream: stream.find(&name).await?.id,
+        after,
+        max_keys: usize::try_from(max_keys).unwrap_or(1),
+        max_bytes: usize::try_from(max_bytes.unwrap_or(PAGE_BYTES)).unwrap_or(1),
+    };
+    let page = stream.read_keys(read).await?;
+    Ok(wire::json_bytes(StatusCode::OK, print_keys(&page).into()))
+}
+
+/// Read the history of a key of a keyed stream, in order, and its version.
+///
+/// The version and the messages are of one moment: a page whose `next_after` is null has all up to `version`. A key that was never used has
+/// version 0 and no messages. Slashes and other special characters of the key are percent-encoded in the path.
+#[utoipa::path(
+    get, path = "/v1/streams/{stream}/keys/{key}", tag = "streams",
+    params(
+        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "orders"),
+        ("key" = String, Path, min_length = 1, max_length = 512, example = "customer-7"),
+        ("after" = Option<i64>, Query, description = "Messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("last" = Option<bool>, Query, description = "Only the last message"),
+        ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+        ("max_bytes" = Option<i64>, Query, description = "At most so many bytes of events, but one message always; 4 MiB without",
+            minimum = 1, maximum = 16_777_216),
+    ),
+    responses((status = 200, description = "A page", body = WireHistory), NoStream, NotKeyed, Reads),
+)]
+async fn history(
+    Extract(state): Extract<State>,
+    Named(name): Named<StreamName>,
+    Named(Key(key)): Named<Key>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let after = query.integer("after", 0..=OFFSET_MAX);
+    let last_only = query.parsed("last", |text| match text {
+        "true" | "1" => Ok(true),
+        "false" | "0" => Ok(false),
+        _ => Err("is neither `true` nor `false`"),
+    });
+    let max_messages = query.integer("max_messages", 1..=1_000).unwrap_or(100);
+    let max_bytes = query.integer("max_bytes", 1..=PAGE_MAX_BYTES);
+    query.finish()?;
+    let stream = &state.parts.stream;
+    let read = KeyRead {
+        stream: stream.find(&name).await?.id,
+        key,
+        after: Offset(after.unwrap_or(0)),
+        last_only: last_only.unwrap_or(false),
+        max_messages: usize::try_from(max_messages).unwrap_or(1),
+        max_bytes: usize::try_from(max_bytes.unwrap_or(PAGE_BYTES)).unwrap_or(1),
+    };
+    let page = stream.read_key(read.clone()).await?;
+    let body = print_history(&read.key, &page);
+    Ok(wire::json_bytes(StatusCode::OK, body.into()))
+}
+
+fn print_keys(page: &KeysPage) -> Vec<u8> {
+    let mut out = Vec::with_capacity(1_024 * page.keys.len() + 64);
+    out.extend_from_slice(b"{\"keys\":[");
+    for (number, key) in page.keys.iter().enumerate() {
+        out.extend_from_slice(if number > 0 { b",{" } else { b"{" });
+        put_member(&mut out, "\"key\":", &key.key);
+        put_member(&mut out, ",\"version\":", &key.version);
+        put_member(&mut out, ",\"last_offset\":", &key.last_offset.0);
+        out.extend_from_slice(b",\"message\":");
+        match &key.entry {
+            Some(entry) => follow::put_message(&mut out, entry),
+            None => out.extend_from_slice(b"null"),
+        }
+        out.push(b'}');
+    }
+    put_member(&mut out, "],\"next_after\":", &page.next_after);
+    out.push(b'}');
+    out
+}
+
+fn print_history(key: &str, page: &KeyPage) -> Vec<u8> {
+    let mut out = Vec::with_capacity(1_024 * page.entries.len() + 256);
+    put_member(&mut out, "{\"key\":", key);
+    put_member(&mut out, ",\"version\":", &page.version);
+    let last_offset = page.last_offset.map(|offset| offset.0);
+    put_member(&mut out, ",\"last_offset\":", &last_offset);
+    put_member(&mut out, ",\"first_offset\":", &page.first_offset.0);
+    out.extend_from_slice(b",\"messages\":[");
+    for (number, entry) in page.entries.iter().enumerate() {
+        if number > 0 {
+            out.push(b',');
+        }
+        follow::put_message(&mut out, entry);
+    }
+    let next_after = page.next_after.map(|offset| offset.0);
+    put_member(&mut out, "],\"next_after\":", &next_after);
+    out.push(b'}');
+    out
+}
+
+fn put_member(out: &mut Vec<u8>, name: &str, value: &(impl serde::Serialize + ?Sized)) {
+    out.extend_from_slice(name.as_bytes());
+    wire::put(out, value);
+}
