@@ -5,6 +5,7 @@
 mod backlog;
 mod held;
 mod idle;
+mod keyed;
 mod keys;
 mod many;
 mod pgbench;

@@ -2,6 +2,7 @@
 
 mod connections;
 mod follow;
+mod keyed;
 mod letters;
 mod messages;
 mod operate;

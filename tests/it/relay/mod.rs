@@ -1,6 +1,7 @@
 //! The relay against real outboxes. Producers and relays run as the granted roles, never as the owner, and what must be in the
 //! stream is read from a ledger that the producers' own transactions wrote.
 
+mod expected;
 mod faults;
 mod install;
 mod large;
