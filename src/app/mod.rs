@@ -331,10 +331,12 @@ fn relay_options(config: &Config) -> relay::Options {
     let local = relay::OriginOptions {
         name: OriginName::local(),
         url: None,
+        mapping: None,
     };
     let others = config.origins.iter().map(|origin| relay::OriginOptions {
         name: origin.name.clone(),
         url: Some(origin.url.clone()),
+        mapping: origin.mapping.clone(),
     });
     relay::Options {
         origins: std::iter::once(local).chain(others).collect(),

@@ -1,10 +1,13 @@
 //! `postroad install`: the outbox's schema in an origin's database, or the inbox's in a consumer's.
 
+use std::path::PathBuf;
+
 use anyhow::Context as _;
 use clap::Args;
 
+use crate::config::{self, Environment, Flags};
 use crate::store::migrate::{self, Grants};
-use crate::store::{Database, server};
+use crate::store::{Database, mapped, server};
 
 #[derive(Debug, Args)]
 pub(super) struct Install {
@@ -19,6 +22,12 @@ pub(super) struct Install {
     /// Install the inbox, for a service that consumes, instead of the outbox
     #[arg(long)]
     inbox: bool,
+    /// Make what the table needs that this origin of the configuration maps, instead of an outbox
+    #[arg(long, value_name = "ORIGIN", conflicts_with = "inbox")]
+    map: Option<String>,
+    /// The configuration that has the origin; postroad.toml without it
+    #[arg(long, value_name = "FILE", requires = "map")]
+    config: Option<PathBuf>,
     /// Print the SQL instead, for teams that run their own migrations
     #[arg(long)]
     print: bool,
@@ -45,6 +54,9 @@ const INBOX: Side = Side {
 
 impl Install {
     pub(super) async fn run(self) -> anyhow::Result<()> {
+        if let Some(origin) = &self.map {
+            return self.map(origin).await;
+        }
         if self.print {
             let script = match self.inbox {
                 true => migrate::inbox_sql(),
@@ -72,6 +84,43 @@ impl Install {
             Grants::Skipped => println!(
                 "{} must exist, and this user may not create roles: have them created, then install again",
                 side.roles
+            ),
+        }
+        Ok(())
+    }
+
+    /// What is printed depends on what the table has by now, so its database is asked either way.
+    async fn map(&self, name: &str) -> anyhow::Result<()> {
+        let flags = Flags {
+            file: self.config.clone(),
+            ..Flags::default()
+        };
+        let config = config::load(&flags, &Environment::of_process())?;
+        let origin = config.origins.into_iter().find(|o| o.name.as_str() == name);
+        let origin =
+            origin.with_context(|| format!("the configuration has no origin `{name}`"))?;
+        let mapping = origin
+            .mapping
+            .with_context(|| format!("the origin `{name}` maps no table: install its outbox without --map"))?;
+        let url = self.database_url.as_deref();
+        let url = url.context("--database-url is needed, as a user who owns the table")?;
+        let database = Database::new(url, 2)?;
+        let place = database.place();
+        let server = server::look(&database).await?;
+        if let Some(reason) = server.refusal() {
+            anyhow::bail!("the table cannot be mapped in {place}: {reason}");
+        }
+        if self.print {
+            print!("{}", mapped::install::script(&database, &mapping).await?);
+            return Ok(());
+        }
+        let grants = mapped::install::install(&database, &mapping).await?;
+        database.close().await;
+        println!("the table {} is mapped in {place}", mapping.table);
+        match grants {
+            Grants::Given => println!("grant the relay's user the role postroad_relay"),
+            Grants::Skipped => println!(
+                "postroad_relay must exist, and this user may not create roles: have it created, then install again"
             ),
         }
         Ok(())

@@ -9,6 +9,8 @@ use super::{Config, Declared, Error, Fault, KEYS, Key, fault::unknown, origin};
 
 /// The file that is read when none is named.
 const DEFAULT_FILE: &str = "postroad.toml";
+/// Origins, where there is no file.
+const ORIGINS_VARIABLE: &str = "POSTROAD_ORIGINS";
 /// The tables of the file.
 const TABLES: [&str; 3] = ["origins", "streams", "queues"];
 
@@ -210,11 +212,12 @@ impl Loader<'_> {
                 self.set(place, key, &text, &name);
             }
         }
+        self.origins_variable();
         // Not a fault: Kubernetes makes variables of the names of services, and one may be named postroad.
         let known: Vec<String> = KEYS
             .iter()
             .map(Key::variable)
-            .chain(["POSTROAD_CONFIG".to_owned()])
+            .chain(["POSTROAD_CONFIG".to_owned(), ORIGINS_VARIABLE.to_owned()])
             .collect();
         for name in self.environment.0.keys() {
             if name.starts_with("POSTROAD_") && !known.contains(name) && !self.is_origins(name) {
@@ -222,6 +225,33 @@ impl Loader<'_> {
                 self.config
                     .warnings
                     .push(format!("the environment variable {name} {what}"));
+            }
+        }
+    }
+
+    /// Origins as one JSON object, each as its table in the file would be. One of the same name stands in the file's place.
+    fn origins_variable(&mut self) {
+        let Some(text) = self.environment.get(ORIGINS_VARIABLE) else {
+            return;
+        };
+        let parsed: Result<BTreeMap<String, toml::Table>, _> = serde_json::from_str(text);
+        let origins = match parsed {
+            Ok(origins) => origins,
+            Err(error) => {
+                let what = format!(
+                    "must be a JSON object of origins, like {{\"shop\": {{\"url_env\": \"SHOP_URL\"}}}}: {error}"
+                );
+                return self.fault(ORIGINS_VARIABLE, "origins", what);
+            }
+        };
+        for (name, table) in origins {
+            match origin::read(ORIGINS_VARIABLE, &name, &table, self.environment) {
+                Ok(origin) => {
+                    let others = &mut self.config.origins;
+                    others.retain(|other| other.name != origin.name);
+                    others.push(origin);
+                }
+                Err(fault) => self.faults.push(fault),
             }
         }
     }
@@ -379,6 +409,22 @@ mod tests {
                 "[origins.shop]\nurl_env = 'NOT_SET'",
                 "names the variable NOT_SET, which is not set",
             ),
+            (
+                "[origins.shop]\ntable = 'outbox'",
+                "`origins.shop.pickup` is needed",
+            ),
+            (
+                "[origins.shop]\ntable = 3",
+                "`origins.shop.table` is of type integer",
+            ),
+            (
+                "[origins.shop]\nlayout = 'debezium'\npickup = 'delete'\ncolumns = 'x'",
+                "`origins.shop.columns` must be a table",
+            ),
+            (
+                "[origins.shop]\nlayout = 'debezium'\npickup = 'delete'\n[origins.shop.columns]\nkey = '{a'",
+                "`origins.shop.columns.key` has a `{` without",
+            ),
             ("bind", "is not valid TOML"),
         ] {
             let found = fault(text);
@@ -411,5 +457,28 @@ mod tests {
         assert_eq!(config.streams[0].1["topics"][0], "orders.>");
         assert_eq!(config.queues[0].1["max_attempts"], 3);
         assert!(config.warnings[0].contains("POSTROAD_BIND"));
+    }
+
+    #[test]
+    fn mapped_origins_are_read_from_the_file_and_from_a_variable() {
+        let json = r#"{"legacy": {"url_env": "SHOP_URL", "layout": "debezium", "pickup": "delete"}}"#;
+        let environment =
+            Environment::from([("SHOP_URL", "postgres://u:p@h/d"), ("POSTROAD_ORIGINS", json)]);
+        let text = "[origins.shop]\nurl_env = 'SHOP_URL'\ntable = 'shop.events'\npickup = 'snapshot'\n\
+                    delete_relayed = true\ncolumns = { id = '{id}', topic = 'orders.{kind}' }\n\
+                    [origins.legacy]\nurl_env = 'SHOP_URL'";
+        let config = with_file(text, &environment).unwrap();
+        let [shop, legacy] = &config.origins[..] else {
+            panic!("{:?}", config.origins);
+        };
+        let mapping = shop.mapping.as_ref().unwrap();
+        assert_eq!(mapping.table.to_string(), "shop.events");
+        assert!(mapping.deletes_relayed);
+        let mapping = legacy.mapping.as_ref().unwrap();
+        assert_eq!(mapping.table.to_string(), "outboxevent");
+        assert!(config.warnings.is_empty(), "{:?}", config.warnings);
+        let environment = Environment::from([("POSTROAD_ORIGINS", "[]")]);
+        let error = load(&Flags::default(), &environment).unwrap_err().to_string();
+        assert!(error.contains("must be a JSON object of origins"), "{error}");
     }
 }

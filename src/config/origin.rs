@@ -1,9 +1,11 @@
-//! Origins beyond `local`: a name, and where the URL stands. The URL itself is never part of the configuration file,
-//! so that no password is.
+//! Origins beyond `local`: a name, where the URL stands, and the table that is read where the outbox is not Postroad's own. The
+//! URL itself is never part of the configuration file, so that no password is.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::{Fault, fault::unknown, keys::postgres_url, load::Environment};
+use crate::domain::mapping::{Draft, Mapping};
 use crate::domain::name::OriginName;
 
 /// Where an origin's URL is read from.
@@ -24,6 +26,8 @@ pub struct Origin {
     pub url_from: UrlFrom,
     /// The URL as read at start. Can hold a password: not shown.
     pub url: String,
+    /// A table that is there already and is read in place of the outbox.
+    pub mapping: Option<Mapping>,
 }
 
 impl std::fmt::Debug for Origin {
@@ -31,6 +35,7 @@ impl std::fmt::Debug for Origin {
         f.debug_struct("Origin")
             .field("name", &self.name)
             .field("url_from", &self.url_from)
+            .field("mapping", &self.mapping)
             .finish_non_exhaustive()
     }
 }
@@ -54,7 +59,16 @@ pub(super) fn read(
             "is the broker's own database, which is always an origin".to_owned(),
         ));
     }
-    let known = ["url_env", "url_file"];
+    let known = [
+        "url_env",
+        "url_file",
+        "layout",
+        "table",
+        "pickup",
+        "delete_relayed",
+        "columns",
+        "extensions",
+    ];
     if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
         let what = if key == "url" {
             "is not taken from the file, which would hold the password: name a variable with url_env, or a file with url_file".to_owned()
@@ -63,6 +77,7 @@ pub(super) fn read(
         };
         return Err(fault(&format!(".{key}"), what));
     }
+    let mapping = mapping(&parsed, table).map_err(|(key, what)| fault(&format!(".{key}"), what))?;
     let text = |key: &str| table.get(key).and_then(toml::Value::as_str);
     let (url_from, key, found) = match (text("url_env"), text("url_file")) {
         (Some(variable), None) => {
@@ -92,5 +107,65 @@ pub(super) fn read(
         name: parsed,
         url_from,
         url,
+        mapping,
     })
+}
+
+/// Reads what makes an origin a mapped one, if anything does.
+fn mapping(
+    origin: &OriginName,
+    table: &toml::Table,
+) -> Result<Option<Mapping>, (String, String)> {
+    let is_mapped = table
+        .keys()
+        .any(|key| !matches!(key.as_str(), "url_env" | "url_file"));
+    if !is_mapped {
+        return Ok(None);
+    }
+    let text = |key: &str| match table.get(key) {
+        None => Ok(None),
+        Some(toml::Value::String(text)) => Ok(Some(text.clone())),
+        Some(other) => Err((
+            key.to_owned(),
+            format!("is of type {}, and must be text", other.type_str()),
+        )),
+    };
+    let delete_relayed = match table.get("delete_relayed") {
+        None => None,
+        Some(toml::Value::Boolean(value)) => Some(*value),
+        Some(_) => {
+            return Err(("delete_relayed".to_owned(), "must be true or false".to_owned()));
+        }
+    };
+    let draft = Draft {
+        layout: text("layout")?,
+        table: text("table")?,
+        pickup: text("pickup")?,
+        delete_relayed,
+        columns: texts(table, "columns")?,
+        extensions: texts(table, "extensions")?,
+    };
+    let finished = draft.finish(origin);
+    finished.map(Some).map_err(|fault| (fault.key, fault.what))
+}
+
+/// A table of texts.
+fn texts(table: &toml::Table, key: &str) -> Result<BTreeMap<String, String>, (String, String)> {
+    let Some(value) = table.get(key) else {
+        return Ok(BTreeMap::new());
+    };
+    let wrong = |key: String| {
+        let what = "must be text, in which {column} stands for what a column holds";
+        (key, what.to_owned())
+    };
+    let Some(entries) = value.as_table() else {
+        let what = format!("must be a table, like {key} = {{ topic = \"orders.{{kind}}\" }}");
+        return Err((key.to_owned(), what));
+    };
+    let mut texts = BTreeMap::new();
+    for (name, value) in entries {
+        let text = value.as_str().ok_or_else(|| wrong(format!("{key}.{name}")))?;
+        texts.insert(name.clone(), text.to_owned());
+    }
+    Ok(texts)
 }

@@ -45,6 +45,15 @@ pub fn effective(config: &Config) -> String {
             UrlFrom::File(path) => format!("url_file = {:?}", path.display().to_string()),
         };
         let _ = writeln!(text, "\n[origins.{:?}]\n{from}", origin.name.as_str());
+        if let Some(mapping) = &origin.mapping {
+            let _ = writeln!(
+                text,
+                "table = {:?}\npickup = {:?}\ndelete_relayed = {}",
+                mapping.table.to_string(),
+                mapping.pickup.as_str(),
+                mapping.deletes_relayed
+            );
+        }
     }
     let tables = [
         ("streams", names(&config.streams)),

@@ -5,6 +5,7 @@ pub mod cloudevents;
 pub mod id;
 pub mod json;
 pub mod letter;
+pub mod mapping;
 pub mod message;
 pub mod name;
 pub mod policy;

@@ -1,10 +1,11 @@
 //! Relays: one supervised task per origin moves what producers commit to its outbox into the streams, exactly once and in order.
 //!
 //! The mechanism is in the parts: `window` for what newly became visible, `position` for what is remembered, `rerelay`
-//! for an origin that went back in time, `rotation` for the outbox's space, `row` for what a row becomes, and `task` for the
+//! for an origin that went back in time, `deletion` for a mapped table whose rows leave as they are relayed, `rotation` for the outbox's space, `row` for what a row becomes, and `task` for the
 //! loop around them. The failure story is the same everywhere: a step that did not end well drops its session with the
 //! origin and everything it knew, and the next one begins from the position that the broker's database holds.
 
+mod deletion;
 mod handle;
 mod metrics;
 mod position;
@@ -23,6 +24,7 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 
+use crate::domain::mapping::Mapping;
 use crate::domain::name::OriginName;
 use crate::store::origin::{LEAF_COUNT, LEAF_PERIOD};
 use crate::store::{self, Database};
@@ -31,7 +33,7 @@ use crate::{cluster, stream};
 
 pub use handle::{Correction, Handle, RejectedError};
 pub use rejected::{REJECTED_PAGE_MAX, RejectedPage};
-pub use status::{Blocked, State, Status};
+pub use status::{Blocked, Mapped, State, Status};
 
 /// The longest grace: a leaf is filled again after a cycle, and the leaves beside the one that is filled are left alone.
 pub const GRACE_MAX: Duration =
@@ -44,6 +46,8 @@ pub struct OriginOptions {
     pub name: OriginName,
     /// Its URL; `None` is the broker's own database.
     pub url: Option<String>,
+    /// A table that is there already and is read in place of the outbox.
+    pub mapping: Option<Mapping>,
 }
 
 // The URL has a password in it.
@@ -52,6 +56,7 @@ impl fmt::Debug for OriginOptions {
         f.debug_struct("OriginOptions")
             .field("name", &self.name)
             .field("has_url", &self.url.is_some())
+            .field("mapping", &self.mapping)
             .finish()
     }
 }
@@ -84,6 +89,7 @@ impl Default for Options {
             origins: vec![OriginOptions {
                 name: OriginName::local(),
                 url: None,
+                mapping: None,
             }],
             grace: Duration::from_secs(600),
             poll_min: Duration::from_millis(2),
@@ -182,7 +188,11 @@ pub async fn start(
                 source,
             })?,
         };
-        let status = Status::new(origin.name.clone(), id, source.place(), cluster.now());
+        let mut status = Status::new(origin.name.clone(), id, source.place(), cluster.now());
+        status.mapped = origin.mapping.as_ref().map(|mapping| Mapped {
+            table: mapping.table.to_string(),
+            pickup: mapping.pickup,
+        });
         let (status, watched) = watch::channel(status);
         statuses.push(watched);
         let relay = task::Relay {
@@ -190,6 +200,7 @@ pub async fn start(
             id,
             is_local: origin.url.is_none(),
             source,
+            mapping: origin.mapping.clone(),
             broker: db.clone(),
             stream: stream.clone(),
             cluster: cluster.clone(),

@@ -22,6 +22,23 @@ pub(super) struct Position {
     pub(super) system_identifier: String,
     /// The cluster's timeline, for people who read the position after a failover. The mark decides.
     pub(super) timeline: i32,
+    /// Where rows are picked up by deletion: the primary keys of the rows that were appended with this position. They are taken
+    /// out before the next ones are read; until that is certain they are still to be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) taken: Vec<Vec<String>>,
+    /// Where rows are picked up by deletion: the table went back in time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) recheck: Option<Recheck>,
+}
+
+/// How far the look at a mapped table is that went back in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Recheck {
+    /// Rows that the streams have are being taken out.
+    Pass,
+    /// That is done; what is left is relayed, and a row that was rejected before is not listed twice.
+    Rest,
 }
 
 /// The rows that the position's snapshot shows and `since` does not, in the order of seq; those after `after_seq` are still to come.
@@ -38,6 +55,11 @@ impl Position {
     /// Its JSON text.
     pub(super) fn to_text(&self) -> String {
         serde_json::to_string(self).expect("a position always serializes")
+    }
+
+    /// Whether rows that were relayed or rejected before can come again.
+    pub(super) fn is_rerelay(&self) -> bool {
+        self.recheck.is_some() || self.window.as_ref().is_some_and(|window| window.is_rerelay)
     }
 
     /// The same position with all of its window passed, or up to a seq.
@@ -69,6 +91,8 @@ mod tests {
             mark: None,
             system_identifier: "7".into(),
             timeline: 1,
+            taken: Vec::new(),
+            recheck: None,
         };
         let text = r#"{"snapshot":"10:20:12","system_identifier":"7","timeline":1}"#;
         assert_eq!(position.to_text(), text);

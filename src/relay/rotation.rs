@@ -9,11 +9,16 @@ use chrono::{DateTime, Utc};
 use super::position::Position;
 use super::status::Blocked;
 use super::task::{Run, Trouble};
+use crate::domain::mapping::Pickup;
 use crate::store;
 use crate::store::origin::{Emptied, Passed};
 
 /// Positions in the journal of an origin at which it is folded.
 const JOURNAL_FOLD_APPENDS: i64 = 2_000;
+/// The same where each position names the rows that it took.
+const JOURNAL_FOLD_APPENDS_BY_DELETION: i64 = 200;
+/// Rows of a mapped table that are taken out in one turn.
+const DELETE_ROWS_PER_TURN: i64 = 10_000;
 /// Marks between two folds of an origin's marks.
 const MARK_FOLD_COUNT: u32 = 2_000;
 /// Positions noted per grace.
@@ -50,10 +55,38 @@ impl Run<'_> {
         let Some(position) = self.position.clone().filter(|p| p.window.is_none()) else {
             return Ok(());
         };
-        self.note_history(&position).await?;
+        // Rows that leave as they are relayed have no history.
+        let is_kept = self.relay.pickup() == Pickup::Snapshot;
+        if is_kept {
+            self.note_history(&position).await?;
+        }
         self.fold_journal().await?;
         self.fold_marks(&position).await?;
-        self.rotate().await
+        match &self.relay.mapping {
+            None => self.rotate().await,
+            Some(mapping) if mapping.deletes_relayed => self.delete_passed().await,
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Takes rows out of a mapped table that were passed a grace ago, a bounded number in a turn.
+    async fn delete_passed(&mut self) -> Result<(), Trouble> {
+        let relay = self.relay;
+        let grace = relay.options.grace;
+        let finding = store::relay::find_passed_position(&relay.broker, relay.id, grace);
+        let Some((number, text)) = finding.await.map_err(Trouble::Broker)? else {
+            return Ok(());
+        };
+        let passed: Position = serde_json::from_str(&text).map_err(Trouble::Position)?;
+        let broker = relay.cluster.identity().id;
+        let deleting =
+            self.session
+                .delete_passed(&passed.snapshot, broker, number, DELETE_ROWS_PER_TURN);
+        let deleted = deleting.await.map_err(Trouble::Origin)?;
+        if deleted > 0 {
+            tracing::debug!(origin = %relay.name, deleted, "took out rows that were relayed a grace ago");
+        }
+        Ok(())
     }
 
     async fn note_history(&mut self, position: &Position) -> Result<(), Trouble> {
@@ -82,7 +115,11 @@ impl Run<'_> {
     }
 
     async fn fold_journal(&mut self) -> Result<(), Trouble> {
-        if self.number - self.rotation.folded_number < JOURNAL_FOLD_APPENDS {
+        let appends = match self.relay.pickup() {
+            Pickup::Snapshot => JOURNAL_FOLD_APPENDS,
+            Pickup::Delete => JOURNAL_FOLD_APPENDS_BY_DELETION,
+        };
+        if self.number - self.rotation.folded_number < appends {
             return Ok(());
         }
         let folded = store::relay::fold_journal(&self.relay.broker).await;

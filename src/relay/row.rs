@@ -18,8 +18,9 @@ const HEADERS_MAX_BYTES: usize = 64 << 10;
 const KEY_MAX_BYTES: usize = 512;
 const ATTRIBUTE_MAX_BYTES: usize = 1_024;
 const CONTENT_TYPE_MAX_BYTES: usize = 255;
-/// A payload larger than this is named, not copied, in the list of rejected rows.
-const COPY_MAX_BYTES: usize = 1 << 20;
+/// A payload larger than this is named, not copied, in the list of rejected rows. No table that a relay reads gives it one: rows
+/// are rejected with all that they have, since they leave the table.
+const COPY_MAX_BYTES: usize = crate::store::mapped::PAYLOAD_MAX_BYTES;
 
 /// Attribute names that have a column of their own, or that CloudEvents keeps for itself.
 const RESERVED: [&str; 12] = [
@@ -428,7 +429,7 @@ mod tests {
             "more than 366 days ahead",
         );
         let large = OutboxRow {
-            payload: Some("x".repeat(PAYLOAD_MAX_BYTES + 1)),
+            payload: Some("x".repeat(COPY_MAX_BYTES + 1)),
             ..row()
         };
         let rejected = to_message(large, now()).unwrap_err();

@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::domain::id::OriginId;
+use crate::domain::mapping::Pickup;
 use crate::domain::name::OriginName;
 
 /// What a relay is doing.
@@ -24,7 +25,8 @@ pub enum State {
     Unreachable,
     /// The origin has no outbox: `postroad install` is to be run there. It is asked again.
     NotInstalled,
-    /// The origin refuses what a relay needs (rights, a wrong password). It is asked again.
+    /// The origin refuses what a relay needs (rights, a wrong password), or a mapped table is not as its mapping says. It is
+    /// asked again.
     Refused,
     /// The broker's own database is away, or refuses the append. It is tried again.
     BrokerUnavailable,
@@ -76,6 +78,15 @@ pub struct Blocked {
     pub since: DateTime<Utc>,
 }
 
+/// The table that is read in place of the outbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapped {
+    /// Its name, as configured.
+    pub table: String,
+    /// How its rows are picked up.
+    pub pickup: Pickup,
+}
+
 /// An origin as its relay sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Status {
@@ -85,6 +96,8 @@ pub struct Status {
     pub id: OriginId,
     /// Host, port and database; never a user or a password.
     pub place: String,
+    /// The table in place of the outbox; none where the outbox is Postroad's own.
+    pub mapped: Option<Mapped>,
     /// What the relay is doing.
     pub state: State,
     /// Why, if something is wrong.
@@ -121,6 +134,7 @@ impl Status {
             name,
             id,
             place,
+            mapped: None,
             state: State::Waiting,
             detail: None,
             state_since: now,

@@ -14,8 +14,10 @@ use super::rotation::Rotation;
 use super::status::{State, Status};
 use super::{Options, row};
 use crate::domain::id::{Fence, OriginId};
+use crate::domain::mapping::{Mapping, Pickup};
 use crate::domain::message::Message;
 use crate::domain::name::OriginName;
+use crate::store::mapped::Misfit;
 use crate::store::origin::{OutboxRow, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database, Retry};
@@ -34,6 +36,8 @@ pub(super) struct Relay {
     /// The origin is the broker's own database: storing the position flushes the log that the rows are in.
     pub(super) is_local: bool,
     pub(super) source: Database,
+    /// What is read in place of the outbox.
+    pub(super) mapping: Option<Mapping>,
     pub(super) broker: Database,
     pub(super) stream: stream::Handle,
     pub(super) cluster: cluster::Handle,
@@ -54,8 +58,11 @@ pub(super) enum Trouble {
     Reload(&'static str),
     #[error("the origin is a standby")]
     Standby,
-    #[error("the origin has no outbox: run `postroad install` there")]
-    NotInstalled,
+    #[error("{0}")]
+    NotInstalled(String),
+    /// The mapped table is not what its mapping says, or does not do what it must.
+    #[error("{0}")]
+    Mapping(String),
     #[error("the origin could not be used")]
     Origin(#[source] store::Error),
     #[error("the broker's database could not be used")]
@@ -88,7 +95,8 @@ impl Trouble {
             Self::LeaseLost => State::Waiting,
             Self::Reload(_) => State::Connecting,
             Self::Standby => State::Standby,
-            Self::NotInstalled => State::NotInstalled,
+            Self::NotInstalled(_) => State::NotInstalled,
+            Self::Mapping(_) => State::Refused,
             Self::Origin(error) if error.retry() == Retry::Never || error.is_login_refused() => {
                 State::Refused
             }
@@ -125,6 +133,8 @@ pub(super) struct Run<'a> {
     pub(super) emptied: i64,
     /// A later snapshot after which nothing was found. Good for this session only: no mark stands behind it.
     pub(super) cursor: Option<String>,
+    /// The rows that the stored position took are out of the table, as this session knows.
+    pub(super) is_settled: bool,
     pub(super) rotation: Rotation,
 }
 
@@ -254,9 +264,7 @@ impl Relay {
             None => None,
         };
         let mut session = Session::open(&self.source).await.map_err(Trouble::Origin)?;
-        if !session.is_installed().await.map_err(Trouble::Origin)? {
-            return Err(Trouble::NotInstalled);
-        }
+        self.check_installed(&mut session).await?;
         let emptied = session.find_emptied(self.cluster.identity().id).await;
         let emptied = emptied.map_err(Trouble::Origin)?;
         let rejected = store::relay::count_rejected(&self.broker, self.id).await;
@@ -274,7 +282,31 @@ impl Relay {
             position,
             emptied,
             cursor: None,
+            is_settled: false,
             rotation: Rotation::new(stored.folded),
+        })
+    }
+
+    /// How the origin's rows are picked up.
+    pub(super) fn pickup(&self) -> Pickup {
+        self.mapping
+            .as_ref()
+            .map_or(Pickup::Snapshot, |mapping| mapping.pickup)
+    }
+
+    async fn check_installed(&self, session: &mut Session) -> Result<(), Trouble> {
+        let Some(mapping) = &self.mapping else {
+            return match session.is_installed().await.map_err(Trouble::Origin)? {
+                true => Ok(()),
+                false => Err(Trouble::NotInstalled(
+                    "the origin has no outbox: run `postroad install` there".to_owned(),
+                )),
+            };
+        };
+        let mapped = session.map(mapping).await.map_err(Trouble::Origin)?;
+        mapped.map_err(|misfit| match misfit {
+            Misfit::NotInstalled(what) => Trouble::NotInstalled(what),
+            Misfit::Wrong(faults) => Trouble::Mapping(faults.join("; ")),
         })
     }
 }
@@ -385,6 +417,7 @@ impl Run<'_> {
         // What expected another version of its key was listed by the append itself.
         let rejected = rejected + messages.saturating_sub(placed.len());
         self.number = self.next_number();
+        self.is_settled = position.taken.is_empty();
         self.position = Some(position);
         self.cursor = None;
         let number = self.number;
@@ -401,9 +434,9 @@ impl Run<'_> {
     }
 
     fn is_rerelay(&self, position: &Position) -> bool {
-        let previous = self.position.as_ref().and_then(|p| p.window.as_ref());
-        let window = position.window.as_ref().or(previous);
-        window.is_some_and(|window| window.is_rerelay)
+        // The last page of a window, or of a table that went back, has a position without it.
+        let is_previous = |previous: &Position| position.window.is_none() && previous.is_rerelay();
+        position.is_rerelay() || self.position.as_ref().is_some_and(is_previous)
     }
 
     /// In a re-relay, leaves out the rows that the stream did not take for the version that they expect: they are listed.

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::position::{NOTHING, Position, Window};
 use super::status::State;
 use super::task::{Prepared, Run, Stepped, Trouble};
+use crate::domain::mapping::Pickup;
 use crate::store::origin::{Identity, Place};
 
 /// In a re-relay the ids of a chunk are in memory too, and the streams' log is read once per chunk.
@@ -25,8 +26,16 @@ struct Chunk {
 }
 
 impl Run<'_> {
-    /// Opens the next window and relays it.
+    /// Moves on by one step, as the outbox is read.
     pub(super) async fn step(&mut self) -> Result<Stepped, Trouble> {
+        match self.relay.pickup() {
+            Pickup::Snapshot => self.step_by_snapshot().await,
+            Pickup::Delete => self.step_by_deletion().await,
+        }
+    }
+
+    /// Opens the next window and relays it.
+    async fn step_by_snapshot(&mut self) -> Result<Stepped, Trouble> {
         let options = &self.relay.options;
         let now = self.relay.cluster.now();
         let started = Instant::now();
@@ -128,6 +137,8 @@ impl Run<'_> {
             mark,
             system_identifier: identity.system_identifier,
             timeline: identity.timeline,
+            taken: Vec::new(),
+            recheck: None,
         })
     }
 
@@ -267,7 +278,7 @@ impl Run<'_> {
 }
 
 /// Why the position is not one of this origin's past, if it is not.
-fn went_back(position: &Position, identity: &Identity) -> Option<&'static str> {
+pub(super) fn went_back(position: &Position, identity: &Identity) -> Option<&'static str> {
     if position.system_identifier != identity.system_identifier {
         Some("it is another cluster than before")
     } else if !identity.has_mark {

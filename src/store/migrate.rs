@@ -48,10 +48,15 @@ const ORIGIN: &[File] = &[
 /// The consumer side, in the same schema as an origin's: a service can be both.
 const INBOX: &[File] = &[file!("inbox", 20261122001000, "inbox")];
 
+/// What stands beside mapped tables, in the same schema too.
+const MAPPED: &[File] = &[file!("mapped", 20261122002000, "mapped")];
+
 /// Roles of an origin and what they may do; run at the end of every install.
 const ORIGIN_GRANTS: &str = include_str!("../../migrations/origin/grants.sql");
 /// The same of an inbox.
 const INBOX_GRANTS: &str = include_str!("../../migrations/inbox/grants.sql");
+/// The same beside mapped tables.
+const MAPPED_GRANTS: &str = include_str!("../../migrations/mapped/grants.sql");
 
 fn migrator(files: &[File], schema: &'static str) -> Migrator {
     let migrations = files
@@ -112,6 +117,28 @@ pub async fn origin(database: &Database) -> Result<Grants, Error> {
 /// A migration that failed, or a landed one that was edited; grants refused.
 pub async fn inbox(database: &Database) -> Result<Grants, Error> {
     install(database, INBOX, INBOX_GRANTS, &["postroad_consumer"]).await
+}
+
+/// Installs what stands beside mapped tables, then runs these statements, in one transaction of their own: what one table needs.
+pub(in crate::store) async fn mapped(
+    database: &Database,
+    statements: &str,
+) -> Result<Grants, Error> {
+    const DOING: &str = "changing the mapped table";
+    let grants = install(database, MAPPED, MAPPED_GRANTS, &["postroad_relay"]).await?;
+    let mut connection = database.connect().await?;
+    // Sent as one message, it is one transaction.
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))
+        .execute(&mut connection)
+        .await
+        .map_err(Error::query(DOING))?;
+    Ok(grants)
+}
+
+/// The same as one SQL script.
+pub(in crate::store) fn mapped_sql(statements: &str) -> String {
+    let grants = format!("{MAPPED_GRANTS}{statements}");
+    script("tables beside mapped outboxes", MAPPED, &grants)
 }
 
 async fn install(
@@ -215,9 +242,12 @@ mod tests {
     }
 
     #[test]
-    fn both_sides_can_stand_in_one_database() {
-        for (version, ..) in INBOX {
-            assert!(ORIGIN.iter().all(|(other, ..)| other != version));
-        }
+    fn all_sides_can_stand_in_one_database() {
+        let mut versions: Vec<i64> = [ORIGIN, INBOX, MAPPED]
+            .iter()
+            .flat_map(|files| files.iter().map(|file| file.0))
+            .collect();
+        versions.sort_unstable();
+        assert!(versions.is_sorted_by(|left, right| left < right));
     }
 }

@@ -5,6 +5,7 @@ mod bounded;
 pub mod cluster;
 mod error;
 pub mod letter;
+pub mod mapped;
 pub mod migrate;
 pub mod origin;
 pub mod queue;

@@ -10,11 +10,13 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt as _;
 use sqlx::postgres::PgRow;
-use sqlx::{AssertSqlSafe, Connection as _, Row as _};
+use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqlSafeStr as _, SqlStr};
 use uuid::Uuid;
 
 use super::bounded::{LONG_STATEMENT, bounded, connecting};
+use super::mapped::{Misfit, Relation};
 use super::{Connection, Database, Error};
+use crate::domain::mapping::Mapping;
 
 /// The leaves of an outbox, part of its schema.
 pub const LEAF_COUNT: i16 = 8;
@@ -38,8 +40,10 @@ const SESSION: [(&str, &str); 8] = [
 /// A relay's connection to its origin.
 #[derive(Debug)]
 pub struct Session {
-    connection: Connection,
+    pub(in crate::store) connection: Connection,
     keeps_plans: bool,
+    /// The table that is read in place of the outbox.
+    mapped: Option<Relation>,
 }
 
 /// Who the origin is at the moment of a window's snapshot.
@@ -134,7 +138,7 @@ pub enum Emptied {
     Blocked(Option<i32>),
 }
 
-fn statement<T>(
+pub(in crate::store) fn statement<T>(
     doing: &'static str,
     future: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> impl Future<Output = Result<T, Error>> {
@@ -152,7 +156,33 @@ impl Session {
         Ok(Self {
             connection,
             keeps_plans: false,
+            mapped: None,
         })
+    }
+
+    /// From now on the session reads this table in place of the outbox, if it is as the mapping says.
+    ///
+    /// # Errors
+    /// A statement failed.
+    pub async fn map(&mut self, mapping: &Mapping) -> Result<Result<(), Misfit>, Error> {
+        self.keep_plans(false).await?;
+        let looked = super::mapped::look(&mut self.connection, mapping).await?;
+        Ok(looked.map(|relation| self.mapped = Some(relation)))
+    }
+
+    pub(in crate::store) fn relation(&self) -> Result<&Relation, Error> {
+        self.mapped.as_ref().ok_or_else(|| Error::Corrupt {
+            doing: "reading a mapped table",
+            what: "the session reads none".to_owned(),
+        })
+    }
+
+    /// A statement over the outbox, or over the table in its place.
+    fn text(&self, own: &'static str) -> SqlStr {
+        match &self.mapped {
+            None => own.into_sql_str(),
+            Some(relation) => AssertSqlSafe(relation.rewrite(own)).into_sql_str(),
+        }
     }
 
     /// Whether plans that statements have are used again, or made anew for what is in the tables now.
@@ -199,7 +229,8 @@ impl Session {
     ) -> Result<Opened, Error> {
         const DOING: &str = "opening a window of the outbox";
         self.keep_plans(true).await?;
-        let reading = sqlx::query(include_str!("sql/open_outbox_window.sql"))
+        let text = self.text(include_str!("sql/open_outbox_window.sql"));
+        let reading = sqlx::query(text)
             .bind(last)
             .bind(mark)
             .bind(i64::try_from(max_rows).unwrap_or(i64::MAX))
@@ -221,8 +252,9 @@ impl Session {
         limit: usize,
     ) -> Result<Vec<Place>, Error> {
         self.keep_plans(false).await?;
+        let text = self.text(include_str!("sql/read_outbox_manifest.sql"));
         statement("reading the manifest of a window", async {
-            let mut rows = sqlx::query(include_str!("sql/read_outbox_manifest.sql"))
+            let mut rows = sqlx::query(text)
                 .bind(since)
                 .bind(snapshot)
                 .bind(after)
@@ -249,8 +281,9 @@ impl Session {
         limit: usize,
     ) -> Result<Vec<(Place, (String, String))>, Error> {
         self.keep_plans(false).await?;
+        let text = self.text(include_str!("sql/read_outbox_manifest_ids.sql"));
         statement("reading the manifest of a re-relay", async {
-            let mut rows = sqlx::query(include_str!("sql/read_outbox_manifest_ids.sql"))
+            let mut rows = sqlx::query(text)
                 .bind(since)
                 .bind(snapshot)
                 .bind(after)
@@ -279,7 +312,8 @@ impl Session {
         after: i64,
     ) -> Result<u64, Error> {
         self.keep_plans(false).await?;
-        let counting = sqlx::query_scalar(include_str!("sql/count_outbox_window.sql"))
+        let text = self.text(include_str!("sql/count_outbox_window.sql"));
+        let counting = sqlx::query_scalar(text)
             .bind(since)
             .bind(snapshot)
             .bind(after)
@@ -297,7 +331,9 @@ impl Session {
         self.keep_plans(false).await?;
         const DOING: &str = "reading a page of the outbox";
         let mut rows = Vec::with_capacity(places.len());
-        for leaf in 0..LEAF_COUNT {
+        // A mapped table is one leaf; of a partitioned one, rows of other leaves at the same place have other numbers.
+        let leaves = if self.mapped.is_some() { 1 } else { LEAF_COUNT };
+        for leaf in 0..leaves {
             let of_leaf = || places.iter().filter(|place| place.leaf == leaf);
             let ctids: Vec<String> = of_leaf()
                 .map(|place| format!("({},{})", place.block, place.line))
@@ -307,17 +343,11 @@ impl Session {
             }
             let seqs: std::collections::HashSet<i64> = of_leaf().map(|place| place.seq).collect();
             // The leaf is one of eight names of the schema, each with a statement of its own.
-            let text = format!(
-                "select seq, topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema,
-                    headers::text as headers, expected_version,
-                    case when time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00' then time end as time,
-                    coalesce(time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00', true) as time_is_valid,
-                    case when deliver_at >= '0001-01-01 00:00:00+00' and deliver_at < '10000-01-01 00:00:00+00'
-                        then deliver_at end as deliver_at,
-                    coalesce(deliver_at >= '0001-01-01 00:00:00+00' and deliver_at < '10000-01-01 00:00:00+00', true)
-                        as deliver_at_is_valid
-                from postroad.outbox_{leaf} where ctid = any($1::text[]::tid[])"
-            );
+            let text = ROWS_BY_PLACE.replace("/*leaf*/", &leaf.to_string());
+            let text = match &self.mapped {
+                Some(relation) => relation.rewrite(&ROWS_BY_PLACE.replace("_/*leaf*/", "")),
+                None => text,
+            };
             let reading = sqlx::query(AssertSqlSafe(text))
                 .bind(ctids)
                 .fetch_all(&mut self.connection);
@@ -337,9 +367,15 @@ impl Session {
     /// # Errors
     /// The statement failed: the mark may or may not be there, which is harmless.
     pub async fn insert_mark(&mut self, mark: Uuid) -> Result<(), Error> {
-        let inserting = sqlx::query("insert into postroad.relay_mark (id) values ($1)")
-            .bind(mark)
-            .execute(&mut self.connection);
+        let inserting = match &self.mapped {
+            None => sqlx::query("insert into postroad.relay_mark (id) values ($1)").bind(mark),
+            Some(relation) => {
+                sqlx::query("insert into postroad.mapped_mark (id, table_name) values ($1, $2)")
+                    .bind(mark)
+                    .bind(&relation.table)
+            }
+        };
+        let inserting = inserting.execute(&mut self.connection);
         statement("leaving a mark in the origin", inserting).await?;
         Ok(())
     }
@@ -351,6 +387,9 @@ impl Session {
     /// The transaction failed.
     pub async fn fold_marks(&mut self, kept: Uuid) -> Result<bool, Error> {
         self.keep_plans(false).await?;
+        if self.mapped.is_some() {
+            return self.fold_mapped_marks(kept).await;
+        }
         statement("folding the marks", async {
             let mut transaction = self.connection.begin().await?;
             let locked =
@@ -381,8 +420,13 @@ impl Session {
     /// The statement failed.
     pub async fn restamp(&mut self) -> Result<i64, Error> {
         self.keep_plans(false).await?;
-        let calling =
-            sqlx::query_scalar("select postroad.relay_restamp()").fetch_one(&mut self.connection);
+        let calling = match &self.mapped {
+            None => sqlx::query_scalar("select postroad.relay_restamp()"),
+            Some(relation) => {
+                sqlx::query_scalar("select postroad.mapped_restamp($1)").bind(&relation.table)
+            }
+        };
+        let calling = calling.fetch_one(&mut self.connection);
         statement("restamping the outbox", calling).await
     }
 
@@ -408,11 +452,18 @@ impl Session {
     /// # Errors
     /// The statement failed.
     pub async fn find_emptied(&mut self, broker: Uuid) -> Result<i64, Error> {
-        let finding = sqlx::query_scalar(
-            "select coalesce(max(number), 0) from postroad.relay_emptied where broker = $1",
-        )
-        .bind(broker)
-        .fetch_one(&mut self.connection);
+        let finding = match &self.mapped {
+            None => sqlx::query_scalar(
+                "select coalesce(max(number), 0) from postroad.relay_emptied where broker = $1",
+            )
+            .bind(broker),
+            Some(relation) => sqlx::query_scalar(
+                "select coalesce(max(number), 0) from postroad.mapped_emptied where broker = $1 and table_name = $2",
+            )
+            .bind(broker)
+            .bind(&relation.table),
+        };
+        let finding = finding.fetch_one(&mut self.connection);
         statement("reading what was emptied", finding).await
     }
 
@@ -505,18 +556,20 @@ fn lock_refused(error: sqlx::Error) -> Result<(), sqlx::Error> {
     }
 }
 
+/// The rows at places of one leaf.
+const ROWS_BY_PLACE: &str = "select seq, topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema,
+        headers::text as headers, expected_version,
+        case when time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00' then time end as time,
+        coalesce(time >= '0001-01-01 00:00:00+00' and time < '10000-01-01 00:00:00+00', true) as time_is_valid,
+        case when deliver_at >= '0001-01-01 00:00:00+00' and deliver_at < '10000-01-01 00:00:00+00'
+            then deliver_at end as deliver_at,
+        coalesce(deliver_at >= '0001-01-01 00:00:00+00' and deliver_at < '10000-01-01 00:00:00+00', true)
+            as deliver_at_is_valid
+    from postroad.outbox_/*leaf*/ where ctid = any($1::text[]::tid[])";
+
 fn read_opened(found: &[PgRow], max_rows: usize) -> Result<Opened, sqlx::Error> {
     let first = found.first().ok_or(sqlx::Error::RowNotFound)?;
-    let identity = Identity {
-        in_recovery: first.try_get("in_recovery")?,
-        system_identifier: first.try_get("system_identifier")?,
-        timeline: first.try_get("timeline")?,
-        backend_pid: first.try_get("backend_pid")?,
-        has_mark: first.try_get("has_mark")?,
-        is_ahead: first.try_get("is_ahead")?,
-        snapshot: first.try_get("snapshot")?,
-        read_at: first.try_get("read_at")?,
-    };
+    let identity = read_identity(first)?;
     let mut rows = Vec::new();
     let mut is_whole = true;
     if first.try_get::<Option<i64>, _>("seq")?.is_some() {
@@ -533,7 +586,20 @@ fn read_opened(found: &[PgRow], max_rows: usize) -> Result<Opened, sqlx::Error> 
     })
 }
 
-fn read_row(row: &PgRow) -> Result<OutboxRow, sqlx::Error> {
+pub(in crate::store) fn read_identity(first: &PgRow) -> Result<Identity, sqlx::Error> {
+    Ok(Identity {
+        in_recovery: first.try_get("in_recovery")?,
+        system_identifier: first.try_get("system_identifier")?,
+        timeline: first.try_get("timeline")?,
+        backend_pid: first.try_get("backend_pid")?,
+        has_mark: first.try_get("has_mark")?,
+        is_ahead: first.try_get("is_ahead")?,
+        snapshot: first.try_get("snapshot")?,
+        read_at: first.try_get("read_at")?,
+    })
+}
+
+pub(in crate::store) fn read_row(row: &PgRow) -> Result<OutboxRow, sqlx::Error> {
     Ok(OutboxRow {
         seq: row.try_get("seq")?,
         topic: row.try_get("topic")?,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::Connection as _;
+use sqlx::{Connection as _, FromRow as _, Row as _};
 
 use super::{Database, Error};
 use crate::domain::id::{Fence, OriginId};
@@ -297,7 +297,8 @@ fn rejected_row(columns: RejectedColumns) -> RejectedRow {
     }
 }
 
-/// Rejected rows of an origin after number `after`, oldest first, at most `limit`.
+/// Rejected rows of an origin after number `after`, oldest first, at most `limit` and at most 16 MiB of rows, but one if there is
+/// one. With whether there are more.
 ///
 /// # Errors
 /// The statement failed.
@@ -306,22 +307,38 @@ pub async fn list_rejected(
     origin: OriginId,
     after: i64,
     limit: u32,
-) -> Result<Vec<RejectedRow>, Error> {
-    let listing = sqlx::query_as::<_, RejectedColumns>(
-        "select id, seq, reason, outbox_row, rejected_at, resent_at
-        from postroad_broker.rejected_message
-        where origin_id = $1 and id > $2
-        order by id
-        limit $3",
+) -> Result<(Vec<RejectedRow>, bool), Error> {
+    const DOING: &str = "listing rejected rows";
+    let listing = sqlx::query(
+        "select id, seq, reason, outbox_row, rejected_at, resent_at, has_next
+        from (
+            select id, seq, reason, outbox_row, rejected_at, resent_at, row_number() over by_id as n,
+                lead(id) over by_id is not null as has_next,
+                sum(octet_length(outbox_row)) over (by_id rows unbounded preceding) as running_size
+            from postroad_broker.rejected_message
+            where origin_id = $1 and id > $2
+            window by_id as (order by id)
+            order by id
+            limit $3
+        ) as page
+        where n = 1 or running_size <= 16777216
+        order by id",
     )
     .bind(origin.0)
     .bind(after)
     .bind(i64::from(limit))
     .fetch_all(database.pool());
-    let rows = listing
-        .await
-        .map_err(Error::query("listing rejected rows"))?;
-    Ok(rows.into_iter().map(rejected_row).collect())
+    let found = listing.await.map_err(Error::query(DOING))?;
+    let read = || {
+        let mut rows = Vec::with_capacity(found.len());
+        let mut has_next = false;
+        for row in &found {
+            has_next = row.try_get("has_next")?;
+            rows.push(rejected_row(RejectedColumns::from_row(row)?));
+        }
+        Ok((rows, has_next))
+    };
+    read().map_err(Error::query(DOING))
 }
 
 /// One rejected row.

@@ -26,6 +26,10 @@ struct Origin {
     name: String,
     /// Host, port and database.
     place: String,
+    /// The table that is read in place of the outbox; null where the outbox is Postroad's own.
+    table: Option<String>,
+    /// How the table's rows are picked up, `snapshot` or `delete`; null where the outbox is Postroad's own.
+    pickup: Option<&'static str>,
     /// What the relay does: `waiting`, `connecting`, `running`, `re-relaying`, `standby`, `unreachable`,
     /// `not_installed`, `refused`, `broker_unavailable` or `stopped`.
     state: &'static str,
@@ -138,6 +142,8 @@ fn origin(status: Status, now: DateTime<Utc>) -> Origin {
         lag_seconds: status.lag(now).map(|lag| lag.as_secs_f64()),
         name: status.name.to_string(),
         place: status.place,
+        pickup: status.mapped.as_ref().map(|mapped| mapped.pickup.as_str()),
+        table: status.mapped.map(|mapped| mapped.table),
         state: status.state.as_str(),
         state_since: wire::time(status.state_since),
         detail: status.detail,

@@ -5,6 +5,7 @@ mod expected;
 mod faults;
 mod install;
 mod large;
+mod mapped;
 mod race;
 mod rejected;
 mod rotation;
@@ -42,6 +43,19 @@ pub async fn rig_with(
     origins: &[(&str, Option<&str>)],
     options: relay::Options,
 ) -> Rig {
+    let origins = origins
+        .iter()
+        .map(|(name, url)| OriginOptions {
+            name: OriginName::parse(name).unwrap(),
+            url: url.map(str::to_owned),
+            mapping: None,
+        })
+        .collect();
+    rig_of(db, relay::Options { origins, ..options }).await
+}
+
+/// Starts the engines with the origins of the options.
+pub async fn rig_of(db: &Database, options: relay::Options) -> Rig {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let mut registry = Registry::default();
@@ -63,15 +77,8 @@ pub async fn rig_with(
     )
     .await
     .unwrap();
-    let origins = origins
-        .iter()
-        .map(|(name, url)| OriginOptions {
-            name: OriginName::parse(name).unwrap(),
-            url: url.map(str::to_owned),
-        })
-        .collect();
     let relay = relay::start(
-        relay::Options { origins, ..options },
+        options,
         db.clone(),
         stream.clone(),
         cluster.clone(),
@@ -159,6 +166,8 @@ pub fn as_user(url: &str, user: &str) -> String {
 pub struct Origin {
     /// As its owner.
     pub url: String,
+    /// What producers insert into.
+    pub layout: shop::Layout,
 }
 
 impl Origin {
@@ -183,6 +192,7 @@ impl Origin {
         .await;
         Self {
             url: url.to_owned(),
+            layout: shop::Layout::Own,
         }
     }
 

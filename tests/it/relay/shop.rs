@@ -43,8 +43,63 @@ impl Dice {
     }
 }
 
+/// What the producers insert into: the outbox, or a table that is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    Own,
+    Debezium,
+    Numbered,
+}
+
+impl Layout {
+    /// Inserts a message of the key's version, and returns its id.
+    const fn sold(self) -> &'static str {
+        match self {
+            Self::Own => {
+                "insert into postroad.outbox (topic, key, payload)
+                select 'orders.sold', key, json_build_object('version', version)::text from item where key = 'k' || $1::bigint
+                returning id"
+            }
+            Self::Debezium => {
+                "insert into outboxevent (id, aggregatetype, aggregateid, type, payload)
+                select gen_random_uuid(), 'item', key, 'sold', jsonb_build_object('version', version) from item where key = 'k' || $1::bigint
+                returning id::text"
+            }
+            Self::Numbered => {
+                "insert into shop.events (kind, sku, body)
+                select 'sold', key, json_build_object('version', version) from item where key = 'k' || $1::bigint
+                returning event_id::text"
+            }
+        }
+    }
+
+    /// Inserts a message without a version, and returns its id.
+    const fn noted(self) -> &'static str {
+        match self {
+            Self::Own => {
+                "insert into postroad.outbox (topic, payload_bytes) values ('orders.noted', '\\x00ff') returning id"
+            }
+            Self::Debezium => {
+                "insert into outboxevent (id, aggregatetype, aggregateid, type)
+                values (gen_random_uuid(), 'note', 'n', 'noted') returning id::text"
+            }
+            Self::Numbered => {
+                "insert into shop.events (kind) values ('noted') returning event_id::text"
+            }
+        }
+    }
+}
+
 /// A version of a key: the row lock first, then the message.
 pub async fn sell(connection: &mut PgConnection, key: i64) -> Result<(), sqlx::Error> {
+    sell_in(Layout::Own, connection, key).await
+}
+
+pub async fn sell_in(
+    layout: Layout,
+    connection: &mut PgConnection,
+    key: i64,
+) -> Result<(), sqlx::Error> {
     sqlx::query(
         "with locked as (update item set version = version + 1 where key = 'k' || $1::bigint returning key, version)
         select from locked",
@@ -52,52 +107,53 @@ pub async fn sell(connection: &mut PgConnection, key: i64) -> Result<(), sqlx::E
     .bind(key)
     .execute(&mut *connection)
     .await?;
-    sqlx::query(
-        "with message as (
-            insert into postroad.outbox (topic, key, payload)
-            select 'orders.sold', key, json_build_object('version', version)::text from item where key = 'k' || $1::bigint
-            returning id
-        )
+    let text = format!(
+        "with message (id) as ({})
         insert into ledger (id, key, version) select message.id, item.key, item.version from message, item where item.key = 'k' || $1::bigint",
-    )
-    .bind(key)
-    .execute(&mut *connection)
-    .await?;
+        layout.sold()
+    );
+    let selling = sqlx::query(sqlx::AssertSqlSafe(text)).bind(key);
+    selling.execute(&mut *connection).await?;
     Ok(())
 }
 
 /// A message without a key: no lock stands in the way of its commit order.
 pub async fn note(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "with message as (
-            insert into postroad.outbox (topic, payload_bytes) values ('orders.noted', '\\x00ff') returning id
-        )
-        insert into ledger (id) select id from message",
-    )
-    .execute(connection)
-    .await?;
+    note_in(Layout::Own, connection).await
+}
+
+pub async fn note_in(layout: Layout, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let text = format!(
+        "with message (id) as ({}) insert into ledger (id) select id from message",
+        layout.noted()
+    );
+    sqlx::query(sqlx::AssertSqlSafe(text)).execute(connection).await?;
     Ok(())
 }
 
 /// One transaction of a producer, whichever it rolls.
-pub async fn transact(connection: &mut PgConnection, dice: &mut Dice) -> Result<(), sqlx::Error> {
+async fn transact(
+    layout: Layout,
+    connection: &mut PgConnection,
+    dice: &mut Dice,
+) -> Result<(), sqlx::Error> {
     let mut transaction = connection.begin().await?;
     let kind = dice.roll(40);
     if kind == 0 {
         // More subtransactions than a backend lists in shared memory (64), each with rows of its own.
         for _ in 0..70 {
             let mut savepoint = transaction.begin().await?;
-            note(&mut savepoint).await?;
+            note_in(layout, &mut savepoint).await?;
             savepoint.commit().await?;
         }
     }
     if kind < 8 {
-        note(&mut transaction).await?;
+        note_in(layout, &mut transaction).await?;
         // Late: others overtake it.
         tokio::time::sleep(Duration::from_millis(dice.roll(20))).await;
     }
     let mut savepoint = transaction.begin().await?;
-    sell(&mut savepoint, 1 + dice.roll(KEYS as u64) as i64).await?;
+    sell_in(layout, &mut savepoint, 1 + dice.roll(KEYS as u64) as i64).await?;
     if dice.roll(6) == 0 {
         savepoint.rollback().await?;
     } else {
@@ -118,6 +174,7 @@ pub struct Producers {
 impl Producers {
     pub fn start(origin: &Origin, count: u64, settings: &'static str) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
+        let layout = origin.layout;
         let tasks = (0..count).map(|number| {
             let url = origin.producer_url();
             let stop = Arc::clone(&stop);
@@ -136,7 +193,7 @@ impl Producers {
                         continue;
                     }
                     while !stop.load(Ordering::Relaxed) {
-                        if transact(&mut connection, &mut dice).await.is_err() {
+                        if transact(layout, &mut connection, &mut dice).await.is_err() {
                             break;
                         }
                     }

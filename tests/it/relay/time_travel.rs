@@ -94,6 +94,7 @@ async fn a_standby_is_refused_until_it_is_promoted_and_then_the_end_that_it_lack
     primary.start().await;
     let promoted = Origin {
         url: standby.url("shop"),
+        ..origin.clone()
     };
 
     // The URL points at the standby from the start: refused, with a state that says so.
@@ -145,6 +146,7 @@ async fn a_standby_is_refused_until_it_is_promoted_and_then_the_end_that_it_lack
         .await;
     let promoted = Origin {
         url: standby.url("shop"),
+        ..origin.clone()
     };
     execute(&mut promoted.owner().await, "select pg_promote()").await;
     work(&promoted, 300).await;
@@ -182,7 +184,10 @@ async fn an_outbox_dumped_and_restored_into_a_younger_cluster() {
 
     let young = support::cluster().await;
     let url = young.create_database("shop").await;
-    let restored = Origin { url: url.clone() };
+    let restored = Origin {
+        url: url.clone(),
+        ..origin.clone()
+    };
     let mut admin = restored.owner().await;
     execute(
         &mut admin,

@@ -1,0 +1,158 @@
+//! A mapped table whose rows are picked up by deletion: whatever is in it and committed is still to be relayed, but for the rows
+//! that the stored position took.
+//!
+//! A step reads the first rows in order, leaves the mark, and appends; the position of that very commit names the rows. Only then
+//! are they taken out, and only when that is certain are the next ones read. Killed at any point, whoever goes on finds a
+//! position that names the rows: it takes out those that are still there, which can be repeated, and reads on. So a row is in the
+//! streams once the position names it and never again, whether the delete was sent, committed or neither; and a row is
+//! taken out only after its message is durable. A relay that was fenced off can still take rows out, and they are rows that
+//! were appended.
+//!
+//! A table that went back in time holds rows again that were relayed and taken out: the mark says so, and then all that it holds
+//! is looked up in the streams once, before anything is relayed.
+
+use std::time::Instant;
+
+use super::position::Recheck;
+use super::status::State;
+use super::task::{Run, Stepped, Trouble};
+use super::window::went_back;
+
+/// Rows that are looked up in the streams at a time.
+const RECHECK_CHUNK_ROWS: usize = 50_000;
+
+impl Run<'_> {
+    /// Relays a batch.
+    pub(super) async fn step_by_deletion(&mut self) -> Result<Stepped, Trouble> {
+        let options = &self.relay.options;
+        let now = self.relay.cluster.now();
+        let started = Instant::now();
+        let mark = self.position.as_ref().and_then(|position| position.mark);
+        // What the position took may still be there: then this look is for the mark alone.
+        let max_rows = if self.is_ready() { options.page_rows } else { 0 };
+        let opening = self.session.open_batch(mark, max_rows, options.page_bytes);
+        let batch = opening.await.map_err(Trouble::Origin)?;
+        self.check_session(&batch.identity)?;
+        self.relay.status.send_modify(|status| {
+            status.step_count += 1;
+            status.step_time = started.elapsed();
+        });
+        if self.number < self.emptied {
+            self.note_gap();
+        }
+        let why = self
+            .position
+            .as_ref()
+            .and_then(|position| went_back(position, &batch.identity));
+        let is_cut_short = self
+            .position
+            .as_ref()
+            .is_some_and(|position| position.recheck == Some(Recheck::Pass));
+        if why.is_some() || is_cut_short || self.number < self.emptied {
+            self.recheck(why.unwrap_or("a look at all of it was not finished"))
+                .await?;
+            return Ok(Stepped { rows: 0 });
+        }
+        if !self.is_ready() {
+            self.settle_taken().await?;
+            return Ok(Stepped { rows: options.page_rows });
+        }
+        let count = batch.rows.len();
+        let lag = match batch.is_all {
+            true => count as u64,
+            false => self.session.count_rows().await.map_err(Trouble::Origin)?,
+        };
+        self.relay.status.send_modify(|status| status.lag_rows = lag);
+        if count > 0 {
+            let is_rest = !batch.is_all;
+            let mut position = self.mark(batch.identity).await?;
+            position.taken = batch.keys;
+            position.recheck = self
+                .position
+                .as_ref()
+                .and_then(|position| position.recheck)
+                .filter(|_| is_rest);
+            self.append(position, batch.rows).await?;
+            self.settle_taken().await?;
+        }
+        if batch.is_all {
+            self.relay.status.send_modify(|status| {
+                status.lag_rows = 0;
+                status.relayed_through = Some(now);
+            });
+        }
+        // A batch that was cut by its bytes has a next one as well.
+        let rows = if batch.is_all { count } else { options.page_rows };
+        Ok(Stepped { rows })
+    }
+
+    /// Whether the rows that the position took are known to be out.
+    fn is_ready(&self) -> bool {
+        let took = self.position.as_ref().map_or(0, |position| position.taken.len());
+        self.is_settled || took == 0
+    }
+
+    /// Takes out the rows that the stored position took.
+    async fn settle_taken(&mut self) -> Result<(), Trouble> {
+        let Some(position) = &self.position else {
+            return Ok(());
+        };
+        let keys = position.taken.clone();
+        self.take_out(&keys).await?;
+        self.is_settled = true;
+        Ok(())
+    }
+
+    async fn take_out(&mut self, keys: &[Vec<String>]) -> Result<(), Trouble> {
+        let broker = self.relay.cluster.identity().id;
+        let deleting = self.session.delete_rows(keys, broker, self.number);
+        let left = deleting.await.map_err(Trouble::Origin)?;
+        if left > 0 {
+            // Reading on would relay them again.
+            return Err(Trouble::Mapping(format!(
+                "{left} rows that were relayed cannot be taken out of the table: a trigger, a rule or row security keeps them"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Looks up everything that the table holds, and takes out what the streams have.
+    async fn recheck(&mut self, why: &'static str) -> Result<(), Trouble> {
+        let relay = self.relay;
+        relay.set_state(State::Rerelaying, Some(why.to_owned()));
+        tracing::warn!(origin = %relay.name, position = self.number, "looking up all rows of the mapped table: {why}");
+        relay.status.send_modify(|status| status.rerelay_count += 1);
+        let opening = self.session.open_batch(None, 0, 0);
+        let batch = opening.await.map_err(Trouble::Origin)?;
+        self.check_session(&batch.identity)?;
+        let mut position = self.mark(batch.identity).await?;
+        position.recheck = Some(Recheck::Pass);
+        self.append(position.clone(), Vec::new()).await?;
+        let mut after: Option<Vec<String>> = None;
+        loop {
+            if relay.supervisor.is_stopping() {
+                return Err(Trouble::Stopping);
+            }
+            let reading = self.session.read_keys(after.as_deref(), RECHECK_CHUNK_ROWS);
+            let found = reading.await.map_err(Trouble::Origin)?;
+            let is_last = found.len() < RECHECK_CHUNK_ROWS;
+            let (keys, ids): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+            after = keys.last().cloned();
+            let looked_up = relay.stream.find_present(ids).await;
+            let present = looked_up.map_err(|error| match error {
+                crate::stream::Error::Store(error) => Trouble::Broker(error),
+                _ => Trouble::Stopping,
+            })?;
+            let relayed = keys.into_iter().zip(present);
+            let relayed: Vec<_> = relayed
+                .filter_map(|(key, is_present)| is_present.then_some(key))
+                .collect();
+            self.take_out(&relayed).await?;
+            if is_last {
+                break;
+            }
+        }
+        position.recheck = Some(Recheck::Rest);
+        self.append(position, Vec::new()).await
+    }
+}

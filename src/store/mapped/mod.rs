@@ -1,0 +1,200 @@
+//! Outboxes that are already there, as SQL: the catalogue says what the table is, and a subquery gives it the outbox's columns,
+//! so that a relay's statements read it as they read their own. `catalog` looks and finds faults, `batch` picks up by
+//! deletion, `install` makes what a mapped table needs.
+//!
+//! Here alone names become identifiers: always quoted, and only those of a [`Mapping`], which a person configured.
+
+mod batch;
+mod catalog;
+pub mod install;
+
+pub use batch::Batch;
+pub use catalog::{Misfit, look};
+
+use crate::domain::mapping::{Field, Mapping, Part, Pickup, Value};
+use catalog::{Kind, Shape};
+
+/// A payload larger than this is left where it is: the broker could not even list it.
+pub const PAYLOAD_MAX_BYTES: usize = 64 << 20;
+
+/// A mapped table, looked at: all that statements need.
+#[derive(Debug, Clone)]
+pub struct Relation {
+    /// Its name as SQL, with its schema: also its key in the tables beside it.
+    pub(in crate::store) table: String,
+    /// A subquery with the outbox's columns.
+    source: String,
+    /// The primary key's columns, quoted, with their types; for the pick-up by deletion.
+    keys: Vec<(String, String)>,
+    /// Columns of the subquery that the rows of a batch are ordered by.
+    order: String,
+    /// The column with the transaction's id, quoted.
+    xid: Option<String>,
+}
+
+impl Relation {
+    /// A statement over the relay's own outbox, made one over this table.
+    pub(in crate::store) fn rewrite(&self, statement: &str) -> String {
+        statement
+            .replace("postroad.outbox", &format!("{} as outbox", self.source))
+            .replace("postroad.relay_mark", "postroad.mapped_mark")
+    }
+
+    /// `id = gone.k1::uuid and …`, against arrays of text that were made rows.
+    fn key_matches(&self) -> String {
+        let pairs = self.keys.iter().enumerate();
+        let pairs = pairs.map(|(n, (name, kind))| format!("t.{name} = gone.k{n}::{kind}"));
+        pairs.collect::<Vec<_>>().join(" and ")
+    }
+
+    /// `select unnest($1) as k0, …`.
+    fn key_rows(&self) -> String {
+        let columns = (0..self.keys.len()).map(|n| format!("unnest(${}::text[]) as k{n}", n + 1));
+        format!("(select {})", columns.collect::<Vec<_>>().join(", "))
+    }
+
+    fn new(mapping: &Mapping, shape: &Shape) -> Self {
+        let keys: Vec<(String, String)> = shape
+            .primary_key
+            .iter()
+            .map(|(name, kind)| (identifier(name), kind.clone()))
+            .collect();
+        let mut order = Vec::new();
+        if mapping.pickup == Pickup::Delete {
+            if let Some(seq) = mapping.column(Field::Seq) {
+                order.push(identifier(seq));
+            }
+            for (name, _) in &keys {
+                if !order.contains(name) {
+                    order.push(name.clone());
+                }
+            }
+        }
+        Self {
+            table: shape.table.clone(),
+            source: source(mapping, shape, &keys, &order),
+            order: (0..order.len())
+                .map(|n| format!("order_{n}"))
+                .collect::<Vec<_>>()
+                .join(", "),
+            keys,
+            xid: mapping.column(Field::Xid).map(identifier),
+        }
+    }
+}
+
+/// The subquery: the columns of `postroad.outbox`, and those that the pick-up by deletion adds.
+fn source(mapping: &Mapping, shape: &Shape, keys: &[(String, String)], order: &[String]) -> String {
+    let text = |field: Field| match mapping.fields.get(&field) {
+        Some(value) => expression(value),
+        None => "null::text".to_owned(),
+    };
+    let column = |field: Field| mapping.column(field).map(|name| format!("t.{}", identifier(name)));
+    let kind = |field: Field| mapping.column(field).and_then(|name| shape.kind(name));
+    let (payload, payload_bytes) = match (column(Field::Payload), kind(Field::Payload)) {
+        (Some(column), Some(Kind::Bytes)) => ("null::text".to_owned(), column),
+        (Some(column), _) => (format!("{column}::text"), "null::bytea".to_owned()),
+        (None, _) => ("null::text".to_owned(), "null::bytea".to_owned()),
+    };
+    let time = |field: Field| match (column(field), kind(field)) {
+        (Some(column), Some(Kind::LocalTime)) => format!("({column} at time zone 'UTC')"),
+        (Some(column), _) => column,
+        (None, _) => "null::timestamptz".to_owned(),
+    };
+    let seq = match (column(Field::Seq), kind(Field::Seq)) {
+        (Some(column), Some(Kind::Integer)) => format!("{column}::bigint"),
+        _ => "0::bigint".to_owned(),
+    };
+    let expected = match column(Field::ExpectedVersion) {
+        Some(column) => format!("{column}::bigint"),
+        None => "null::bigint".to_owned(),
+    };
+    let mut columns = vec![
+        format!("{seq} as seq"),
+        "0::smallint as bucket".to_owned(),
+        format!("{} as topic", text(Field::Topic)),
+        format!("{payload} as payload"),
+        format!("{payload_bytes} as payload_bytes"),
+        format!("{} as key", text(Field::Key)),
+        format!("{} as type", text(Field::Type)),
+        format!("{} as id", text(Field::Id)),
+        format!("{} as source", text(Field::Source)),
+        format!("{} as subject", text(Field::Subject)),
+        format!("{} as content_type", text(Field::ContentType)),
+        format!("{} as data_schema", text(Field::DataSchema)),
+        format!("{} as headers", headers(mapping, column(Field::Headers))),
+        format!("{} as time", time(Field::Time)),
+        format!("{} as deliver_at", time(Field::DeliverAt)),
+        format!("{expected} as expected_version"),
+    ];
+    match mapping.pickup {
+        Pickup::Snapshot => {
+            // There: checked.
+            let xid = column(Field::Xid).unwrap_or_else(|| "null::xid8".to_owned());
+            columns.push(format!("{xid} as xid"));
+            columns.push("t.ctid as ctid".to_owned());
+        }
+        Pickup::Delete => {
+            let texts: Vec<String> = keys.iter().map(|(k, _)| format!("t.{k}::text")).collect();
+            columns.push(format!("array[{}] as keys", texts.join(", ")));
+            columns.push(format!(
+                "coalesce(octet_length({payload}), octet_length({payload_bytes}), 0) as size"
+            ));
+            let ordered = order.iter().enumerate();
+            columns.extend(ordered.map(|(n, name)| format!("t.{name} as order_{n}")));
+        }
+    }
+    format!("(select {} from {} as t)", columns.join(", "), shape.table)
+}
+
+fn headers(mapping: &Mapping, column: Option<String>) -> String {
+    let base = column.map(|column| format!("{column}::jsonb"));
+    if mapping.extensions.is_empty() {
+        return base.unwrap_or_else(|| "null::jsonb".to_owned());
+    }
+    let pairs = mapping
+        .extensions
+        .iter()
+        .map(|(name, value)| format!("{}, {}", literal(name), expression(value)));
+    let pairs = pairs.collect::<Vec<_>>().join(", ");
+    let made = format!("jsonb_strip_nulls(jsonb_build_object({pairs}))");
+    match base {
+        Some(base) => format!("(coalesce({base}, '{{}}'::jsonb) || {made})"),
+        None => made,
+    }
+}
+
+fn expression(value: &Value) -> String {
+    let parts = value.0.iter().map(|part| match part {
+        Part::Text(text) => format!("{}::text", literal(text)),
+        Part::Column(name) => format!("t.{}::text", identifier(name)),
+    });
+    format!("({})", parts.collect::<Vec<_>>().join(" || "))
+}
+
+/// A name as an identifier, exactly as it is.
+fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A text as a literal, whatever the session makes of backslashes.
+fn literal(text: &str) -> String {
+    let quoted = text.replace('\'', "''");
+    if quoted.contains('\\') {
+        format!(" E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_texts_cannot_leave_their_quotes() {
+        assert_eq!(identifier("a\"; drop table t; --"), "\"a\"\"; drop table t; --\"");
+        assert_eq!(literal("it's"), "'it''s'");
+        assert_eq!(literal("\\' or"), " E'\\\\'' or'");
+    }
+}

@@ -1,0 +1,183 @@
+//! Mappings that do not fit are refused in words, by the install and by the relay's status, and nothing is relayed wrongly.
+
+use postroad::domain::mapping::Draft;
+use postroad::relay::{self, OriginOptions, State};
+use postroad::store::Database;
+use postroad::store::mapped::install;
+
+use super::{Kind, origin_name, rig_mapped};
+use crate::relay::{Origin, connect, execute, read_log, rig_of};
+use crate::support;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_said() {
+    let broker = support::database().await;
+    let server = support::cluster().await;
+    let url = server.create_database("shop").await;
+    let origin = Kind::DebeziumDelete.install(&url).await;
+    let mut owner = connect(&url).await;
+    execute(
+        &mut owner,
+        "create table bare (id uuid, topic text, body text);
+        create table odd (id uuid primary key, topic text, body point, tags text[], at date, n text, x text, nullable xid8 default pg_current_xact_id(),
+            plain xid8 not null default '5'::xid8, seq int);
+        create view looks as select * from bare",
+    )
+    .await;
+    let database = Database::new(&url, 2).unwrap();
+    let text = |text: &str| Some(text.to_owned());
+    let mut origins = Vec::new();
+    let mut expected = Vec::new();
+    for (table, pickup, columns, faults) in [
+        ("nothing", "delete", &[][..], &["there is no table `nothing`"][..]),
+        ("looks", "delete", &[], &["`looks` is not a table"]),
+        ("bare", "delete", &[], &["the table `bare` has no primary key"]),
+        (
+            "bare",
+            "delete",
+            &[("key", "{ky}")],
+            &["the table `bare` has no column `ky`; it has body, id, topic"],
+        ),
+        (
+            "odd",
+            "delete",
+            &[("payload", "{body}"), ("key", "{tags}"), ("time", "{at}"), ("headers", "{n}")],
+            &[
+                "the column `body` is of type point, and a payload must be text",
+                "the column `tags` is of type text[], and a key must be of a type with a plain text form",
+                "the column `at` is of type date, and a time must be timestamptz",
+                "the column `n` is of type text, and a headers must be json or jsonb",
+            ],
+        ),
+        (
+            "odd",
+            "snapshot",
+            &[("xid", "{x}"), ("seq", "{n}")],
+            &[
+                "the column `x` is of type text, and a xid must be xid8",
+                "the column `n` is of type text, and a seq must be smallint, integer or bigint",
+            ],
+        ),
+        (
+            "odd",
+            "snapshot",
+            &[("xid", "{nullable}"), ("seq", "{seq}")],
+            &["the column `nullable` can be null", "the column `seq` can be null"],
+        ),
+        (
+            "odd",
+            "snapshot",
+            &[("xid", "{plain}")],
+            &["the column `plain` has no default pg_current_xact_id()"],
+        ),
+    ] {
+        let base = [("topic", "{topic}"), ("id", "{id}")];
+        let draft = Draft {
+            table: text(table),
+            pickup: text(pickup),
+            columns: base
+                .iter()
+                .chain(columns)
+                .map(|(field, value)| ((*field).to_owned(), (*value).to_owned()))
+                .collect(),
+            ..Draft::default()
+        };
+        let name = format!("origin-{}", origins.len());
+        let mapping = draft.finish(&origin_name(&name)).unwrap();
+        let refused = install::install(&database, &mapping).await.unwrap_err().to_string();
+        for fault in faults {
+            assert!(refused.contains(fault), "{refused}");
+        }
+        expected.push((name.clone(), faults));
+        origins.push(OriginOptions {
+            name: origin_name(&name),
+            url: Some(origin.relay_url()),
+            mapping: Some(mapping),
+        });
+    }
+    let options = relay::Options::default();
+    let rig = rig_of(&broker.database, relay::Options { origins, ..options }).await;
+    for (name, faults) in expected {
+        let refused = |status: &relay::Status| status.state == State::Refused;
+        let status = rig.until(&name, "the mapping to be refused", refused).await;
+        let detail = status.detail.unwrap();
+        for fault in faults {
+            assert!(detail.contains(fault), "{detail}");
+        }
+    }
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_installed_or_not_granted_is_said_and_waited_for() {
+    let kind = Kind::DebeziumSnapshot;
+    let broker = support::database().await;
+    let server = support::cluster().await;
+    let url = server.create_database("shop").await;
+    // For its roles, in another database.
+    kind.install(&server.create_database("other").await).await;
+    let mut owner = connect(&url).await;
+    execute(
+        &mut owner,
+        "create table outboxevent (id uuid, aggregatetype varchar(255), aggregateid varchar(255), type varchar(255), payload jsonb);
+        insert into outboxevent values (gen_random_uuid(), 'a', 'k', 't', null)",
+    )
+    .await;
+    let origin = Origin {
+        url: url.clone(),
+        layout: crate::relay::shop::Layout::Debezium,
+    };
+    let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
+    let missing = |status: &relay::Status| status.state == State::NotInstalled;
+    let status = rig.until(kind.name(), "the table to be refused", missing).await;
+    let detail = status.detail.unwrap();
+    for part in ["the tables beside it", "`postroad_xid`", "`postroad_seq`", "postroad install --map"] {
+        assert!(detail.contains(part), "{detail}");
+    }
+    // What is printed is what is run.
+    let database = Database::new(&url, 2).unwrap();
+    let script = install::script(&database, &kind.mapping()).await.unwrap();
+    execute(&mut owner, &script).await;
+    rig.caught_up(kind.name()).await;
+    assert_eq!(read_log(&broker.url).await.len(), 1);
+    let again = install::script(&database, &kind.mapping()).await.unwrap();
+    assert!(!again.contains("alter table"), "{again}");
+    execute(&mut owner, &again).await;
+    rig.stop().await;
+
+    execute(&mut owner, "revoke select on outboxevent from postroad_relay").await;
+    let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
+    let refused = |status: &relay::Status| status.state == State::Refused;
+    let status = rig.until(kind.name(), "the right to be missed", refused).await;
+    assert!(status.detail.unwrap().contains("no right to select on `outboxevent`"));
+    execute(&mut owner, "grant select on outboxevent to postroad_relay").await;
+    rig.caught_up(kind.name()).await;
+    rig.stop().await;
+}
+
+/// A trigger that keeps rows would have them relayed again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_cannot_be_taken_out_stop_the_relay_and_are_relayed_once() {
+    let kind = Kind::DebeziumDelete;
+    let broker = support::database().await;
+    let server = support::cluster().await;
+    let origin = kind.install(&server.create_database("shop").await).await;
+    let mut owner = origin.owner().await;
+    execute(
+        &mut owner,
+        "create function keep() returns trigger language plpgsql as $$ begin return null; end $$;
+        create trigger keep before delete on outboxevent for each row execute function keep();
+        insert into outboxevent values (gen_random_uuid(), 'a', 'k', 't', null)",
+    )
+    .await;
+    let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
+    let refused = |status: &relay::Status| status.state == State::Refused;
+    let status = rig.until(kind.name(), "the relay to stop", refused).await;
+    assert!(status.detail.unwrap().contains("1 rows that were relayed cannot be taken out"));
+    execute(&mut owner, "insert into outboxevent values (gen_random_uuid(), 'b', 'k', 't', null)").await;
+    execute(&mut owner, "drop trigger keep on outboxevent").await;
+    rig.caught_up(kind.name()).await;
+    assert_eq!(read_log(&broker.url).await.len(), 2);
+    assert_eq!(super::count_rows(kind, &origin).await, 0);
+    rig.stop().await;
+}
