@@ -22,3 +22,4 @@ pub mod store;
 pub mod stream;
 pub mod supervisor;
 pub mod telemetry;
+pub mod topic;

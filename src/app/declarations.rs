@@ -1,14 +1,15 @@
-//! The streams and queues that the configuration declares, at every start.
+//! The streams, settings of topics and queues that the configuration declares, at every start.
 
 use super::Error;
 use crate::config::Config;
-use crate::{http, queue, stream};
+use crate::{http, queue, stream, topic};
 
 /// Declares all of them, streams first. One that is there already becomes what the configuration says.
 pub(super) async fn declare(
     config: &Config,
     stream: &stream::Handle,
     queue: &queue::Handle,
+    topics: &topic::Handle,
 ) -> Result<(), Error> {
     for (name, body) in &config.streams {
         let key = format!("streams.{name}");
@@ -21,6 +22,18 @@ pub(super) async fn declare(
                 other => fault(&key, other.to_string()),
             })?;
         tracing::info!(stream = %name, ?declared, "stream of the configuration");
+    }
+    for (pattern, body) in &config.topics {
+        let key = format!("topics.{pattern}");
+        let settings = http::topic_declaration(body).map_err(|reason| fault(&key, reason))?;
+        let (_, declared) = topics
+            .declare(pattern.clone(), settings)
+            .await
+            .map_err(|error| match error {
+                topic::Error::Store(_) => error.into(),
+                other => fault(&key, other.to_string()),
+            })?;
+        tracing::info!(topic = %pattern, ?declared, "settings of topics of the configuration");
     }
     for (name, body) in &config.queues {
         let key = format!("queues.{name}");

@@ -19,7 +19,7 @@ use crate::domain::cloudevents::Limits;
 use crate::domain::name::OriginName;
 use crate::store::{self, Database};
 use crate::supervisor::Supervisor;
-use crate::{cluster, http, local_postgres, queue, relay, stream, telemetry};
+use crate::{cluster, http, local_postgres, queue, relay, stream, telemetry, topic};
 
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
@@ -59,6 +59,9 @@ pub enum Error {
     /// The queues.
     #[error("the queues did not start")]
     Queue(#[from] queue::Error),
+    /// The settings of topics.
+    #[error("the settings of topics did not start")]
+    Topic(#[from] topic::Error),
     /// The relays.
     #[error("the relays did not start")]
     Relay(#[from] relay::Error),
@@ -147,6 +150,7 @@ struct Held {
     cluster: Option<cluster::Handle>,
     stream: Option<stream::Handle>,
     queue: Option<queue::Handle>,
+    topics: Option<topic::Handle>,
     relay: Option<relay::Handle>,
 }
 
@@ -286,12 +290,14 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     )
     .await?;
     held.queue = Some(queue.clone());
+    let topics = topic::start(database.clone(), &steps.stream).await?;
+    held.topics = Some(topics.clone());
     // Before the relays: a message must find the stream and the queues that the configuration declares for it.
-    declarations::declare(config, &stream, &queue).await?;
+    declarations::declare(config, &stream, &queue, &topics).await?;
     let relay = relay::start(
         relay_options(config),
         database.clone(),
-        stream.clone(),
+        (stream.clone(), topics.clone()),
         cluster.clone(),
         &steps.relay,
         &mut registry,
@@ -302,6 +308,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     let parts = http::Parts {
         stream,
         queue,
+        topics,
         relay,
         cluster,
         registry: Arc::new(registry),

@@ -12,7 +12,7 @@ const DEFAULT_FILE: &str = "postroad.toml";
 /// Origins, where there is no file.
 const ORIGINS_VARIABLE: &str = "POSTROAD_ORIGINS";
 /// The tables of the file.
-const TABLES: [&str; 3] = ["origins", "streams", "queues"];
+const TABLES: [&str; 4] = ["origins", "streams", "topics", "queues"];
 
 /// What the command line said.
 #[derive(Debug, Clone, Default)]
@@ -189,6 +189,10 @@ impl Loader<'_> {
                 },
                 "streams" => match declared(name, table) {
                     Ok(stream) => self.config.streams.push(stream),
+                    Err(what) => self.fault(file, &key, what),
+                },
+                "topics" => match declared(name, table) {
+                    Ok(topics) => self.config.topics.push(topics),
                     Err(what) => self.fault(file, &key, what),
                 },
                 _ => match declared(name, table) {

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use crate::domain::name::{QueueName, StreamName};
+use crate::domain::name::{QueueName, StreamName, TopicPattern};
 
 pub use fault::{Error, Fault};
 pub use keys::{KEYS, Key};
@@ -76,6 +76,8 @@ pub struct Config {
     pub origins: Vec<Origin>,
     /// `[streams.<name>]`
     pub streams: Vec<Declared<StreamName>>,
+    /// `[topics."<pattern>"]`
+    pub topics: Vec<Declared<TopicPattern>>,
     /// `[queues.<name>]`
     pub queues: Vec<Declared<QueueName>>,
     /// What is odd and not wrong, for the log: a variable that is no key.
@@ -125,6 +127,7 @@ impl Config {
             shutdown: Duration::ZERO,
             origins: Vec::new(),
             streams: Vec::new(),
+            topics: Vec::new(),
             queues: Vec::new(),
             warnings: Vec::new(),
             sources: vec!["default".to_owned(); KEYS.len()],

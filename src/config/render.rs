@@ -57,6 +57,7 @@ pub fn effective(config: &Config) -> String {
     }
     let tables = [
         ("streams", names(&config.streams)),
+        ("topics", names(&config.topics)),
         ("queues", names(&config.queues)),
     ];
     for (kind, names) in tables {

@@ -6,6 +6,7 @@ use super::problem::{Place, Problem};
 use super::routes;
 use crate::queue;
 use crate::stream;
+use crate::topic;
 
 /// Reads what `PUT /v1/streams/{stream}` takes.
 ///
@@ -21,6 +22,14 @@ pub fn stream_declaration(body: &Map<String, Value>) -> Result<stream::Settings,
 /// The rules that the body breaks, as one clause.
 pub fn queue_declaration(body: &Map<String, Value>) -> Result<queue::Declaration, String> {
     routes::queues::read_declaration(&bytes(body)).map_err(|problem| clause(&problem))
+}
+
+/// Reads what `PUT /v1/topics/{topic}` takes.
+///
+/// # Errors
+/// The rules that the body breaks, as one clause.
+pub fn topic_declaration(body: &Map<String, Value>) -> Result<topic::Settings, String> {
+    routes::topics::read_declaration(&bytes(body)).map_err(|problem| clause(&problem))
 }
 
 fn bytes(body: &Map<String, Value>) -> Vec<u8> {

@@ -188,6 +188,8 @@ macro_rules! path_parts {
 
 path_parts!(
     Topic = "topic",
+    // A topic is its own pattern, and stands at the same place of the path.
+    TopicPattern = "topic",
     StreamName = "stream",
     QueueName = "queue",
     OriginName = "origin"

@@ -22,7 +22,7 @@ use axum::Router;
 use axum::middleware::from_fn_with_state;
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use declaration::{queue_declaration, stream_declaration};
+pub use declaration::{queue_declaration, stream_declaration, topic_declaration};
 pub use metrics::Metrics;
 pub use openapi::openapi_yaml;
 pub use problem::{Kind, Problem};

@@ -20,6 +20,7 @@ use super::state::State;
     components(schemas(ProblemDocument)),
     tags(
         (name = "publish", description = "Messages into streams"),
+        (name = "topics", description = "What may be published: schemas, sizes, rates"),
         (name = "streams", description = "Ordered, replayable logs"),
         (name = "queues", description = "Durable consumers of streams"),
         (name = "deliveries", description = "Receiving and settling messages"),
@@ -91,7 +92,11 @@ problem_sets! {
         OutcomeUnknown Unavailable NoOwner Stopping;
     /// Of publishing.
     Publishes = MalformedRequest RequestTimeout IdConflict VersionConflict StreamNotKeyed PayloadTooLarge MessageTooLarge UnsupportedMediaType
-        InvalidRequest InvalidMessage TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
+        InvalidRequest InvalidMessage SchemaMismatch RateLimited TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
+    /// No settings for the topics.
+    NoTopicSettings = TopicSettingsNotFound;
+    /// Bounds of the settings of topics.
+    TopicSettingsBounds = TooManyTopicSettings;
     /// No such stream.
     NoStream = StreamNotFound;
     /// No such queue.

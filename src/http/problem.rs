@@ -62,6 +62,8 @@ kinds! {
     QueueNotFound = "queue-not-found", 404, "There is no such queue";
     /// No such message, or not the queue's.
     QueueMessageNotFound = "queue-message-not-found", 404, "There is no such message in the queue";
+    /// No settings for the topics.
+    TopicSettingsNotFound = "topic-settings-not-found", 404, "The topics have no settings";
     /// No such origin.
     OriginNotFound = "origin-not-found", 404, "There is no such origin";
     /// No such rejected row.
@@ -94,6 +96,8 @@ kinds! {
     GenerationMoved = "generation-moved", 409, "The queue is in another generation";
     /// As many queues as there can be.
     TooManyQueues = "too-many-queues", 409, "There are as many queues as there can be";
+    /// As many patterns with settings as there can be.
+    TooManyTopicSettings = "too-many-topic-settings", 409, "There are as many settings of topics as there can be";
     /// The rejected row cannot be sent on.
     NotResendable = "not-resendable", 409, "The rejected message cannot be sent on";
     /// The letter's message is in the queue again.
@@ -110,6 +114,10 @@ kinds! {
     InvalidRequest = "invalid-request", 422, "The request is not valid";
     /// Messages break rules.
     InvalidMessage = "invalid-message", 422, "A message is not valid";
+    /// Payloads are not what the topic's schema says.
+    SchemaMismatch = "schema-mismatch", 422, "A message does not match the schema of its topic";
+    /// The topic's rate is used up.
+    RateLimited = "rate-limited", 429, "The rate of the topic is used up";
     /// Too much is in flight or waits.
     TooManyRequests = "too-many-requests", 429, "Too much is in flight";
     /// A defect of the broker's.

@@ -14,7 +14,7 @@ use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
 use crate::domain::name::StreamName;
 use crate::supervisor::Supervisor;
-use crate::{cluster, queue, relay, stream};
+use crate::{cluster, queue, relay, stream, topic};
 
 /// The limits of the server.
 #[derive(Debug, Clone)]
@@ -69,6 +69,8 @@ pub struct Parts {
     pub stream: stream::Handle,
     /// The queues.
     pub queue: queue::Handle,
+    /// The settings of topics.
+    pub topics: topic::Handle,
     /// The relays of the origins.
     pub relay: relay::Handle,
     /// This node, for its clock.

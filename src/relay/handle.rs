@@ -25,6 +25,8 @@ pub struct Correction {
     pub topic: Option<Topic>,
     /// Another payload, as text.
     pub payload: Option<String>,
+    /// Whether the schema of its topic is not asked.
+    pub skip_schema: bool,
 }
 
 /// Why rejected rows could not be listed, or one not sent on.

@@ -29,7 +29,7 @@ use crate::domain::name::OriginName;
 use crate::store::origin::{LEAF_COUNT, LEAF_PERIOD};
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
-use crate::{cluster, stream};
+use crate::{cluster, stream, topic};
 
 pub use handle::{Correction, Handle, RejectedError};
 pub use rejected::{REJECTED_PAGE_MAX, RejectedPage};
@@ -171,7 +171,7 @@ fn check(options: &Options) -> Result<(), Error> {
 pub async fn start(
     options: Options,
     db: Database,
-    stream: stream::Handle,
+    (stream, topics): (stream::Handle, topic::Handle),
     cluster: cluster::Handle,
     supervisor: &Supervisor,
     registry: &mut Registry,
@@ -203,6 +203,7 @@ pub async fn start(
             mapping: origin.mapping.clone(),
             broker: db.clone(),
             stream: stream.clone(),
+            topics: topics.clone(),
             cluster: cluster.clone(),
             supervisor: supervisor.clone(),
             options: Arc::clone(&options),
@@ -219,6 +220,7 @@ pub async fn start(
         broker: db,
         stream,
         cluster: cluster.clone(),
+        topics,
         supervisor: supervisor.clone(),
     };
     supervisor.spawn("relay/rejected", OnEnd::StopProcess, desk.run(inbox));

@@ -11,6 +11,7 @@ use crate::store::relay::RejectedRow;
 use crate::store::{self, Database};
 use crate::stream::{self, Member, Placed};
 use crate::supervisor::Supervisor;
+use crate::topic;
 
 /// The most rejected rows in one page.
 pub const REJECTED_PAGE_MAX: u32 = 1_000;
@@ -44,6 +45,7 @@ pub(super) struct Desk {
     pub(super) broker: Database,
     pub(super) stream: stream::Handle,
     pub(super) cluster: cluster::Handle,
+    pub(super) topics: topic::Handle,
     pub(super) supervisor: Supervisor,
 }
 
@@ -113,11 +115,15 @@ impl Desk {
         }
         // A person sends it on: whatever version its key is at by now.
         outbox_row.expected_version = None;
-        let message = row::to_message(outbox_row, self.cluster.now()).map_err(|rejected| {
+        let message = row::to_message(outbox_row, self.cluster.now(), |_| None).map_err(|rejected| {
             RejectedError::StillInvalid {
                 reason: rejected.reason,
             }
         })?;
+        let refusal = self.topics.rules().refusal(&message);
+        if let Some(reason) = refusal.filter(|_| !correction.skip_schema) {
+            return Err(RejectedError::StillInvalid { reason });
+        }
         let member = Member::Publish {
             messages: vec![message],
             check_ids: true,

@@ -38,32 +38,85 @@ const RESERVED: [&str; 12] = [
     DELIVER_AT,
 ];
 
-/// The message of a row, as of now.
-pub(super) fn to_message(row: OutboxRow, now: DateTime<Utc>) -> Result<Message, Box<Rejected>> {
+/// The message of a row, as of now, unless `refusal` has a reason against it.
+pub(super) fn to_message(
+    row: OutboxRow,
+    now: DateTime<Utc>,
+    refusal: impl Fn(&Message) -> Option<String>,
+) -> Result<Message, Box<Rejected>> {
     match check(&row, now) {
         Ok((topic, extensions)) => {
-            let data = to_data(row.payload, row.payload_bytes, row.content_type.as_deref());
-            Ok(Message {
-                // Both are there: checked.
-                id: row.id.unwrap_or_default(),
-                source: row.source.unwrap_or_default(),
-                kind: row.kind,
-                topic,
-                key: row.key,
-                subject: row.subject,
-                time: row.time,
-                data_content_type: row.content_type,
-                data_schema: row.data_schema,
-                data,
-                extensions,
-                expected_version: row.expected_version,
-            })
+            let seq = row.seq;
+            let message = make(row, topic, extensions);
+            match refusal(&message) {
+                None => Ok(message),
+                Some(reason) => Err(Box::new(Rejected {
+                    seq,
+                    reason,
+                    outbox_row: copy(&unmake(seq, message)).to_string(),
+                })),
+            }
         }
         Err(reason) => Err(Box::new(Rejected {
             seq: row.seq,
             reason,
             outbox_row: copy(&row).to_string(),
         })),
+    }
+}
+
+fn make(row: OutboxRow, topic: Topic, extensions: Map<String, Value>) -> Message {
+    let data = to_data(row.payload, row.payload_bytes, row.content_type.as_deref());
+    Message {
+        // Both are there: checked.
+        id: row.id.unwrap_or_default(),
+        source: row.source.unwrap_or_default(),
+        kind: row.kind,
+        topic,
+        key: row.key,
+        subject: row.subject,
+        time: row.time,
+        data_content_type: row.content_type,
+        data_schema: row.data_schema,
+        data,
+        extensions,
+        expected_version: row.expected_version,
+    }
+}
+
+/// The row of a message that it was made of, or one that makes the same message.
+fn unmake(seq: i64, message: Message) -> OutboxRow {
+    let deliver_at = message.deliver_at();
+    let bytes = message.data.bytes().to_vec();
+    let (payload, payload_bytes) = match message.data {
+        Data::Absent => (None, None),
+        Data::Binary(_) => (None, Some(bytes)),
+        Data::Json(_) | Data::Text(_) => match String::from_utf8(bytes) {
+            Ok(text) => (Some(text), None),
+            Err(error) => (None, Some(error.into_bytes())),
+        },
+    };
+    let mut headers = message.extensions;
+    headers.remove(DELIVER_AT);
+    let headers = (!headers.is_empty()).then(|| Value::Object(headers));
+    OutboxRow {
+        seq,
+        topic: Some(message.topic.to_string()),
+        payload,
+        payload_bytes,
+        key: message.key,
+        kind: message.kind,
+        id: Some(message.id),
+        source: Some(message.source),
+        subject: message.subject,
+        content_type: message.data_content_type,
+        data_schema: message.data_schema,
+        headers: headers.map(|headers| headers.to_string()),
+        time: message.time,
+        time_is_valid: true,
+        expected_version: message.expected_version,
+        deliver_at,
+        deliver_at_is_valid: true,
     }
 }
 
@@ -400,7 +453,7 @@ mod tests {
             let mut row = row();
             change(&mut row);
             row.payload_bytes = row.payload_bytes.or(Some(vec![0, 255]));
-            let rejected = to_message(row.clone(), now()).unwrap_err();
+            let rejected = to_message(row.clone(), now(), |_| None).unwrap_err();
             assert!(rejected.reason.contains(reason), "{}", rejected.reason);
             assert_eq!(from_copy(&rejected.outbox_row).unwrap(), row);
         };
@@ -432,7 +485,7 @@ mod tests {
             payload: Some("x".repeat(COPY_MAX_BYTES + 1)),
             ..row()
         };
-        let rejected = to_message(large, now()).unwrap_err();
+        let rejected = to_message(large, now(), |_| None).unwrap_err();
         assert!(rejected.outbox_row.len() < 1_000);
         assert_eq!(from_copy(&rejected.outbox_row), None);
     }
@@ -446,7 +499,7 @@ mod tests {
         ] {
             let mut row = row();
             row.deliver_at = Some(now() + chrono::TimeDelta::seconds(seconds));
-            let message = to_message(row.clone(), now()).unwrap();
+            let message = to_message(row.clone(), now(), |_| None).unwrap();
             assert_eq!(message.extensions[DELIVER_AT], text);
             assert_eq!(message.deliver_at(), row.deliver_at);
         }
@@ -456,7 +509,7 @@ mod tests {
     fn headers_become_extensions() {
         let mut row = row();
         row.headers = Some("{\"a\": 1.0, \"b\": true, \"c\": \"x\", \"d\": -2147483648}".into());
-        let message = to_message(row, now()).unwrap();
+        let message = to_message(row, now(), |_| None).unwrap();
         let printed = Value::Object(message.extensions).to_string();
         assert_eq!(printed, r#"{"a":1,"b":true,"c":"x","d":-2147483648}"#);
     }

@@ -22,6 +22,7 @@ use crate::store::origin::{OutboxRow, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database, Retry};
 use crate::stream::{self, AppendError, Conditional, Member, Rejected};
+use crate::topic::{self, Rules};
 use crate::{cluster, supervisor};
 
 /// How often folds, history and rotation are looked at.
@@ -40,6 +41,7 @@ pub(super) struct Relay {
     pub(super) mapping: Option<Mapping>,
     pub(super) broker: Database,
     pub(super) stream: stream::Handle,
+    pub(super) topics: topic::Handle,
     pub(super) cluster: cluster::Handle,
     pub(super) supervisor: supervisor::Supervisor,
     pub(super) options: Arc<Options>,
@@ -376,7 +378,8 @@ impl Run<'_> {
     ) -> Result<Prepared, Trouble> {
         let count = rows.len();
         let rows = self.without_refused(&position, rows).await?;
-        let (messages, conditional, rejected) = convert(rows, self.relay.cluster.now());
+        let rules = self.relay.topics.rules();
+        let (messages, conditional, rejected) = convert(rows, self.relay.cluster.now(), &rules);
         let rejected = self.without_listed(&position, rejected).await?;
         let rejected_count = rejected.len();
         let message_count = messages.len();
@@ -507,15 +510,17 @@ pub(super) struct Sent {
     rejected: usize,
 }
 
+/// A row whose payload is not what its topic's schema says is rejected: listed with all that it has, and behind nobody's way.
 fn convert(
     rows: Vec<OutboxRow>,
     now: DateTime<Utc>,
+    rules: &Rules,
 ) -> (Vec<Message>, Vec<Conditional>, Vec<Rejected>) {
     let mut messages = Vec::with_capacity(rows.len());
     let (mut conditional, mut rejected) = (Vec::new(), Vec::new());
     for row in rows {
         let copy = row::to_conditional(&row);
-        match row::to_message(row, now) {
+        match row::to_message(row, now, |message| rules.refusal(message)) {
             Ok(message) => {
                 messages.push(message);
                 conditional.extend(copy);

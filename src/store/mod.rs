@@ -15,6 +15,7 @@ pub mod renewal;
 pub mod server;
 pub mod shop;
 pub mod stream;
+pub mod topic;
 
 use std::time::Duration;
 

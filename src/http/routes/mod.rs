@@ -13,6 +13,7 @@ mod replay;
 mod retry;
 pub(in crate::http) mod streams;
 mod system;
+pub(in crate::http) mod topics;
 pub(in crate::http) mod wire;
 
 use utoipa_axum::router::OpenApiRouter;
@@ -23,6 +24,7 @@ use super::state::State;
 pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State> {
     router
         .merge(publish::routes())
+        .merge(topics::routes())
         .merge(streams::routes())
         .merge(replay::routes())
         .merge(keys::routes())

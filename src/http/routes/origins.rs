@@ -116,6 +116,9 @@ struct Resend {
     topic: Option<String>,
     /// Another payload, as text.
     payload: Option<String>,
+    /// Whether it is sent on also when it does not match the schema of its topic.
+    #[serde(default)]
+    skip_schema: bool,
 }
 
 /// Where the message went.
@@ -261,6 +264,7 @@ async fn resend(
             .topic
             .and_then(|text| check.parsed("/topic", &text, Topic::parse)),
         payload: resend.payload,
+        skip_schema: resend.skip_schema,
     };
     check.finish()?;
     let placed = state

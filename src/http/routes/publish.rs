@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use super::wire;
+use super::{topics, wire};
 use crate::domain::cloudevents::{self, Fault};
 use crate::domain::message::{DELIVER_AHEAD_MAX, DELIVER_AT, Message};
 use crate::domain::name::Topic;
@@ -418,6 +418,7 @@ async fn append(
             messages: Vec::new(),
         });
     }
+    topics::admit(&state.parts.topics, &messages, &place)?;
     let ids: Vec<String> = messages.iter().map(|message| message.id.clone()).collect();
     let member = Member::Publish {
         messages,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::http::problem::{FieldError, Kind, Place, Problem};
-use crate::{queue, relay, store, stream};
+use crate::{queue, relay, store, stream, topic};
 
 /// A CloudEvent in JSON format.
 #[derive(ToSchema)]
@@ -189,6 +189,23 @@ pub(super) fn append_problem(
 impl From<stream::AppendError> for Problem {
     fn from(error: stream::AppendError) -> Self {
         append_problem(&error, |index| format!("/{index}"))
+    }
+}
+
+impl From<topic::Error> for Problem {
+    fn from(error: topic::Error) -> Self {
+        use topic::Error;
+        match &error {
+            Error::NotFound { .. } => Self::new(Kind::TopicSettingsNotFound, error.to_string()),
+            Error::TooMany => Self::new(Kind::TooManyTopicSettings, error.to_string()),
+            Error::Schema(_) => Self::invalid(vec![FieldError {
+                place: Place::Pointer("/schema".to_owned()),
+                detail: error.to_string(),
+                allowed: None,
+            }]),
+            Error::Stopping => stopping(),
+            Error::Store(source) => store_problem(source),
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use postroad::http::{self, Metrics, Options, Parts, Readiness};
 use postroad::supervisor::Supervisor;
-use postroad::{cluster, queue, relay, stream};
+use postroad::{cluster, queue, relay, stream, topic};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -73,10 +73,11 @@ impl Api {
         )
         .await
         .unwrap();
+        let topics = topic::start(db.clone(), &engines).await.unwrap();
         let relay = relay::start(
             relay::Options::default(),
             db.clone(),
-            stream.clone(),
+            (stream.clone(), topics.clone()),
             cluster.clone(),
             &engines,
             &mut registry,
@@ -98,6 +99,7 @@ impl Api {
         let parts = Parts {
             stream,
             queue,
+            topics,
             relay,
             cluster,
             registry: Arc::new(registry),

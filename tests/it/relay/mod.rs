@@ -21,7 +21,7 @@ use postroad::domain::name::OriginName;
 use postroad::relay::{self, OriginOptions, State, Status};
 use postroad::store::{self, Database};
 use postroad::supervisor::Supervisor;
-use postroad::{cluster, stream};
+use postroad::{cluster, stream, topic};
 use prometheus_client::registry::Registry;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::sync::watch;
@@ -77,10 +77,11 @@ pub async fn rig_of(db: &Database, options: relay::Options) -> Rig {
     )
     .await
     .unwrap();
+    let topics = topic::start(db.clone(), &second).await.unwrap();
     let relay = relay::start(
         options,
         db.clone(),
-        stream.clone(),
+        (stream.clone(), topics),
         cluster.clone(),
         &first,
         &mut registry,

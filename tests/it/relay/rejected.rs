@@ -42,7 +42,7 @@ async fn a_row_that_cannot_become_a_message_is_listed_and_can_be_sent_on() {
     ));
     let correction = Correction {
         topic: Some(Topic::parse("b.c").unwrap()),
-        payload: None,
+        ..Correction::default()
     };
     let placed = rig
         .relay

@@ -1,0 +1,283 @@
+//! Settings of topics: declare, describe, list, delete; and their application to what is published over HTTP.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::wire;
+use crate::domain::message::Message;
+use crate::domain::name::TopicPattern;
+use crate::http::extract::{Check, Json, Named, Query, parse_json};
+use crate::http::openapi::{NoTopicSettings, Reads, TopicSettingsBounds, Writes};
+use crate::http::problem::{FieldError, Kind, Place, Problem};
+use crate::http::state::State;
+use crate::topic::{self, Declared, Description, Settings};
+
+/// The largest payload that a setting can allow, in bytes.
+const MAX_BYTES: i64 = 16 << 20;
+/// The highest rate and the largest burst.
+const RATE_MAX: f64 = 1_000_000.0;
+const BURST_MAX: i64 = 1_000_000;
+/// Faults that one answer names.
+const ERRORS_MAX: usize = 100;
+
+/// What may be published to the topics of a pattern. Everything is optional; what is left out is not limited, also when it
+/// was before. Of each setting, that of the most specific pattern counts that has it: token by token, a name before `*`
+/// before `>`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(
+    as = TopicDeclaration,
+    example = json!({"schema": {"type": "object", "required": ["order"]}, "max_bytes": 65536, "rate_per_second": 100, "burst": 200})
+)]
+struct Declaration {
+    /// A JSON Schema for payloads, of 64 KiB at most, an object or a boolean. References lead to itself only. Over HTTP what does
+    /// not match is refused; a row of an outbox is listed as rejected.
+    #[schema(value_type = Object, nullable = false)]
+    schema: Option<serde_json::Value>,
+    /// The largest payload over HTTP, in bytes.
+    #[schema(minimum = 1, maximum = 16_777_216, nullable = false)]
+    max_bytes: Option<i64>,
+    /// Messages per second over HTTP, all topics of the pattern together, on each node.
+    #[schema(minimum = 0.001, maximum = 1_000_000, nullable = false)]
+    rate_per_second: Option<f64>,
+    /// Messages that may come at once; without it, what comes in a second.
+    #[schema(minimum = 1, maximum = 1_000_000, nullable = false)]
+    burst: Option<i64>,
+}
+
+/// The settings of the topics of a pattern.
+#[derive(Debug, Serialize, ToSchema)]
+struct TopicSettings {
+    /// The pattern.
+    #[schema(example = "orders.*")]
+    topic: String,
+    /// The JSON Schema; null without one.
+    #[schema(value_type = Option<serde_json::Value>)]
+    schema: Option<Box<RawValue>>,
+    max_bytes: Option<i64>,
+    rate_per_second: Option<f64>,
+    burst: Option<i64>,
+    #[schema(format = DateTime)]
+    created_at: String,
+    #[schema(format = DateTime)]
+    changed_at: String,
+}
+
+/// The settings of the topics of a pattern, without the schema itself.
+#[derive(Debug, Serialize, ToSchema)]
+struct TopicSummary {
+    /// The pattern.
+    topic: String,
+    /// Whether there is a schema; `GET /v1/topics/{topic}` has it.
+    has_schema: bool,
+    max_bytes: Option<i64>,
+    rate_per_second: Option<f64>,
+    burst: Option<i64>,
+    #[schema(format = DateTime)]
+    changed_at: String,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Topics {
+    /// By pattern.
+    topics: Vec<TopicSummary>,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(declare, describe, delete))
+}
+
+impl From<Description> for TopicSettings {
+    fn from(row: Description) -> Self {
+        Self {
+            topic: row.pattern.to_string(),
+            schema: row.schema.and_then(|text| RawValue::from_string(text).ok()),
+            max_bytes: row.max_bytes,
+            rate_per_second: row.rate_per_second,
+            burst: row.burst,
+            created_at: wire::time(row.created_at),
+            changed_at: wire::time(row.changed_at),
+        }
+    }
+}
+
+/// Reads a declaration from elsewhere than a request.
+pub(in crate::http) fn read_declaration(body: &[u8]) -> Result<Settings, Problem> {
+    parse_json::<Declaration>(body)?.settings()
+}
+
+impl Declaration {
+    fn settings(self) -> Result<Settings, Problem> {
+        let mut check = Check::default();
+        let mut integer = |name: &str, value: Option<i64>, most: i64| {
+            let value = check.integer(&format!("/{name}"), value?, 1..=most);
+            u32::try_from(value).ok()
+        };
+        let max_bytes = integer("max_bytes", self.max_bytes, MAX_BYTES);
+        let burst = integer("burst", self.burst, BURST_MAX);
+        if let Some(rate) = self.rate_per_second
+            && !(0.001..=RATE_MAX).contains(&rate)
+        {
+            check.fault("/rate_per_second", "must be from 0.001 to 1000000".to_owned());
+        }
+        if burst.is_some() && self.rate_per_second.is_none() {
+            check.fault("/burst", "is for a `rate_per_second`, and there is none".to_owned());
+        }
+        check.finish()?;
+        Ok(Settings {
+            schema: self.schema.map(|schema| schema.to_string()),
+            max_bytes,
+            rate_per_second: self.rate_per_second,
+            burst,
+        })
+    }
+}
+
+/// List the settings of topics.
+#[utoipa::path(
+    get, path = "/v1/topics", tag = "topics",
+    responses((status = 200, description = "All patterns that have settings", body = Topics), Reads),
+)]
+async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+    query.finish()?;
+    let rows = state.parts.topics.list().await?;
+    let topics = rows.into_iter().map(|row| TopicSummary {
+        topic: row.pattern.to_string(),
+        has_schema: row.schema.is_some(),
+        max_bytes: row.max_bytes,
+        rate_per_second: row.rate_per_second,
+        burst: row.burst,
+        changed_at: wire::time(row.changed_at),
+    });
+    let topics = topics.collect();
+    Ok(wire::json(StatusCode::OK, &Topics { topics }))
+}
+
+/// Declare the settings of topics, in place of those that the pattern had. Repeating it changes nothing.
+///
+/// Applied by this node before it answers, by the others within a second. `>` is written `%3E` in the path.
+#[utoipa::path(
+    put, path = "/v1/topics/{topic}", tag = "topics",
+    params(("topic" = String, Path, description = "A topic, or a pattern over topics: `*` is one token, a final `>` the rest",
+        min_length = 1, max_length = 255, pattern = "^(>|([A-Za-z0-9_-]+|\\*)(\\.([A-Za-z0-9_-]+|\\*))*(\\.>)?)$", example = "orders.created")),
+    request_body = Declaration,
+    responses(
+        (status = 200, description = "The pattern had settings, and has these now", body = TopicSettings),
+        (status = 201, description = "The pattern has settings now", body = TopicSettings),
+        TopicSettingsBounds, Writes,
+    ),
+)]
+async fn declare(
+    Extract(state): Extract<State>,
+    Named(pattern): Named<TopicPattern>,
+    query: Query,
+    Json(declaration): Json<Declaration>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let settings = declaration.settings()?;
+    let (row, declared) = state.parts.topics.declare(pattern, settings).await?;
+    let status = match declared {
+        Declared::Created => StatusCode::CREATED,
+        Declared::Changed => StatusCode::OK,
+    };
+    Ok(wire::json(status, &TopicSettings::from(row)))
+}
+
+/// Describe the settings that are declared for exactly this topic or pattern.
+#[utoipa::path(
+    get, path = "/v1/topics/{topic}", tag = "topics",
+    params(("topic" = String, Path, description = "A topic, or a pattern over topics",
+        min_length = 1, max_length = 255, pattern = "^(>|([A-Za-z0-9_-]+|\\*)(\\.([A-Za-z0-9_-]+|\\*))*(\\.>)?)$", example = "orders.created")),
+    responses((status = 200, description = "The settings", body = TopicSettings), NoTopicSettings, Reads),
+)]
+async fn describe(
+    Extract(state): Extract<State>,
+    Named(pattern): Named<TopicPattern>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let row = state.parts.topics.describe(&pattern).await?;
+    Ok(wire::json(StatusCode::OK, &TopicSettings::from(row)))
+}
+
+/// Delete the settings of exactly this topic or pattern.
+#[utoipa::path(
+    delete, path = "/v1/topics/{topic}", tag = "topics",
+    params(("topic" = String, Path, description = "A topic, or a pattern over topics",
+        min_length = 1, max_length = 255, pattern = "^(>|([A-Za-z0-9_-]+|\\*)(\\.([A-Za-z0-9_-]+|\\*))*(\\.>)?)$", example = "orders.gone")),
+    responses((status = 204, description = "Deleted"), NoTopicSettings, Reads),
+)]
+async fn delete(
+    Extract(state): Extract<State>,
+    Named(pattern): Named<TopicPattern>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    state.parts.topics.delete(&pattern).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// Refuses messages that the settings of their topics do not let through: all, if one. `place` is the JSON pointer of each.
+pub(super) fn admit(
+    topics: &topic::Handle,
+    messages: &[Message],
+    place: impl Fn(usize) -> String,
+) -> Result<(), Problem> {
+    let rules = topics.rules();
+    let mut large = Vec::new();
+    let mut limit = u64::MAX;
+    let mut mismatched = Vec::new();
+    for (index, message) in messages.iter().enumerate() {
+        // Nothing is declared at all.
+        let Some(applied) = rules.of(&message.topic) else {
+            return Ok(());
+        };
+        let size = message.data.bytes().len() as u64;
+        if let Some(most) = applied.max_bytes.filter(|most| size > *most) {
+            limit = limit.min(most);
+            large.push(FieldError {
+                place: Place::Pointer(place(index)),
+                detail: format!("{size} bytes of payload"),
+                allowed: Some(format!("at most {most} bytes for `{}`", message.topic)),
+            });
+        } else if mismatched.len() < ERRORS_MAX
+            && let Err((pattern, mismatches)) = applied.check(&message.data)
+        {
+            mismatched.extend(mismatches.into_iter().map(|mismatch| FieldError {
+                place: Place::Pointer(place(index)),
+                detail: match mismatch.pointer.as_str() {
+                    "" => mismatch.detail,
+                    pointer => format!("at {pointer} of the payload: {}", mismatch.detail),
+                },
+                allowed: Some(format!("what the schema of `{pattern}` allows")),
+            }));
+        }
+    }
+    if !large.is_empty() {
+        large.truncate(ERRORS_MAX);
+        let detail = "a payload is larger than its topic allows";
+        return Err(Problem::new(Kind::MessageTooLarge, detail)
+            .with_errors(large)
+            .with("limit_bytes", limit));
+    }
+    if let Some(first) = mismatched.first() {
+        let detail = first.detail.clone();
+        mismatched.truncate(ERRORS_MAX);
+        return Err(Problem::new(Kind::SchemaMismatch, detail).with_errors(mismatched));
+    }
+    topics.admit(messages).map_err(|(wait, pattern)| {
+        let seconds = u32::try_from(wait.as_secs()).unwrap_or(u32::MAX).saturating_add(1);
+        let detail = format!("the rate of `{pattern}` is used up on this node");
+        Problem::new(Kind::RateLimited, detail)
+            .retry_after(seconds)
+            .with("topics", pattern.as_str())
+    })
+}
