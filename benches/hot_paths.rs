@@ -9,11 +9,12 @@ use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use postroad::domain::cloudevents::{self, Context, Limits, Request};
 use postroad::domain::id::{Generation, Offset, QueueId};
-use postroad::domain::message::Priority;
+use postroad::domain::message::{Data, Priority};
 use postroad::domain::name::{Topic, TopicPattern};
 use postroad::domain::policy::{Ordering, Settings};
 use postroad::domain::queue::{At, Found, Item, Queue, Random, Receive, Verb, decode, encode};
 use postroad::domain::receipt::{Key, Receipt};
+use postroad::topic::Schema;
 use roaring::RoaringTreemap;
 
 const BATCH: usize = 100;
@@ -217,5 +218,36 @@ fn events(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(hot_paths, queues, settled_set, receipts, topics, events);
+/// What a schema costs per message: the payload is parsed and asked.
+fn schemas(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("JSON Schema");
+    let schema = Schema::compile(
+        r#"{"type": "object", "required": ["order", "customer", "lines"], "properties": {
+            "order": {"type": "integer", "minimum": 1}, "customer": {"type": "string", "pattern": "^[a-z0-9-]{1,40}$"},
+            "lines": {"type": "array", "maxItems": 10000, "items": {"type": "object", "required": ["sku", "count"], "properties": {
+                "sku": {"type": "string"}, "count": {"type": "integer"}, "price": {"type": "number"}}}}}}"#,
+    )
+    .unwrap();
+    for (name, lines) in [("256 bytes", 4), ("1 KiB", 19), ("64 KiB", 1_250)] {
+        let line = r#"{"sku": "sku-0001", "count": 2, "price": 9.75}"#;
+        let lines = vec![line; lines].join(", ");
+        let text = format!(r#"{{"order": 7, "customer": "customer-0001", "lines": [{lines}]}}"#);
+        group.throughput(Throughput::Bytes(text.len() as u64));
+        let data = Data::Json(text.into());
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| schema.check(black_box(&data)).unwrap());
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(
+    hot_paths,
+    queues,
+    settled_set,
+    receipts,
+    topics,
+    events,
+    schemas
+);
 criterion_main!(hot_paths);

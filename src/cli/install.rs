@@ -97,11 +97,10 @@ impl Install {
         };
         let config = config::load(&flags, &Environment::of_process())?;
         let origin = config.origins.into_iter().find(|o| o.name.as_str() == name);
-        let origin =
-            origin.with_context(|| format!("the configuration has no origin `{name}`"))?;
-        let mapping = origin
-            .mapping
-            .with_context(|| format!("the origin `{name}` maps no table: install its outbox without --map"))?;
+        let origin = origin.with_context(|| format!("the configuration has no origin `{name}`"))?;
+        let mapping = origin.mapping.with_context(|| {
+            format!("the origin `{name}` maps no table: install its outbox without --map")
+        })?;
         let url = self.database_url.as_deref();
         let url = url.context("--database-url is needed, as a user who owns the table")?;
         let database = Database::new(url, 2)?;

@@ -465,9 +465,12 @@ mod tests {
 
     #[test]
     fn mapped_origins_are_read_from_the_file_and_from_a_variable() {
-        let json = r#"{"legacy": {"url_env": "SHOP_URL", "layout": "debezium", "pickup": "delete"}}"#;
-        let environment =
-            Environment::from([("SHOP_URL", "postgres://u:p@h/d"), ("POSTROAD_ORIGINS", json)]);
+        let json =
+            r#"{"legacy": {"url_env": "SHOP_URL", "layout": "debezium", "pickup": "delete"}}"#;
+        let environment = Environment::from([
+            ("SHOP_URL", "postgres://u:p@h/d"),
+            ("POSTROAD_ORIGINS", json),
+        ]);
         let text = "[origins.shop]\nurl_env = 'SHOP_URL'\ntable = 'shop.events'\npickup = 'snapshot'\n\
                     delete_relayed = true\ncolumns = { id = '{id}', topic = 'orders.{kind}' }\n\
                     [origins.legacy]\nurl_env = 'SHOP_URL'";
@@ -482,7 +485,12 @@ mod tests {
         assert_eq!(mapping.table.to_string(), "outboxevent");
         assert!(config.warnings.is_empty(), "{:?}", config.warnings);
         let environment = Environment::from([("POSTROAD_ORIGINS", "[]")]);
-        let error = load(&Flags::default(), &environment).unwrap_err().to_string();
-        assert!(error.contains("must be a JSON object of origins"), "{error}");
+        let error = load(&Flags::default(), &environment)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("must be a JSON object of origins"),
+            "{error}"
+        );
     }
 }

@@ -112,10 +112,7 @@ pub(super) fn read(
 }
 
 /// Reads what makes an origin a mapped one, if anything does.
-fn mapping(
-    origin: &OriginName,
-    table: &toml::Table,
-) -> Result<Option<Mapping>, (String, String)> {
+fn mapping(origin: &OriginName, table: &toml::Table) -> Result<Option<Mapping>, (String, String)> {
     let is_mapped = table
         .keys()
         .any(|key| !matches!(key.as_str(), "url_env" | "url_file"));
@@ -134,7 +131,10 @@ fn mapping(
         None => None,
         Some(toml::Value::Boolean(value)) => Some(*value),
         Some(_) => {
-            return Err(("delete_relayed".to_owned(), "must be true or false".to_owned()));
+            return Err((
+                "delete_relayed".to_owned(),
+                "must be true or false".to_owned(),
+            ));
         }
     };
     let draft = Draft {
@@ -164,7 +164,9 @@ fn texts(table: &toml::Table, key: &str) -> Result<BTreeMap<String, String>, (St
     };
     let mut texts = BTreeMap::new();
     for (name, value) in entries {
-        let text = value.as_str().ok_or_else(|| wrong(format!("{key}.{name}")))?;
+        let text = value
+            .as_str()
+            .ok_or_else(|| wrong(format!("{key}.{name}")))?;
         texts.insert(name.clone(), text.to_owned());
     }
     Ok(texts)

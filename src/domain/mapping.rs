@@ -282,7 +282,10 @@ impl Draft {
                 (BTreeMap::from(known), Some("outboxevent"))
             }
             Some(other) => {
-                return Err(fault("layout", format!("is `{other}`, and must be debezium")));
+                return Err(fault(
+                    "layout",
+                    format!("is `{other}`, and must be debezium"),
+                ));
             }
         };
         let table = match self.table.as_deref().or(default_table) {
@@ -304,7 +307,9 @@ impl Draft {
         if pickup == Pickup::Snapshot {
             let own = [(Field::Xid, XID_COLUMN), (Field::Seq, SEQ_COLUMN)];
             for (field, column) in own {
-                columns.entry(field).or_insert_with(|| format!("{{{column}}}"));
+                columns
+                    .entry(field)
+                    .or_insert_with(|| format!("{{{column}}}"));
             }
         }
         let fields = fields(columns)?;
@@ -352,7 +357,10 @@ fn fields(columns: BTreeMap<Field, String>) -> Result<BTreeMap<Field, Value>, Fa
         let key = format!("columns.{}", field.as_str());
         let value = Value::parse(&text).map_err(|what| fault(&key, what))?;
         if field.is_column() && value.column().is_none() {
-            let what = format!("is `{text}`, and must be one column, like {{{}}}", field.as_str());
+            let what = format!(
+                "is `{text}`, and must be one column, like {{{}}}",
+                field.as_str()
+            );
             return Err(fault(&key, what));
         }
         fields.insert(field, value);
@@ -509,39 +517,86 @@ mod tests {
             draft(pickup, &[&columns[..], &[(name, text)]].concat())
         };
         for (draft, key, what) in [
-            (draft("delete", &[("id", "{id}")]), "columns.topic", "is needed"),
-            (draft("delete", &[("topic", "a")]), "columns.id", "is needed"),
-            (with("delete", "topic", "a..b"), "columns.topic", "has the token"),
-            (with("delete", "topic", "a.{b"), "columns.topic", "without its `}`"),
-            (with("delete", "topic", "a}"), "columns.topic", "without its `{`"),
-            (with("delete", "topic", "{}"), "columns.topic", "is empty"),
-            (with("delete", "payload", "{a}{b}"), "columns.payload", "must be one column"),
-            (with("delete", "xid", "{x}"), "columns.xid", "is for pickup"),
-            (with("delete", "colour", "{x}"), "columns.colour", "is not known"),
-            (with("snapshot", "seq", ""), "columns.seq", "is needed"),
-            (with("both", "id", "{id}"), "pickup", "must be snapshot or delete"),
             (
-                Draft { pickup: None, ..draft("", &fine) },
+                draft("delete", &[("id", "{id}")]),
+                "columns.topic",
+                "is needed",
+            ),
+            (
+                draft("delete", &[("topic", "a")]),
+                "columns.id",
+                "is needed",
+            ),
+            (
+                with("delete", "topic", "a..b"),
+                "columns.topic",
+                "has the token",
+            ),
+            (
+                with("delete", "topic", "a.{b"),
+                "columns.topic",
+                "without its `}`",
+            ),
+            (
+                with("delete", "topic", "a}"),
+                "columns.topic",
+                "without its `{`",
+            ),
+            (with("delete", "topic", "{}"), "columns.topic", "is empty"),
+            (
+                with("delete", "payload", "{a}{b}"),
+                "columns.payload",
+                "must be one column",
+            ),
+            (with("delete", "xid", "{x}"), "columns.xid", "is for pickup"),
+            (
+                with("delete", "colour", "{x}"),
+                "columns.colour",
+                "is not known",
+            ),
+            (with("snapshot", "seq", ""), "columns.seq", "is needed"),
+            (
+                with("both", "id", "{id}"),
+                "pickup",
+                "must be snapshot or delete",
+            ),
+            (
+                Draft {
+                    pickup: None,
+                    ..draft("", &fine)
+                },
                 "pickup",
                 "is needed",
             ),
             (
-                Draft { table: Some("a.b.c".into()), ..draft("delete", &fine) },
+                Draft {
+                    table: Some("a.b.c".into()),
+                    ..draft("delete", &fine)
+                },
                 "table",
                 "a table's name",
             ),
             (
-                Draft { table: None, ..draft("delete", &fine) },
+                Draft {
+                    table: None,
+                    ..draft("delete", &fine)
+                },
                 "table",
                 "is needed",
             ),
             (
-                Draft { layout: Some("x".into()), ..draft("delete", &fine) },
+                Draft {
+                    layout: Some("x".into()),
+                    ..draft("delete", &fine)
+                },
                 "layout",
                 "must be debezium",
             ),
             (
-                Draft { delete_relayed: Some(true), ..draft("delete", &fine) },
+                Draft {
+                    delete_relayed: Some(true),
+                    ..draft("delete", &fine)
+                },
                 "delete_relayed",
                 "is for pickup",
             ),

@@ -29,7 +29,11 @@ impl Run<'_> {
         let started = Instant::now();
         let mark = self.position.as_ref().and_then(|position| position.mark);
         // What the position took may still be there: then this look is for the mark alone.
-        let max_rows = if self.is_ready() { options.page_rows } else { 0 };
+        let max_rows = if self.is_ready() {
+            options.page_rows
+        } else {
+            0
+        };
         let opening = self.session.open_batch(mark, max_rows, options.page_bytes);
         let batch = opening.await.map_err(Trouble::Origin)?;
         self.check_session(&batch.identity)?;
@@ -55,14 +59,18 @@ impl Run<'_> {
         }
         if !self.is_ready() {
             self.settle_taken().await?;
-            return Ok(Stepped { rows: options.page_rows });
+            return Ok(Stepped {
+                rows: options.page_rows,
+            });
         }
         let count = batch.rows.len();
         let lag = match batch.is_all {
             true => count as u64,
             false => self.session.count_rows().await.map_err(Trouble::Origin)?,
         };
-        self.relay.status.send_modify(|status| status.lag_rows = lag);
+        self.relay
+            .status
+            .send_modify(|status| status.lag_rows = lag);
         if count > 0 {
             let is_rest = !batch.is_all;
             let mut position = self.mark(batch.identity).await?;
@@ -82,13 +90,20 @@ impl Run<'_> {
             });
         }
         // A batch that was cut by its bytes has a next one as well.
-        let rows = if batch.is_all { count } else { options.page_rows };
+        let rows = if batch.is_all {
+            count
+        } else {
+            options.page_rows
+        };
         Ok(Stepped { rows })
     }
 
     /// Whether the rows that the position took are known to be out.
     fn is_ready(&self) -> bool {
-        let took = self.position.as_ref().map_or(0, |position| position.taken.len());
+        let took = self
+            .position
+            .as_ref()
+            .map_or(0, |position| position.taken.len());
         self.is_settled || took == 0
     }
 

@@ -87,7 +87,8 @@ impl Desk {
         limit: u32,
     ) -> Result<RejectedPage, RejectedError> {
         let limit = limit.clamp(1, REJECTED_PAGE_MAX);
-        let (rows, has_next) = store::relay::list_rejected(&self.broker, origin, after, limit).await?;
+        let (rows, has_next) =
+            store::relay::list_rejected(&self.broker, origin, after, limit).await?;
         let next_after = rows.last().filter(|_| has_next).map(|row| row.id);
         Ok(RejectedPage { rows, next_after })
     }

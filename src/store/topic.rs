@@ -136,9 +136,15 @@ pub async fn declare(
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;
-        Ok(if is_there { Declared::Changed } else { Declared::Created })
+        Ok(if is_there {
+            Declared::Changed
+        } else {
+            Declared::Created
+        })
     };
-    write.await.map_err(Error::query("declaring the settings of a topic"))
+    write
+        .await
+        .map_err(Error::query("declaring the settings of a topic"))
 }
 
 /// Deletes what a pattern has. Returns whether it had anything.
@@ -160,5 +166,7 @@ pub async fn delete(database: &Database, pattern: &TopicPattern) -> Result<bool,
         transaction.commit().await?;
         Ok(deleted > 0)
     };
-    delete.await.map_err(Error::query("deleting the settings of a topic"))
+    delete
+        .await
+        .map_err(Error::query("deleting the settings of a topic"))
 }

@@ -114,7 +114,8 @@ impl Handle {
         if let Some(text) = &settings.schema {
             Schema::compile(text).map_err(Error::Schema)?;
         }
-        self.ask(|reply| Job::Declare(pattern, settings, reply)).await
+        self.ask(|reply| Job::Declare(pattern, settings, reply))
+            .await
     }
 
     /// What a pattern has.
@@ -162,9 +163,9 @@ impl Handle {
             }
         }
         let now = Instant::now();
-        let waits = counts
-            .iter()
-            .filter_map(|(pattern, (bucket, count))| Some((bucket.wait(*count, now)?, pattern.clone())));
+        let waits = counts.iter().filter_map(|(pattern, (bucket, count))| {
+            Some((bucket.wait(*count, now)?, pattern.clone()))
+        });
         if let Some(longest) = waits.max() {
             return Err(longest);
         }

@@ -52,7 +52,9 @@ impl Bucket {
 
     fn fill(&self, state: &mut State, now: Instant) {
         let passed = now.saturating_duration_since(state.at).as_secs_f64();
-        state.tokens = self.burst.min(passed.mul_add(self.per_second, state.tokens));
+        state.tokens = self
+            .burst
+            .min(passed.mul_add(self.per_second, state.tokens));
         state.at = now.max(state.at);
     }
 }
@@ -80,7 +82,10 @@ mod tests {
         assert_eq!(bucket.wait(5, at(100.0)), None);
         // A request beyond the burst comes when the bucket is full, and is paid for afterwards.
         bucket.take(25, at(100.0));
-        assert_eq!(bucket.wait(1, at(100.0)), Some(Duration::from_millis(2_100)));
+        assert_eq!(
+            bucket.wait(1, at(100.0)),
+            Some(Duration::from_millis(2_100))
+        );
         assert_eq!(bucket.wait(1, at(102.2)), None);
         assert!(bucket.is(10.0, 5) && !bucket.is(10.0, 6));
     }

@@ -90,7 +90,11 @@ impl Rules {
 
     fn find(&self, topic: &Topic) -> Applied {
         let mut applied = Applied::default();
-        for rule in self.rules.iter().filter(|rule| rule.row.pattern.matches(topic)) {
+        for rule in self
+            .rules
+            .iter()
+            .filter(|rule| rule.row.pattern.matches(topic))
+        {
             let pattern = || rule.row.pattern.clone();
             if applied.schema.is_none() {
                 applied.schema = rule.schema.clone().map(|schema| (pattern(), schema));
@@ -123,7 +127,10 @@ impl Rules {
 
 impl Rule {
     fn new(row: SettingsRow, before: &Rules) -> Self {
-        let same = before.rules.iter().find(|rule| rule.row.pattern == row.pattern);
+        let same = before
+            .rules
+            .iter()
+            .find(|rule| rule.row.pattern == row.pattern);
         let schema = row.schema.as_deref().and_then(|text| {
             let known = same.and_then(|rule| rule.schema.as_ref());
             if let Some(known) = known.filter(|known| known.text() == text) {
@@ -225,7 +232,8 @@ mod tests {
         // A change elsewhere leaves the rate where it was.
         let next = Rules::new(2, vec![row(">", Some(9), Some(1.0))], &rules);
         let topic = Topic::parse("users").unwrap();
-        let bucket = |rules: &Rules| Arc::clone(&rules.of(&topic).unwrap().bucket.as_ref().unwrap().1);
+        let bucket =
+            |rules: &Rules| Arc::clone(&rules.of(&topic).unwrap().bucket.as_ref().unwrap().1);
         assert!(Arc::ptr_eq(&bucket(&rules), &bucket(&next)));
     }
 }

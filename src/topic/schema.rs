@@ -43,7 +43,8 @@ impl Schema {
                 text.len()
             ));
         }
-        let schema: Value = serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;
+        let schema: Value =
+            serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;
         check_references(&schema)?;
         // A pattern that backtracks could be made to run for ever by a payload: these cannot.
         let patterns = jsonschema::PatternOptions::regex().size_limit(PATTERN_MAX_BYTES);
@@ -53,7 +54,11 @@ impl Schema {
             .build(&schema);
         let validator = built.map_err(|error| {
             let at = error.instance_path().to_string();
-            let place = if at.is_empty() { String::new() } else { format!(" at {at}") };
+            let place = if at.is_empty() {
+                String::new()
+            } else {
+                format!(" at {at}")
+            };
             shorten(&format!("is not a JSON Schema{place}: {error}"))
         })?;
         Ok(Self {
@@ -81,9 +86,15 @@ impl Schema {
         };
         let bytes = match data {
             Data::Json(bytes) => bytes,
-            Data::Absent => return Err(whole("there is no payload, and the topic has a schema".to_owned())),
+            Data::Absent => {
+                return Err(whole(
+                    "there is no payload, and the topic has a schema".to_owned(),
+                ));
+            }
             Data::Text(_) | Data::Binary(_) => {
-                return Err(whole("the payload is not JSON, and the topic has a schema".to_owned()));
+                return Err(whole(
+                    "the payload is not JSON, and the topic has a schema".to_owned(),
+                ));
             }
         };
         let value: Value = serde_json::from_slice(bytes)
@@ -110,7 +121,16 @@ fn shorten(text: &str) -> String {
 }
 
 /// Keywords whose schemas are asked about the very same value.
-const IN_PLACE: [&str; 8] = ["allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas"];
+const IN_PLACE: [&str; 8] = [
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "not",
+    "if",
+    "then",
+    "else",
+    "dependentSchemas",
+];
 
 /// Refuses a schema that leads back to itself without going into the payload: asking it would never end.
 fn check_references(schema: &Value) -> Result<(), String> {
@@ -192,7 +212,10 @@ fn walk(
 
 /// The places in the schema that a reference can mean: by pointer, by anchor, or the whole by its own id.
 fn resolve(target: &str, places: &HashMap<String, &Value>, root: &Value) -> Vec<String> {
-    let own = root.get("$id").or_else(|| root.get("id")).and_then(Value::as_str);
+    let own = root
+        .get("$id")
+        .or_else(|| root.get("id"))
+        .and_then(Value::as_str);
     let fragment = match target.split_once('#') {
         Some((_, fragment)) => fragment,
         None if Some(target) == own => "",
@@ -234,19 +257,38 @@ mod tests {
         assert_eq!(schema.check(&json(r#"{"order": 1, "sku": "a"}"#)), Ok(()));
         for (data, pointer, detail) in [
             (json("{}"), "", "\"order\" is a required property"),
-            (json(r#"{"order": "secret"}"#), "/order", "is not of type \"integer\""),
-            (json(r#"{"order": 0}"#), "/order", "less than the minimum of 1"),
-            (json(r#"{"order": 1, "sku": "SECRET"}"#), "/sku", "does not match"),
+            (
+                json(r#"{"order": "secret"}"#),
+                "/order",
+                "is not of type \"integer\"",
+            ),
+            (
+                json(r#"{"order": 0}"#),
+                "/order",
+                "less than the minimum of 1",
+            ),
+            (
+                json(r#"{"order": 1, "sku": "SECRET"}"#),
+                "/sku",
+                "does not match",
+            ),
             (json(r#"{"order": 1, "x": 1}"#), "", "Additional properties"),
             (Data::Absent, "", "there is no payload"),
             (Data::Text("x".into()), "", "is not JSON"),
             (Data::Binary("x".into()), "", "is not JSON"),
-            (json(&("[".repeat(200) + &"]".repeat(200))), "", "recursion limit"),
+            (
+                json(&("[".repeat(200) + &"]".repeat(200))),
+                "",
+                "recursion limit",
+            ),
         ] {
             let found = schema.check(&data).unwrap_err();
             assert_eq!(found[0].pointer, pointer, "{found:?}");
             assert!(found[0].detail.contains(detail), "{found:?}");
-            assert!(!found[0].detail.to_lowercase().contains("secret"), "{found:?}");
+            assert!(
+                !found[0].detail.to_lowercase().contains("secret"),
+                "{found:?}"
+            );
         }
     }
 
@@ -260,7 +302,10 @@ mod tests {
             (r#"{"pattern": "(a"}"#, "is not a JSON Schema"),
             // It would have to be looked for backwards.
             (r#"{"pattern": "(?<=a)b"}"#, "is not a JSON Schema"),
-            (r#"{"$ref": "https://example.com/schema.json"}"#, "is not a JSON Schema"),
+            (
+                r#"{"$ref": "https://example.com/schema.json"}"#,
+                "is not a JSON Schema",
+            ),
             (r#"{"$ref": "file:///etc/passwd"}"#, "is not a JSON Schema"),
             (r##"{"$ref": "#"}"##, "leads back to itself"),
             (r##"{"allOf": [{"$ref": "#"}]}"##, "leads back to itself"),
@@ -283,8 +328,13 @@ mod tests {
     fn a_schema_may_lead_back_to_itself_through_the_payload() {
         let tree = r##"{"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#"}}}, "required": ["name"]}"##;
         let tree = Schema::compile(tree).unwrap();
-        assert!(tree.check(&json(r#"{"name": 1, "children": [{"name": 2}]}"#)).is_ok());
-        let found = tree.check(&json(r#"{"name": 1, "children": [{"name": 2}, {}]}"#)).unwrap_err();
+        assert!(
+            tree.check(&json(r#"{"name": 1, "children": [{"name": 2}]}"#))
+                .is_ok()
+        );
+        let found = tree
+            .check(&json(r#"{"name": 1, "children": [{"name": 2}, {}]}"#))
+            .unwrap_err();
         assert_eq!(found[0].pointer, "/children/1");
     }
 }

@@ -126,10 +126,16 @@ impl Declaration {
         if let Some(rate) = self.rate_per_second
             && !(0.001..=RATE_MAX).contains(&rate)
         {
-            check.fault("/rate_per_second", "must be from 0.001 to 1000000".to_owned());
+            check.fault(
+                "/rate_per_second",
+                "must be from 0.001 to 1000000".to_owned(),
+            );
         }
         if burst.is_some() && self.rate_per_second.is_none() {
-            check.fault("/burst", "is for a `rate_per_second`, and there is none".to_owned());
+            check.fault(
+                "/burst",
+                "is for a `rate_per_second`, and there is none".to_owned(),
+            );
         }
         check.finish()?;
         Ok(Settings {
@@ -274,7 +280,9 @@ pub(super) fn admit(
         return Err(Problem::new(Kind::SchemaMismatch, detail).with_errors(mismatched));
     }
     topics.admit(messages).map_err(|(wait, pattern)| {
-        let seconds = u32::try_from(wait.as_secs()).unwrap_or(u32::MAX).saturating_add(1);
+        let seconds = u32::try_from(wait.as_secs())
+            .unwrap_or(u32::MAX)
+            .saturating_add(1);
         let detail = format!("the rate of `{pattern}` is used up on this node");
         Problem::new(Kind::RateLimited, detail)
             .retry_after(seconds)

@@ -4,8 +4,8 @@ use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 use uuid::Uuid;
 
 use super::PAYLOAD_MAX_BYTES;
-use crate::store::origin::{Identity, OutboxRow, Session, read_identity, read_row, statement};
 use crate::store::Error;
+use crate::store::origin::{Identity, OutboxRow, Session, read_identity, read_row, statement};
 
 /// Rows that one statement takes out.
 const DELETE_MAX_ROWS: usize = 5_000;
@@ -87,7 +87,12 @@ impl Session {
         for chunk in keys.chunks(DELETE_MAX_ROWS) {
             let width = relation.keys.len();
             let columns: Vec<Vec<&str>> = (0..width)
-                .map(|n| chunk.iter().filter_map(|key| key.get(n).map(String::as_str)).collect())
+                .map(|n| {
+                    chunk
+                        .iter()
+                        .filter_map(|key| key.get(n).map(String::as_str))
+                        .collect()
+                })
                 .collect();
             left += statement("taking relayed rows out of a mapped table", async {
                 let mut transaction = self.connection.begin().await?;
@@ -127,11 +132,17 @@ impl Session {
     ) -> Result<Vec<(Vec<String>, (String, String))>, Error> {
         const DOING: &str = "reading the ids of a mapped table";
         let relation = self.relation()?;
-        let names: Vec<String> = (0..relation.keys.len()).map(|n| format!("key_{n}")).collect();
+        let names: Vec<String> = (0..relation.keys.len())
+            .map(|n| format!("key_{n}"))
+            .collect();
         let casts = relation.keys.iter().enumerate();
-        let casts: Vec<String> = casts.map(|(n, (_, kind))| format!("${}::text::{kind}", n + 2)).collect();
+        let casts: Vec<String> = casts
+            .map(|(n, (_, kind))| format!("${}::text::{kind}", n + 2))
+            .collect();
         let typed = relation.keys.iter().zip(&names);
-        let typed: Vec<String> = typed.map(|((_, kind), name)| format!("{name}::{kind}")).collect();
+        let typed: Vec<String> = typed
+            .map(|((_, kind), name)| format!("{name}::{kind}"))
+            .collect();
         // The keys come as text; they are compared and ordered as what they are.
         let unpacked: Vec<String> = (0..names.len())
             .map(|n| format!("keys[{}]::{} as {}", n + 1, relation.keys[n].1, names[n]))

@@ -62,7 +62,9 @@ impl Shape {
     }
 
     pub(super) fn leads_index(&self, column: &str) -> bool {
-        self.columns.get(column).is_some_and(|column| column.leads_index)
+        self.columns
+            .get(column)
+            .is_some_and(|column| column.leads_index)
     }
 }
 
@@ -157,7 +159,10 @@ pub(super) fn faults(mapping: &Mapping, shape: &Shape, missing: &[&str]) -> Vec<
             ));
         }
     }
-    let values = mapping.fields.iter().map(|(field, value)| (Some(*field), value));
+    let values = mapping
+        .fields
+        .iter()
+        .map(|(field, value)| (Some(*field), value));
     let extensions = mapping.extensions.values().map(|value| (None, value));
     for (field, value) in values.chain(extensions) {
         for name in value.columns() {
@@ -180,13 +185,17 @@ pub(super) fn faults(mapping: &Mapping, shape: &Shape, missing: &[&str]) -> Vec<
     }
     if mapping.pickup == Pickup::Snapshot {
         for field in [Field::Xid, Field::Seq] {
-            let column = mapping.column(field).and_then(|name| shape.columns.get(name));
+            let column = mapping
+                .column(field)
+                .and_then(|name| shape.columns.get(name));
             if column.is_some_and(|column| !column.is_not_null) {
                 let name = mapping.column(field).unwrap_or_default();
                 faults.push(format!("the column `{name}` can be null, and must not"));
             }
         }
-        let xid = mapping.column(Field::Xid).and_then(|name| shape.columns.get(name));
+        let xid = mapping
+            .column(Field::Xid)
+            .and_then(|name| shape.columns.get(name));
         let is_own = |column: &Column| {
             let default = column.default.as_deref().unwrap_or_default();
             default.contains("pg_current_xact_id()")
@@ -270,7 +279,12 @@ pub async fn look(
         "select to_regclass('postroad.mapped_outbox') is not null and to_regclass('postroad.mapped_mark') is not null",
     )
     .fetch_one(&mut *connection);
-    let has_schema: bool = bounded("looking for the tables beside a mapped one", STATEMENT, looking).await?;
+    let has_schema: bool = bounded(
+        "looking for the tables beside a mapped one",
+        STATEMENT,
+        looking,
+    )
+    .await?;
     let mut missing = Vec::new();
     if !has_schema {
         missing.push("the tables beside it".to_owned());
@@ -292,7 +306,8 @@ pub async fn look(
         )
         .bind(&shape.table)
         .fetch_one(&mut *connection);
-        let is_known: bool = bounded("looking for a mapped table's entry", STATEMENT, looking).await?;
+        let is_known: bool =
+            bounded("looking for a mapped table's entry", STATEMENT, looking).await?;
         if !is_known {
             missing.push("its entry in postroad.mapped_outbox".to_owned());
         }

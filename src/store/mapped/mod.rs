@@ -89,7 +89,11 @@ fn source(mapping: &Mapping, shape: &Shape, keys: &[(String, String)], order: &[
         Some(value) => expression(value),
         None => "null::text".to_owned(),
     };
-    let column = |field: Field| mapping.column(field).map(|name| format!("t.{}", identifier(name)));
+    let column = |field: Field| {
+        mapping
+            .column(field)
+            .map(|name| format!("t.{}", identifier(name)))
+    };
     let kind = |field: Field| mapping.column(field).and_then(|name| shape.kind(name));
     let (payload, payload_bytes) = match (column(Field::Payload), kind(Field::Payload)) {
         (Some(column), Some(Kind::Bytes)) => ("null::text".to_owned(), column),
@@ -193,7 +197,10 @@ mod tests {
 
     #[test]
     fn names_and_texts_cannot_leave_their_quotes() {
-        assert_eq!(identifier("a\"; drop table t; --"), "\"a\"\"; drop table t; --\"");
+        assert_eq!(
+            identifier("a\"; drop table t; --"),
+            "\"a\"\"; drop table t; --\""
+        );
         assert_eq!(literal("it's"), "'it''s'");
         assert_eq!(literal("\\' or"), " E'\\\\'' or'");
     }

@@ -10,6 +10,7 @@ mod order;
 mod publishing;
 mod receive;
 mod refusals;
+mod topics;
 mod vectors;
 
 use std::net::SocketAddr;

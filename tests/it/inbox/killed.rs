@@ -188,3 +188,86 @@ async fn a_message_that_was_done_is_not_done_again_when_it_is_refused_and_comes_
     assert_eq!(effects, 3);
     assert_eq!(queue.status().await["depth"], 0);
 }
+
+/// Two of three were done before they became dead letters, one died before. All three come back by a redrive, killed once more on
+/// their way, and nothing is done twice.
+#[tokio::test]
+async fn redriven_messages_are_done_once() {
+    let broker = support::broker().await;
+    let database = consumer_database(1_000).await;
+    let mut owner = database.connect().await;
+    execute(
+        &mut owner,
+        "create table effect (message bigint not null); grant insert on effect to postroad_consumer",
+    )
+    .await;
+    let queue = Consumer::declare(
+        &broker.http,
+        "mailer",
+        &json!({"stream": "main", "start": "earliest", "retry": {"delays_seconds": [0]}}),
+    )
+    .await;
+    publish(&broker.http, "orders.created", 3).await;
+    let mut connection = consumer(&database).await;
+    let first = queue.take(3, 60).await;
+    for (delivery, step) in first
+        .iter()
+        .zip([Step::Committed, Step::Worked, Step::Committed])
+    {
+        handle(&mut connection, &queue, delivery, Some(step), true).await;
+        if step == Step::Worked {
+            execute(&mut connection, "rollback").await;
+        }
+    }
+    let reason = json!({"reason": "the mail server is away"});
+    queue
+        .settle_all("reject", &items(&first, &reason), "rejected")
+        .await;
+    assert_eq!(queue.status().await["dead_letters"], 3);
+    broker
+        .http
+        .ok("/v1/queues/mailer/redrives", &json!({}))
+        .await;
+    let again = queue.take(3, 60).await;
+    let offsets = |deliveries: &[Value]| -> BTreeSet<u64> {
+        deliveries
+            .iter()
+            .map(|d| d["offset"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(offsets(&again), offsets(&first), "the same messages");
+    assert!(
+        again
+            .iter()
+            .all(|d| d["attempt"] == 1 && d["delivery"] == 2),
+        "{again:?}"
+    );
+    // Once more without an ack; and then to the end.
+    for delivery in &again {
+        handle(
+            &mut connection,
+            &queue,
+            delivery,
+            Some(Step::Committed),
+            true,
+        )
+        .await;
+    }
+    queue
+        .settle_all("nack", &items(&again, &json!({})), "nacked")
+        .await;
+    for delivery in &queue.take(3, 60).await {
+        handle(&mut connection, &queue, delivery, None, true).await;
+    }
+    let effects: Vec<(i64, i64)> =
+        sqlx::query_as("select message, count(*) from effect group by message order by message")
+            .fetch_all(&mut owner)
+            .await
+            .unwrap();
+    assert_eq!(effects, [(1, 1), (2, 1), (3, 1)]);
+    let status = queue.status().await;
+    assert_eq!(
+        (&status["depth"], &status["dead_letters"]),
+        (&json!(0), &json!(0))
+    );
+}

@@ -127,7 +127,9 @@ pub async fn note_in(layout: Layout, connection: &mut PgConnection) -> Result<()
         "with message (id) as ({}) insert into ledger (id) select id from message",
         layout.noted()
     );
-    sqlx::query(sqlx::AssertSqlSafe(text)).execute(connection).await?;
+    sqlx::query(sqlx::AssertSqlSafe(text))
+        .execute(connection)
+        .await?;
     Ok(())
 }
 

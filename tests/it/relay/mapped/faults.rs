@@ -5,10 +5,11 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use postroad::relay;
 use serde_json::{Value, json};
 
 use super::{Kind, assert_exact, assert_is, rig_mapped, shop};
-use crate::relay::{connect, execute, read_log};
+use crate::relay::{connect, execute, read_log, rig_of};
 use crate::support::{self, Action, Direction, Proxy};
 
 fn kills() -> u32 {
@@ -39,7 +40,9 @@ async fn kill_backends(kind: Kind, settings: &'static str) {
         support::send_signal(pid, rustix::process::Signal::KILL);
         drop(owner);
         support::eventually("the server to recover", || async {
-            <sqlx::PgConnection as sqlx::Connection>::connect(&origin.url).await.ok()
+            <sqlx::PgConnection as sqlx::Connection>::connect(&origin.url)
+                .await
+                .ok()
         })
         .await;
     }
@@ -74,7 +77,9 @@ impl Trap {
                 && armed
                     .as_ref()
                     .is_some_and(|(bytes, _)| chunk.windows(bytes.len()).any(|part| part == bytes));
-            armed.take_if(|_| hit).map_or(Action::Forward, |(_, action)| action)
+            armed
+                .take_if(|_| hit)
+                .map_or(Action::Forward, |(_, action)| action)
         });
         trap
     }
@@ -84,7 +89,10 @@ impl Trap {
     }
 
     async fn sprung(&self, what: &str) {
-        support::eventually(what, || async { self.0.lock().unwrap().is_none().then_some(()) }).await;
+        support::eventually(what, || async {
+            self.0.lock().unwrap().is_none().then_some(())
+        })
+        .await;
     }
 }
 
@@ -115,7 +123,11 @@ async fn a_cut_at_any_step_of_a_batch_loses_and_doubles_nothing() {
             (&broker_trap, "the append", b"\"taken\":[["),
             (&origin_trap, "the delete's begin", b"BEGIN"),
             (&origin_trap, "the delete", b"delete from"),
-            (&origin_trap, "the look for what is left", b"select count(*) from"),
+            (
+                &origin_trap,
+                "the look for what is left",
+                b"select count(*) from",
+            ),
             (&origin_trap, "the note", b"into postroad.mapped_emptied"),
             (&origin_trap, "the delete's commit", b"COMMIT"),
         ] {
@@ -124,9 +136,12 @@ async fn a_cut_at_any_step_of_a_batch_loses_and_doubles_nothing() {
                 to_origin.cut_once();
                 trap.arm(bytes, action);
                 let key = 1 + cuts % shop::KEYS;
-                shop::sell_in(origin.layout, &mut producer, key).await.unwrap();
+                shop::sell_in(origin.layout, &mut producer, key)
+                    .await
+                    .unwrap();
                 shop::note_in(origin.layout, &mut producer).await.unwrap();
-                trap.sprung(&format!("{step}, {action:?}, round {round}")).await;
+                trap.sprung(&format!("{step}, {action:?}, round {round}"))
+                    .await;
                 cuts += 1;
                 rig.caught_up(kind.name()).await;
             }
@@ -141,9 +156,15 @@ async fn a_cut_at_any_step_of_a_batch_loses_and_doubles_nothing() {
                 .fetch_one(&mut owner)
                 .await
                 .unwrap();
-            execute(&mut owner, &format!("alter table shop.events alter n restart {number}")).await;
+            execute(
+                &mut owner,
+                &format!("alter table shop.events alter n restart {number}"),
+            )
+            .await;
             origin_trap.arm(number.to_string().as_bytes(), action);
-            shop::sell_in(origin.layout, &mut producer, 1).await.unwrap();
+            shop::sell_in(origin.layout, &mut producer, 1)
+                .await
+                .unwrap();
             origin_trap.sprung("the delete's values").await;
             cuts += 1;
             rig.caught_up(kind.name()).await;
@@ -164,10 +185,15 @@ async fn cuts_under_load_lose_and_double_nothing() {
         shop::open(&origin).await;
         let broker = support::database().await;
         let proxy = support::proxy(&origin.relay_url()).await;
-        let rig = rig_mapped(&broker.database, kind, &proxy.url(&origin.relay_url())).await;
+        let options = relay::Options {
+            origins: vec![super::options(kind, &proxy.url(&origin.relay_url()))],
+            retry_max: Duration::from_millis(100),
+            ..relay::Options::default()
+        };
+        let rig = rig_of(&broker.database, options).await;
         let producers = shop::Producers::start(&origin, 4, "select 1");
         let mut passed = 0_u64;
-        let mut every = 7_u64;
+        let mut every = 60_u64;
         let cuts = Arc::new(Mutex::new(0));
         let counted = Arc::clone(&cuts);
         proxy.filter(move |_, _| {
@@ -176,13 +202,21 @@ async fn cuts_under_load_lose_and_double_nothing() {
                 return Action::Forward;
             }
             // Another distance each time, so that each step is hit.
-            every = 7 + (every * 5 + 3) % 23;
+            passed = 0;
+            every = 60 + (every * 5 + 3) % 47;
             let mut cuts = counted.lock().unwrap();
             *cuts += 1;
-            if *cuts % 2 == 0 { Action::CutBefore } else { Action::CutAfter }
+            if *cuts % 2 == 0 {
+                Action::CutBefore
+            } else {
+                Action::CutAfter
+            }
         });
-        let wanted = 20;
-        support::eventually("the cuts", || async { (*cuts.lock().unwrap() >= wanted).then_some(()) }).await;
+        let wanted = 12;
+        support::eventually("the cuts", || async {
+            (*cuts.lock().unwrap() >= wanted).then_some(())
+        })
+        .await;
         proxy.no_filter();
         producers.finish().await;
         rig.caught_up(kind.name()).await;
@@ -219,7 +253,10 @@ async fn a_killed_program_and_a_killed_origin_lose_and_double_nothing() {
         origins.push((kind, origin));
     }
     let configured = Value::Object(configured).to_string();
-    let mut all: Vec<(&str, &str)> = variables.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    let mut all: Vec<(&str, &str)> = variables
+        .iter()
+        .map(|(n, v)| (n.as_str(), v.as_str()))
+        .collect();
     all.push(("POSTROAD_ORIGINS", &configured));
     let mut program = support::program(&broker_url, &all).await;
     let producers: Vec<_> = origins
@@ -273,11 +310,18 @@ async fn a_killed_program_and_a_killed_origin_lose_and_double_nothing() {
     assert_eq!(of_log.len(), expected, "{answer}");
     for (kind, origin) in &origins {
         let committed = shop::committed(origin).await;
-        let own: Vec<_> = of_log.iter().filter(|m| committed.contains(&m.id)).cloned().collect();
+        let own: Vec<_> = of_log
+            .iter()
+            .filter(|m| committed.contains(&m.id))
+            .cloned()
+            .collect();
         assert_is(*kind, &committed, &HashSet::new(), &own);
     }
     let described = answer["origins"].as_array().unwrap();
-    let numbered = described.iter().find(|o| o["name"] == "numbered-delete").unwrap();
+    let numbered = described
+        .iter()
+        .find(|o| o["name"] == "numbered-delete")
+        .unwrap();
     assert_eq!(
         (&numbered["table"], &numbered["pickup"]),
         (&json!("shop.events"), &json!("delete"))

@@ -24,7 +24,9 @@ async fn messages(url: &str) -> Vec<serde_json::Value> {
     .fetch_all(&mut connection)
     .await
     .unwrap();
-    rows.iter().map(|row| serde_json::from_str(row).unwrap()).collect()
+    rows.iter()
+        .map(|row| serde_json::from_str(row).unwrap())
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -63,7 +65,10 @@ async fn debeziums_rows_become_messages_with_either_pickup() {
             assert_eq!(first[member], value, "{first}");
         }
         assert_eq!(first["source"], format!("/postroad/{}", kind.name()));
-        assert_eq!((&first["kind"], &messages[1]["kind"]), (&1.into(), &0.into()));
+        assert_eq!(
+            (&first["kind"], &messages[1]["kind"]),
+            (&1.into(), &0.into())
+        );
         rig.stop().await;
     }
 }
@@ -119,14 +124,21 @@ async fn rows_that_cannot_become_messages_are_listed_and_can_be_sent_on() {
         let name = origin_name(kind.name());
         let page = rig.relay.rejected(&name, 0, 10).await.unwrap();
         let row = &page.rows[0];
-        assert!(row.reason.contains("the token `no topic`"), "{}", row.reason);
+        assert!(
+            row.reason.contains("the token `no topic`"),
+            "{}",
+            row.reason
+        );
         let left = if kind == Kind::DebeziumDelete { 0 } else { 3 };
         assert_eq!(count_rows(kind, &origin).await, left);
         let correction = Correction {
             topic: Some(Topic::parse("b").unwrap()),
             ..Correction::default()
         };
-        rig.relay.resend_rejected(&name, row.id, correction).await.unwrap();
+        rig.relay
+            .resend_rejected(&name, row.id, correction)
+            .await
+            .unwrap();
         let log = read_log(&broker.url).await;
         assert_eq!(log.len(), 3);
         assert_eq!(log[2].version, Some(2), "with all of its payload");
@@ -152,11 +164,19 @@ async fn a_backlog_is_relayed_in_order_and_space_comes_back() {
             }
         };
         let began = std::time::Instant::now();
-        execute(&mut producer, &format!("{insert} from generate_series(1, 20000) as n")).await;
+        execute(
+            &mut producer,
+            &format!("{insert} from generate_series(1, 20000) as n"),
+        )
+        .await;
         let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
         rig.caught_up(kind.name()).await;
         println!("{kind:?}: 20,000 rows in {:?}", began.elapsed());
-        let versions: Vec<_> = read_log(&broker.url).await.iter().filter_map(|m| m.version).collect();
+        let versions: Vec<_> = read_log(&broker.url)
+            .await
+            .iter()
+            .filter_map(|m| m.version)
+            .collect();
         if kind.keeps_order() {
             assert!(versions.into_iter().eq(1..=20_000), "{kind:?}");
         } else {
@@ -182,7 +202,13 @@ async fn rows_read_by_snapshot_stay_until_somebody_takes_them_out() {
     execute(&mut origin.owner().await, "delete from outboxevent").await;
     execute(&mut producer, insert).await;
     rig.caught_up(kind.name()).await;
-    assert_eq!((read_log(&broker.url).await.len(), count_rows(kind, &origin).await), (50, 25));
+    assert_eq!(
+        (
+            read_log(&broker.url).await.len(),
+            count_rows(kind, &origin).await
+        ),
+        (50, 25)
+    );
     rig.stop().await;
 
     // Or the relay, when it is told to and has the right.
@@ -249,7 +275,9 @@ async fn partitioned_tables_and_odd_names_are_read() {
             ..Draft::default()
         };
         let mapping = draft.finish(&origin_name("odd")).unwrap();
-        install::install(&Database::new(&url, 2).unwrap(), &mapping).await.unwrap();
+        install::install(&Database::new(&url, 2).unwrap(), &mapping)
+            .await
+            .unwrap();
         let origin = Origin {
             url: url.clone(),
             layout: shop::Layout::Own,

@@ -96,7 +96,11 @@ impl Kind {
         match self {
             Self::DebeziumSnapshot | Self::DebeziumDelete => Draft {
                 layout: text("debezium"),
-                pickup: text(if self == Self::DebeziumDelete { "delete" } else { "snapshot" }),
+                pickup: text(if self == Self::DebeziumDelete {
+                    "delete"
+                } else {
+                    "snapshot"
+                }),
                 ..Draft::default()
             },
             Self::NumberedDelete => Draft {
@@ -194,7 +198,12 @@ pub async fn rig_mapped(db: &Database, kind: Kind, url: &str) -> Rig {
 /// Exactly what committed, once, in order if the kind keeps it. Returns how many messages that was.
 pub async fn assert_exact(kind: Kind, origin: &Origin, broker_url: &str) -> usize {
     let committed = shop::committed(origin).await;
-    assert_is(kind, &committed, &HashSet::new(), &read_log(broker_url).await);
+    assert_is(
+        kind,
+        &committed,
+        &HashSet::new(),
+        &read_log(broker_url).await,
+    );
     committed.len()
 }
 
@@ -208,7 +217,11 @@ pub fn assert_is(
     let all: HashSet<String> = committed.union(forgotten).cloned().collect();
     let verdict = judge(committed, log);
     let phantom = judge(&all, log).phantom;
-    let disordered = if kind.keeps_order() { verdict.disordered } else { 0 };
+    let disordered = if kind.keeps_order() {
+        verdict.disordered
+    } else {
+        0
+    };
     println!("{kind:?}: {} messages, {verdict:?}", log.len());
     let found = Verdict {
         phantom,

@@ -59,13 +59,19 @@ async fn race(kind: Kind) {
     assert_eq!((status.rerelay_count, status.lag_rows), (0, 0));
     println!("{} steps", status.step_count);
     let left = count_rows(kind, &origin).await as usize;
-    let kept = if kind == Kind::DebeziumSnapshot { after } else { 0 };
+    let kept = if kind == Kind::DebeziumSnapshot {
+        after
+    } else {
+        0
+    };
     assert_eq!(left, kept);
     rig.stop().await;
 
     // A second life goes on where the first one was.
     let mut producer = origin.producer().await;
-    shop::sell_in(origin.layout, &mut producer, 1).await.unwrap();
+    shop::sell_in(origin.layout, &mut producer, 1)
+        .await
+        .unwrap();
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
     let status = rig.caught_up(kind.name()).await;
     assert_eq!(status.rerelay_count, 0);

@@ -32,7 +32,12 @@ async fn put_back(kind: Kind) {
     work(&origin, 400).await;
     rig.caught_up(kind.name()).await;
     let forgotten = shop::committed(&origin).await;
-    assert_is(kind, &forgotten, &HashSet::new(), &read_log(&broker.url).await);
+    assert_is(
+        kind,
+        &forgotten,
+        &HashSet::new(),
+        &read_log(&broker.url).await,
+    );
 
     server.stop().await;
     std::fs::remove_dir_all(server.data_dir()).unwrap();
@@ -80,10 +85,18 @@ async fn rows_that_come_back_with_an_old_table_are_not_relayed_again() {
     for _ in 0..5 {
         shop::sell_in(origin.layout, &mut owner, 1).await.unwrap();
     }
-    execute(&mut owner, "create table backup as select * from outboxevent").await;
+    execute(
+        &mut owner,
+        "create table backup as select * from outboxevent",
+    )
+    .await;
     let bad = "insert into backup values (gen_random_uuid(), 'no topic', 'k', 't', null)";
     execute(&mut owner, bad).await;
-    execute(&mut owner, "insert into outboxevent select * from backup where aggregatetype = 'no topic'").await;
+    execute(
+        &mut owner,
+        "insert into outboxevent select * from backup where aggregatetype = 'no topic'",
+    )
+    .await;
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
     let status = rig.caught_up(kind.name()).await;
     assert_eq!((status.relayed_count, status.rejected_count), (5, 1));
@@ -101,7 +114,12 @@ async fn rows_that_come_back_with_an_old_table_are_not_relayed_again() {
     assert_eq!(status.rejected_count, 1, "it is listed once");
     let committed = shop::committed(&origin).await;
     assert_eq!(committed.len(), 6);
-    assert_is(kind, &committed, &HashSet::new(), &read_log(&broker.url).await);
+    assert_is(
+        kind,
+        &committed,
+        &HashSet::new(),
+        &read_log(&broker.url).await,
+    );
     rig.stop().await;
 }
 
@@ -114,7 +132,9 @@ async fn a_broker_restored_from_before_what_was_taken_out_says_so() {
     let broker = support::database().await;
     let mut producer = origin.producer().await;
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
-    shop::sell_in(origin.layout, &mut producer, 1).await.unwrap();
+    shop::sell_in(origin.layout, &mut producer, 1)
+        .await
+        .unwrap();
     rig.caught_up(kind.name()).await;
     let mut broker_owner = broker.connect().await;
     execute(
@@ -123,7 +143,9 @@ async fn a_broker_restored_from_before_what_was_taken_out_says_so() {
         create table backup_message as select * from postroad_broker.message",
     )
     .await;
-    shop::sell_in(origin.layout, &mut producer, 2).await.unwrap();
+    shop::sell_in(origin.layout, &mut producer, 2)
+        .await
+        .unwrap();
     rig.caught_up(kind.name()).await;
     rig.stop().await;
     execute(
@@ -134,11 +156,17 @@ async fn a_broker_restored_from_before_what_was_taken_out_says_so() {
         insert into postroad_broker.message select * from backup_message",
     )
     .await;
-    shop::sell_in(origin.layout, &mut producer, 3).await.unwrap();
+    shop::sell_in(origin.layout, &mut producer, 3)
+        .await
+        .unwrap();
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
     let status = rig.caught_up(kind.name()).await;
     assert_eq!(status.gap_count, 1);
-    let keys: Vec<_> = read_log(&broker.url).await.into_iter().map(|m| m.key.unwrap()).collect();
+    let keys: Vec<_> = read_log(&broker.url)
+        .await
+        .into_iter()
+        .map(|m| m.key.unwrap())
+        .collect();
     assert_eq!(keys, ["k1", "k3"], "what is there, and nothing twice");
     rig.stop().await;
     // Said once.

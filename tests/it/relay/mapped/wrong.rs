@@ -29,9 +29,19 @@ async fn what_does_not_fit_is_said() {
     let mut origins = Vec::new();
     let mut expected = Vec::new();
     for (table, pickup, columns, faults) in [
-        ("nothing", "delete", &[][..], &["there is no table `nothing`"][..]),
+        (
+            "nothing",
+            "delete",
+            &[][..],
+            &["there is no table `nothing`"][..],
+        ),
         ("looks", "delete", &[], &["`looks` is not a table"]),
-        ("bare", "delete", &[], &["the table `bare` has no primary key"]),
+        (
+            "bare",
+            "delete",
+            &[],
+            &["the table `bare` has no primary key"],
+        ),
         (
             "bare",
             "delete",
@@ -41,7 +51,12 @@ async fn what_does_not_fit_is_said() {
         (
             "odd",
             "delete",
-            &[("payload", "{body}"), ("key", "{tags}"), ("time", "{at}"), ("headers", "{n}")],
+            &[
+                ("payload", "{body}"),
+                ("key", "{tags}"),
+                ("time", "{at}"),
+                ("headers", "{n}"),
+            ],
             &[
                 "the column `body` is of type point, and a payload must be text",
                 "the column `tags` is of type text[], and a key must be of a type with a plain text form",
@@ -62,7 +77,10 @@ async fn what_does_not_fit_is_said() {
             "odd",
             "snapshot",
             &[("xid", "{nullable}"), ("seq", "{seq}")],
-            &["the column `nullable` can be null", "the column `seq` can be null"],
+            &[
+                "the column `nullable` can be null",
+                "the column `seq` can be null",
+            ],
         ),
         (
             "odd",
@@ -84,7 +102,10 @@ async fn what_does_not_fit_is_said() {
         };
         let name = format!("origin-{}", origins.len());
         let mapping = draft.finish(&origin_name(&name)).unwrap();
-        let refused = install::install(&database, &mapping).await.unwrap_err().to_string();
+        let refused = install::install(&database, &mapping)
+            .await
+            .unwrap_err()
+            .to_string();
         for fault in faults {
             assert!(refused.contains(fault), "{refused}");
         }
@@ -129,9 +150,16 @@ async fn what_is_not_installed_or_not_granted_is_said_and_waited_for() {
     };
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
     let missing = |status: &relay::Status| status.state == State::NotInstalled;
-    let status = rig.until(kind.name(), "the table to be refused", missing).await;
+    let status = rig
+        .until(kind.name(), "the table to be refused", missing)
+        .await;
     let detail = status.detail.unwrap();
-    for part in ["the tables beside it", "`postroad_xid`", "`postroad_seq`", "postroad install --map"] {
+    for part in [
+        "the tables beside it",
+        "`postroad_xid`",
+        "`postroad_seq`",
+        "postroad install --map",
+    ] {
         assert!(detail.contains(part), "{detail}");
     }
     // What is printed is what is run.
@@ -145,11 +173,22 @@ async fn what_is_not_installed_or_not_granted_is_said_and_waited_for() {
     execute(&mut owner, &again).await;
     rig.stop().await;
 
-    execute(&mut owner, "revoke select on outboxevent from postroad_relay").await;
+    execute(
+        &mut owner,
+        "revoke select on outboxevent from postroad_relay",
+    )
+    .await;
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
     let refused = |status: &relay::Status| status.state == State::Refused;
-    let status = rig.until(kind.name(), "the right to be missed", refused).await;
-    assert!(status.detail.unwrap().contains("no right to select on `outboxevent`"));
+    let status = rig
+        .until(kind.name(), "the right to be missed", refused)
+        .await;
+    assert!(
+        status
+            .detail
+            .unwrap()
+            .contains("no right to select on `outboxevent`")
+    );
     execute(&mut owner, "grant select on outboxevent to postroad_relay").await;
     rig.caught_up(kind.name()).await;
     rig.stop().await;
@@ -173,8 +212,17 @@ async fn rows_that_cannot_be_taken_out_stop_the_relay_and_are_relayed_once() {
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
     let refused = |status: &relay::Status| status.state == State::Refused;
     let status = rig.until(kind.name(), "the relay to stop", refused).await;
-    assert!(status.detail.unwrap().contains("1 rows that were relayed cannot be taken out"));
-    execute(&mut owner, "insert into outboxevent values (gen_random_uuid(), 'b', 'k', 't', null)").await;
+    assert!(
+        status
+            .detail
+            .unwrap()
+            .contains("1 rows that were relayed cannot be taken out")
+    );
+    execute(
+        &mut owner,
+        "insert into outboxevent values (gen_random_uuid(), 'b', 'k', 't', null)",
+    )
+    .await;
     execute(&mut owner, "drop trigger keep on outboxevent").await;
     rig.caught_up(kind.name()).await;
     assert_eq!(read_log(&broker.url).await.len(), 2);
