@@ -116,11 +116,12 @@ impl Desk {
         }
         // A person sends it on: whatever version its key is at by now.
         outbox_row.expected_version = None;
-        let message = row::to_message(outbox_row, self.cluster.now(), |_| None).map_err(|rejected| {
-            RejectedError::StillInvalid {
-                reason: rejected.reason,
-            }
-        })?;
+        let message =
+            row::to_message(outbox_row, self.cluster.now(), |_| None).map_err(|rejected| {
+                RejectedError::StillInvalid {
+                    reason: rejected.reason,
+                }
+            })?;
         let refusal = self.topics.rules().refusal(&message);
         if let Some(reason) = refusal.filter(|_| !correction.skip_schema) {
             return Err(RejectedError::StillInvalid { reason });
