@@ -15,6 +15,7 @@ async fn an_outbox_row_goes_in_at_its_version_or_is_listed() {
     http.declare("/v1/streams/accounts", &keyed).await;
     let origin = Origin {
         url: broker.database.url.clone(),
+        layout: super::shop::Layout::Own,
     };
     let mut producer = connect(&origin.url).await;
     execute(&mut producer, "set role postroad_producer").await;
