@@ -452,42 +452,13 @@ impl Reader {
         stream: StreamId,
         offsets: &[Offset],
     ) -> Result<Vec<Attributes>, Error> {
-        let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
-            return Ok(Vec::new());
-        };
-        let connection = self.connected().await?;
-        // A run is read as a range: one descent of the index instead of one each.
-        if last.0 - first.0 + 1 == offsets.len() as i64 {
-            let slice = Slice {
-                stream,
-                after: Offset(first.0 - 1),
-                through: *last,
-                topics: None,
-                key_hash: None,
-                id: None,
-                limit: offsets.len(),
-            };
-            let found = sql::read_slice(connection, &slice).await?;
-            return Ok(found
-                .into_iter()
-                .map(|item| Attributes {
-                    offset: item.offset,
-                    key_hash: item.key_hash,
-                    priority: item.priority,
-                })
-                .collect());
-        }
-        let mut found: Vec<_> = sql::fetch_attributes(connection, stream, offsets)
-            .await?
-            .into_iter()
-            .map(|row| Attributes {
-                offset: row.offset,
-                key_hash: row.key_hash,
-                priority: row.priority,
-            })
-            .collect();
-        found.sort_unstable_by_key(|one| one.offset);
-        Ok(found)
+        let found = sql::fetch_attributes(self.connected().await?, stream, offsets).await?;
+        let found = found.into_iter().map(|row| Attributes {
+            offset: row.offset,
+            key_hash: row.key_hash,
+            priority: row.priority,
+        });
+        Ok(found.collect())
     }
 
     /// Halves the range until it is found: times never go back over offsets.

@@ -411,3 +411,80 @@ async fn a_worker_of_no_queue_ends_with_the_reason() {
     let error = running.await.unwrap().unwrap_err();
     assert_eq!(error.problem().unwrap().kind, ProblemKind::QueueNotFound);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_in_order_handles_a_key_one_after_another_though_it_holds_several_of_it() {
+    const KEYS: usize = 7;
+    const EACH: usize = 20;
+    let broker = support::broker().await;
+    let client = Client::new(&broker.http.base).unwrap();
+    let queue = client.queue("billing").unwrap();
+    let keyed = Declaration::of("main").retry_after([Duration::ZERO]);
+    let keyed = keyed.set("ordering", "key").set("key_batches", true);
+    queue.declare(&keyed).await.unwrap();
+    let event = |n: usize| {
+        let (key, number) = (format!("key-{}", n % KEYS), n / KEYS);
+        let event = NewEvent::json(&json!({ "number": number })).unwrap();
+        event.id(format!("{key}-{number}")).key(key)
+    };
+    let events: Vec<NewEvent> = (0..KEYS * EACH).map(event).collect();
+    client.publish_all("orders.created", &events).await.unwrap();
+    until(&queue, "the messages", |numbers| {
+        numbers.depth == (KEYS * EACH) as u64
+    })
+    .await;
+
+    let busy: Arc<Mutex<BTreeSet<String>>> = Arc::default();
+    let handled: Arc<Mutex<BTreeMap<String, Vec<u64>>>> = Arc::default();
+    let acked: Arc<Mutex<Vec<i64>>> = Arc::default();
+    let heard = Arc::clone(&acked);
+    let worker = Worker::new(queue.clone()).in_order().concurrency(4);
+    let worker = worker.prefetch(60).observe(move |ended: &Ended| {
+        assert!(ended.outcome.is_ok(), "{ended:?}");
+        if let Ok(Settled::Acked) = ended.outcome {
+            heard.lock().unwrap().push(ended.offset);
+        }
+    });
+    let (held, done) = (Arc::clone(&busy), Arc::clone(&handled));
+    let (stop, running) = start(worker, move |job| {
+        let (busy, handled) = (Arc::clone(&held), Arc::clone(&done));
+        async move {
+            let key = job.event.key.clone().unwrap();
+            assert!(busy.lock().unwrap().insert(key.clone()), "two of {key}");
+            tokio::task::yield_now().await;
+            busy.lock().unwrap().remove(&key);
+            let data: serde_json::Value = job.event.json().unwrap();
+            let number = data["number"].as_u64().unwrap();
+            // What was handed out together with it goes back, and waits for it.
+            if number % 6 == 5 && job.attempt == 1 {
+                return Err(Failure::retry("busy"));
+            }
+            handled.lock().unwrap().entry(key).or_default().push(number);
+            Ok(Done::Handled)
+        }
+    });
+    until(&queue, "all to be settled", |numbers| numbers.depth == 0).await;
+    stop.cancel();
+    let report = running.await.unwrap().unwrap();
+    assert_eq!(
+        (report.acked, report.nacked, report.refused, report.panicked),
+        ((KEYS * EACH) as u64, (KEYS * 3) as u64, 0, 0),
+        "{report:?}"
+    );
+    assert!(
+        report.released > 0,
+        "several of a key were held: {report:?}"
+    );
+    let expected: Vec<u64> = (0..EACH as u64).collect();
+    let handled = handled.lock().unwrap();
+    assert_eq!(handled.len(), KEYS);
+    assert!(handled.values().all(|numbers| *numbers == expected));
+    // Each key's messages were acknowledged in order, too.
+    let acked = acked.lock().unwrap();
+    for key in 0..KEYS as i64 {
+        let of_key = acked
+            .iter()
+            .filter(|&&offset| (offset - 1) % KEYS as i64 == key);
+        assert!(of_key.is_sorted(), "{acked:?}");
+    }
+}

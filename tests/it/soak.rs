@@ -7,6 +7,7 @@ mod held;
 mod idle;
 mod keyed;
 mod keys;
+mod lanes;
 mod many;
 mod pgbench;
 mod readers;

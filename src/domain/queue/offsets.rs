@@ -56,6 +56,7 @@ impl Offsets {
     pub(super) fn stored_through(&self, last: i64) -> RoaringTreemap {
         let mut set = self.set.clone();
         set.remove_range((last.max(0) as u64 + 1)..);
+        set.optimize();
         set
     }
 
@@ -63,7 +64,16 @@ impl Offsets {
     pub(super) fn stored_between(&self, first: i64, last: i64) -> RoaringTreemap {
         let last = last as u64;
         let from = self.iter_from(first).map(|offset| offset as u64);
-        from.take_while(|&offset| offset <= last).collect()
+        let between = from.take_while(|&offset| offset <= last);
+        let mut set = RoaringTreemap::from_sorted_iter(between).expect("a set's walk ascends");
+        // Runs take next to nothing then, and millions that wait for one key are runs.
+        set.optimize();
+        set
+    }
+
+    /// Those of another set that are not in this one.
+    pub(super) fn missing_of(&self, other: &RoaringTreemap) -> RoaringTreemap {
+        other - &self.set
     }
 }
 

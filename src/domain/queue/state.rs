@@ -226,13 +226,10 @@ impl Queue {
             }
             Record::Shifted { by } => self.apply_shifted(*by),
             Record::Scanned { through, matched } => {
-                for offset in matched {
+                // A live queue has found all of it before, and knows the marks.
+                for offset in self.fresh.missing_of(matched) {
                     let offset = offset as i64;
-                    // Found again by a live queue, which knows its mark.
-                    if !self.entries.contains_key(&offset)
-                        && !self.is_ahead(offset)
-                        && !self.fresh.contains(offset)
-                    {
+                    if !self.entries.contains_key(&offset) && !self.is_ahead(offset) {
                         self.add_fresh(offset, Mark::default());
                     }
                 }

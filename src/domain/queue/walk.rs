@@ -107,7 +107,8 @@ impl<'a> Walk<'a> {
         Some(offset)
     }
 
-    /// Each lane with messages earns its weight, and the one that is owed most pays for all.
+    /// Each lane with messages earns its weight, and the one that is owed most pays for all. One that has everything is owed
+    /// nothing: what it waited for before is made up for, and does not hold up what is urgent later.
     fn lane(&mut self, has_room: bool) -> Option<usize> {
         let mut credits = self.credits;
         let mut paid = 0;
@@ -123,9 +124,13 @@ impl<'a> Walk<'a> {
                 next = Some(place);
             }
         }
-        credits[next?] -= paid;
+        let next = next?;
+        credits[next] = match paid == WEIGHTS[next] {
+            true => 0,
+            false => credits[next] - paid,
+        };
         self.next_credits = credits;
-        next
+        Some(next)
     }
 
     /// What was given last goes out.

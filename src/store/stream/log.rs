@@ -272,7 +272,10 @@ pub struct AttributesRow {
     pub priority: Priority,
 }
 
-/// Reads the attributes of single messages, in no order. Those that are gone are absent. `offsets` ascend.
+/// A range is read whole if at least one in so many of its offsets is asked for.
+const SPARSE_FROM: i64 = 4;
+
+/// Reads the attributes of messages, in offset order. Those that are gone are absent. `offsets` ascend, each once.
 ///
 /// # Errors
 /// The database's.
@@ -284,14 +287,64 @@ pub async fn fetch_attributes(
     let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
         return Ok(Vec::new());
     };
+    let is_dense = last.0 - first.0 < SPARSE_FROM * offsets.len() as i64;
+    let mut rows = match is_dense {
+        true => read_attributes(connection, stream, (*first, *last)).await?,
+        false => look_up_attributes(connection, stream, offsets).await?,
+    };
+    rows.sort_unstable_by_key(|row| row.offset);
+    if is_dense {
+        let mut wanted = offsets.iter().peekable();
+        rows.retain(|row| {
+            while wanted.next_if(|&&offset| offset < row.offset).is_some() {}
+            wanted.next_if(|&&offset| offset == row.offset).is_some()
+        });
+    }
+    Ok(rows)
+}
+
+async fn read_attributes(
+    connection: &mut Connection,
+    stream: StreamId,
+    (first, last): (Offset, Offset),
+) -> Result<Vec<AttributesRow>, Error> {
+    type Columns = (Option<Vec<i64>>, Option<Vec<Option<i64>>>, Option<Vec<i16>>);
+    let (offsets, hashes, priorities): Columns = bounded(
+        "reading attributes of a range",
+        STATEMENT,
+        sqlx::query_as(include_str!("../sql/read_attributes.sql"))
+            .bind(stream.0)
+            .bind(first.0)
+            .bind(last.0)
+            .fetch_one(connection),
+    )
+    .await?;
+    let rest = hashes.into_iter().flatten();
+    let rest = rest.zip(priorities.into_iter().flatten());
+    let rows = offsets.into_iter().flatten().zip(rest);
+    Ok(rows
+        .map(|(offset, (key_hash, priority))| AttributesRow {
+            offset: Offset(offset),
+            key_hash,
+            priority: Priority::from_stored(priority),
+        })
+        .collect())
+}
+
+/// In no order.
+async fn look_up_attributes(
+    connection: &mut Connection,
+    stream: StreamId,
+    offsets: &[Offset],
+) -> Result<Vec<AttributesRow>, Error> {
     let rows: Vec<(i64, Option<i64>, i16)> = bounded(
         "reading attributes of messages",
         STATEMENT,
         sqlx::query_as(include_str!("../sql/fetch_attributes.sql"))
             .bind(stream.0)
             .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
-            .bind(first.0)
-            .bind(last.0)
+            .bind(offsets[0].0)
+            .bind(offsets[offsets.len() - 1].0)
             .fetch_all(connection),
     )
     .await?;

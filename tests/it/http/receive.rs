@@ -111,3 +111,107 @@ async fn what_is_wrong_with_them_is_named() {
     }
     api.stop().await;
 }
+
+/// An empty receive's reason and next time, without waiting.
+async fn why(api: &Api) -> (Value, bool) {
+    let empty = api.receive("billing", json!({"wait_seconds": 0})).await;
+    assert_eq!(empty.status, 200, "{empty:?}");
+    assert_eq!(empty.body["deliveries"], json!([]));
+    let has_next = empty.body["next_due_at"].is_string();
+    (empty.body["reason"].clone(), has_next)
+}
+
+async fn verb(api: &Api, verb: &str, deliveries: &[Value]) {
+    let path = format!("/v1/queues/billing/{verb}");
+    let answer = api.post(&path, json!({"deliveries": deliveries})).await;
+    assert_eq!(answer.body["settled"], deliveries.len(), "{answer:?}");
+}
+
+#[tokio::test]
+async fn an_empty_receive_says_why() {
+    let api = Api::start().await;
+    let billing =
+        json!({"topics": ["orders.*"], "ordering": "key", "retry": {"delays_seconds": [600]}});
+    api.queue("billing", billing).await;
+    assert_eq!(why(&api).await, (json!("empty"), false));
+    let event = |id: &str| json!({"specversion": "1.0", "id": id, "source": "/test", "type": "t", "partitionkey": "k", "data": 1});
+    let body = serde_json::to_vec(&[event("first"), event("second")]).unwrap();
+    let kind = "application/cloudevents-batch+json";
+    let published = api.publish("orders.created", kind, &[], body).await;
+    assert_eq!(published.status, 200, "{published:?}");
+    let held = take(&api, 1).await;
+    support::eventually("the second waits for the first", || async {
+        (why(&api).await == (json!("waiting_for_keys"), true)).then_some(())
+    })
+    .await;
+    verb(&api, "ack", &held).await;
+    let held = take(&api, 1).await;
+    verb(&api, "nack", &held).await;
+    assert_eq!(why(&api).await, (json!("delayed"), true));
+    let paused = api.post("/v1/queues/billing/pause", json!({})).await;
+    assert_eq!(paused.status, 200, "{paused:?}");
+    assert_eq!(why(&api).await.0, "paused");
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn with_all_in_flight_that_may_be_a_long_poll_waits_and_a_short_one_is_refused() {
+    let api = Api::start().await;
+    let billing = json!({"topics": ["orders.*"], "max_in_flight": 1});
+    api.queue("billing", billing).await;
+    for _ in 0..3 {
+        let published = api
+            .publish("orders.created", "application/json", &[], "{}")
+            .await;
+        assert_eq!(published.status, 200);
+    }
+    let held = take(&api, 1).await;
+    let short = api.receive("billing", json!({"wait_seconds": 0})).await;
+    assert_problem(&short, 429, "too-many-requests");
+    assert_eq!(short.headers["retry-after"], "1");
+    let poll = api.receive("billing", json!({"wait_seconds": 0.05})).await;
+    assert_eq!(
+        (poll.status, &poll.body["reason"]),
+        (200, &json!("in_flight_full"))
+    );
+    assert!(poll.body["next_due_at"].is_string(), "{poll:?}");
+
+    // Its turn comes when what is in flight is settled.
+    let waits = api.receive("billing", json!({"wait_seconds": 50}));
+    let settled = async {
+        support::eventually("the long poll waits", || async {
+            let queue = api.get("/v1/queues/billing").await.body;
+            (queue["status"]["waiters"] == 1).then_some(())
+        })
+        .await;
+        verb(&api, "ack", &held).await;
+    };
+    let (answer, ()) = tokio::join!(waits, settled);
+    assert_eq!(answer.body["deliveries"][0]["offset"], 2, "{answer:?}");
+
+    // What came along to be acknowledged makes room at once, and is told even where it makes none.
+    let second = json!([{"receipt": answer.body["deliveries"][0]["receipt"]}]);
+    let next = api
+        .receive("billing", json!({"wait_seconds": 0, "ack": second}))
+        .await;
+    assert_eq!(
+        (
+            &next.body["ack"]["settled"],
+            &next.body["deliveries"][0]["offset"]
+        ),
+        (&json!(1), &json!(3)),
+        "{next:?}"
+    );
+    let again = api
+        .receive("billing", json!({"wait_seconds": 0, "ack": second}))
+        .await;
+    assert_eq!(
+        (again.status, &again.body["reason"]),
+        (200, &json!("in_flight_full"))
+    );
+    assert_eq!(
+        again.body["ack"]["deliveries"][0]["result"],
+        "already_settled"
+    );
+    api.stop().await;
+}

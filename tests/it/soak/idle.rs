@@ -13,9 +13,8 @@ use crate::support::consumer::publish;
 use crate::support::process::{raise_open_files, resident_bytes};
 use crate::support::{self, Http, Program, TestDatabase};
 
-/// What each may take: over a shared connection, and with a connection of its own, for which hyper keeps two buffers of 8 KiB.
-const SHARED_BYTES_MAX: u64 = 16_000;
-const OWN_BYTES_MAX: u64 = 24_000;
+/// What each may take, also with a connection of its own, for which hyper keeps two buffers of 8 KiB.
+const BYTES_MAX: u64 = 16_000;
 /// Fewer polls than this are drowned by what else a process does with its memory.
 const MEASURED_FROM: u64 = 5_000;
 
@@ -79,7 +78,7 @@ impl Idle {
     }
 
     /// Says what was used, and holds it against what is allowed.
-    fn judge(&self, (what, most): (&str, u64), before: u64, after: u64, commits: (u64, u64)) {
+    fn judge(&self, what: &str, before: u64, after: u64, commits: (u64, u64)) {
         let each = after.saturating_sub(before) / self.count;
         println!(
             "{} idle polls over {what}: {each} bytes each ({} MiB resident before, {} MiB with them); commits in the same time: {} without, {} with",
@@ -92,7 +91,7 @@ impl Idle {
         // The counts are of a few seconds: a commit more or less is the heartbeat's.
         assert!(commits.1 <= commits.0 + 10, "{commits:?}");
         if self.count >= MEASURED_FROM {
-            assert!(each < most, "{each} bytes each");
+            assert!(each < BYTES_MAX, "{each} bytes each");
         }
     }
 }
@@ -175,8 +174,7 @@ async fn idle_polls_over_sockets_of_their_own_cost_memory_only_and_little_of_it(
         idle.count,
         began.elapsed()
     );
-    let what = ("HTTP/1.1, a socket each", OWN_BYTES_MAX);
-    idle.judge(what, before, after, (without, with));
+    idle.judge("HTTP/1.1, a socket each", before, after, (without, with));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -204,8 +202,12 @@ async fn idle_polls_over_shared_connections_cost_memory_only_and_little_of_it() 
     idle.all_wait().await;
     let after = resident_bytes(pid);
     let with = idle.commits(during).await;
-    let what = ("HTTP/2, 250 to a connection", SHARED_BYTES_MAX);
-    idle.judge(what, before, after, (without, with));
+    idle.judge(
+        "HTTP/2, 250 to a connection",
+        before,
+        after,
+        (without, with),
+    );
     for poll in polls {
         poll.abort();
     }

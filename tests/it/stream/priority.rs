@@ -130,9 +130,10 @@ async fn attributes_are_answered_of_the_log_without_what_is_gone() {
         priority: [Priority::Low, Priority::Normal, Priority::High]
             [usize::from(n % 10 > 3) + usize::from(n % 10 > 6)],
     };
-    // A run, and places here and there, out of order, twice, and beyond the end.
+    // A run, nearly a run, and places here and there, out of order, twice, and beyond the end.
     for asked in [
         (1..=400).collect::<Vec<_>>(),
+        (1..=205).map(|n| n * 2).collect(),
         vec![399, 7, 7, 100, 101, 2, 500, i64::MAX],
         vec![5],
         vec![401, 402],
@@ -217,4 +218,14 @@ async fn single_messages_are_read_by_their_places_not_by_a_walk_over_the_leaf() 
             );
         }
     }
+    let statement = include_str!("../../../src/store/sql/read_attributes.sql")
+        .replace("$1", "1")
+        .replace("$2", "1100")
+        .replace("$3", "1900");
+    let plan = explain(&mut reader, &statement).await;
+    let condition =
+        "Index Cond: ((stream_id = 1) AND (\"offset\" >= 1100) AND (\"offset\" <= 1900))";
+    assert!(plan.contains(condition), "{plan}");
+    assert!(!plan.contains("Seq Scan"), "{plan}");
+    assert_eq!(plan.matches("Index Scan").count(), 1, "{plan}");
 }

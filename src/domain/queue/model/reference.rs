@@ -202,8 +202,9 @@ impl Reference {
             }
         }
         let waiting = (0..3).filter(|&lane| heads[lane].is_some());
+        let others = waiting.clone().count() > 1;
         let lane = waiting.max_by_key(|&lane| (credits[lane], lane))?;
-        credits[lane] -= sum;
+        credits[lane] = if others { credits[lane] - sum } else { 0 };
         heads[lane].map(|offset| (offset, credits))
     }
 

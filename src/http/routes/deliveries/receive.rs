@@ -192,7 +192,8 @@ async fn received(
     let has_acks = !request.ack.is_empty();
     let stopping = state.stopping.cancelled();
     tokio::pin!(stopping);
-    let begun = state.parts.queue.begin_receive(name, request);
+    // Boxed: it is large and soon over, and what waits after it has no need of its place.
+    let begun = Box::pin(state.parts.queue.begin_receive(name, request));
     let receiving = tokio::select! {
         biased;
         begun = begun => begun?,
