@@ -12,4 +12,5 @@ pub mod policy;
 pub mod queue;
 pub mod receipt;
 pub mod retention;
+pub mod schedule;
 pub mod topic_index;

@@ -192,6 +192,10 @@ plain_name!(
     /// The name of an origin, a database with an outbox.
     OriginName
 );
+plain_name!(
+    /// The name of a schedule of recurring messages.
+    ScheduleName
+);
 
 impl StreamName {
     /// The stream that takes what no other stream's patterns claim. Always there.
@@ -246,7 +250,14 @@ macro_rules! text_traits {
     )*};
 }
 
-text_traits!(Topic, TopicPattern, StreamName, QueueName, OriginName);
+text_traits!(
+    Topic,
+    TopicPattern,
+    StreamName,
+    QueueName,
+    OriginName,
+    ScheduleName
+);
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]

@@ -192,7 +192,8 @@ path_parts!(
     TopicPattern = "topic",
     StreamName = "stream",
     QueueName = "queue",
-    OriginName = "origin"
+    OriginName = "origin",
+    ScheduleName = "name"
 );
 
 /// The number of a rejected outbox row.

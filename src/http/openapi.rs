@@ -25,6 +25,7 @@ use super::state::State;
         (name = "queues", description = "Durable consumers of streams"),
         (name = "deliveries", description = "Receiving and settling messages"),
         (name = "dead letters", description = "Messages that were rejected or ran out of attempts, and their way back"),
+        (name = "scheduled messages", description = "Messages that come later, once or again and again"),
         (name = "origins", description = "Databases with an outbox"),
         (name = "operation", description = "Health, metrics and this description"),
     ),
@@ -134,6 +135,14 @@ problem_sets! {
     /// Of sending a rejected row on.
     Resends = MalformedRequest RequestTimeout IdConflict NotResendable PayloadTooLarge UnsupportedMediaType
         InvalidRequest InvalidMessage TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
+    /// No such scheduled message.
+    NoScheduled = ScheduledMessageNotFound;
+    /// Of cancelling a scheduled message.
+    CancelsScheduled = AlreadyPublished OutcomeUnknown;
+    /// No such schedule.
+    NoSchedule = ScheduleNotFound;
+    /// Bounds of schedules.
+    SchedulesFull = TooManySchedules;
     /// No such path.
     NoPage = NotFound;
 }

@@ -72,6 +72,10 @@ kinds! {
     DeadLetterNotFound = "dead-letter-not-found", 404, "There is no such dead letter";
     /// No such redrive.
     RedriveNotFound = "redrive-not-found", 404, "There is no such redrive";
+    /// No such scheduled message.
+    ScheduledMessageNotFound = "scheduled-message-not-found", 404, "There is no such scheduled message";
+    /// No such schedule.
+    ScheduleNotFound = "schedule-not-found", 404, "There is no such schedule";
     /// The path does not take the method.
     MethodNotAllowed = "method-not-allowed", 405, "The method is not allowed here";
     /// The body did not come in time.
@@ -102,6 +106,10 @@ kinds! {
     NotResendable = "not-resendable", 409, "The rejected message cannot be sent on";
     /// The letter's message is in the queue again.
     DeadLetterRedriven = "dead-letter-redriven", 409, "The dead letter is on its way back";
+    /// A scheduled message cannot be cancelled any more.
+    AlreadyPublished = "already-published", 409, "The message is published already";
+    /// As many schedules as there can be.
+    TooManySchedules = "too-many-schedules", 409, "There are as many schedules as there can be";
     /// Retention dropped what a reader asks for.
     OffsetGone = "offset-gone", 410, "The messages asked for are gone";
     /// The body is too large.

@@ -47,6 +47,12 @@ impl Error {
         Self::Url(source)
     }
 
+    /// A value that no version of Postroad has written.
+    #[must_use]
+    pub const fn corrupt(doing: &'static str, what: String) -> Self {
+        Self::Corrupt { doing, what }
+    }
+
     /// Adapter for `map_err`.
     pub(in crate::store) fn query(doing: &'static str) -> impl FnOnce(sqlx::Error) -> Self {
         move |source| Self::Query { doing, source }

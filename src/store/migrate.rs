@@ -35,6 +35,7 @@ const BROKER: &[File] = &[
     file!("broker", 20261122000320, "leaves"),
     file!("broker", 20261122000330, "keys"),
     file!("broker", 20261122000340, "scheduled"),
+    file!("broker", 20261122000350, "schedules"),
     file!("broker", 20261122000360, "topic_settings"),
     file!("broker", 20261122000400, "queues"),
     file!("broker", 20261122000410, "redrives"),

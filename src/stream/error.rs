@@ -1,7 +1,8 @@
 //! What the stream engine answers when it cannot do what was asked.
 
 use crate::domain::id::{Offset, ScheduledId, StreamId};
-use crate::domain::name::{StreamName, TopicPattern};
+use crate::domain::name::{ScheduleName, StreamName, TopicPattern};
+use crate::domain::schedule::SCHEDULES_MAX;
 use crate::store;
 
 /// Why a stream could not be declared, described, read or deleted.
@@ -53,6 +54,15 @@ pub enum Error {
         /// The stream.
         stream: StreamId,
     },
+    /// No schedule has this name.
+    #[error("there is no schedule `{name}`")]
+    ScheduleNotFound {
+        /// The name asked for.
+        name: ScheduleName,
+    },
+    /// There are as many schedules as there can be.
+    #[error("there are {SCHEDULES_MAX} schedules, as many as there can be")]
+    TooManySchedules,
     /// The engine has ended.
     #[error("the stream engine is stopping")]
     Stopping,

@@ -31,6 +31,7 @@ pub(super) struct Metrics {
     pub(super) scheduled_published: Counter,
     pub(super) scheduled_cancelled: Counter,
     pub(super) scheduled_failures: Counter,
+    pub(super) scheduled_occurrences: Counter,
     scheduled_waiting: Family<OfStream, Gauge>,
     scheduled_lag: Family<OfStream, Gauge<f64, AtomicU64>>,
     unsettled_limit_used: Family<OfStream, Gauge<f64, AtomicU64>>,
@@ -61,6 +62,7 @@ impl Metrics {
             scheduled_published: Counter::default(),
             scheduled_cancelled: Counter::default(),
             scheduled_failures: Counter::default(),
+            scheduled_occurrences: Counter::default(),
             scheduled_waiting: Family::default(),
             scheduled_lag: Family::default(),
             unsettled_limit_used: Family::default(),
@@ -102,6 +104,11 @@ impl Metrics {
     }
 
     fn register_scheduled(&self, registry: &mut Registry) {
+        registry.register(
+            "postroad_schedule_occurrences",
+            "Occurrences of schedules that this node published",
+            self.scheduled_occurrences.clone(),
+        );
         registry.register(
             "postroad_scheduled_messages",
             "Messages that wait to enter their stream, by stream; on the node that publishes them",

@@ -11,6 +11,8 @@ mod redrives;
 mod renewals;
 mod replay;
 mod retry;
+mod scheduled_messages;
+mod schedules;
 pub(in crate::http) mod streams;
 mod system;
 pub(in crate::http) mod topics;
@@ -35,5 +37,7 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(dead_letters::routes())
         .merge(redrives::routes())
         .merge(origins::routes())
+        .merge(scheduled_messages::routes())
+        .merge(schedules::routes())
         .merge(system::routes())
 }

@@ -115,6 +115,8 @@ impl From<stream::Error> for Problem {
             Error::KeyedIsFixed { .. } => Self::new(Kind::StreamKeyedFixed, error.to_string()),
             Error::KeysNotCounted { .. } => Self::new(Kind::Unavailable, error.to_string()),
             Error::MainIsKept => Self::new(Kind::StreamIsKept, error.to_string()),
+            Error::ScheduleNotFound { .. } => Self::new(Kind::ScheduleNotFound, error.to_string()),
+            Error::TooManySchedules => Self::new(Kind::TooManySchedules, error.to_string()),
             Error::Stopping => stopping(),
             Error::Store(source) => store_problem(source),
         }

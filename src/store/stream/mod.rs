@@ -6,6 +6,7 @@ mod keys;
 mod leaf;
 mod log;
 mod scheduled;
+mod schedules;
 
 pub use append::{
     Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, Seen, append,
@@ -29,3 +30,4 @@ pub use log::{
     read_appended_at, read_slice, read_top,
 };
 pub use scheduled::*;
+pub use schedules::*;

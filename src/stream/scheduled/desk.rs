@@ -8,10 +8,13 @@ use tokio::sync::{mpsc, oneshot};
 use super::handle::{
     Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting,
 };
+use super::schedules::{self, ScheduleDescription};
 use crate::domain::id::{Offset, ScheduledId};
+use crate::domain::name::ScheduleName;
+use crate::domain::schedule::Declaration;
 use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, ScheduledSlice};
 use crate::store::{Connection, Database};
-use crate::stream::Error;
+use crate::stream::{Declared, Error};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
 use crate::supervisor::Supervisor;
@@ -38,6 +41,18 @@ pub(in crate::stream) enum Job {
         id: ScheduledId,
         reply: Reply<Cancelled>,
     },
+    DeclareSchedule {
+        name: ScheduleName,
+        declaration: Box<Declaration>,
+        reply: Reply<(ScheduleDescription, Declared)>,
+    },
+    ListSchedules {
+        reply: Reply<Vec<ScheduleDescription>>,
+    },
+    DeleteSchedule {
+        name: ScheduleName,
+        reply: Reply<()>,
+    },
 }
 
 pub(in crate::stream) struct Desk {
@@ -56,7 +71,12 @@ impl Desk {
                 () = self.supervisor.stopping() => return,
             };
             let Some(job) = job else { return };
-            match job {
+            self.serve(job).await;
+        }
+    }
+
+    async fn serve(&mut self, job: Job) {
+        match job {
                 Job::List { query, reply } => {
                     let answer = self.list(&query).await;
                     self.answer(reply, answer);
@@ -69,8 +89,43 @@ impl Desk {
                     let answer = self.cancel(id).await;
                     self.answer(reply, answer);
                 }
-            }
+                Job::DeclareSchedule {
+                    name,
+                    declaration,
+                    reply,
+                } => {
+                    let answer = self.declare(&name, &declaration).await;
+                    self.answer(reply, answer);
+                }
+                Job::ListSchedules { reply } => {
+                    let answer = self.schedules().await;
+                    self.answer(reply, answer);
+                }
+                Job::DeleteSchedule { name, reply } => {
+                    let answer = self.delete(&name).await;
+                    self.answer(reply, answer);
+                }
         }
+    }
+
+    async fn declare(
+        &mut self,
+        name: &ScheduleName,
+        declaration: &Declaration,
+    ) -> Result<(ScheduleDescription, Declared), Error> {
+        let declared = schedules::declare(self.connected().await?, name, declaration).await?;
+        self.state.schedule.note_changed();
+        Ok(declared)
+    }
+
+    async fn schedules(&mut self) -> Result<Vec<ScheduleDescription>, Error> {
+        schedules::list(self.connected().await?).await
+    }
+
+    async fn delete(&mut self, name: &ScheduleName) -> Result<(), Error> {
+        schedules::delete(self.connected().await?, name).await?;
+        self.state.schedule.note_changed();
+        Ok(())
     }
 
     fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
 use super::ScheduledLeaves;
+use super::recurring::Recurring;
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
 use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled, ScheduledKind};
@@ -50,6 +51,7 @@ pub(in crate::stream) struct DutyKnows {
     /// By stream: the last offset known, and up to where its log has leaves.
     ends: HashMap<StreamId, (Offset, Offset)>,
     upkeep_at: Option<Instant>,
+    recurring: Recurring,
 }
 
 impl Duty {
@@ -93,9 +95,17 @@ impl Duty {
             self.known.upkeep_at = Some(now + UPKEEP);
         }
         // What is accepted from here on says so itself.
-        self.state.schedule.known().next = None;
+        let has_changed = {
+            let mut known = self.state.schedule.known();
+            known.next = None;
+            std::mem::take(&mut known.has_changed)
+        };
+        let recurring = &mut self.known.recurring;
+        let until_occurrence = recurring
+            .pass(&mut connection, has_changed, &self.state.metrics)
+            .await?;
         let next = sql::next_scheduled(&mut connection, AHEAD).await?;
-        let mut pause = POLL;
+        let mut pause = POLL.min(until_occurrence);
         for one in &next {
             if !self.note_lag(one) {
                 // Its first: it is counted at once.

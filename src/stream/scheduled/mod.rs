@@ -9,6 +9,9 @@
 mod desk;
 mod duty;
 mod handle;
+mod recurring;
+mod schedules;
+mod wire;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,6 +25,7 @@ use crate::store::stream as sql;
 
 pub(super) use desk::{Desk, Job};
 pub(super) use duty::{Duty, DutyKnows, LEASE};
+pub use schedules::{ScheduleDescription, check_event};
 pub use handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
 
 use super::metrics::Metrics;
@@ -38,6 +42,8 @@ pub(super) struct Schedule {
 struct Known {
     /// When the duty looks again, as far as scheduled messages go; `None` while it looks.
     next: Option<DateTime<Utc>>,
+    /// A schedule was declared or deleted.
+    has_changed: bool,
     /// How many wait, by stream: counted from time to time, and kept up with what this node does.
     counts: HashMap<StreamId, (StreamName, i64)>,
 }
@@ -64,6 +70,12 @@ impl Schedule {
         if is_sooner {
             self.wake.notify_one();
         }
+    }
+
+    /// Notes that a schedule was declared or deleted.
+    fn note_changed(&self) {
+        self.known().has_changed = true;
+        self.wake.notify_one();
     }
 
     /// Notes that so many of a stream wait no longer.

@@ -10,6 +10,7 @@ mod order;
 mod publishing;
 mod receive;
 mod refusals;
+mod scheduled;
 mod topics;
 mod vectors;
 

@@ -32,8 +32,8 @@ async fn many_at_one_instant_come_in_bounded_commits_and_in_order() {
         with i as materialized (select clock_timestamp() as instant)
         select m.stream_id, i.instant, nextval('postroad_broker.scheduled_number'), m.topic_id, n::text, m.source,
             m.data_kind, m.data, m.accepted_at
-        from postroad_broker.scheduled_message m, i, generate_series(1, {count}) n
-        order by n"
+        from postroad_broker.scheduled_message m, i, generate_series(1, {count}) as g (n)
+        order by g.n"
     );
     owner.execute(sqlx::AssertSqlSafe(text)).await.unwrap();
     let node = super::node(&db).await;

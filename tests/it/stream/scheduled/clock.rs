@@ -11,7 +11,7 @@ use crate::stream::node_with;
 use crate::support::{self, TestDatabase};
 
 /// Gives the database a clock that can be set.
-async fn settable(db: &TestDatabase) {
+pub(super) async fn settable(db: &TestDatabase) {
     let mut owner = db.connect().await;
     let text = format!(
         "create schema settable;
@@ -25,7 +25,7 @@ async fn settable(db: &TestDatabase) {
     owner.execute(AssertSqlSafe(text)).await.unwrap();
 }
 
-async fn set(db: &TestDatabase, ahead: &str) {
+pub(super) async fn set(db: &TestDatabase, ahead: &str) {
     let mut owner = db.connect().await;
     let text = format!("update settable.clock set ahead = '{ahead}'");
     owner.execute(AssertSqlSafe(text)).await.unwrap();

@@ -5,6 +5,7 @@ mod bulk;
 mod clock;
 mod life;
 mod race;
+mod recurring;
 
 use std::time::Duration;
 

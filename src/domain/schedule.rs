@@ -1,0 +1,397 @@
+//! Recurring publishing: when an occurrence is due, which of those that were missed are made up for, and what each is named.
+//!
+//! Occurrences are found in the zone's own time. Where a change of the zone's offset skips an hour, what was due in it at a fixed
+//! time comes with the first moment after it, and what recurs by `*` or a step is passed over. Where it has an hour twice, what is
+//! due at a fixed time comes once, the first time; what recurs by `*` or a step comes in both.
+
+use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
+use chrono_tz::Tz;
+use croner::Cron;
+use croner::parser::{CronParser, Seconds, Year};
+use uuid::Uuid;
+
+use super::name::{ScheduleName, Topic};
+
+/// An occurrence that could not be published for so long is missed: the misfire policy decides.
+pub const MISFIRE_AFTER: TimeDelta = TimeDelta::seconds(60);
+/// The most missed occurrences that are made up for at a time: the latest.
+pub const CATCH_UP_MAX: usize = 1_000;
+/// The most schedules that there can be.
+pub const SCHEDULES_MAX: i64 = 1_000;
+/// The longest expression, in bytes.
+const EXPRESSION_MAX_BYTES: usize = 200;
+/// The namespace of occurrences' ids.
+const OCCURRENCES: Uuid = Uuid::from_u128(0x3c1d_5a0e_7b92_5f41_9d3a_60c8_5e2f_b714);
+
+/// Why a cadence cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CadenceError {
+    /// The expression does not parse.
+    #[error("`cron` is not a cron expression: {reason}")]
+    Expression {
+        /// Why.
+        reason: String,
+    },
+    /// No such zone.
+    #[error("`time_zone` must be a name of the IANA time zone database, `Europe/Berlin` for one")]
+    Zone,
+    /// It parses, and there is no such day.
+    #[error("`cron` never comes")]
+    Never,
+}
+
+/// When a schedule is due: a cron expression, and the zone whose clock it goes by.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cadence {
+    expression: String,
+    zone: Tz,
+    cron: Cron,
+}
+
+impl Cadence {
+    /// Reads five fields (minute, hour, day of month, month, day of week), six with seconds before them, or a nickname as
+    /// `@daily`. `now` is for the check that it comes at all.
+    ///
+    /// # Errors
+    /// The rule that is broken.
+    pub fn parse(expression: &str, zone: &str, now: DateTime<Utc>) -> Result<Self, CadenceError> {
+        if expression.len() > EXPRESSION_MAX_BYTES {
+            let reason = format!("it is longer than {EXPRESSION_MAX_BYTES} bytes");
+            return Err(CadenceError::Expression { reason });
+        }
+        let zone: Tz = zone.parse().map_err(|_| CadenceError::Zone)?;
+        let parser = CronParser::builder()
+            .seconds(Seconds::Optional)
+            .year(Year::Disallowed)
+            .build();
+        let cron = parser
+            .parse(expression)
+            .map_err(|error| CadenceError::Expression {
+                reason: error.to_string(),
+            })?;
+        let cadence = Self {
+            expression: expression.to_owned(),
+            zone,
+            cron,
+        };
+        match cadence.next_after(now) {
+            Some(_) => Ok(cadence),
+            None => Err(CadenceError::Never),
+        }
+    }
+
+    /// The expression, as it was given.
+    #[must_use]
+    pub fn expression(&self) -> &str {
+        &self.expression
+    }
+
+    /// The zone's name.
+    #[must_use]
+    pub fn zone(&self) -> &'static str {
+        self.zone.name()
+    }
+
+    /// The first occurrence after a moment; `None` when there is none.
+    #[must_use]
+    pub fn next_after(&self, after: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        let local = after.with_timezone(&self.zone);
+        let next = self.cron.find_next_occurrence(&local, false).ok()?;
+        let next = next.to_utc();
+        // A library that stood still would have it published again and again.
+        (next > after).then_some(next)
+    }
+
+    /// The last occurrence before a moment, or at it; `None` when there is none.
+    fn last_until(&self, until: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        let local = until.with_timezone(&self.zone);
+        let last = self.cron.find_previous_occurrence(&local, true).ok()?;
+        let last = last.to_utc();
+        (last <= until).then_some(last)
+    }
+
+    /// The next occurrences after a moment, so many at most.
+    #[must_use]
+    pub fn preview(&self, after: DateTime<Utc>, count: usize) -> Vec<DateTime<Utc>> {
+        let next = std::iter::successors(self.next_after(after), |&last| self.next_after(last));
+        next.take(count).collect()
+    }
+
+    /// What is to be published now, when everything through `through` has been dealt with.
+    #[must_use]
+    pub fn due(&self, through: DateTime<Utc>, now: DateTime<Utc>, misfire: Misfire) -> Due {
+        let mut due = Due {
+            occurrences: Vec::new(),
+            through,
+            has_skipped: false,
+        };
+        let missed_until = now - MISFIRE_AFTER;
+        let mut missed = 0;
+        let mut at = self.last_until(now);
+        while let Some(occurrence) = at.filter(|&at| at > through) {
+            due.through = due.through.max(occurrence);
+            if occurrence <= missed_until {
+                let may_catch_up = match misfire {
+                    Misfire::Skip => 0,
+                    Misfire::One => 1,
+                    Misfire::All => CATCH_UP_MAX,
+                };
+                if missed >= may_catch_up {
+                    due.has_skipped = true;
+                    break;
+                }
+                missed += 1;
+            }
+            due.occurrences.push(occurrence);
+            // Occurrences are whole seconds.
+            at = self.last_until(occurrence - TimeDelta::milliseconds(1));
+        }
+        due.occurrences.reverse();
+        due
+    }
+}
+
+/// What is to be published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Due {
+    /// By time.
+    pub occurrences: Vec<DateTime<Utc>>,
+    /// Everything through here is dealt with then.
+    pub through: DateTime<Utc>,
+    /// Whether missed occurrences are left out.
+    pub has_skipped: bool,
+}
+
+/// What happens to occurrences that were missed by more than [`MISFIRE_AFTER`], since no broker ran.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Misfire {
+    /// They are left out.
+    Skip,
+    /// The latest of them is published, the others are left out.
+    #[default]
+    One,
+    /// All are published, [`CATCH_UP_MAX`] at most, the latest.
+    All,
+}
+
+impl Misfire {
+    /// Reads `skip`, `one` or `all`.
+    ///
+    /// # Errors
+    /// Any other text.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        match text {
+            "skip" => Ok(Self::Skip),
+            "one" => Ok(Self::One),
+            "all" => Ok(Self::All),
+            _ => Err("must be `skip`, `one` or `all`"),
+        }
+    }
+
+    /// The text that [`Misfire::parse`] reads.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Skip => "skip",
+            Self::One => "one",
+            Self::All => "all",
+        }
+    }
+}
+
+/// What is published again and again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Declaration {
+    /// Where to.
+    pub topic: Topic,
+    /// When.
+    pub cadence: Cadence,
+    /// What happens to what was missed.
+    pub misfire: Misfire,
+    /// Whether nothing is published until it is declared otherwise. What would have been due is not missed.
+    pub is_paused: bool,
+    /// The CloudEvent without id, source and time, as JSON text: checked by [`Declaration::event`].
+    pub event: String,
+}
+
+impl Declaration {
+    /// The event of an occurrence, JSON text: the declared one with the id, source and time of the occurrence.
+    #[must_use]
+    pub fn event(&self, name: &ScheduleName, due_at: DateTime<Utc>) -> String {
+        let id = occurrence_id(name, due_at);
+        let source = source(name);
+        let time = due_at.to_rfc3339_opts(SecondsFormat::AutoSi, true);
+        let rest = self.event.trim_start().trim_start_matches('{').trim_start();
+        let comma = if rest.starts_with('}') { "" } else { "," };
+        format!(
+            r#"{{"specversion":"1.0","id":"{id}","source":"{source}","time":"{time}"{comma}{rest}"#
+        )
+    }
+}
+
+/// The CloudEvents source of a schedule's messages.
+#[must_use]
+pub fn source(name: &ScheduleName) -> String {
+    format!("/postroad/schedules/{name}")
+}
+
+/// The CloudEvents id of an occurrence: the same whoever publishes it, and however often it is tried.
+#[must_use]
+pub fn occurrence_id(name: &ScheduleName, due_at: DateTime<Utc>) -> Uuid {
+    let due = due_at.to_rfc3339_opts(SecondsFormat::Secs, true);
+    Uuid::new_v5(&OCCURRENCES, format!("{name}\n{due}").as_bytes())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn at(text: &str) -> DateTime<Utc> {
+        DateTime::parse_from_rfc3339(text).unwrap().to_utc()
+    }
+
+    fn cadence(expression: &str, zone: &str) -> Cadence {
+        Cadence::parse(expression, zone, at("2026-01-01T00:00:00Z")).unwrap()
+    }
+
+    /// The next occurrences, in the zone's own time with its offset.
+    fn next(expression: &str, zone: &str, after: &str, count: usize) -> Vec<String> {
+        let cadence = cadence(expression, zone);
+        let next = cadence.preview(at(after), count);
+        let local = next
+            .into_iter()
+            .map(|at| at.with_timezone(&cadence.zone).format("%d %H:%M%:z").to_string());
+        local.collect()
+    }
+
+    #[test]
+    fn cadences_say_what_is_wrong_with_them() {
+        let now = at("2026-01-01T00:00:00Z");
+        for (expression, zone, error) in [
+            ("", "UTC", "not a cron expression"),
+            ("* * * *", "UTC", "not a cron expression"),
+            ("60 * * * *", "UTC", "not a cron expression"),
+            ("* * * * * * 2027", "UTC", "not a cron expression"),
+            ("@reboot", "UTC", "not a cron expression"),
+            ("0 0 30 2 *", "UTC", "never comes"),
+            ("* * * * *", "Europe/Atlantis", "IANA"),
+            ("* * * * *", "", "IANA"),
+        ] {
+            let found = Cadence::parse(expression, zone, now).unwrap_err().to_string();
+            assert!(found.contains(error), "`{expression}` {zone}: {found}");
+        }
+        for expression in ["@daily", "*/5 * * * *", "0 9 * * MON-FRI", "30 0 0 L * *", "0 0 29 2 *"] {
+            Cadence::parse(expression, "America/New_York", now).unwrap();
+        }
+    }
+
+    // Berlin skips 02:00 to 03:00 on 2026-03-29 and has 02:00 to 03:00 twice on 2026-10-25.
+    #[test]
+    fn an_hour_that_is_skipped_skips_no_fixed_time() {
+        assert_eq!(
+            next("30 2 * * *", "Europe/Berlin", "2026-03-27T12:00:00Z", 3),
+            ["28 02:30+01:00", "29 03:00+02:00", "30 02:30+02:00"]
+        );
+        assert_eq!(
+            next("*/30 * * * *", "Europe/Berlin", "2026-03-29T00:00:00Z", 4),
+            ["29 01:30+01:00", "29 03:00+02:00", "29 03:30+02:00", "29 04:00+02:00"]
+        );
+        assert_eq!(
+            next("0 3 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z", 2),
+            ["29 03:00+02:00", "30 03:00+02:00"]
+        );
+    }
+
+    #[test]
+    fn an_hour_that_comes_twice_has_a_fixed_time_once() {
+        assert_eq!(
+            next("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00:00Z", 2),
+            ["25 02:30+02:00", "26 02:30+01:00"]
+        );
+        assert_eq!(
+            next("*/30 * * * *", "Europe/Berlin", "2026-10-24T23:45:00Z", 6),
+            ["25 02:00+02:00", "25 02:30+02:00", "25 02:00+01:00", "25 02:30+01:00", "25 03:00+01:00", "25 03:30+01:00"]
+        );
+    }
+
+    #[test]
+    fn what_is_due_is_the_same_looked_at_from_either_end() {
+        for expression in ["30 2 * * *", "*/30 * * * *", "0 * * * *", "15 1-3 * * *", "0 3 * * SUN"] {
+            for zone in ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "UTC"] {
+                let cadence = cadence(expression, zone);
+                for start in ["2026-03-07T00:00:00Z", "2026-03-28T00:00:00Z", "2026-10-24T00:00:00Z", "2026-04-04T00:00:00Z", "2026-10-03T00:00:00Z", "2026-10-31T00:00:00Z"] {
+                    let start = at(start);
+                    let end = start + TimeDelta::days(3);
+                    let mut forward = cadence.preview(start, 1_000);
+                    forward.retain(|&at| at <= end);
+                    let due = cadence.due(start, end, Misfire::All);
+                    assert_eq!(due.occurrences, forward, "{expression} {zone} {start}");
+                    assert!(!due.has_skipped);
+                    assert_eq!(due.through, forward.last().copied().unwrap_or(start));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_policy_decides_about_what_was_missed() {
+        let cadence = cadence("* * * * *", "UTC");
+        let through = at("2026-05-01T12:00:00Z");
+        let minutes = |minutes| through + TimeDelta::minutes(minutes);
+        let check = |misfire, now, occurrences: &[i64], has_skipped| {
+            let due = cadence.due(through, now, misfire);
+            let expected: Vec<_> = occurrences.iter().map(|&n| minutes(n)).collect();
+            assert_eq!(due.occurrences, expected, "{misfire:?} {now}");
+            assert_eq!(due.has_skipped, has_skipped);
+        };
+        for misfire in [Misfire::Skip, Misfire::One, Misfire::All] {
+            check(misfire, through, &[], false);
+            check(misfire, minutes(1) - TimeDelta::seconds(1), &[], false);
+            check(misfire, minutes(1), &[1], false);
+            check(misfire, minutes(1) + TimeDelta::seconds(59), &[1], false);
+        }
+        let late = minutes(5) + TimeDelta::seconds(30);
+        check(Misfire::Skip, late, &[5], true);
+        check(Misfire::One, late, &[4, 5], true);
+        check(Misfire::All, late, &[1, 2, 3, 4, 5], false);
+        // A clock that went back: nothing is due again.
+        check(Misfire::All, minutes(-100), &[], false);
+        let all = cadence.due(through, minutes(100_000), Misfire::All);
+        assert_eq!((all.occurrences.len(), all.has_skipped), (CATCH_UP_MAX + 1, true));
+        assert_eq!(all.through, minutes(100_000));
+        assert_eq!(all.occurrences.last(), Some(&minutes(100_000)));
+        let skipped = cadence.due(through, minutes(100_000) + TimeDelta::seconds(59), Misfire::Skip);
+        assert_eq!(skipped.occurrences, [minutes(100_000)]);
+    }
+
+    #[test]
+    fn an_occurrence_has_one_name() {
+        let name = ScheduleName::parse("nightly").unwrap();
+        let due = at("2026-05-01T00:00:00Z");
+        assert_eq!(occurrence_id(&name, due), occurrence_id(&name, due));
+        let others = [
+            occurrence_id(&name, due + TimeDelta::seconds(1)),
+            occurrence_id(&ScheduleName::parse("nightly2").unwrap(), due),
+        ];
+        assert!(!others.contains(&occurrence_id(&name, due)));
+    }
+
+    #[test]
+    fn the_event_of_an_occurrence_is_valid_json() {
+        let name = ScheduleName::parse("nightly").unwrap();
+        for event in ["{}", " { } ", r#"{"data": {"a": 1.0}}"#, r#" {"type":"t","data":"}"}"#] {
+            let declaration = Declaration {
+                topic: Topic::parse("a").unwrap(),
+                cadence: cadence("@daily", "UTC"),
+                misfire: Misfire::default(),
+                is_paused: false,
+                event: event.to_owned(),
+            };
+            let made = declaration.event(&name, at("2026-05-01T00:00:00Z"));
+            let made: serde_json::Value = serde_json::from_str(&made).unwrap();
+            assert_eq!(made["time"], "2026-05-01T00:00:00Z");
+            assert_eq!(made["source"], "/postroad/schedules/nightly");
+        }
+    }
+}

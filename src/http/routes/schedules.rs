@@ -1,0 +1,305 @@
+//! Schedules: messages that are published again and again, by cron.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::wire;
+use crate::domain::cloudevents;
+use crate::domain::name::{ScheduleName, Topic};
+use crate::domain::schedule::{Cadence, CadenceError, Declaration, Misfire};
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{NoSchedule, Reads, SchedulesFull, Writes};
+use crate::http::problem::Problem;
+use crate::http::state::State;
+use crate::stream::{Declared, ScheduleDescription, check_event};
+
+/// Occurrences shown of what comes next.
+const NEXT_SHOWN: i64 = 5;
+/// At most.
+const NEXT_MAX: i64 = 100;
+/// What an occurrence has of its own.
+const NOT_IN_EVENT: [&str; 5] = ["id", "source", "time", "deliverat", "expectedversion"];
+
+/// What is to be published, and when.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(
+    as = ScheduleDeclaration,
+    example = json!({"topic": "reports.daily", "cron": "0 9 * * MON-FRI", "time_zone": "Europe/Berlin",
+        "event": {"partitionkey": "reports", "data": {"kind": "daily"}}, "misfire": "one"})
+)]
+struct Body {
+    /// Where to.
+    #[schema(
+        min_length = 1,
+        max_length = 255,
+        pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$"
+    )]
+    topic: String,
+    /// Minute, hour, day of month, month, day of week; seconds may stand before them; or `@daily` and its like.
+    #[schema(min_length = 1, max_length = 200)]
+    cron: String,
+    /// The zone whose clock it goes by, of the IANA database; `UTC` without.
+    time_zone: Option<String>,
+    /// The CloudEvent without `id`, `source` and `time`, which each occurrence has of its own; one without data without it.
+    #[schema(value_type = Option<Object>)]
+    event: Option<Box<RawValue>>,
+    /// What becomes of occurrences that no broker published within 60 seconds: `skip`, `one` (the latest of them, the default) or
+    /// `all` (1,000 at most, the latest).
+    #[schema(pattern = "^(skip|one|all)$")]
+    misfire: Option<String>,
+    /// Nothing is published while it is paused, and nothing of that time is made up for.
+    #[serde(default)]
+    paused: bool,
+}
+
+/// A schedule.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Schedule)]
+struct View {
+    #[schema(example = "daily-report")]
+    name: String,
+    topic: String,
+    cron: String,
+    time_zone: &'static str,
+    #[schema(value_type = Object)]
+    event: Box<RawValue>,
+    /// `skip`, `one` or `all`.
+    misfire: &'static str,
+    paused: bool,
+    #[schema(format = DateTime)]
+    created_at: String,
+    #[schema(format = DateTime)]
+    changed_at: String,
+    /// Occurrences published so far.
+    published_count: u64,
+    /// The last occurrence that was published.
+    #[schema(format = DateTime)]
+    last_at: Option<String>,
+    /// The occurrences that come next; none while it is paused.
+    next_at: Vec<String>,
+}
+
+/// All schedules.
+#[derive(Debug, Serialize, ToSchema)]
+struct Schedules {
+    /// By name.
+    schedules: Vec<View>,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(declare, describe, delete))
+}
+
+impl View {
+    fn of(schedule: ScheduleDescription, now: DateTime<Utc>, next: usize) -> Self {
+        let declaration = schedule.declaration;
+        let next = match declaration.is_paused {
+            true => Vec::new(),
+            false => declaration.cadence.preview(now.max(schedule.through), next),
+        };
+        Self {
+            name: schedule.name.to_string(),
+            topic: declaration.topic.to_string(),
+            cron: declaration.cadence.expression().to_owned(),
+            time_zone: declaration.cadence.zone(),
+            event: RawValue::from_string(declaration.event).expect("checked when it was declared"),
+            misfire: declaration.misfire.as_str(),
+            paused: declaration.is_paused,
+            created_at: wire::time(schedule.created_at),
+            changed_at: wire::time(schedule.changed_at),
+            published_count: schedule.published_count,
+            last_at: schedule.last.map(wire::time),
+            next_at: next.into_iter().map(wire::time).collect(),
+        }
+    }
+}
+
+impl Body {
+    fn checked(
+        self,
+        name: &ScheduleName,
+        message_max_bytes: usize,
+        now: DateTime<Utc>,
+    ) -> Result<Declaration, Problem> {
+        let mut check = Check::default();
+        let topic = check.parsed("/topic", &self.topic, Topic::parse);
+        let zone = self.time_zone.as_deref().unwrap_or("UTC");
+        let cadence = match Cadence::parse(&self.cron, zone, now) {
+            Ok(cadence) => Some(cadence),
+            Err(error) => {
+                let pointer = match error {
+                    CadenceError::Zone => "/time_zone",
+                    CadenceError::Expression { .. } | CadenceError::Never => "/cron",
+                };
+                check.fault(pointer, error.to_string());
+                None
+            }
+        };
+        let misfire = match &self.misfire {
+            Some(text) => check.parsed("/misfire", text, Misfire::parse),
+            None => Some(Misfire::default()),
+        };
+        let event = self.event.map_or("{}".to_owned(), |event| event.get().to_owned());
+        check_members(&event, &mut check);
+        let (Some(topic), Some(cadence), Some(misfire)) = (topic, cadence, misfire) else {
+            check.finish()?;
+            return Err(Problem::invalid(Vec::new()));
+        };
+        check.finish()?;
+        let declaration = Declaration {
+            topic,
+            cadence,
+            misfire,
+            is_paused: self.paused,
+            event: without_specversion(event),
+        };
+        let mut check = Check::default();
+        match check_event(name, &declaration, now) {
+            Ok(size) if size > message_max_bytes => {
+                check.fault("/event/data", format!("{size} bytes, at most {message_max_bytes} are allowed"));
+            }
+            Ok(_) => {}
+            Err(cloudevents::Error::Invalid(faults)) => {
+                for fault in faults {
+                    let pointer = match &fault.place {
+                        cloudevents::Place::Body(pointer) => format!("/event{pointer}"),
+                        cloudevents::Place::Header(_) => "/event".to_owned(),
+                    };
+                    check.fault(pointer, fault.detail);
+                }
+            }
+            Err(error) => check.fault("/event", error.to_string()),
+        }
+        check.finish()?;
+        Ok(declaration)
+    }
+}
+
+/// Refuses what an occurrence has of its own.
+fn check_members(event: &str, check: &mut Check) {
+    let Ok(members) = serde_json::from_str::<Map<String, Value>>(event) else {
+        check.fault("/event", "`event` must be a JSON object");
+        return;
+    };
+    for name in NOT_IN_EVENT {
+        if members.contains_key(name) {
+            let detail = format!("`{name}` is each occurrence's own, or cannot be had here");
+            check.fault(format!("/event/{name}"), detail);
+        }
+    }
+    if members.get("specversion").is_some_and(|version| version != "1.0") {
+        check.fault("/event/specversion", "only `1.0` is supported");
+    }
+}
+
+/// The event without its `specversion`, which each occurrence is given; its other members as they are.
+fn without_specversion(event: String) -> String {
+    let members = serde_json::from_str::<std::collections::BTreeMap<String, &RawValue>>(&event);
+    let Ok(mut members) = members else {
+        return event;
+    };
+    match members.remove("specversion") {
+        Some(_) => serde_json::to_string(&members).expect("it has string keys only"),
+        None => event,
+    }
+}
+
+/// List schedules.
+#[utoipa::path(
+    get, path = "/v1/schedules", tag = "scheduled messages",
+    responses((status = 200, description = "All schedules", body = Schedules), Reads),
+)]
+async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+    query.finish()?;
+    let now = state.parts.cluster.now();
+    let shown = usize::try_from(NEXT_SHOWN).unwrap_or_default();
+    let schedules = state.parts.stream.schedules().await?;
+    let schedules = schedules
+        .into_iter()
+        .map(|schedule| View::of(schedule, now, shown))
+        .collect();
+    Ok(wire::json(StatusCode::OK, &Schedules { schedules }))
+}
+
+/// Declare a schedule: messages are published again and again from now on, each occurrence once, whatever happens to the broker.
+///
+/// A change of `cron` or `time_zone`, and the end of a pause, begin anew from now. Repeating the declaration changes nothing.
+/// What is due at a fixed time in an hour that the zone skips comes with the first moment after it; in one that it has twice,
+/// once. What recurs by `*` or a step is passed over, or comes in both.
+#[utoipa::path(
+    put, path = "/v1/schedules/{name}", tag = "scheduled messages",
+    params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "daily-report")),
+    request_body = Body,
+    responses(
+        (status = 200, description = "It was there, and is as declared now", body = View),
+        (status = 201, description = "It is new", body = View),
+        SchedulesFull, Writes,
+    ),
+)]
+async fn declare(
+    Extract(state): Extract<State>,
+    Named(name): Named<ScheduleName>,
+    query: Query,
+    Json(body): Json<Body>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let now = state.parts.cluster.now();
+    let declaration = body.checked(&name, state.options.publish.message_bytes, now)?;
+    let declared = state.parts.stream.declare_schedule(name, declaration).await;
+    let (schedule, declared) = declared?;
+    let status = match declared {
+        Declared::Created => StatusCode::CREATED,
+        Declared::Unchanged | Declared::Changed => StatusCode::OK,
+    };
+    let shown = usize::try_from(NEXT_SHOWN).unwrap_or_default();
+    Ok(wire::json(status, &View::of(schedule, now, shown)))
+}
+
+/// Describe a schedule, with the occurrences that come next.
+#[utoipa::path(
+    get, path = "/v1/schedules/{name}", tag = "scheduled messages",
+    params(
+        ("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "daily-report"),
+        ("next" = Option<i64>, Query, description = "So many of the next occurrences; 5 without", minimum = 0, maximum = 100),
+    ),
+    responses((status = 200, description = "The schedule", body = View), NoSchedule, Reads),
+)]
+async fn describe(
+    Extract(state): Extract<State>,
+    Named(name): Named<ScheduleName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let next = query.integer("next", 0..=NEXT_MAX).unwrap_or(NEXT_SHOWN);
+    query.finish()?;
+    let schedule = state.parts.stream.schedule(&name).await?;
+    let next = usize::try_from(next).unwrap_or_default();
+    let view = View::of(schedule, state.parts.cluster.now(), next);
+    Ok(wire::json(StatusCode::OK, &view))
+}
+
+/// Delete a schedule. What it published stays.
+#[utoipa::path(
+    delete, path = "/v1/schedules/{name}", tag = "scheduled messages",
+    params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "daily-report")),
+    responses((status = 204, description = "It is gone"), NoSchedule, Reads),
+)]
+async fn delete(
+    Extract(state): Extract<State>,
+    Named(name): Named<ScheduleName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    state.parts.stream.delete_schedule(&name).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}

@@ -1,0 +1,235 @@
+//! Schedules of recurring messages. The functions are in `migrations/broker`.
+
+use chrono::{DateTime, Utc};
+
+use crate::domain::id::{StreamId, TopicId};
+use crate::domain::message::Message;
+use crate::store::bounded::{STATEMENT, bounded};
+use crate::store::{Connection, Error};
+
+/// A schedule, as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScheduleRow {
+    /// Its number.
+    pub id: i64,
+    /// Its name.
+    pub name: String,
+    /// As declared: JSON text.
+    pub declaration: String,
+    /// Rises with each change.
+    pub revision: i64,
+    /// When it was declared first.
+    pub created_at: DateTime<Utc>,
+    /// When it was changed last.
+    pub changed_at: DateTime<Utc>,
+    /// All occurrences up to here are dealt with.
+    pub through_at: DateTime<Utc>,
+    /// The last occurrence that was published.
+    pub last_at: Option<DateTime<Utc>>,
+    /// Occurrences published so far.
+    pub published_count: i64,
+}
+
+/// All schedules, by name, and the database's clock.
+///
+/// # Errors
+/// The database's.
+pub async fn list_schedules(
+    connection: &mut Connection,
+) -> Result<(Vec<ScheduleRow>, DateTime<Utc>), Error> {
+    type Columns = (
+        DateTime<Utc>,
+        Option<i64>,
+        Option<String>,
+        Option<String>,
+        Option<i64>,
+        Option<DateTime<Utc>>,
+        Option<DateTime<Utc>>,
+        Option<DateTime<Utc>>,
+        Option<DateTime<Utc>>,
+        Option<i64>,
+    );
+    let rows: Vec<Columns> = bounded(
+        "reading the schedules",
+        STATEMENT,
+        sqlx::query_as(
+            "select c.clock, s.id, s.name, s.declaration, s.revision, s.created_at, s.changed_at, t.through_at, \
+                 t.last_at, t.published_count \
+             from (select clock_timestamp() as clock) c \
+             left join (postroad_broker.schedule s join postroad_broker.schedule_state t on t.schedule_id = s.id) on true \
+             order by s.name",
+        )
+        .fetch_all(connection),
+    )
+    .await?;
+    let clock = rows.first().map_or(DateTime::UNIX_EPOCH, |row| row.0);
+    let read = |row: Columns| {
+        let (_, id, name, declaration, revision, created_at, changed_at, through_at, last_at, count) =
+            row;
+        Some(ScheduleRow {
+            id: id?,
+            name: name?,
+            declaration: declaration?,
+            revision: revision?,
+            created_at: created_at?,
+            changed_at: changed_at?,
+            through_at: through_at?,
+            last_at,
+            published_count: count?,
+        })
+    };
+    Ok((rows.into_iter().filter_map(read).collect(), clock))
+}
+
+/// What declaring a schedule did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScheduleDeclared {
+    /// It is new.
+    Created,
+    /// It was other.
+    Changed,
+    /// It was the same.
+    Unchanged,
+    /// There are as many as there can be.
+    Full,
+    /// It was deleted at the same time.
+    Gone,
+}
+
+/// Declares a schedule. `cadence` is the part of it whose change has it begin anew.
+///
+/// # Errors
+/// The database's.
+pub async fn declare_schedule(
+    connection: &mut Connection,
+    name: &str,
+    declaration: &str,
+    cadence: &str,
+    is_paused: bool,
+    most: i64,
+) -> Result<ScheduleDeclared, Error> {
+    let (status,): (String,) = bounded(
+        "declaring a schedule",
+        STATEMENT,
+        sqlx::query_as("select postroad_broker.declare_schedule($1, $2, $3, $4, $5)")
+            .bind(name)
+            .bind(declaration)
+            .bind(cadence)
+            .bind(is_paused)
+            .bind(most)
+            .fetch_one(connection),
+    )
+    .await?;
+    Ok(match status.as_str() {
+        "created" => ScheduleDeclared::Created,
+        "changed" => ScheduleDeclared::Changed,
+        "unchanged" => ScheduleDeclared::Unchanged,
+        "full" => ScheduleDeclared::Full,
+        _ => ScheduleDeclared::Gone,
+    })
+}
+
+/// Deletes a schedule. Whether there was one.
+///
+/// # Errors
+/// The database's.
+pub async fn delete_schedule(connection: &mut Connection, name: &str) -> Result<bool, Error> {
+    let deleted = bounded(
+        "deleting a schedule",
+        STATEMENT,
+        sqlx::query("delete from postroad_broker.schedule where name = $1")
+            .bind(name)
+            .execute(connection),
+    )
+    .await?;
+    Ok(deleted.rows_affected() > 0)
+}
+
+/// Occurrences to be accepted.
+#[derive(Debug)]
+pub struct Fire<'a> {
+    /// The version of the catalogue that the stream was chosen by.
+    pub catalogue: i64,
+    /// The schedule's number.
+    pub schedule: i64,
+    /// The revision that the occurrences are of.
+    pub revision: i64,
+    /// How far the schedule must be.
+    pub from: DateTime<Utc>,
+    /// How far it is then.
+    pub to: DateTime<Utc>,
+    /// Where the messages go.
+    pub stream: StreamId,
+    /// The number of their topic.
+    pub topic: TopicId,
+    /// The hash of their key.
+    pub key_hash: Option<i64>,
+    /// Id and time of each.
+    pub occurrences: Vec<(String, DateTime<Utc>)>,
+    /// What they have in common.
+    pub message: &'a Message,
+}
+
+/// What became of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fired {
+    /// They are accepted.
+    Fired,
+    /// The schedule is another by now, or elsewhere: nothing was done.
+    Moved,
+    /// The catalogue has another version: nothing was done.
+    Stale,
+}
+
+/// Accepts occurrences and moves the schedule over them. Safe to repeat when its outcome is unknown: then it has moved.
+///
+/// # Errors
+/// The database's.
+pub async fn fire_schedule(connection: &mut Connection, fire: &Fire<'_>) -> Result<Fired, Error> {
+    let message = fire.message;
+    let (ids, times): (Vec<&str>, Vec<DateTime<Utc>>) = fire
+        .occurrences
+        .iter()
+        .map(|(id, time)| (id.as_str(), *time))
+        .unzip();
+    let extensions = (!message.extensions.is_empty()).then(|| {
+        serde_json::to_string(&message.extensions)
+            .expect("a JSON map always serializes into memory")
+    });
+    let data: &[u8] = message.data.bytes();
+    let (status,): (String,) = bounded(
+        "publishing a schedule's occurrences",
+        STATEMENT,
+        sqlx::query_as(
+            "select postroad_broker.fire_schedule($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, \
+             $17, $18, $19, $20)",
+        )
+        .bind(fire.catalogue)
+        .bind(fire.schedule)
+        .bind(fire.revision)
+        .bind(fire.from)
+        .bind(fire.to)
+        .bind(fire.stream.0)
+        .bind(fire.topic.0)
+        .bind(ids)
+        .bind(times)
+        .bind(fire.key_hash)
+        .bind(&message.key)
+        .bind(&message.source)
+        .bind(&message.kind)
+        .bind(&message.subject)
+        .bind(&message.data_content_type)
+        .bind(&message.data_schema)
+        .bind(extensions)
+        .bind(message.data.kind())
+        .bind(message.priority().stored())
+        .bind((message.data.kind() != 0).then_some(data))
+        .fetch_one(connection),
+    )
+    .await?;
+    Ok(match status.as_str() {
+        "fired" => Fired::Fired,
+        "moved" => Fired::Moved,
+        _ => Fired::Stale,
+    })
+}

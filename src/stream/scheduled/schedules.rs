@@ -1,0 +1,153 @@
+//! Schedules, as people declare and see them.
+
+use chrono::{DateTime, Utc};
+
+use super::{Job, recurring, wire};
+use crate::domain::cloudevents;
+use crate::domain::name::ScheduleName;
+use crate::domain::schedule::{Declaration, SCHEDULES_MAX};
+use crate::store::stream::{self as sql, ScheduleDeclared, ScheduleRow};
+use crate::store::{self, Connection};
+use crate::stream::{Declared, Error, Handle};
+
+/// A schedule.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScheduleDescription {
+    /// Its name.
+    pub name: ScheduleName,
+    /// What was declared.
+    pub declaration: Declaration,
+    /// When it was declared first.
+    pub created_at: DateTime<Utc>,
+    /// When it was changed last.
+    pub changed_at: DateTime<Utc>,
+    /// All occurrences up to here are dealt with: published or left out.
+    pub through: DateTime<Utc>,
+    /// The last occurrence that was published.
+    pub last: Option<DateTime<Utc>>,
+    /// Occurrences published so far.
+    pub published_count: u64,
+}
+
+impl Handle {
+    /// Declares a schedule: it begins now, and again with a change of its cron expression or zone and when it is paused no more.
+    ///
+    /// # Errors
+    /// [`Error::TooManySchedules`], or the database's.
+    pub async fn declare_schedule(
+        &self,
+        name: ScheduleName,
+        declaration: Declaration,
+    ) -> Result<(ScheduleDescription, Declared), Error> {
+        self.ask_desk(|reply| Job::DeclareSchedule {
+            name,
+            declaration: Box::new(declaration),
+            reply,
+        })
+        .await
+    }
+
+    /// All schedules, by name.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn schedules(&self) -> Result<Vec<ScheduleDescription>, Error> {
+        self.ask_desk(|reply| Job::ListSchedules { reply }).await
+    }
+
+    /// Finds a schedule.
+    ///
+    /// # Errors
+    /// [`Error::ScheduleNotFound`], or the database's.
+    pub async fn schedule(&self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
+        let schedules = self.schedules().await?;
+        let found = schedules.into_iter().find(|found| found.name == *name);
+        found.ok_or_else(|| Error::ScheduleNotFound { name: name.clone() })
+    }
+
+    /// Deletes a schedule. What it published stays.
+    ///
+    /// # Errors
+    /// [`Error::ScheduleNotFound`], or the database's.
+    pub async fn delete_schedule(&self, name: &ScheduleName) -> Result<(), Error> {
+        let name = name.clone();
+        self.ask_desk(|reply| Job::DeleteSchedule { name, reply })
+            .await
+    }
+}
+
+/// Checks that a schedule's event becomes a message.
+///
+/// # Errors
+/// What is wrong with the event.
+pub fn check_event(
+    name: &ScheduleName,
+    declaration: &Declaration,
+    now: DateTime<Utc>,
+) -> Result<usize, cloudevents::Error> {
+    let message = recurring::message(name, declaration, now)?;
+    Ok(message.data.bytes().len())
+}
+
+fn describe(row: ScheduleRow, now: DateTime<Utc>) -> Result<ScheduleDescription, store::Error> {
+    let corrupt = |what: String| store::Error::corrupt("reading the schedules", what);
+    Ok(ScheduleDescription {
+        name: ScheduleName::parse(&row.name)
+            .map_err(|error| corrupt(format!("`{}` {error}", row.name)))?,
+        declaration: wire::read(&row.declaration, now)
+            .map_err(|error| corrupt(format!("`{}`: {error}", row.name)))?,
+        created_at: row.created_at,
+        changed_at: row.changed_at,
+        through: row.through_at,
+        last: row.last_at,
+        published_count: row.published_count.unsigned_abs(),
+    })
+}
+
+pub(super) async fn list(connection: &mut Connection) -> Result<Vec<ScheduleDescription>, Error> {
+    let (rows, now) = sql::list_schedules(connection).await?;
+    let described: Result<_, store::Error> =
+        rows.into_iter().map(|row| describe(row, now)).collect();
+    Ok(described?)
+}
+
+pub(super) async fn declare(
+    connection: &mut Connection,
+    name: &ScheduleName,
+    declaration: &Declaration,
+) -> Result<(ScheduleDescription, Declared), Error> {
+    let cadence = format!(
+        "{}\n{}",
+        declaration.cadence.expression(),
+        declaration.cadence.zone()
+    );
+    let text = wire::print(declaration);
+    loop {
+        let declared = sql::declare_schedule(
+            connection,
+            name.as_str(),
+            &text,
+            &cadence,
+            declaration.is_paused,
+            SCHEDULES_MAX,
+        );
+        let declared = match declared.await? {
+            ScheduleDeclared::Created => Declared::Created,
+            ScheduleDeclared::Changed => Declared::Changed,
+            ScheduleDeclared::Unchanged => Declared::Unchanged,
+            ScheduleDeclared::Full => return Err(Error::TooManySchedules),
+            ScheduleDeclared::Gone => continue,
+        };
+        let schedules = list(connection).await?;
+        let found = schedules.into_iter().find(|found| found.name == *name);
+        let found = found.ok_or_else(|| Error::ScheduleNotFound { name: name.clone() })?;
+        return Ok((found, declared));
+    }
+}
+
+pub(super) async fn delete(connection: &mut Connection, name: &ScheduleName) -> Result<(), Error> {
+    match sql::delete_schedule(connection, name.as_str()).await? {
+        true => Ok(()),
+        false => Err(Error::ScheduleNotFound { name: name.clone() }),
+    }
+}
