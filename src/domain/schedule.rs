@@ -4,6 +4,8 @@
 //! time comes with the first moment after it, and what recurs by `*` or a step is passed over. Where it has an hour twice, what is
 //! due at a fixed time comes once, the first time; what recurs by `*` or a step comes in both.
 
+use std::collections::VecDeque;
+
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use chrono_tz::Tz;
 use croner::Cron;
@@ -102,14 +104,6 @@ impl Cadence {
         (next > after).then_some(next)
     }
 
-    /// The last occurrence before a moment, or at it; `None` when there is none.
-    fn last_until(&self, until: DateTime<Utc>) -> Option<DateTime<Utc>> {
-        let local = until.with_timezone(&self.zone);
-        let last = self.cron.find_previous_occurrence(&local, true).ok()?;
-        let last = last.to_utc();
-        (last <= until).then_some(last)
-    }
-
     /// The next occurrences after a moment, so many at most.
     #[must_use]
     pub fn preview(&self, after: DateTime<Utc>, count: usize) -> Vec<DateTime<Utc>> {
@@ -120,34 +114,67 @@ impl Cadence {
     /// What is to be published now, when everything through `through` has been dealt with.
     #[must_use]
     pub fn due(&self, through: DateTime<Utc>, now: DateTime<Utc>, misfire: Misfire) -> Due {
-        let mut due = Due {
-            occurrences: Vec::new(),
-            through,
-            has_skipped: false,
-        };
         let missed_until = now - MISFIRE_AFTER;
-        let mut missed = 0;
-        let mut at = self.last_until(now);
-        while let Some(occurrence) = at.filter(|&at| at > through) {
-            due.through = due.through.max(occurrence);
-            if occurrence <= missed_until {
-                let may_catch_up = match misfire {
-                    Misfire::Skip => 0,
-                    Misfire::One => 1,
-                    Misfire::All => CATCH_UP_MAX,
-                };
-                if missed >= may_catch_up {
-                    due.has_skipped = true;
-                    break;
-                }
-                missed += 1;
-            }
-            due.occurrences.push(occurrence);
-            // Occurrences are whole seconds.
-            at = self.last_until(occurrence - TimeDelta::milliseconds(1));
+        let most = match misfire {
+            Misfire::Skip => 0,
+            Misfire::One => 1,
+            Misfire::All => CATCH_UP_MAX,
+        };
+        let first = self.next_after(through);
+        let first_missed = first.filter(|&first| first <= missed_until);
+        let mut occurrences = match first_missed {
+            Some(_) => self.latest(through, missed_until, most),
+            None => Vec::new(),
+        };
+        let has_skipped = first_missed.is_some() && occurrences.first() != first_missed.as_ref();
+        occurrences.extend(self.between(through.max(missed_until), now));
+        let mut until = through;
+        if has_skipped {
+            until = until.max(missed_until);
         }
-        due.occurrences.reverse();
-        due
+        Due {
+            through: occurrences.last().map_or(until, |&last| until.max(last)),
+            occurrences,
+            has_skipped,
+        }
+    }
+
+    /// The occurrences after a moment, up to another.
+    fn between(
+        &self,
+        after: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> impl Iterator<Item = DateTime<Utc>> {
+        std::iter::successors(self.next_after(after), |&last| self.next_after(last))
+            .take_while(move |&at| at <= until)
+    }
+
+    /// The latest occurrences after a moment, up to another, so many at most. Looked for forwards, from further and further back:
+    /// the library's search backwards loses some where a zone goes back by half an hour.
+    fn latest(
+        &self,
+        after: DateTime<Utc>,
+        until: DateTime<Utc>,
+        most: usize,
+    ) -> Vec<DateTime<Utc>> {
+        let mut latest = VecDeque::new();
+        for days in [0, 1, 32, 400, 1_000_000] {
+            let window = TimeDelta::days(days).max(TimeDelta::hours(1));
+            let start = until
+                .checked_sub_signed(window)
+                .map_or(after, |start| start.max(after));
+            latest.clear();
+            for at in self.between(start, until) {
+                latest.push_back(at);
+                if latest.len() > most {
+                    latest.pop_front();
+                }
+            }
+            if start == after || latest.len() >= most {
+                break;
+            }
+        }
+        latest.into()
     }
 }
 
@@ -259,9 +286,11 @@ mod tests {
     fn next(expression: &str, zone: &str, after: &str, count: usize) -> Vec<String> {
         let cadence = cadence(expression, zone);
         let next = cadence.preview(at(after), count);
-        let local = next
-            .into_iter()
-            .map(|at| at.with_timezone(&cadence.zone).format("%d %H:%M%:z").to_string());
+        let local = next.into_iter().map(|at| {
+            at.with_timezone(&cadence.zone)
+                .format("%d %H:%M%:z")
+                .to_string()
+        });
         local.collect()
     }
 
@@ -278,10 +307,18 @@ mod tests {
             ("* * * * *", "Europe/Atlantis", "IANA"),
             ("* * * * *", "", "IANA"),
         ] {
-            let found = Cadence::parse(expression, zone, now).unwrap_err().to_string();
+            let found = Cadence::parse(expression, zone, now)
+                .unwrap_err()
+                .to_string();
             assert!(found.contains(error), "`{expression}` {zone}: {found}");
         }
-        for expression in ["@daily", "*/5 * * * *", "0 9 * * MON-FRI", "30 0 0 L * *", "0 0 29 2 *"] {
+        for expression in [
+            "@daily",
+            "*/5 * * * *",
+            "0 9 * * MON-FRI",
+            "30 0 0 L * *",
+            "0 0 29 2 *",
+        ] {
             Cadence::parse(expression, "America/New_York", now).unwrap();
         }
     }
@@ -295,7 +332,12 @@ mod tests {
         );
         assert_eq!(
             next("*/30 * * * *", "Europe/Berlin", "2026-03-29T00:00:00Z", 4),
-            ["29 01:30+01:00", "29 03:00+02:00", "29 03:30+02:00", "29 04:00+02:00"]
+            [
+                "29 01:30+01:00",
+                "29 03:00+02:00",
+                "29 03:30+02:00",
+                "29 04:00+02:00"
+            ]
         );
         assert_eq!(
             next("0 3 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z", 2),
@@ -311,16 +353,41 @@ mod tests {
         );
         assert_eq!(
             next("*/30 * * * *", "Europe/Berlin", "2026-10-24T23:45:00Z", 6),
-            ["25 02:00+02:00", "25 02:30+02:00", "25 02:00+01:00", "25 02:30+01:00", "25 03:00+01:00", "25 03:30+01:00"]
+            [
+                "25 02:00+02:00",
+                "25 02:30+02:00",
+                "25 02:00+01:00",
+                "25 02:30+01:00",
+                "25 03:00+01:00",
+                "25 03:30+01:00"
+            ]
         );
     }
 
     #[test]
-    fn what_is_due_is_the_same_looked_at_from_either_end() {
-        for expression in ["30 2 * * *", "*/30 * * * *", "0 * * * *", "15 1-3 * * *", "0 3 * * SUN"] {
-            for zone in ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "UTC"] {
+    fn what_is_due_is_what_was_to_come() {
+        for expression in [
+            "30 2 * * *",
+            "*/30 * * * *",
+            "0 * * * *",
+            "15 1-3 * * *",
+            "0 3 * * SUN",
+        ] {
+            for zone in [
+                "Europe/Berlin",
+                "America/New_York",
+                "Australia/Lord_Howe",
+                "UTC",
+            ] {
                 let cadence = cadence(expression, zone);
-                for start in ["2026-03-07T00:00:00Z", "2026-03-28T00:00:00Z", "2026-10-24T00:00:00Z", "2026-04-04T00:00:00Z", "2026-10-03T00:00:00Z", "2026-10-31T00:00:00Z"] {
+                for start in [
+                    "2026-03-07T00:00:00Z",
+                    "2026-03-28T00:00:00Z",
+                    "2026-10-24T00:00:00Z",
+                    "2026-04-04T00:00:00Z",
+                    "2026-10-03T00:00:00Z",
+                    "2026-10-31T00:00:00Z",
+                ] {
                     let start = at(start);
                     let end = start + TimeDelta::days(3);
                     let mut forward = cadence.preview(start, 1_000);
@@ -329,6 +396,9 @@ mod tests {
                     assert_eq!(due.occurrences, forward, "{expression} {zone} {start}");
                     assert!(!due.has_skipped);
                     assert_eq!(due.through, forward.last().copied().unwrap_or(start));
+                    let one = cadence.due(start, end, Misfire::One).occurrences;
+                    let missed = forward.iter().filter(|&&at| at <= end - MISFIRE_AFTER);
+                    assert_eq!(one.first(), missed.last().or(forward.last()));
                 }
             }
         }
@@ -358,10 +428,17 @@ mod tests {
         // A clock that went back: nothing is due again.
         check(Misfire::All, minutes(-100), &[], false);
         let all = cadence.due(through, minutes(100_000), Misfire::All);
-        assert_eq!((all.occurrences.len(), all.has_skipped), (CATCH_UP_MAX + 1, true));
+        assert_eq!(
+            (all.occurrences.len(), all.has_skipped),
+            (CATCH_UP_MAX + 1, true)
+        );
         assert_eq!(all.through, minutes(100_000));
         assert_eq!(all.occurrences.last(), Some(&minutes(100_000)));
-        let skipped = cadence.due(through, minutes(100_000) + TimeDelta::seconds(59), Misfire::Skip);
+        let skipped = cadence.due(
+            through,
+            minutes(100_000) + TimeDelta::seconds(59),
+            Misfire::Skip,
+        );
         assert_eq!(skipped.occurrences, [minutes(100_000)]);
     }
 
@@ -380,7 +457,12 @@ mod tests {
     #[test]
     fn the_event_of_an_occurrence_is_valid_json() {
         let name = ScheduleName::parse("nightly").unwrap();
-        for event in ["{}", " { } ", r#"{"data": {"a": 1.0}}"#, r#" {"type":"t","data":"}"}"#] {
+        for event in [
+            "{}",
+            " { } ",
+            r#"{"data": {"a": 1.0}}"#,
+            r#" {"type":"t","data":"}"}"#,
+        ] {
             let declaration = Declaration {
                 topic: Topic::parse("a").unwrap(),
                 cadence: cadence("@daily", "UTC"),

@@ -51,8 +51,8 @@ pub use request::{
     Placed, Read, Rejected, Scan, ScanItem, Scanned, Search, SearchPage, key_hash,
 };
 pub use scheduled::{
-    Cancelled, ScheduleDescription, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting,
-    check_event,
+    Cancelled, ScheduleDescription, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus,
+    Waiting, check_event,
 };
 pub use settings::{
     Declared, Description, Found, PATTERN_MAX_COUNT, RETENTION_MIN_BYTES, Settings, SettingsError,

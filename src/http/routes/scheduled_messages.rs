@@ -150,15 +150,16 @@ async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Respon
     let names = state.stream_names(streams).await?;
     let view = |waiting: Waiting| WaitingView {
         id: waiting.row.id.to_string(),
-        stream: names
-            .get(&waiting.row.id.stream)
-            .map(ToString::to_string),
+        stream: names.get(&waiting.row.id.stream).map(ToString::to_string),
         due_at: wire::time(waiting.row.id.due_at),
         accepted_at: wire::time(waiting.row.accepted_at),
         key: waiting.row.key,
         event_id: waiting.row.event_id,
         event_source: waiting.row.source,
-        event_type: waiting.row.kind.unwrap_or_else(|| waiting.topic.to_string()),
+        event_type: waiting
+            .row
+            .kind
+            .unwrap_or_else(|| waiting.topic.to_string()),
         data_bytes: waiting.row.data_bytes,
         topic: waiting.topic.to_string(),
     };

@@ -150,7 +150,9 @@ impl Body {
             Some(text) => check.parsed("/misfire", text, Misfire::parse),
             None => Some(Misfire::default()),
         };
-        let event = self.event.map_or("{}".to_owned(), |event| event.get().to_owned());
+        let event = self
+            .event
+            .map_or("{}".to_owned(), |event| event.get().to_owned());
         check_members(&event, &mut check);
         let (Some(topic), Some(cadence), Some(misfire)) = (topic, cadence, misfire) else {
             check.finish()?;
@@ -167,7 +169,10 @@ impl Body {
         let mut check = Check::default();
         match check_event(name, &declaration, now) {
             Ok(size) if size > message_max_bytes => {
-                check.fault("/event/data", format!("{size} bytes, at most {message_max_bytes} are allowed"));
+                check.fault(
+                    "/event/data",
+                    format!("{size} bytes, at most {message_max_bytes} are allowed"),
+                );
             }
             Ok(_) => {}
             Err(cloudevents::Error::Invalid(faults)) => {
@@ -198,7 +203,10 @@ fn check_members(event: &str, check: &mut Check) {
             check.fault(format!("/event/{name}"), detail);
         }
     }
-    if members.get("specversion").is_some_and(|version| version != "1.0") {
+    if members
+        .get("specversion")
+        .is_some_and(|version| version != "1.0")
+    {
         check.fault("/event/specversion", "only `1.0` is supported");
     }
 }

@@ -64,8 +64,18 @@ pub async fn list_schedules(
     .await?;
     let clock = rows.first().map_or(DateTime::UNIX_EPOCH, |row| row.0);
     let read = |row: Columns| {
-        let (_, id, name, declaration, revision, created_at, changed_at, through_at, last_at, count) =
-            row;
+        let (
+            _,
+            id,
+            name,
+            declaration,
+            revision,
+            created_at,
+            changed_at,
+            through_at,
+            last_at,
+            count,
+        ) = row;
         Some(ScheduleRow {
             id: id?,
             name: name?,

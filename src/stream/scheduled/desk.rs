@@ -14,9 +14,9 @@ use crate::domain::name::ScheduleName;
 use crate::domain::schedule::Declaration;
 use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, ScheduledSlice};
 use crate::store::{Connection, Database};
-use crate::stream::{Declared, Error};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
+use crate::stream::{Declared, Error};
 use crate::supervisor::Supervisor;
 
 /// Rows that one listing looks at before it answers with what it has.
@@ -77,34 +77,34 @@ impl Desk {
 
     async fn serve(&mut self, job: Job) {
         match job {
-                Job::List { query, reply } => {
-                    let answer = self.list(&query).await;
-                    self.answer(reply, answer);
-                }
-                Job::Find { id, reply } => {
-                    let answer = self.find(id).await;
-                    self.answer(reply, answer);
-                }
-                Job::Cancel { id, reply } => {
-                    let answer = self.cancel(id).await;
-                    self.answer(reply, answer);
-                }
-                Job::DeclareSchedule {
-                    name,
-                    declaration,
-                    reply,
-                } => {
-                    let answer = self.declare(&name, &declaration).await;
-                    self.answer(reply, answer);
-                }
-                Job::ListSchedules { reply } => {
-                    let answer = self.schedules().await;
-                    self.answer(reply, answer);
-                }
-                Job::DeleteSchedule { name, reply } => {
-                    let answer = self.delete(&name).await;
-                    self.answer(reply, answer);
-                }
+            Job::List { query, reply } => {
+                let answer = self.list(&query).await;
+                self.answer(reply, answer);
+            }
+            Job::Find { id, reply } => {
+                let answer = self.find(id).await;
+                self.answer(reply, answer);
+            }
+            Job::Cancel { id, reply } => {
+                let answer = self.cancel(id).await;
+                self.answer(reply, answer);
+            }
+            Job::DeclareSchedule {
+                name,
+                declaration,
+                reply,
+            } => {
+                let answer = self.declare(&name, &declaration).await;
+                self.answer(reply, answer);
+            }
+            Job::ListSchedules { reply } => {
+                let answer = self.schedules().await;
+                self.answer(reply, answer);
+            }
+            Job::DeleteSchedule { name, reply } => {
+                let answer = self.delete(&name).await;
+                self.answer(reply, answer);
+            }
         }
     }
 

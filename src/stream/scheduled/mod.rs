@@ -25,8 +25,8 @@ use crate::store::stream as sql;
 
 pub(super) use desk::{Desk, Job};
 pub(super) use duty::{Duty, DutyKnows, LEASE};
-pub use schedules::{ScheduleDescription, check_event};
 pub use handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
+pub use schedules::{ScheduleDescription, check_event};
 
 use super::metrics::Metrics;
 

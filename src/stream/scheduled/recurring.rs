@@ -61,7 +61,10 @@ impl Recurring {
             let Some(one) = self.loaded.get_mut(&id) else {
                 continue;
             };
-            let due = one.declaration.cadence.due(one.through, now, one.declaration.misfire);
+            let due = one
+                .declaration
+                .cadence
+                .due(one.through, now, one.declaration.misfire);
             if due.through == one.through {
                 // The clock went back since.
                 self.clock = None;
