@@ -116,6 +116,9 @@ kinds! {
     MethodNotAllowed = "method-not-allowed",
     RequestTimeout = "request-timeout",
     IdConflict = "id-conflict",
+    VersionConflict = "version-conflict",
+    StreamNotKeyed = "stream-not-keyed",
+    StreamKeyedFixed = "stream-keyed-fixed",
     StreamOverlap = "stream-overlap",
     StreamHasQueues = "stream-has-queues",
     QueueStreamFixed = "queue-stream-fixed",
@@ -148,6 +151,8 @@ pub struct Problem {
     pub errors: Vec<ProblemField>,
     /// How long to wait before a repeat, if it was said.
     pub retry_after: Option<Duration>,
+    /// The version that the key is at, of a [`ProblemKind::VersionConflict`].
+    pub version: Option<i64>,
 }
 
 /// A part of the request that breaks a rule.
@@ -171,6 +176,7 @@ struct Document {
     request_id: Option<String>,
     #[serde(default)]
     errors: Vec<ProblemField>,
+    version: Option<i64>,
 }
 
 /// As much of an answer that is no problem document as an error shows.
@@ -186,6 +192,7 @@ impl Problem {
                 request_id: document.request_id,
                 errors: document.errors,
                 retry_after,
+                version: document.version,
             };
         }
         let text = String::from_utf8_lossy(body);
@@ -196,6 +203,7 @@ impl Problem {
             request_id: None,
             errors: Vec::new(),
             retry_after,
+            version: None,
         }
     }
 

@@ -119,6 +119,13 @@ impl NewEvent {
         self
     }
 
+    /// For topics of a keyed stream: only if its key has had so many messages there. Otherwise the publish is refused, with
+    /// [`ProblemKind::VersionConflict`](super::ProblemKind::VersionConflict) and the version.
+    #[must_use]
+    pub fn expected_version(self, version: i64) -> Self {
+        self.extension("expectedversion", version)
+    }
+
     /// To enter its stream then, a year ahead at most; a time that is past is at once.
     #[must_use]
     pub fn deliver_at(self, at: DateTime<Utc>) -> Self {

@@ -187,6 +187,7 @@ impl CatalogueTask {
         Ok(Found {
             id: row.id,
             first_offset: head.ok_or_else(not_found)?.floor.next(),
+            is_keyed: row.is_keyed,
         })
     }
 

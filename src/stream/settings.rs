@@ -155,6 +155,8 @@ pub struct Found {
     pub id: StreamId,
     /// The first offset still there; one past the last when all are gone.
     pub first_offset: Offset,
+    /// Whether its keys are indexed.
+    pub is_keyed: bool,
 }
 
 #[cfg(test)]

@@ -487,4 +487,22 @@ async fn a_worker_in_order_handles_a_key_one_after_another_though_it_holds_sever
             .filter(|&&offset| (offset - 1) % KEYS as i64 == key);
         assert!(of_key.is_sorted(), "{acked:?}");
     }
+
+#[tokio::test]
+async fn a_version_is_expected_and_a_conflict_says_which_it_is() {
+    let broker = support::broker().await;
+    let keyed = json!({"topics": ["accounts.>"], "keyed": true});
+    broker.http.declare("/v1/streams/accounts", &keyed).await;
+    let client = Client::new(&broker.http.base).unwrap();
+    let event = |version| {
+        let event = NewEvent::json(&json!({ "version": version })).unwrap();
+        event.key("k").expected_version(version)
+    };
+    client.publish("accounts.a", &event(0)).await.unwrap();
+    client.publish("accounts.a", &event(1)).await.unwrap();
+    let late = client.publish("accounts.a", &event(1)).await.unwrap_err();
+    assert!(!late.is_transient());
+    let problem = late.problem().unwrap();
+    assert_eq!(problem.kind, ProblemKind::VersionConflict);
+    assert_eq!(problem.version, Some(2));
 }

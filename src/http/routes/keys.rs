@@ -10,14 +10,14 @@ use utoipa_axum::routes;
 use super::replay::LoggedMessage;
 use super::streams::OFFSET_MAX;
 use super::wire;
-use crate::domain::id::Offset;
+use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
 use crate::http::extract::{Key, Named, PathPart as _, Query};
 use crate::http::follow;
 use crate::http::openapi::{NoStream, NotKeyed, Reads};
 use crate::http::problem::Problem;
 use crate::http::state::State;
-use crate::stream::{KeyPage, KeyRead, KeysPage, KeysRead};
+use crate::stream::{self, KeyPage, KeyRead, KeysPage, KeysRead};
 
 /// Bytes of events in a page unless asked for otherwise.
 const PAGE_BYTES: i64 = 4 * 1024 * 1024;
@@ -101,7 +101,7 @@ async fn list(
     query.finish()?;
     let stream = &state.parts.stream;
     let read = KeysRead {
-        stream: stream.find(&name).await?.id,
+        stream: find_keyed(&state, &name).await?,
         after,
         max_keys: usize::try_from(max_keys).unwrap_or(1),
         max_bytes: usize::try_from(max_bytes.unwrap_or(PAGE_BYTES)).unwrap_or(1),
@@ -144,7 +144,7 @@ async fn history(
     query.finish()?;
     let stream = &state.parts.stream;
     let read = KeyRead {
-        stream: stream.find(&name).await?.id,
+        stream: find_keyed(&state, &name).await?,
         key,
         after: Offset(after.unwrap_or(0)),
         last_only: last_only.unwrap_or(false),
@@ -154,6 +154,17 @@ async fn history(
     let page = stream.read_key(read.clone()).await?;
     let body = print_history(&read.key, &page);
     Ok(wire::json_bytes(StatusCode::OK, body.into()))
+}
+
+async fn find_keyed(state: &State, name: &StreamName) -> Result<StreamId, Problem> {
+    let found = state.parts.stream.find(name).await?;
+    match found.is_keyed {
+        true => Ok(found.id),
+        false => Err(stream::Error::NotKeyed {
+            stream: name.to_string(),
+        }
+        .into()),
+    }
 }
 
 fn print_keys(page: &KeysPage) -> Vec<u8> {
