@@ -487,6 +487,7 @@ async fn a_worker_in_order_handles_a_key_one_after_another_though_it_holds_sever
             .filter(|&&offset| (offset - 1) % KEYS as i64 == key);
         assert!(of_key.is_sorted(), "{acked:?}");
     }
+}
 
 #[tokio::test]
 async fn a_version_is_expected_and_a_conflict_says_which_it_is() {
