@@ -88,13 +88,15 @@ fn make(row: OutboxRow, topic: Topic, extensions: Map<String, Value>) -> Message
 fn unmake(seq: i64, message: Message) -> OutboxRow {
     let deliver_at = message.deliver_at();
     let bytes = message.data.bytes().to_vec();
-    let (payload, payload_bytes) = match message.data {
-        Data::Absent => (None, None),
-        Data::Binary(_) => (None, Some(bytes)),
-        Data::Json(_) | Data::Text(_) => match String::from_utf8(bytes) {
-            Ok(text) => (Some(text), None),
-            Err(error) => (None, Some(error.into_bytes())),
-        },
+    let content_type = message.data_content_type.as_deref();
+    let (payload, payload_bytes) = match String::from_utf8(bytes) {
+        _ if message.data == Data::Absent => (None, None),
+        // A text for people, where it means the same.
+        Ok(text) if to_data(Some(text.clone()), None, content_type) == message.data => {
+            (Some(text), None)
+        }
+        Ok(text) => (None, Some(text.into_bytes())),
+        Err(error) => (None, Some(error.into_bytes())),
     };
     let mut headers = message.extensions;
     headers.remove(DELIVER_AT);
@@ -488,6 +490,29 @@ mod tests {
         let rejected = to_message(large, now(), |_| None).unwrap_err();
         assert!(rejected.outbox_row.len() < 1_000);
         assert_eq!(from_copy(&rejected.outbox_row), None);
+    }
+
+    #[test]
+    fn a_row_that_its_topic_does_not_take_is_listed_as_it_was() {
+        for (payload, payload_bytes, content_type) in [
+            (Some("{\"a\" : 1}"), None, None),
+            (Some("not json"), None, None),
+            (Some("text"), None, Some("text/plain")),
+            (None, Some(&b"{}"[..]), None),
+            (None, Some(&[0, 255][..]), Some("application/json")),
+            (None, None, None),
+        ] {
+            let row = OutboxRow {
+                payload: payload.map(str::to_owned),
+                payload_bytes: payload_bytes.map(<[u8]>::to_vec),
+                content_type: content_type.map(str::to_owned),
+                headers: Some("{\"a\":1}".into()),
+                deliver_at: Some(now()),
+                ..row()
+            };
+            let rejected = to_message(row.clone(), now(), |_| Some("no".into())).unwrap_err();
+            assert_eq!(from_copy(&rejected.outbox_row).unwrap(), row);
+        }
     }
 
     #[test]

@@ -67,6 +67,13 @@ async fn what_the_library_publishes_arrives_if_it_commits() {
     );
     assert_eq!(event(2)["data"], "caf\u{e9}");
     assert_eq!(event(3)["data_base64"], "AP8=");
+    // A delivery has the very same events, trace and extensions and all.
+    let settings = json!({"stream": "main", "start": "earliest"});
+    let consumer = support::Consumer::declare(&broker.http, "copies", &settings).await;
+    let deliveries = consumer.take(4, 60).await;
+    for (number, delivery) in deliveries.iter().enumerate() {
+        assert_eq!(&delivery["event"], event(number));
+    }
 }
 
 #[tokio::test]

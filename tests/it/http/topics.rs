@@ -268,16 +268,13 @@ async fn outbox_rows_that_do_not_match_are_rejected_and_can_be_sent_on() {
         "{reason}"
     );
     assert_eq!(rows[1]["row"]["payload"].as_str().unwrap().len(), 2_000_000);
-    let resend = |row: &Value, body: Value| {
-        let path = format!("/v1/origins/local/rejected/{}/resend", row["id"]);
-        async move { (path, body) }
-    };
-    let (path, _) = resend(&rows[0], Value::Null).await;
-    assert_problem(&api.post(&path, json!({})).await, 409, "not-resendable");
-    let corrected = api.post(&path, json!({"payload": "{\"order\": 2}"})).await;
+    let path = |row: &Value| format!("/v1/origins/local/rejected/{}/resend", row["id"]);
+    let first = path(&rows[0]);
+    assert_problem(&api.post(&first, json!({})).await, 409, "not-resendable");
+    let corrected = json!({"payload": "{\"order\": 2}"});
+    let corrected = api.post(&first, corrected).await;
     assert_eq!(corrected.status, 200, "{corrected:?}");
-    let (path, _) = resend(&rows[1], Value::Null).await;
-    let as_it_is = api.post(&path, json!({"skip_schema": true})).await;
+    let as_it_is = api.post(&path(&rows[1]), json!({"skip_schema": true})).await;
     assert_eq!(as_it_is.status, 200, "{as_it_is:?}");
     let read = api.get("/v1/streams/main/messages").await;
     let events: Vec<&Value> = read.body["messages"]
