@@ -100,7 +100,7 @@ fn unmake(seq: i64, message: Message) -> OutboxRow {
     };
     let mut headers = message.extensions;
     headers.remove(DELIVER_AT);
-    let headers = (!headers.is_empty()).then(|| Value::Object(headers));
+    let headers = (!headers.is_empty()).then_some(Value::Object(headers));
     OutboxRow {
         seq,
         topic: Some(message.topic.to_string()),

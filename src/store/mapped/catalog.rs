@@ -14,6 +14,7 @@ use crate::store::{Connection, Error};
 pub(super) enum Kind {
     Text,
     Json,
+    Jsonb,
     Bytes,
     Integer,
     /// With a time zone.
@@ -50,6 +51,7 @@ pub(super) struct Shape {
     pub(super) primary_key: Vec<(String, String)>,
     may_select: bool,
     may_delete: bool,
+    hides_rows: bool,
 }
 
 impl Shape {
@@ -123,6 +125,7 @@ pub(super) async fn shape(
             primary_key: key.into_iter().zip(types).collect(),
             may_select: first.try_get("may_select")?,
             may_delete: first.try_get("may_delete")?,
+            hides_rows: first.try_get("hides_rows")?,
         }))
     };
     read().map_err(Error::query(DOING))
@@ -131,7 +134,8 @@ pub(super) async fn shape(
 fn kind(base: &str, category: &str) -> Kind {
     match base {
         "text" | "varchar" | "bpchar" => Kind::Text,
-        "json" | "jsonb" => Kind::Json,
+        "json" => Kind::Json,
+        "jsonb" => Kind::Jsonb,
         "bytea" => Kind::Bytes,
         "int2" | "int4" | "int8" => Kind::Integer,
         "timestamptz" => Kind::Time,
@@ -214,10 +218,11 @@ pub(super) fn faults(mapping: &Mapping, shape: &Shape, missing: &[&str]) -> Vec<
 fn misfit(field: Option<Field>, kind: Kind, pickup: Pickup) -> Option<&'static str> {
     let (fits, needed) = match field {
         Some(Field::Payload) => (
-            matches!(kind, Kind::Text | Kind::Json | Kind::Bytes),
+            matches!(kind, Kind::Text | Kind::Json | Kind::Jsonb | Kind::Bytes),
             "text, varchar, json, jsonb or bytea",
         ),
-        Some(Field::Headers) => (kind == Kind::Json, "json or jsonb"),
+        // Of json, what jsonb does not take would fail the statement, and with it the rows beside.
+        Some(Field::Headers) => (kind == Kind::Jsonb, "jsonb"),
         Some(Field::Time | Field::DeliverAt) => (
             matches!(kind, Kind::Time | Kind::LocalTime),
             "timestamptz, or timestamp in UTC",
@@ -228,7 +233,10 @@ fn misfit(field: Option<Field>, kind: Kind, pickup: Pickup) -> Option<&'static s
             (kind == Kind::Integer, "smallint, integer or bigint")
         }
         _ => (
-            !matches!(kind, Kind::Bytes | Kind::Json | Kind::Composite),
+            !matches!(
+                kind,
+                Kind::Bytes | Kind::Json | Kind::Jsonb | Kind::Composite
+            ),
             "of a type with a plain text form",
         ),
     };
@@ -238,6 +246,11 @@ fn misfit(field: Option<Field>, kind: Kind, pickup: Pickup) -> Option<&'static s
 fn rights(mapping: &Mapping, shape: &Shape) -> Vec<String> {
     let table = &mapping.table;
     let mut faults = Vec::new();
+    if shape.hides_rows {
+        faults.push(format!(
+            "row security of `{table}` hides rows from the relay's user: give that user bypassrls"
+        ));
+    }
     let deletes = mapping.pickup == Pickup::Delete || mapping.deletes_relayed;
     for (may, right) in [
         (shape.may_select, "select"),

@@ -17,7 +17,8 @@ select
     coalesce(k.names, '{}') as primary_key,
     coalesce(k.types, '{}') as primary_key_types,
     has_table_privilege(c.oid, 'select') as may_select,
-    has_table_privilege(c.oid, 'delete') as may_delete
+    has_table_privilege(c.oid, 'delete') as may_delete,
+    row_security_active(c.oid) as hides_rows
 from pg_catalog.pg_class as c
 join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
 join pg_catalog.pg_attribute as a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped

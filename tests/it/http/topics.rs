@@ -274,7 +274,9 @@ async fn outbox_rows_that_do_not_match_are_rejected_and_can_be_sent_on() {
     let corrected = json!({"payload": "{\"order\": 2}"});
     let corrected = api.post(&first, corrected).await;
     assert_eq!(corrected.status, 200, "{corrected:?}");
-    let as_it_is = api.post(&path(&rows[1]), json!({"skip_schema": true})).await;
+    let as_it_is = api
+        .post(&path(&rows[1]), json!({"skip_schema": true}))
+        .await;
     assert_eq!(as_it_is.status, 200, "{as_it_is:?}");
     let read = api.get("/v1/streams/main/messages").await;
     let events: Vec<&Value> = read.body["messages"]
