@@ -33,16 +33,18 @@ async fn kill_backends(kind: Kind, settings: &'static str) {
             "do $$ begin for n in 1..500 loop perform pg_current_xact_id(); rollback; end loop; end $$",
         )
         .await;
-        let pid: i32 = sqlx::query_scalar("select pg_backend_pid()")
-            .fetch_one(&mut owner)
-            .await
-            .unwrap();
+        let own = "select pg_backend_pid(), pid from pg_stat_activity where backend_type = 'checkpointer'";
+        let (pid, checkpointer): (i32, i32) =
+            sqlx::query_as(own).fetch_one(&mut owner).await.unwrap();
         support::send_signal(pid, rustix::process::Signal::KILL);
         drop(owner);
+        // All its processes are others then; a connection alone can be one of just before.
         support::eventually("the server to recover", || async {
-            <sqlx::PgConnection as sqlx::Connection>::connect(&origin.url)
+            let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&origin.url)
                 .await
-                .ok()
+                .ok()?;
+            let found: (i32, i32) = sqlx::query_as(own).fetch_one(&mut connection).await.ok()?;
+            (found.1 != checkpointer).then_some(())
         })
         .await;
     }
