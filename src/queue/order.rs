@@ -13,7 +13,7 @@ use crate::domain::queue::Found;
 use crate::stream::{self, Attributes};
 
 /// Messages asked at a time.
-const CHUNK: usize = 10_000;
+const CHUNK: usize = 50_000;
 /// Keys that the description names.
 const BLOCKED_KEYS_MAX: usize = 20;
 

@@ -209,7 +209,7 @@ impl Handle {
     }
 
     /// The attributes that order and lanes go by, in offset order, each offset once; those that retention dropped are absent. Reads
-    /// the log without payloads, 10,000 at a time, so that a long list holds up no other reader.
+    /// the log without payloads, and not all at once, so that a long list holds up no other reader.
     ///
     /// # Errors
     /// The database's.
@@ -221,7 +221,10 @@ impl Handle {
         offsets.sort_unstable();
         offsets.dedup();
         let mut found = Vec::with_capacity(offsets.len());
-        for chunk in offsets.chunks(reader::ATTRIBUTES_CHUNK) {
+        let mut rest = &offsets[..];
+        while !rest.is_empty() {
+            let (chunk, after) = rest.split_at(reader::attributes_chunk(rest));
+            rest = after;
             let offsets = chunk.to_vec();
             let read = self
                 .ask(|reply| reader::Job::Attributes {

@@ -275,6 +275,15 @@ pub struct AttributesRow {
 /// A range is read whole if at least one in so many of its offsets is asked for.
 const SPARSE_FROM: i64 = 4;
 
+/// Whether offsets, which ascend, are read as a range.
+#[must_use]
+pub fn are_dense(offsets: &[Offset]) -> bool {
+    let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
+        return false;
+    };
+    last.0 - first.0 < SPARSE_FROM * offsets.len() as i64
+}
+
 /// Reads the attributes of messages, in offset order. Those that are gone are absent. `offsets` ascend, each once.
 ///
 /// # Errors
@@ -284,12 +293,12 @@ pub async fn fetch_attributes(
     stream: StreamId,
     offsets: &[Offset],
 ) -> Result<Vec<AttributesRow>, Error> {
-    let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
+    let (Some(&first), Some(&last)) = (offsets.first(), offsets.last()) else {
         return Ok(Vec::new());
     };
-    let is_dense = last.0 - first.0 < SPARSE_FROM * offsets.len() as i64;
+    let is_dense = are_dense(offsets);
     let mut rows = match is_dense {
-        true => read_attributes(connection, stream, (*first, *last)).await?,
+        true => read_attributes(connection, stream, (first, last)).await?,
         false => look_up_attributes(connection, stream, offsets).await?,
     };
     rows.sort_unstable_by_key(|row| row.offset);

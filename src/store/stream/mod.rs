@@ -25,9 +25,9 @@ pub use leaf::{
     rotate_buckets, summarise_leaf,
 };
 pub use log::{
-    AttributesRow, Head, MatchRange, Row, Slice, SliceItem, connect_reader, fetch_attributes,
-    fetch_entries, find_head, find_present, list_heads, list_match_ranges, list_topics,
-    read_appended_at, read_slice, read_top,
+    AttributesRow, Head, MatchRange, Row, Slice, SliceItem, are_dense, connect_reader,
+    fetch_attributes, fetch_entries, find_head, find_present, list_heads, list_match_ranges,
+    list_topics, read_appended_at, read_slice, read_top,
 };
 pub use scheduled::*;
 pub use schedules::*;

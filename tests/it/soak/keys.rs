@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::{Consumers, peak_resident_mib, quantile, relayed, size};
+use crate::support::process::cpu_time;
 use crate::support::{self, Consumer, Http, Program, TestDatabase};
 
 const PATIENCE: Duration = Duration::from_secs(900);
@@ -110,9 +111,10 @@ async fn many_keys_do_not_notice_one_that_stands_still() {
     let answer = behind.receive(&json!({"wait_seconds": 0})).await;
     assert_eq!(answer["reason"], "waiting_for_keys", "{answer}");
     let answered = killed.elapsed();
+    let cpu = cpu_time(program.pid());
     let peak_after = peak_resident_mib(program.pid());
     println!(
-        "after a kill: ready in {started:.1?}, and it answers in {answered:.1?}, {peak_after} MiB"
+        "after a kill: ready in {started:.1?}, and it answers in {answered:.1?}, for {cpu:.1?} of its processor time, {peak_after} MiB"
     );
     let median = |of: fn(&[f64; 3]) -> f64| {
         let mut values: Vec<f64> = rates.iter().map(of).collect();
