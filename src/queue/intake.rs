@@ -73,6 +73,8 @@ pub(in crate::queue) struct Intake {
     /// The scan under way goes by former patterns: what it finds does not count.
     is_scan_void: bool,
     is_loading: bool,
+    /// So many of those that go out next may be taken before it is worth a look whether the rest is in memory.
+    known_ahead: usize,
     pub(in crate::queue) retry_at: Option<Instant>,
     received_at: Option<Instant>,
 }
@@ -92,6 +94,7 @@ impl Intake {
             is_pinned: false,
             is_scan_void: false,
             is_loading: false,
+            known_ahead: 0,
             retry_at: None,
             received_at: None,
         }
@@ -107,6 +110,7 @@ impl Intake {
     pub(in crate::queue) fn take(&mut self, offset: Offset) -> Option<Arc<Entry>> {
         let entry = self.loaded.remove(&offset.0)?;
         self.loaded_bytes -= entry.event.len();
+        self.known_ahead = self.known_ahead.saturating_sub(1);
         Some(entry)
     }
 
@@ -356,15 +360,21 @@ impl Task {
         if self.intake.is_loading || !self.intake.may_read() || !(is_waited_for || lately) {
             return;
         }
+        let is_missing = |offset: &Offset| !self.intake.loaded.contains_key(&offset.0);
+        // Each round comes by here, and a look at all that goes out next costs more than the rest of a small receive.
+        if self.intake.known_ahead > 0 && !self.machine.ready(1).iter().any(is_missing) {
+            return;
+        }
         let wanted = (LOADED_BYTES / self.intake.usual_bytes.max(256)).clamp(16, LOAD_ITEMS);
         let ready = self.machine.ready(wanted);
-        let is_missing = |offset: &Offset| !self.intake.loaded.contains_key(&offset.0);
         let missing = ready.iter().filter(|offset| is_missing(offset)).count();
         // The next one is missing, or so many that a read is worth its while.
         let is_next_missing = ready.first().is_some_and(is_missing);
         if missing == 0 || !is_next_missing && missing * 2 < wanted {
+            self.intake.known_ahead = (ready.len() - missing) / 2;
             return;
         }
+        self.intake.known_ahead = 0;
         let mut offsets = self.machine.upcoming(wanted);
         offsets.retain(is_missing);
         self.intake.is_loading = true;
