@@ -546,7 +546,7 @@ impl Engine {
     async fn turn_journal(&self) {
         let full_after = self.options.journal_full_after.as_secs_f64();
         let turned =
-            store::queue::turn_journal(&self.database, self.options.journal_full_bytes, full_after)
+            store::journal::turn_journal(&self.database, self.options.journal_full_bytes, full_after)
                 .await;
         match turned {
             Ok((_, 0)) => {}

@@ -14,7 +14,7 @@ use super::writer::{Submission, Written};
 use crate::domain::id::Offset;
 use crate::domain::message::Entry;
 use crate::domain::queue::{End, Handed, Outcome, Record, encode};
-use crate::store::queue::GroupPart;
+use crate::store::journal::GroupPart;
 use crate::store::redrive::RedriveRow;
 
 /// An answer that waits for its commit.

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::engine::{Engine, Owned};
 use crate::domain::id::{Fence, Offset, Slot};
 use crate::store;
-use crate::store::queue::{Position, SlotPositions};
+use crate::store::journal::{Position, SlotPositions};
 
 impl Owned {
     /// Up to where the queue keeps up with nothing unsettled; None when it does not.
@@ -52,7 +52,7 @@ impl Engine {
         });
         let rows: Vec<SlotPositions> = rows.collect();
         let incarnation = self.cluster.incarnation();
-        if let Err(error) = store::queue::write_positions(&self.database, incarnation, &rows).await
+        if let Err(error) = store::journal::write_positions(&self.database, incarnation, &rows).await
         {
             tracing::debug!(
                 error = &error as &dyn std::error::Error,

@@ -6,7 +6,8 @@ use std::collections::HashMap;
 
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
 use crate::domain::queue::{Queue, Random, Record, decode};
-use crate::store::queue::{QueueRow, StatePart};
+use crate::store::journal::StatePart;
+use crate::store::queue::QueueRow;
 use crate::store::redrive::RedriveRow;
 use crate::store::{self, Database};
 
@@ -52,7 +53,7 @@ pub(in crate::queue) async fn recover(
     slot: Slot,
     rows: &[&QueueRow],
 ) -> Result<Vec<Recovered>, Error> {
-    let state = store::queue::find_queue_state(database, fence, slot).await?;
+    let state = store::journal::find_queue_state(database, fence, slot).await?;
     let state = state.ok_or(Error::Fenced)?;
     let positions = state.positions.into_iter();
     let positions: HashMap<(QueueId, Generation), Offset> = positions

@@ -15,7 +15,7 @@ use super::metrics::Metrics;
 use crate::cluster;
 use crate::domain::id::{Epoch, Fence, QueueId, Slot};
 use crate::domain::queue::At;
-use crate::store::queue::{Group, GroupPart, GroupSlot, GroupWritten};
+use crate::store::journal::{Group, GroupPart, GroupSlot, GroupWritten};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::Supervisor;
 
@@ -96,6 +96,14 @@ pub(in crate::queue) struct Writer {
     pub(in crate::queue) submissions: mpsc::Receiver<Submission>,
 }
 
+/// What the writer writes by.
+#[derive(Default)]
+struct Session {
+    connection: Option<Connection>,
+    /// The journal's turn, as the last group found it.
+    turn: Option<i64>,
+}
+
 /// Those who wait for their parts of a group.
 type Waiting = Vec<(QueueId, Slot, oneshot::Sender<Written>)>;
 
@@ -119,7 +127,7 @@ fn number(numbers: &mut Numbers, slot: Slot, fence: Fence) -> GroupSlot {
 impl Writer {
     /// Runs until every sender is gone.
     pub(in crate::queue) async fn run(mut self) {
-        let mut connection: Option<Connection> = None;
+        let mut session = Session::default();
         let mut numbers = Numbers::new();
         let mut held = None;
         loop {
@@ -130,7 +138,7 @@ impl Writer {
                     Ok(None) => return,
                     Err(_) => {
                         let probe = Group::default();
-                        if self.write_known(&mut connection, &probe).await.is_none() {
+                        if self.write_known(&mut session, &probe).await.is_none() {
                             return;
                         }
                         continue;
@@ -138,7 +146,7 @@ impl Writer {
                 },
             };
             let (group, waiting, probes) = self.gather(first, &mut numbers, &mut held);
-            let answers = self.write(&mut connection, &group, &mut numbers).await;
+            let answers = self.write(&mut session, &group, &mut numbers).await;
             let Some(answers) = answers else {
                 // Told to stop while Postgres is away. Who waits learns that the outcome is not known.
                 return;
@@ -200,11 +208,11 @@ impl Writer {
     /// refused. None when told to stop while Postgres is away.
     async fn write(
         &self,
-        connection: &mut Option<Connection>,
+        session: &mut Session,
         group: &Group,
         numbers: &mut Numbers,
     ) -> Option<Result<GroupWritten, HashMap<QueueId, Written>>> {
-        match self.write_known(connection, group).await? {
+        match self.write_known(session, group).await? {
             Ok(written) => Some(Ok(written)),
             Err(error) if group.parts.len() <= 1 => {
                 tracing::error!(
@@ -218,7 +226,7 @@ impl Writer {
                     error = &error as &dyn std::error::Error,
                     "a group of queues was refused; writing each alone"
                 );
-                Some(Err(self.write_each(connection, group, numbers).await?))
+                Some(Err(self.write_each(session, group, numbers).await?))
             }
         }
     }
@@ -227,7 +235,7 @@ impl Writer {
     /// used stands for a group that is written, and the refused one of all is not.
     async fn write_each(
         &self,
-        connection: &mut Option<Connection>,
+        session: &mut Session,
         group: &Group,
         numbers: &mut Numbers,
     ) -> Option<HashMap<QueueId, Written>> {
@@ -240,7 +248,7 @@ impl Writer {
                 slots: vec![number(numbers, part.slot, slot.fence.clone())],
                 parts: vec![part.clone()],
             };
-            let written = match self.write_known(connection, &alone).await? {
+            let written = match self.write_known(session, &alone).await? {
                 Ok(written) if written.fenced.is_empty() => {
                     Written::Committed { turn: written.turn }
                 }
@@ -257,14 +265,14 @@ impl Writer {
 
     async fn write_known(
         &self,
-        connection: &mut Option<Connection>,
+        session: &mut Session,
         group: &Group,
     ) -> Option<Result<GroupWritten, store::Error>> {
         let mut pause = PAUSE.0;
         let mut repeats = 0u32;
         loop {
             let began = (At::from(self.cluster.now()), Instant::now());
-            let attempt = self.attempt(connection, group).await;
+            let attempt = self.attempt(session, group, repeats > 0).await;
             match attempt {
                 Ok(written) => {
                     self.confirm(began);
@@ -274,7 +282,7 @@ impl Writer {
                     return Some(Err(error));
                 }
                 Err(error) => {
-                    *connection = None;
+                    session.connection = None;
                     repeats += 1;
                     self.metrics.group_repeats.inc();
                     if error.retry() == Retry::Now && repeats < 10 {
@@ -293,23 +301,34 @@ impl Writer {
 
     async fn attempt(
         &self,
-        connection: &mut Option<Connection>,
+        session: &mut Session,
         group: &Group,
+        is_repeat: bool,
     ) -> Result<GroupWritten, store::Error> {
-        let connection = match connection {
+        let connection = match &mut session.connection {
             Some(connection) => connection,
-            None => connection.insert(self.database.connect().await?),
+            none => none.insert(self.database.connect().await?),
         };
         if group.parts.is_empty() {
-            store::queue::probe(connection).await?;
+            store::journal::probe(connection).await?;
             return Ok(GroupWritten {
                 turn: 0,
                 fenced: Vec::new(),
             });
         }
         let began = Instant::now();
-        let written =
-            store::queue::write_group(connection, self.cluster.incarnation(), group).await?;
+        let incarnation = self.cluster.incarnation();
+        let plainly = match session.turn {
+            Some(turn) if !is_repeat => {
+                store::journal::write_journal(connection, incarnation, turn, group).await?
+            }
+            _ => None,
+        };
+        let written = match plainly {
+            Some(written) => written,
+            None => store::journal::write_group(connection, incarnation, group).await?,
+        };
+        session.turn = Some(written.turn);
         self.metrics.groups.inc();
         self.metrics
             .group_seconds

@@ -1,0 +1,383 @@
+//! What queues decided: their journal, checkpoints and positions. Called from tasks that are never aborted.
+
+use chrono::{DateTime, Utc};
+use sqlx::Connection as _;
+
+use super::bounded::{HEARTBEAT, STATEMENT, bounded};
+use super::queue::to_json;
+use super::redrive::RedriveStep;
+use super::{Connection, Database, Error};
+use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
+use crate::domain::name::Topic;
+use crate::domain::queue::Letter;
+
+/// Up to where a queue that keeps up has settled all that it matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// Whose.
+    pub queue: QueueId,
+    /// In which generation.
+    pub generation: Generation,
+    /// The offset.
+    pub through: Offset,
+}
+
+/// The positions of a slot's queues.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotPositions {
+    /// The slot.
+    pub slot: Slot,
+    /// Its lease, at the writer's epoch.
+    pub fence: Fence,
+    /// Of each queue that ever kept up.
+    pub positions: Vec<Position>,
+}
+
+/// Writes the rows of slots, those that are still held; they take the place of the former ones. One statement for all.
+///
+/// # Errors
+/// The database's.
+pub async fn write_positions(
+    database: &Database,
+    incarnation: i64,
+    slots: &[SlotPositions],
+) -> Result<(), Error> {
+    let all = || {
+        let slots = slots.iter();
+        slots.flat_map(|slot| slot.positions.iter().map(move |position| (slot, position)))
+    };
+    sqlx::query("select postroad_broker.write_queue_positions($1, $2, $3, $4, $5, $6, $7, $8)")
+        .bind(incarnation)
+        .bind(collect(slots.iter(), |slot| slot.slot.0))
+        .bind(collect(slots.iter(), |slot| slot.fence.lease.clone()))
+        .bind(collect(slots.iter(), |slot| slot.fence.epoch.0))
+        .bind(collect(all(), |(slot, _)| slot.slot.0))
+        .bind(collect(all(), |(_, position)| position.queue.0))
+        .bind(collect(all(), |(_, position)| position.generation.0))
+        .bind(collect(all(), |(_, position)| position.through.0))
+        .execute(database.pool())
+        .await
+        .map_err(Error::query("writing the positions of queues"))?;
+    Ok(())
+}
+
+/// A part of a queue's stored state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatePart {
+    /// Whose.
+    pub queue: QueueId,
+    /// A row of the journal; else the checkpoint.
+    pub is_journal: bool,
+    /// The blob.
+    pub data: Vec<u8>,
+}
+
+/// What the queues of a slot recover from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SlotState {
+    /// Per queue the checkpoint first, then the journal in order.
+    pub parts: Vec<StatePart>,
+    /// Of queues that kept up.
+    pub positions: Vec<Position>,
+}
+
+/// Reads what the queues of a slot recover from. None when the
+/// lease is no longer at the fence's epoch. The lease's row first, in a statement of its own: a group whose outcome is
+/// unknown holds it until it is decided, and the state is read by a later snapshot.
+///
+/// # Errors
+/// The transaction failed.
+pub async fn find_queue_state(
+    database: &Database,
+    fence: &Fence,
+    slot: Slot,
+) -> Result<Option<SlotState>, Error> {
+    type Rows = (
+        Vec<(i64, bool, Vec<u8>)>,
+        Option<(Vec<i64>, Vec<i64>, Vec<i64>)>,
+    );
+    let read = async {
+        let mut connection = database.pool().acquire().await?;
+        let mut transaction = connection.begin().await?;
+        let epoch: Option<i64> = sqlx::query_scalar(
+            "select epoch from postroad_broker.lease where name = $1 for no key update",
+        )
+        .bind(&fence.lease)
+        .fetch_optional(&mut *transaction)
+        .await?;
+        if epoch != Some(fence.epoch.0) {
+            transaction.rollback().await?;
+            return Ok(None);
+        }
+        let parts = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
+            .bind(slot.0)
+            .fetch_all(&mut *transaction)
+            .await?;
+        let positions = sqlx::query_as(
+            "select queue_ids, generations, throughs from postroad_broker.queue_position where slot = $1",
+        )
+        .bind(slot.0)
+        .fetch_optional(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(Some((parts, positions)))
+    };
+    let rows: Option<Rows> = read
+        .await
+        .map_err(Error::query("reading the state of queues"))?;
+    Ok(rows.map(|(parts, positions)| {
+        let parts = parts
+            .into_iter()
+            .map(|(queue, is_journal, data)| StatePart {
+                queue: QueueId(queue),
+                is_journal,
+                data,
+            });
+        let (queues, generations, throughs) = positions.unwrap_or_default();
+        let positions = queues.into_iter().zip(generations).zip(throughs);
+        let positions = positions.map(|((queue, generation), through)| Position {
+            queue: QueueId(queue),
+            generation: Generation(generation),
+            through: Offset(through),
+        });
+        SlotState {
+            parts: parts.collect(),
+            positions: positions.collect(),
+        }
+    }))
+}
+
+/// One group commit: per slot its lease, epoch and number, and what its queues wrote.
+#[derive(Debug, Clone, Default)]
+pub struct Group {
+    /// The slots, each once.
+    pub slots: Vec<GroupSlot>,
+    /// What the queues wrote, each queue once.
+    pub parts: Vec<GroupPart>,
+}
+
+/// A slot of a group.
+#[derive(Debug, Clone)]
+pub struct GroupSlot {
+    /// The slot.
+    pub slot: Slot,
+    /// Its lease, at the writer's epoch.
+    pub fence: Fence,
+    /// The group's number under that epoch.
+    pub number: i64,
+}
+
+/// What one queue wrote.
+#[derive(Debug, Clone)]
+pub struct GroupPart {
+    /// The queue's slot.
+    pub slot: Slot,
+    /// The queue.
+    pub queue: QueueId,
+    /// Its generation.
+    pub generation: Generation,
+    /// The encoded records; empty for none.
+    pub records: Vec<u8>,
+    /// The state after these records, if it is time for one.
+    pub checkpoint: Option<Vec<u8>>,
+    /// Messages that died.
+    pub letters: Vec<Letter>,
+    /// Where copies of them go.
+    pub forward: Option<Topic>,
+    /// Dead letters to be removed.
+    pub removed_letters: Vec<Offset>,
+    /// What redrives did, each at most once.
+    pub redrives: Vec<RedriveStep>,
+}
+
+impl GroupPart {
+    /// Whether it is a journal row and nothing else.
+    fn is_plain(&self) -> bool {
+        !self.records.is_empty()
+            && self.checkpoint.is_none()
+            && self.letters.is_empty()
+            && self.removed_letters.is_empty()
+            && self.redrives.is_empty()
+    }
+}
+
+/// What became of a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupWritten {
+    /// The turn of the journal that it was written in.
+    pub turn: i64,
+    /// Slots that were taken over: nothing of theirs is written.
+    pub fenced: Vec<Slot>,
+}
+
+/// Writes a group that has nothing but journal rows, of one slot, in a call that is cheaper than [`write_group`]. Only for the
+/// first try: a repetition goes by [`write_group`]. None when it is another kind of group, or the journal is in another turn than
+/// `turn`: nothing is done then.
+///
+/// # Errors
+/// The database's. After a lost connection the outcome is unknown.
+pub async fn write_journal(
+    connection: &mut Connection,
+    incarnation: i64,
+    turn: i64,
+    group: &Group,
+) -> Result<Option<GroupWritten>, Error> {
+    let [slot] = group.slots.as_slice() else {
+        return Ok(None);
+    };
+    if !group.parts.iter().all(GroupPart::is_plain) {
+        return Ok(None);
+    }
+    let parts = || group.parts.iter();
+    let status: String = bounded("writing the journal of queues", STATEMENT, sqlx::query_scalar(
+        "select postroad_broker.write_queue_journal($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+    )
+    .bind(&slot.fence.lease)
+    .bind(slot.fence.epoch.0)
+    .bind(incarnation)
+    .bind(turn)
+    .bind(slot.slot.0)
+    .bind(slot.number)
+    .bind(collect(parts(), |part| part.queue.0))
+    .bind(collect(parts(), |part| part.generation.0))
+    .bind(collect(parts(), |part| part.records.as_slice()))
+    .fetch_one(connection)).await?;
+    Ok(match status.as_str() {
+        "turned" => None,
+        "fenced" => Some(GroupWritten {
+            turn,
+            fenced: vec![slot.slot],
+        }),
+        _ => Some(GroupWritten {
+            turn,
+            fenced: Vec::new(),
+        }),
+    })
+}
+
+/// Writes a group in one autocommit call. Idempotent by (slot, epoch, number): when the connection was lost, writing
+/// the very same group again finds out what became of it, or does it.
+///
+/// # Errors
+/// The database's. After a lost connection the outcome is unknown.
+pub async fn write_group(
+    connection: &mut Connection,
+    incarnation: i64,
+    group: &Group,
+) -> Result<GroupWritten, Error> {
+    let slots = &group.slots;
+    let journal = || group.parts.iter().filter(|part| !part.records.is_empty());
+    let folded = || group.parts.iter().filter(|part| part.checkpoint.is_some());
+    let letters = || {
+        group
+            .parts
+            .iter()
+            .flat_map(|part| part.letters.iter().map(move |l| (part, l)))
+    };
+    let removed = || {
+        let parts = group.parts.iter();
+        parts.flat_map(|part| {
+            part.removed_letters
+                .iter()
+                .map(move |offset| (part, offset))
+        })
+    };
+    let redrives = || {
+        let parts = group.parts.iter();
+        parts.flat_map(|part| part.redrives.iter().map(move |step| (part, step)))
+    };
+    let (turn, fenced): (i64, Vec<i16>) = bounded("writing the journal of queues", STATEMENT, sqlx::query_as(
+        "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
+            $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29)",
+    )
+    .bind(incarnation)
+    .bind(collect(slots.iter(), |slot| slot.slot.0))
+    .bind(collect(slots.iter(), |slot| slot.fence.lease.clone()))
+    .bind(collect(slots.iter(), |slot| slot.fence.epoch.0))
+    .bind(collect(slots.iter(), |slot| slot.number))
+    .bind(collect(journal(), |part| part.slot.0))
+    .bind(collect(journal(), |part| part.queue.0))
+    .bind(collect(journal(), |part| part.generation.0))
+    .bind(collect(journal(), |part| part.records.as_slice()))
+    .bind(collect(folded(), |part| part.slot.0))
+    .bind(collect(folded(), |part| part.queue.0))
+    .bind(collect(folded(), |part| part.generation.0))
+    .bind(collect(folded(), |part| part.checkpoint.as_deref().unwrap_or_default()))
+    .bind(collect(letters(), |(part, _)| part.slot.0))
+    .bind(collect(letters(), |(part, _)| part.queue.0))
+    .bind(collect(letters(), |(part, _)| part.generation.0))
+    .bind(collect(letters(), |(_, letter)| letter.offset.0))
+    .bind(collect(letters(), |(_, letter)| i32::try_from(letter.delivery).unwrap_or(i32::MAX)))
+    .bind(collect(letters(), |(_, letter)| i32::try_from(letter.attempts).unwrap_or(i32::MAX)))
+    .bind(collect(letters(), |(_, letter)| letter.cause))
+    .bind(collect(letters(), |(_, letter)| failures(letter)))
+    .bind(collect(letters(), |(_, letter)| DateTime::<Utc>::from(letter.died_at)))
+    .bind(collect(letters(), |(part, _)| part.forward.as_ref().map(Topic::as_str)))
+    .bind(collect(removed(), |(part, _)| part.slot.0))
+    .bind(collect(removed(), |(part, _)| part.queue.0))
+    .bind(collect(removed(), |(_, offset)| offset.0))
+    .bind(collect(redrives(), |(part, _)| part.slot.0))
+    .bind(collect(redrives(), |(part, _)| part.queue.0))
+    .bind(collect(redrives(), |(_, step)| to_json(step)))
+    .fetch_one(connection)).await?;
+    Ok(GroupWritten {
+        turn,
+        fenced: fenced.into_iter().map(Slot).collect(),
+    })
+}
+
+fn collect<I: Iterator, T>(items: I, part: impl FnMut(I::Item) -> T) -> Vec<T> {
+    items.map(part).collect()
+}
+
+fn failures(letter: &Letter) -> String {
+    let failures: Vec<serde_json::Value> = letter
+        .failures
+        .iter()
+        .map(|failure| {
+            let at = DateTime::<Utc>::from(failure.at).to_rfc3339();
+            serde_json::json!({ "at": at, "reason": failure.reason })
+        })
+        .collect();
+    serde_json::Value::Array(failures).to_string()
+}
+
+/// Asks the server for a sign of life.
+///
+/// # Errors
+/// The database's.
+pub async fn probe(connection: &mut Connection) -> Result<(), Error> {
+    bounded(
+        "asking for a sign of life",
+        HEARTBEAT,
+        sqlx::query("select 1").execute(connection),
+    )
+    .await?;
+    Ok(())
+}
+
+/// Turns the journal to its next segment if the current one is full, and truncates segments that every checkpoint is
+/// past. Returns the turn, and how many former segments still have rows.
+///
+/// # Errors
+/// The database's.
+pub async fn turn_journal(
+    database: &Database,
+    full_bytes: i64,
+    full_after_seconds: f64,
+) -> Result<(i64, i32), Error> {
+    const DOING: &str = "turning the journal of queues";
+    let left: i32 = sqlx::query_scalar("select postroad_broker.truncate_queue_journal()")
+        .fetch_one(database.pool())
+        .await
+        .map_err(Error::query(DOING))?;
+    let turn: i64 = sqlx::query_scalar(
+        "select postroad_broker.turn_queue_journal($1, make_interval(secs => $2))",
+    )
+    .bind(full_bytes)
+    .bind(full_after_seconds)
+    .fetch_one(database.pool())
+    .await
+    .map_err(Error::query(DOING))?;
+    Ok((turn, left))
+}
