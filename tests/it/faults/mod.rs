@@ -10,6 +10,7 @@ mod random;
 mod redrive;
 mod restart;
 mod retention;
+mod scheduled;
 mod versions;
 
 use serde_json::{Value, json};
