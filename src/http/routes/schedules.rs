@@ -129,7 +129,7 @@ impl Body {
     fn checked(
         self,
         name: &ScheduleName,
-        message_max_bytes: usize,
+        state: &State,
         now: DateTime<Utc>,
     ) -> Result<Declaration, Problem> {
         let mut check = Check::default();
@@ -167,27 +167,53 @@ impl Body {
             event: without_specversion(event),
         };
         let mut check = Check::default();
-        match check_event(name, &declaration, now) {
-            Ok(size) if size > message_max_bytes => {
-                check.fault(
-                    "/event/data",
-                    format!("{size} bytes, at most {message_max_bytes} are allowed"),
-                );
-            }
-            Ok(_) => {}
-            Err(cloudevents::Error::Invalid(faults)) => {
-                for fault in faults {
-                    let pointer = match &fault.place {
-                        cloudevents::Place::Body(pointer) => format!("/event{pointer}"),
-                        cloudevents::Place::Header(_) => "/event".to_owned(),
-                    };
-                    check.fault(pointer, fault.detail);
-                }
-            }
-            Err(error) => check.fault("/event", error.to_string()),
-        }
+        check_occurrence(name, &declaration, state, now, &mut check);
         check.finish()?;
         Ok(declaration)
+    }
+}
+
+/// Refuses an event that could not be published: what every message must be, and what its topic takes.
+fn check_occurrence(
+    name: &ScheduleName,
+    declaration: &Declaration,
+    state: &State,
+    now: DateTime<Utc>,
+    check: &mut Check,
+) {
+    let message = match check_event(name, declaration, now) {
+        Ok(message) => message,
+        Err(cloudevents::Error::Invalid(faults)) => {
+            for fault in faults {
+                let pointer = match &fault.place {
+                    cloudevents::Place::Body(pointer) => format!("/event{pointer}"),
+                    cloudevents::Place::Header(_) => "/event".to_owned(),
+                };
+                check.fault(pointer, fault.detail);
+            }
+            return;
+        }
+        Err(error) => return check.fault("/event", error.to_string()),
+    };
+    let applied = state.parts.topics.rules().of(&declaration.topic);
+    let most = applied.as_ref().and_then(|applied| applied.max_bytes);
+    let most = most.map_or(state.options.publish.message_bytes, |most| {
+        usize::try_from(most).unwrap_or(usize::MAX)
+    });
+    let size = message.data.bytes().len();
+    if size > most.min(state.options.publish.message_bytes) {
+        let detail = format!("{size} bytes, at most {most} are allowed");
+        check.fault("/event/data", detail);
+    }
+    let matched = applied.map_or(Ok(()), |applied| applied.check(&message.data));
+    if let Err((pattern, mismatches)) = matched {
+        for mismatch in mismatches {
+            let detail = format!(
+                "not what the schema of `{pattern}` allows: {}",
+                mismatch.detail
+            );
+            check.fault(format!("/event/data{}", mismatch.pointer), detail);
+        }
     }
 }
 
@@ -263,7 +289,7 @@ async fn declare(
 ) -> Result<Response, Problem> {
     query.finish()?;
     let now = state.parts.cluster.now();
-    let declaration = body.checked(&name, state.options.publish.message_bytes, now)?;
+    let declaration = body.checked(&name, &state, now)?;
     let declared = state.parts.stream.declare_schedule(name, declaration).await;
     let (schedule, declared) = declared?;
     let status = match declared {

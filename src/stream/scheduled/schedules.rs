@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 
 use super::{Job, recurring, wire};
 use crate::domain::cloudevents;
+use crate::domain::message::Message;
 use crate::domain::name::ScheduleName;
 use crate::domain::schedule::{Declaration, SCHEDULES_MAX};
 use crate::store::stream::{self as sql, ScheduleDeclared, ScheduleRow};
@@ -76,7 +77,7 @@ impl Handle {
     }
 }
 
-/// Checks that a schedule's event becomes a message.
+/// The message of an occurrence, to check what is declared.
 ///
 /// # Errors
 /// What is wrong with the event.
@@ -84,9 +85,8 @@ pub fn check_event(
     name: &ScheduleName,
     declaration: &Declaration,
     now: DateTime<Utc>,
-) -> Result<usize, cloudevents::Error> {
-    let message = recurring::message(name, declaration, now)?;
-    Ok(message.data.bytes().len())
+) -> Result<Message, cloudevents::Error> {
+    recurring::message(name, declaration, now)
 }
 
 fn describe(row: ScheduleRow, now: DateTime<Utc>) -> Result<ScheduleDescription, store::Error> {

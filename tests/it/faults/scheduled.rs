@@ -84,6 +84,14 @@ async fn cancel(http: &Http, scheduled: &str) -> (u16, Value) {
     }
 }
 
+fn note(told: &Mutex<Told>, id: String, is_accepted: bool) {
+    let mut told = told.lock().unwrap();
+    match is_accepted {
+        true => told.accepted.insert(id),
+        false => told.unknown.insert(id),
+    };
+}
+
 /// Inserts into the outbox.
 async fn insert(url: String, producer: usize, told: Arc<Mutex<Told>>, is_over: Arc<AtomicBool>) {
     let mut connection: Option<PgConnection> = None;
@@ -104,15 +112,11 @@ async fn insert(url: String, producer: usize, told: Arc<Mutex<Told>>, is_over: A
         .bind(in_milliseconds(number * 41 % 550 - 50))
         .execute(producing)
         .await;
-        let mut told = told.lock().unwrap();
-        match inserted {
-            Ok(_) => told.accepted.insert(id),
-            Err(_) => {
-                connection = None;
-                told.unknown.insert(id)
-            }
-        };
-        drop(told);
+        let is_inserted = inserted.is_ok();
+        if !is_inserted {
+            connection = None;
+        }
+        note(&told, id, is_inserted);
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
