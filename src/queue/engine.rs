@@ -545,9 +545,12 @@ impl Engine {
     /// Turns the journal when its segment is full, and asks queues for checkpoints that keep an old one from going.
     async fn turn_journal(&self) {
         let full_after = self.options.journal_full_after.as_secs_f64();
-        let turned =
-            store::journal::turn_journal(&self.database, self.options.journal_full_bytes, full_after)
-                .await;
+        let turned = store::journal::turn_journal(
+            &self.database,
+            self.options.journal_full_bytes,
+            full_after,
+        )
+        .await;
         match turned {
             Ok((_, 0)) => {}
             Ok((turn, _)) => {

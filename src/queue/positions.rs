@@ -52,7 +52,8 @@ impl Engine {
         });
         let rows: Vec<SlotPositions> = rows.collect();
         let incarnation = self.cluster.incarnation();
-        if let Err(error) = store::journal::write_positions(&self.database, incarnation, &rows).await
+        if let Err(error) =
+            store::journal::write_positions(&self.database, incarnation, &rows).await
         {
             tracing::debug!(
                 error = &error as &dyn std::error::Error,

@@ -229,19 +229,24 @@ pub async fn write_journal(
         return Ok(None);
     }
     let parts = || group.parts.iter();
-    let status: String = bounded("writing the journal of queues", STATEMENT, sqlx::query_scalar(
-        "select postroad_broker.write_queue_journal($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+    let status: String = bounded(
+        "writing the journal of queues",
+        STATEMENT,
+        sqlx::query_scalar(
+            "select postroad_broker.write_queue_journal($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+        )
+        .bind(&slot.fence.lease)
+        .bind(slot.fence.epoch.0)
+        .bind(incarnation)
+        .bind(turn)
+        .bind(slot.slot.0)
+        .bind(slot.number)
+        .bind(collect(parts(), |part| part.queue.0))
+        .bind(collect(parts(), |part| part.generation.0))
+        .bind(collect(parts(), |part| part.records.as_slice()))
+        .fetch_one(connection),
     )
-    .bind(&slot.fence.lease)
-    .bind(slot.fence.epoch.0)
-    .bind(incarnation)
-    .bind(turn)
-    .bind(slot.slot.0)
-    .bind(slot.number)
-    .bind(collect(parts(), |part| part.queue.0))
-    .bind(collect(parts(), |part| part.generation.0))
-    .bind(collect(parts(), |part| part.records.as_slice()))
-    .fetch_one(connection)).await?;
+    .await?;
     Ok(match status.as_str() {
         "turned" => None,
         "fenced" => Some(GroupWritten {
