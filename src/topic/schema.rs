@@ -12,6 +12,8 @@ pub const SCHEMA_MAX_BYTES: usize = 64 << 10;
 pub const MISMATCHES_MAX: usize = 10;
 /// Characters of one fault's text.
 const DETAIL_MAX_CHARS: usize = 300;
+/// Schemas that one can lead through by references and `allOf`, on the way to one place.
+const CHAIN_MAX: usize = 256;
 /// The largest compiled pattern, in bytes.
 const PATTERN_MAX_BYTES: usize = 1 << 20;
 
@@ -177,6 +179,11 @@ fn walk(
     if finished.contains(pointer) {
         return Ok(());
     }
+    if path.len() >= CHAIN_MAX {
+        return Err(format!(
+            "leads through more than {CHAIN_MAX} schemas to one place, at `#{pointer}`"
+        ));
+    }
     let Some(Value::Object(members)) = places.get(pointer) else {
         return Ok(());
     };
@@ -294,6 +301,9 @@ mod tests {
 
     #[test]
     fn what_is_no_schema_is_refused() {
+        let links = (0..1_500).map(|n| format!(r##""a{n}": {{"$ref": "#/$defs/a{}"}}"##, n + 1));
+        let links = links.collect::<Vec<_>>().join(",");
+        let chain = format!(r##"{{"$ref": "#/$defs/a0", "$defs": {{{links}}}}}"##);
         let large = format!("{{\"title\": \"{}\"}}", "x".repeat(SCHEMA_MAX_BYTES));
         for (text, what) in [
             ("{", "is not JSON"),
@@ -318,6 +328,7 @@ mod tests {
                 "leads back to itself",
             ),
             (large.as_str(), "at most 65536 are allowed"),
+            (chain.as_str(), "leads through more than 256 schemas"),
         ] {
             let refused = Schema::compile(text).unwrap_err();
             assert!(refused.contains(what), "{text:.100}: {refused}");

@@ -251,12 +251,13 @@ async fn partitioned_tables_and_odd_names_are_read() {
             &mut owner,
             r#"create schema "My Shop";
             create table "My Shop"."Out""box" (
-                "Id" uuid not null default gen_random_uuid(), day int not null, n bigint not null, "Event Type" text not null,
+                "Id" uuid not null default gen_random_uuid(), day int not null, n bigint not null, "Event Type" text not null, later timestamptz,
                 body bytea, primary key ("Id", day)
             ) partition by list (day);
             create table "My Shop".one partition of "My Shop"."Out""box" for values in (1);
             create table "My Shop".two partition of "My Shop"."Out""box" for values in (2);
-            insert into "My Shop"."Out""box" (day, n, "Event Type", body) select 1 + n % 2, n, 'it''s', '\x00ff' from generate_series(1, 10) as n"#,
+            insert into "My Shop"."Out""box" (day, n, "Event Type", later, body)
+                select 1 + n % 2, n, 'it''s', case when n = 10 then now() + interval '1 day' end, '\x00ff' from generate_series(1, 10) as n"#,
         )
         .await;
         let text = |text: &str| Some(text.to_owned());
@@ -269,6 +270,7 @@ async fn partitioned_tables_and_odd_names_are_read() {
                 ("seq", "{n}"),
                 ("type", "{{{Event Type}}}"),
                 ("payload", "{body}"),
+                ("deliver_at", "{later}"),
             ]
             .map(|(field, value)| (field.to_owned(), value.to_owned()))
             .into(),
@@ -295,7 +297,14 @@ async fn partitioned_tables_and_odd_names_are_read() {
         let rig = rig_of(&broker.database, options).await;
         rig.caught_up("odd").await;
         let found = messages(&broker.url).await;
-        assert_eq!(found.len(), 10, "{pickup}");
+        assert_eq!(found.len(), 9, "{pickup}");
+        let mut later = broker.connect().await;
+        let later: i64 =
+            sqlx::query_scalar("select count(*) from postroad_broker.scheduled_message")
+                .fetch_one(&mut later)
+                .await
+                .unwrap();
+        assert_eq!(later, 1);
         assert_eq!(found[0]["type"], "{it's}");
         assert_eq!(found[0]["data"], "\\000\\377");
         rig.stop().await;
