@@ -135,6 +135,11 @@ impl Keys {
         if first.0 <= open.through.0 + 1 && last > open.through {
             open.take(last, messages);
         }
+        let is_too_much = open.message_count as i64 > COUNTED_MAX;
+        drop(open);
+        if is_too_much {
+            self.forget(stream);
+        }
     }
 
     pub(super) fn forget(&self, stream: StreamId) {

@@ -1,10 +1,13 @@
 //! Outbox rows that expect a version of their key: those that find another one are listed, and stop nobody.
 
+use postroad::domain::name::{StreamName, TopicPattern};
 use postroad::outbox::{self, Message};
+use postroad::store;
+use postroad::stream::Retention;
 use serde_json::json;
 use sqlx::Connection as _;
 
-use super::{Origin, connect, execute};
+use super::{Origin, connect, execute, read_log, rig};
 use crate::support::{self, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -83,4 +86,51 @@ async fn an_outbox_row_goes_in_at_its_version_or_is_listed() {
     assert_eq!(sent["offset"], 5, "{sent}");
     let (_, key) = http.get("/v1/streams/accounts/keys/k").await;
     assert_eq!(key["version"], 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_was_listed_is_not_listed_again_when_its_outbox_is_read_again() {
+    let broker = support::database().await;
+    let shop = support::database().await;
+    let origin = Origin::install(&shop.url).await;
+    let name = StreamName::parse("accounts").unwrap();
+    let patterns = [TopicPattern::parse("accounts.>").unwrap()];
+    let mut connection = broker.connect().await;
+    store::stream::declare(
+        &mut connection,
+        &name,
+        &patterns,
+        &Retention::default(),
+        true,
+    )
+    .await
+    .unwrap();
+    let rig = rig(&broker.database, &[("shop", Some(&origin.relay_url()))]).await;
+    let mut owner = origin.owner().await;
+    execute(
+        &mut owner,
+        "insert into postroad.outbox (topic, key, id, expected_version)
+         values ('accounts.a', 'k', 'one', 0), ('accounts.a', 'k', 'late', 0)",
+    )
+    .await;
+    let status = rig.caught_up("shop").await;
+    assert_eq!((status.rejected_count, status.relayed_count), (1, 1));
+    // Without its mark the last position says nothing: all that the outbox holds is read again.
+    execute(
+        &mut owner,
+        "truncate postroad.relay_mark;
+         insert into postroad.outbox (topic, key, id, expected_version) values ('accounts.a', 'k', 'two', 1)",
+    )
+    .await;
+    let status = rig.caught_up("shop").await;
+    assert_eq!(status.rerelay_count, 1, "{status:?}");
+    let log = read_log(&broker.url).await;
+    let ids: Vec<&str> = log.iter().map(|message| message.id.as_str()).collect();
+    assert_eq!(ids, ["one", "two"]);
+    let (listed,): (i64,) = sqlx::query_as("select count(*) from postroad_broker.rejected_message")
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
+    assert_eq!((listed, status.rejected_count), (1, 1));
+    rig.stop().await;
 }

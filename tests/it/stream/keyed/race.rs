@@ -55,7 +55,7 @@ async fn of_sixteen_writers_on_two_nodes_each_version_goes_to_one() {
     for writer in writers.collect::<Vec<_>>() {
         writer.await.unwrap();
     }
-    let won = won.lock().unwrap();
+    let won = won.lock().unwrap().clone();
     assert_eq!(won.len(), WRITERS * ROUNDS);
     let page = one.stream.read(read(stream, 0)).await.unwrap();
     assert_eq!(page.entries.len(), WRITERS * ROUNDS);
