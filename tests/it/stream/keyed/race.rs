@@ -57,6 +57,10 @@ async fn of_sixteen_writers_on_two_nodes_each_version_goes_to_one() {
     }
     let won = won.lock().unwrap().clone();
     assert_eq!(won.len(), WRITERS * ROUNDS);
+    // What the other node committed last, this one reads a moment later.
+    let all = Offset((WRITERS * ROUNDS) as i64);
+    let mut tail = one.stream.last_offset(stream);
+    tail.wait_for(|&last| last >= all).await.unwrap();
     let page = one.stream.read(read(stream, 0)).await.unwrap();
     assert_eq!(page.entries.len(), WRITERS * ROUNDS);
     for key in 0..KEYS {
