@@ -9,6 +9,7 @@
 //! `ahead`, so that the scan after a restart does not take them for fresh. Fresh messages may therefore be handed out in
 //! any order, which ordering by key and priorities need.
 
+mod arrange;
 mod blocked;
 mod checkpoint;
 mod decide;

@@ -215,15 +215,7 @@ impl Queue {
                 offset,
                 deadline,
                 attempts,
-            } => {
-                if let Some(mut entry) = self.detach(*offset) {
-                    entry.state = State::Live {
-                        deadline: *deadline,
-                    };
-                    entry.attempts = *attempts;
-                    self.attach(*offset, entry);
-                }
-            }
+            } => self.apply_extended(*offset, *deadline, *attempts),
             Record::Shifted { by } => self.apply_shifted(*by),
             Record::Scanned { through, matched } => {
                 // A live queue has found all of it before, and knows the marks.
@@ -311,6 +303,22 @@ impl Queue {
             entry.note_failure(Failure { at: *at, reason });
         }
         self.attach(*offset, entry);
+    }
+
+    /// One that is live stays where it is: its key has not been without a live message for a moment.
+    fn apply_extended(&mut self, offset: i64, new: At, attempts: u32) {
+        if let Some(entry) = self.entries.get_mut(&offset)
+            && let State::Live { deadline } = &mut entry.state
+        {
+            self.deadlines.remove(&(*deadline, offset));
+            self.deadlines.insert((new, offset));
+            *deadline = new;
+            entry.attempts = attempts;
+        } else if let Some(mut entry) = self.detach(offset) {
+            entry.state = State::Live { deadline: new };
+            entry.attempts = attempts;
+            self.attach(offset, entry);
+        }
     }
 
     fn apply_shifted(&mut self, by: i64) {

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use super::super::*;
-use super::Mode;
 use super::reference::SECOND;
 use super::rig::settings;
+use super::{Mode, Plan};
+use crate::domain::message::Priority;
 use crate::domain::receipt::Receipt;
 
 fn receipt(offset: i64, delivery: u32) -> Receipt {
@@ -42,7 +43,7 @@ fn receives_are_bounded_by_bytes_and_replayed_by_id() {
         QueueId(1),
         Generation(1),
         Offset(1),
-        settings(Mode::Offsets),
+        settings(Plan::new(Mode::Offsets)),
         Random::new(1),
     );
     (1..=5).for_each(|offset| queue.found(Found::at(offset)));
@@ -81,7 +82,7 @@ fn the_hundredth_release_counts() {
         QueueId(1),
         Generation(1),
         Offset(1),
-        settings(Mode::Offsets),
+        settings(Plan::new(Mode::Offsets)),
         Random::new(1),
     );
     queue.found(Found::at(1));
@@ -111,7 +112,7 @@ fn lost_messages_are_gone_and_other_generations_too() {
         QueueId(1),
         Generation(1),
         Offset(1),
-        settings(Mode::Offsets),
+        settings(Plan::new(Mode::Offsets)),
         Random::new(1),
     );
     queue.found(Found::at(1));
@@ -140,7 +141,7 @@ fn lost_messages_are_gone_and_other_generations_too() {
 fn holds_are_bounded_when_the_queue_says_so() {
     let hold = Settings {
         max_hold: Some(Duration::from_secs(40)),
-        ..settings(Mode::Offsets)
+        ..settings(Plan::new(Mode::Offsets))
     };
     let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), hold, Random::new(1));
     queue.found(Found::at(1));
@@ -163,7 +164,7 @@ fn unsettled_messages_have_a_bound() {
     let many = ENTRIES_MAX + 5;
     let wide = Settings {
         max_in_flight: many as u32,
-        ..settings(Mode::Offsets)
+        ..settings(Plan::new(Mode::Offsets))
     };
     let mut queue = Queue::new(QueueId(1), Generation(1), Offset(1), wide, Random::new(1));
     (1..=many as i64).for_each(|offset| queue.found(Found::at(offset)));
@@ -194,4 +195,38 @@ fn unsettled_messages_have_a_bound() {
     }];
     queue.settle(Verb::Ack, &acked, At(SECOND));
     assert_eq!(take(&mut queue, SECOND), 1, "a settled one makes room");
+}
+
+#[test]
+fn what_died_in_a_lane_comes_back_in_its_key() {
+    let mut queue = Queue::new(
+        QueueId(1),
+        Generation(1),
+        Offset(1),
+        settings(Plan::new(Mode::Lanes)),
+        Random::new(1),
+    );
+    let found = [1, 2].map(|offset| Found {
+        offset: Offset(offset),
+        key_hash: Some(7),
+        priority: Priority::High,
+    });
+    found.into_iter().for_each(|found| queue.found(found));
+    assert_eq!(drain(&mut queue, 0, 1), [(1, 1)]);
+    let items = [Item {
+        receipt: Some(receipt(1, 1)),
+        ..Item::default()
+    }];
+    queue.settle(Verb::Reject, &items, At(0));
+    queue.change_settings(settings(Plan::new(Mode::Keys)));
+    assert_eq!(queue.unmarked(Offset(0), 9), [Offset(1), Offset(2)]);
+    queue.mark(Some(&found));
+    queue.mark(None);
+    let letter = Reborn {
+        offset: Offset(1),
+        delivery: 1,
+    };
+    queue.redrive(&[letter], At(0));
+    queue.advance(At(0), At(0));
+    assert_eq!(drain(&mut queue, 0, 2), [(1, 1)], "the second waits for it");
 }

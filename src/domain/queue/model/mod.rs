@@ -1,21 +1,28 @@
 //! The state machine beside a plain reference: random receives, verbs, expiries, outages, commits, folds, crashes,
-//! hand-overs, seeks, purges, redrives and what else people do, in every order there is. Both must agree on every answer
-//! and every count, and the rows of the dead letters on every failure. 100,000 sequences, 20,000 of each order; the
-//! environment variable `PROPTEST_CASES` sets another number.
+//! hand-overs, seeks, purges, redrives, changed settings and what else people do, in every order there is and between all
+//! of them. Both must agree on every answer and every count, and the rows of the dead letters on every failure. More
+//! than 100,000 sequences; the environment variable `PROPTEST_CASES` sets another number for each order. That the comparison
+//! can fail is shown, too (`faults`).
 
 mod cells;
+mod faults;
+mod matrix;
 mod reference;
 mod rig;
 
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
 
+use self::faults::Fault;
 use self::reference::SECOND;
 use self::rig::Rig;
 use super::Verb;
 use crate::domain::message::Priority;
 
 /// Sequences per order.
-const CASES: u32 = 20_000;
+const CASES: u32 = 17_000;
+/// Sequences within which a wrong reference is found.
+const FAULT_CASES: u32 = 20_000;
 /// What proptest takes when the environment names no number.
 const PROPTESTS_OWN: u32 = 256;
 const STEPS_MAX: usize = 20;
@@ -30,6 +37,47 @@ enum Mode {
     HeldKeys,
     KeyBatches,
     Lanes,
+    /// Begins by offset, and changes.
+    Changing,
+}
+
+const MODES: [Mode; 5] = [
+    Mode::Offsets,
+    Mode::Keys,
+    Mode::HeldKeys,
+    Mode::KeyBatches,
+    Mode::Lanes,
+];
+
+impl Mode {
+    fn is_keyed(self) -> bool {
+        matches!(self, Self::Keys | Self::HeldKeys | Self::KeyBatches)
+    }
+}
+
+/// The settings of a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Plan {
+    mode: Mode,
+    max_attempts: u32,
+    max_in_flight: u32,
+    /// Between attempts, the last one for all later ones.
+    delays: [i64; 3],
+}
+
+impl Plan {
+    fn new(mode: Mode) -> Self {
+        Self {
+            mode,
+            max_attempts: 4,
+            max_in_flight: 6,
+            delays: [3 * SECOND, 5 * SECOND, 20 * SECOND],
+        }
+    }
+
+    fn delay(&self, attempts: u32) -> i64 {
+        self.delays[(attempts as usize - 1).min(2)]
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +123,13 @@ enum Step {
     Condemn(i64),
     Expire(Vec<i64>),
     Hold(bool),
+    /// Of a queue that changes.
+    Order(Mode),
+    Tune {
+        max_attempts: u32,
+        max_in_flight: u32,
+        factor: i64,
+    },
 }
 
 fn published() -> impl Strategy<Value = Option<Published>> {
@@ -128,33 +183,58 @@ fn step() -> impl Strategy<Value = Step> {
         2 => OFFSETS.prop_map(Step::Condemn),
         2 => offsets().prop_map(Step::Expire),
         1 => any::<bool>().prop_map(Step::Hold),
+        2 => prop::sample::select(&MODES[..]).prop_map(Step::Order),
+        1 => (2..6u32, 1..8u32, 1..4i64).prop_map(|(max_attempts, max_in_flight, factor)| {
+            Step::Tune { max_attempts, max_in_flight, factor }
+        }),
     ];
     prop_oneof![48 => consumers, 15 => world, 12 => people]
 }
 
-fn agree(mode: Mode) {
+/// Compares the machine with the reference, which has this fault.
+fn compare(mode: Mode, fault: Option<Fault>) -> Result<(), TestError<Vec<Step>>> {
     // Reads the environment.
     let asked = ProptestConfig::default();
+    let cases = match (fault, asked.cases) {
+        (Some(_), _) => FAULT_CASES,
+        (None, PROPTESTS_OWN) => CASES,
+        (None, cases) => cases,
+    };
     let config = ProptestConfig {
-        cases: if asked.cases == PROPTESTS_OWN {
-            CASES
-        } else {
-            asked.cases
-        },
+        cases,
         failure_persistence: None,
+        // That there is one is enough.
+        max_shrink_iters: if fault.is_some() {
+            0
+        } else {
+            asked.max_shrink_iters
+        },
         ..asked
     };
+    let mut runner = match fault {
+        // Found in every run, or in none.
+        Some(_) => {
+            TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
+        }
+        None => TestRunner::new(config),
+    };
     let steps = proptest::collection::vec(step(), 1..STEPS_MAX);
-    proptest!(config, |(steps in steps)| {
-        let mut rig = Rig::new(mode);
+    runner.run(&steps, |steps| {
+        let mut rig = Rig::new(mode, fault);
         for step in &steps {
             rig.step(step)?;
         }
         rig.commit();
         rig.letters_agree()?;
         rig.crash();
-        rig.agree()?;
-    });
+        rig.agree()
+    })
+}
+
+fn agree(mode: Mode) {
+    if let Err(error) = compare(mode, None) {
+        panic!("{error}");
+    }
 }
 
 #[test]
@@ -180,4 +260,9 @@ fn they_agree_in_batches_of_keys() {
 #[test]
 fn they_agree_by_lanes() {
     agree(Mode::Lanes);
+}
+
+#[test]
+fn they_agree_while_the_settings_change() {
+    agree(Mode::Changing);
 }

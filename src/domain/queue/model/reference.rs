@@ -4,14 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::*;
-use super::Mode;
+use super::faults::Fault;
+use super::{Mode, Plan};
 use crate::domain::message::Priority;
-use crate::domain::policy::FREE_RELEASES;
 
 pub(super) const SECOND: i64 = 1_000;
-pub(super) const MAX_ATTEMPTS: u32 = 4;
-pub(super) const MAX_IN_FLIGHT: u32 = 6;
-pub(super) const DELAYS: [i64; 3] = [3 * SECOND, 5 * SECOND, 20 * SECOND];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plain {
@@ -41,8 +38,8 @@ pub(super) struct Message {
     pub(super) releases: u32,
     pub(super) timed_out: bool,
     /// When the receive was that may have brought several of its key.
-    batch: Option<i64>,
-    failures: Vec<(i64, String)>,
+    pub(super) batch: Option<i64>,
+    pub(super) failures: Vec<(i64, String)>,
     pub(super) is_reopened: bool,
 }
 
@@ -60,9 +57,12 @@ pub(super) struct Reference {
     pub(super) messages: BTreeMap<i64, Message>,
     pub(super) letters: BTreeMap<i64, Dead>,
     pub(super) generation: i64,
-    mode: Mode,
-    pub(super) holds: bool,
+    pub(super) settings: Plan,
+    /// Keys that are in order until nothing of them is live, though the queue is ordered no more.
+    leaving: BTreeSet<i64>,
     credits: [i64; 3],
+    /// What is wrong with it, if something is.
+    pub(super) fault: Option<Fault>,
 }
 
 impl Message {
@@ -89,14 +89,14 @@ impl Message {
         self.timed_out && self.attempts >= 2
     }
 
-    fn attempt(&self) -> u32 {
+    pub(super) fn attempt(&self) -> u32 {
         match self.is_live() {
             true => self.attempts + 1,
             false => self.attempts.max(1),
         }
     }
 
-    fn fail(&mut self, now: i64, reason: &str) {
+    pub(super) fn fail(&mut self, now: i64, reason: &str) {
         self.failures.push((now, reason.to_owned()));
         let surplus = self.failures.len().saturating_sub(5);
         self.failures.drain(..surplus);
@@ -112,15 +112,20 @@ impl Message {
 }
 
 impl Reference {
-    pub(super) fn new(mode: Mode) -> Self {
+    pub(super) fn new(settings: Plan, fault: Option<Fault>) -> Self {
         Self {
             messages: BTreeMap::new(),
             letters: BTreeMap::new(),
             generation: 1,
-            mode,
-            holds: mode == Mode::HeldKeys,
+            settings,
+            leaving: BTreeSet::new(),
             credits: [0; 3],
+            fault,
         }
+    }
+
+    pub(super) fn has(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
     }
 
     pub(super) fn publish(&mut self, offset: i64, key: Option<i64>, priority: Priority) {
@@ -141,18 +146,60 @@ impl Reference {
     /// What is not stored is lost with a crash.
     pub(super) fn forget(&mut self) {
         self.credits = [0; 3];
+        self.leaving = BTreeSet::new();
+        if self.has(Fault::CrashForgetsDelays) {
+            for message in self.messages.values_mut() {
+                if let Plain::Waiting { due, .. } = &mut message.plain {
+                    *due = 0;
+                }
+            }
+        }
     }
 
-    fn is_keyed(&self) -> bool {
-        matches!(self.mode, Mode::Keys | Mode::HeldKeys | Mode::KeyBatches)
+    pub(super) fn change(&mut self, settings: Plan) {
+        let was_keyed = self.settings.mode.is_keyed();
+        if settings.mode.is_keyed() {
+            self.leaving.clear();
+        } else if was_keyed {
+            self.leaving = self.live_keys();
+        }
+        if was_keyed != settings.mode.is_keyed() || settings.mode != self.settings.mode {
+            self.credits = [0; 3];
+        }
+        self.settings = settings;
+        if self.has(Fault::ChangesAtOnce) {
+            self.leaving.clear();
+        }
+    }
+
+    fn live_keys(&self) -> BTreeSet<i64> {
+        let live = self.messages.values().filter(|message| message.is_live());
+        live.filter_map(|message| message.key).collect()
+    }
+
+    /// Nothing is in order any longer than until nothing of its key is live.
+    pub(super) fn settle_down(&mut self) {
+        let live = self.live_keys();
+        self.leaving.retain(|key| live.contains(key));
+    }
+
+    pub(super) fn is_in_order(&self, key: i64) -> bool {
+        self.settings.mode.is_keyed() || self.leaving.contains(&key)
+    }
+
+    /// Lanes begin once every key has left its order.
+    pub(super) fn has_lanes(&self) -> bool {
+        self.settings.mode == Mode::Lanes && self.leaving.is_empty()
     }
 
     /// Whether order lets a ready message go, with what this receive has taken already.
     pub(super) fn is_open(&self, offset: i64, taken: &BTreeSet<i64>) -> bool {
-        let Some(key) = self.messages[&offset].key.filter(|_| self.is_keyed()) else {
+        let key = self.messages[&offset].key;
+        let Some(key) = key.filter(|&key| self.is_in_order(key)) else {
             return true;
         };
-        let batches = self.mode == Mode::KeyBatches;
+        let batches = self.settings.mode == Mode::KeyBatches;
+        let (holds, waits) = (self.holds(), !self.has(Fault::KeyDoesNotWait));
         let mut of_key = self
             .messages
             .iter()
@@ -160,11 +207,14 @@ impl Reference {
         of_key.all(|(other, message)| {
             let is_taken = batches && taken.contains(other);
             let letter = self.letters.get(other).filter(|_| !message.is_unsettled());
-            let is_held =
-                self.holds && *other < offset && letter.is_some_and(|letter| letter.holds);
-            let is_before = *other < offset && message.is_unsettled();
+            let is_held = holds && *other < offset && letter.is_some_and(|letter| letter.holds);
+            let is_before = waits && *other < offset && message.is_unsettled();
             is_taken || !(message.is_live() || is_before || is_held)
         })
+    }
+
+    fn holds(&self) -> bool {
+        self.settings.mode == Mode::HeldKeys && !self.has(Fault::LetterHoldsNothing)
     }
 
     fn next_of(
@@ -180,7 +230,7 @@ impl Reference {
             .messages
             .iter()
             .filter(|(offset, message)| is_next(offset, message));
-        if self.mode != Mode::Lanes {
+        if !self.has_lanes() {
             return all.next().map(|(&offset, _)| (offset, self.credits));
         }
         let lanes = [Priority::Low, Priority::Normal, Priority::High];
@@ -189,7 +239,7 @@ impl Reference {
             let lane = lanes.iter().position(|&lane| lane == message.priority);
             heads[lane.expect("a lane")].get_or_insert(offset);
         }
-        let weights = [1, 2, 7];
+        let weights = [1, 2, 7 + i64::from(self.has(Fault::LanesAreUneven))];
         let mut credits = self.credits;
         let mut sum = 0;
         for lane in 0..3 {
@@ -214,19 +264,21 @@ impl Reference {
             .values()
             .filter(|message| message.is_live())
             .count();
-        let count = count.min((MAX_IN_FLIGHT as usize).saturating_sub(live));
+        let most =
+            self.settings.max_in_flight as usize + usize::from(self.has(Fault::OneTooManyInFlight));
+        let count = count.min(most.saturating_sub(live));
         let (mut passed, mut taken) = (BTreeSet::new(), BTreeSet::new());
         let mut handed = Vec::new();
         while handed.len() < count
             && let Some((offset, credits)) = self.next_of(now, &passed, &taken)
         {
             passed.insert(offset);
-            let alone = self.messages[&offset].goes_alone();
+            let alone = self.messages[&offset].goes_alone() && !self.has(Fault::PoisonHasCompany);
             if alone && !handed.is_empty() {
                 continue;
             }
             self.credits = credits;
-            let batch = (self.mode == Mode::KeyBatches).then_some(now);
+            let batch = (self.settings.mode == Mode::KeyBatches).then_some(now);
             let message = self.messages.get_mut(&offset).expect("it is ready");
             message.delivery += 1;
             message.batch = batch;
@@ -242,8 +294,8 @@ impl Reference {
         handed
     }
 
-    fn die(&mut self, offset: i64, now: i64, reason: &str, attempts: u32, holds: bool) {
-        let holds = holds && self.holds && self.messages[&offset].key.is_some();
+    pub(super) fn die(&mut self, offset: i64, now: i64, reason: &str, attempts: u32, holds: bool) {
+        let holds = holds && self.holds() && self.messages[&offset].key.is_some();
         let message = self.messages.get_mut(&offset).expect("it is unsettled");
         message.fail(now, reason);
         message.plain = Plain::Settled;
@@ -260,7 +312,7 @@ impl Reference {
     pub(super) fn expire(&mut self, offset: i64, now: i64) {
         let message = self.messages.get_mut(&offset).expect("it is live");
         let attempts = message.attempts + 1;
-        if attempts >= MAX_ATTEMPTS {
+        if attempts >= self.settings.max_attempts {
             return self.die(offset, now, "timed_out", attempts, true);
         }
         message.attempts = attempts;
@@ -268,7 +320,7 @@ impl Reference {
         message.fail(now, "timed_out");
         let due = match attempts {
             1 | 2 => now,
-            _ => now + DELAYS[(attempts as usize - 1).min(2)],
+            _ => now + self.settings.delay(attempts),
         };
         message.plain = Plain::Waiting {
             end: End::TimedOut,
@@ -291,6 +343,9 @@ impl Reference {
     }
 
     pub(super) fn shift(&mut self, by: i64) {
+        if self.has(Fault::OutageCosts) {
+            return;
+        }
         for message in self.messages.values_mut() {
             if let Plain::Live { until } = &mut message.plain {
                 *until += by;
@@ -320,10 +375,12 @@ impl Reference {
     }
 
     pub(super) fn take_back(&mut self, offset: i64, delivery: u32, now: i64) {
+        let is_charged = self.has(Fault::UnwrittenCounts);
         if let Some(message) = self.messages.get_mut(&offset)
             && message.delivery == delivery
             && message.is_live()
         {
+            message.attempts += u32::from(is_charged);
             message.plain = Plain::Waiting {
                 end: End::Unwritten,
                 due: now,
@@ -361,7 +418,8 @@ impl Reference {
             return false;
         }
         message.begin_again();
-        message.delivery = letter.delivery + 1;
+        let is_new = self.fault != Some(Fault::RedriveRepeatsTheNumber);
+        message.delivery = letter.delivery + u32::from(is_new);
         message.is_reopened = true;
         message.plain = Plain::Waiting {
             end: End::Unwritten,
@@ -380,6 +438,9 @@ impl Reference {
     ) {
         self.generation += 1;
         self.forget();
+        if self.has(Fault::SeekForgetsLetters) {
+            self.letters.clear();
+        }
         for (&offset, message) in &mut self.messages {
             if message.is_reopened && keeps_redriven {
                 let delivery = message.delivery;
@@ -398,168 +459,6 @@ impl Reference {
                 true => Plain::Fresh,
                 false => Plain::Settled,
             };
-        }
-    }
-
-    fn others(&self, offset: i64) -> impl Iterator<Item = (i64, &Message)> {
-        let key = self.messages[&offset].key.filter(|_| self.is_keyed());
-        let others = self
-            .messages
-            .iter()
-            .map(|(&other, message)| (other, message));
-        others
-            .filter(move |(other, message)| *other != offset && key.is_some() && message.key == key)
-    }
-
-    /// One cell of the matrix, written as PROTOCOL.md has it.
-    pub(super) fn verb(
-        &mut self,
-        verb: Verb,
-        offset: i64,
-        delivery: u32,
-        delay: Option<i64>,
-        now: i64,
-    ) -> Outcome {
-        let dead_letter = dead_letter_id(Generation(self.generation), Offset(offset));
-        let Some(message) = self.messages.get(&offset) else {
-            return Outcome::Gone { incident: true };
-        };
-        match message.plain {
-            Plain::Lost { was_fresh: false } => return Outcome::Gone { incident: false },
-            Plain::Settled | Plain::Lost { was_fresh: true } => {
-                return match self.letters.get(&offset) {
-                    Some(letter) if verb == Verb::Ack && letter.delivery == delivery => {
-                        self.letters.remove(&offset);
-                        Outcome::Acked
-                    }
-                    Some(_) => Outcome::DeadLettered { dead_letter },
-                    None => Outcome::AlreadySettled,
-                };
-            }
-            _ => {}
-        }
-        if delivery > message.delivery || message.plain == Plain::Fresh {
-            return Outcome::Gone { incident: true };
-        }
-        if delivery < message.delivery {
-            let attempt = message.attempt();
-            return Outcome::Stale { attempt };
-        }
-        let batch = message.batch;
-        let is_earlier = |(other, message): (i64, &Message)| {
-            other < offset && message.is_unsettled() && message.batch == batch
-        };
-        if verb == Verb::Ack && batch.is_some() && self.others(offset).any(is_earlier) {
-            return Outcome::Blocked;
-        }
-        let is_elsewhere = |(_, other): (i64, &Message)| {
-            other.is_live() && (batch.is_none() || other.batch != batch)
-        };
-        let is_overtaken = self.others(offset).any(is_elsewhere);
-        self.verb_of_last(verb, offset, delay, now, is_overtaken, dead_letter)
-    }
-
-    /// The receipt is that of the last delivery.
-    fn verb_of_last(
-        &mut self,
-        verb: Verb,
-        offset: i64,
-        delay: Option<i64>,
-        now: i64,
-        is_overtaken: bool,
-        letter: String,
-    ) -> Outcome {
-        let message = self.messages.get_mut(&offset).expect("it is there");
-        let (own_end, timed_out, due) = match message.plain {
-            Plain::Waiting {
-                end: End::TimedOut,
-                due,
-            } => (None, true, due),
-            Plain::Waiting { end, due } => (Some(end), false, due),
-            _ => (None, false, 0),
-        };
-        let due_at = Some(At(due));
-        match (verb, own_end) {
-            (Verb::Ack, _) => {
-                message.plain = Plain::Settled;
-                message.is_reopened = false;
-                self.letters.remove(&offset);
-                Outcome::Acked
-            }
-            (Verb::Reject, _) => {
-                let attempts = message.attempt();
-                self.die(offset, now, "rejected", attempts, true);
-                Outcome::Rejected {
-                    dead_letter: letter,
-                }
-            }
-            (Verb::Extend, Some(_)) => Outcome::Stale {
-                attempt: message.attempt(),
-            },
-            (Verb::Extend, None) if timed_out && is_overtaken => Outcome::Stale {
-                attempt: message.attempt(),
-            },
-            (Verb::Nack | Verb::Release, Some(End::Nacked)) => Outcome::Nacked {
-                due_at,
-                dead_letter: None,
-            },
-            (Verb::Nack | Verb::Release, Some(_)) => Outcome::Released {
-                due_at,
-                dead_letter: None,
-            },
-            (Verb::Extend, None) => {
-                message.attempts -= u32::from(timed_out);
-                message.plain = Plain::Live {
-                    until: now + 30 * SECOND,
-                };
-                Outcome::Extended {
-                    visible_until: At(now + 30 * SECOND),
-                }
-            }
-            (Verb::Nack, None) => {
-                let attempts = message.attempts + u32::from(!timed_out);
-                if attempts >= MAX_ATTEMPTS {
-                    self.die(offset, now, "nacked", attempts, true);
-                    return Outcome::Nacked {
-                        due_at: None,
-                        dead_letter: Some(letter),
-                    };
-                }
-                message.attempts = attempts;
-                message.fail(now, "nacked");
-                let policy = DELAYS[(attempts as usize - 1).min(2)];
-                let due = now + delay.unwrap_or(policy);
-                message.plain = Plain::Waiting {
-                    end: End::Nacked,
-                    due,
-                };
-                Outcome::Nacked {
-                    due_at: Some(At(due)),
-                    dead_letter: None,
-                }
-            }
-            (Verb::Release, None) => {
-                message.attempts -= u32::from(timed_out);
-                message.releases += 1;
-                message.attempts += u32::from(message.releases > FREE_RELEASES);
-                let attempts = message.attempts;
-                if attempts >= MAX_ATTEMPTS {
-                    self.die(offset, now, "released too often", attempts, true);
-                    return Outcome::Released {
-                        due_at: None,
-                        dead_letter: Some(letter),
-                    };
-                }
-                let due = now + delay.unwrap_or(0);
-                message.plain = Plain::Waiting {
-                    end: End::Released,
-                    due,
-                };
-                Outcome::Released {
-                    due_at: Some(At(due)),
-                    dead_letter: None,
-                }
-            }
         }
     }
 }

@@ -7,14 +7,16 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::super::*;
-use super::reference::{DELAYS, Dead, MAX_ATTEMPTS, MAX_IN_FLIGHT, Message, Plain, Reference};
-use super::{Mode, Published, Step};
+use super::faults::Fault;
+use super::reference::{Dead, Message, Plain, Reference};
+use super::{Mode, Plan, Published, Step};
 use crate::domain::policy::{Ordering, RetryPolicy};
 use crate::domain::receipt::Receipt;
 
 pub(super) struct Rig {
     machine: Queue,
-    settings: Settings,
+    plan: Plan,
+    is_changing: bool,
     /// What the generation or the last fold began with.
     base: Option<Vec<u8>>,
     start: i64,
@@ -31,21 +33,23 @@ pub(super) struct Rig {
     now: i64,
 }
 
-pub(super) fn settings(mode: Mode) -> Settings {
-    let delays = DELAYS
-        .map(|delay| Duration::from_millis(delay.unsigned_abs()))
-        .to_vec();
+pub(super) fn settings(plan: Plan) -> Settings {
+    let delays = plan
+        .delays
+        .map(|delay| Duration::from_millis(delay.unsigned_abs()));
     Settings {
-        max_attempts: MAX_ATTEMPTS,
-        max_in_flight: MAX_IN_FLIGHT,
-        retry: RetryPolicy::List { delays },
-        ordering: match mode {
-            Mode::Keys | Mode::HeldKeys | Mode::KeyBatches => Ordering::Key,
-            Mode::Offsets | Mode::Lanes => Ordering::None,
+        max_attempts: plan.max_attempts,
+        max_in_flight: plan.max_in_flight,
+        retry: RetryPolicy::List {
+            delays: delays.to_vec(),
         },
-        hold_key: mode == Mode::HeldKeys,
-        key_batches: mode == Mode::KeyBatches,
-        priorities: mode == Mode::Lanes,
+        ordering: match plan.mode.is_keyed() {
+            true => Ordering::Key,
+            false => Ordering::None,
+        },
+        hold_key: plan.mode == Mode::HeldKeys,
+        key_batches: plan.mode == Mode::KeyBatches,
+        priorities: plan.mode == Mode::Lanes,
         ..Settings::default()
     }
 }
@@ -55,18 +59,20 @@ fn millis(value: i64) -> Duration {
 }
 
 impl Rig {
-    pub(super) fn new(mode: Mode) -> Self {
-        let settings = settings(mode);
+    pub(super) fn new(mode: Mode, fault: Option<Fault>) -> Self {
+        let is_changing = mode == Mode::Changing;
+        let plan = Plan::new(if is_changing { Mode::Offsets } else { mode });
         let (id, generation) = (QueueId(1), Generation(1));
         Self {
-            machine: Queue::new(id, generation, Offset(1), settings.clone(), Random::new(1)),
-            settings,
+            machine: Queue::new(id, generation, Offset(1), settings(plan), Random::new(1)),
+            plan,
+            is_changing,
             base: None,
             start: 1,
             journal: Vec::new(),
             letters: BTreeMap::new(),
-            reference: Reference::new(mode),
-            committed: Reference::new(mode),
+            reference: Reference::new(plan, fault),
+            committed: Reference::new(plan, fault),
             log: Vec::new(),
             floor: 0,
             issued: Vec::new(),
@@ -134,7 +140,7 @@ impl Rig {
     pub(super) fn crash(&mut self) {
         self.issued.truncate(self.answered);
         let (id, generation) = (QueueId(1), Generation(self.committed.generation));
-        let (settings, random) = (self.settings.clone(), Random::new(2));
+        let (settings, random) = (settings(self.plan), Random::new(2));
         let start = Offset(self.start);
         let state = self.base.as_deref();
         let carried = state.and_then(|bytes| {
@@ -182,6 +188,7 @@ impl Rig {
     fn pass(&mut self) {
         self.machine.advance(At(self.now), At(self.now));
         self.reference.expire_over(self.now);
+        self.reference.settle_down();
     }
 
     fn begin_generation(&mut self, start: i64, keeps_redriven: bool) {
@@ -234,6 +241,7 @@ impl Rig {
                 true => self.reference.verb(verb, offset, delivery, delay, self.now),
                 false => Outcome::Gone { incident: false },
             };
+            self.reference.settle_down();
             prop_assert_eq!(
                 &outcomes[index],
                 &expected,
@@ -312,6 +320,8 @@ impl Rig {
                 self.machine.lose(vec![Offset(*offset)]);
                 self.reference.lose(*offset);
             }
+            // A queue by offset does not know keys, and could not learn them any more.
+            Step::Drop(_) if self.is_changing => {}
             Step::Drop(floor) => {
                 self.floor = self.floor.max((*floor).min(self.log.len() as i64));
                 self.machine.lose_through(Offset(self.floor));
@@ -340,6 +350,9 @@ impl Rig {
             Step::Purge => self.begin_generation(self.log.len() as i64 + 1, false),
             _ => self.act(step)?,
         }
+        self.pass();
+        // What has to be learned again waits for the next pass.
+        self.learn_order();
         self.pass();
         self.agree()
     }
@@ -392,16 +405,41 @@ impl Rig {
                     }
                 }
             }
-            Step::Hold(holds) if self.settings.ordering == Ordering::Key => {
-                self.settings.hold_key = *holds;
-                self.machine.change_settings(self.settings.clone());
-                self.reference.holds = *holds;
-                // The row is written before the queue hears of it.
-                self.committed.holds = *holds;
+            Step::Hold(holds) if matches!(self.plan.mode, Mode::Keys | Mode::HeldKeys) => {
+                let mode = if *holds { Mode::HeldKeys } else { Mode::Keys };
+                self.change(Plan { mode, ..self.plan });
+            }
+            Step::Order(mode) if self.is_changing => {
+                self.change(Plan {
+                    mode: *mode,
+                    ..self.plan
+                });
+            }
+            Step::Tune {
+                max_attempts,
+                max_in_flight,
+                factor,
+            } => {
+                let delays = Plan::new(Mode::Offsets).delays.map(|delay| delay * factor);
+                self.change(Plan {
+                    mode: self.plan.mode,
+                    max_attempts: *max_attempts,
+                    max_in_flight: *max_in_flight,
+                    delays,
+                });
             }
             _ => {}
         }
         Ok(())
+    }
+
+    /// The row is written before the queue hears of it.
+    fn change(&mut self, plan: Plan) {
+        self.plan = plan;
+        self.machine.change_settings(settings(plan));
+        self.learn_order();
+        self.reference.change(plan);
+        self.committed.change(plan);
     }
 
     /// Everything that can be asked of the machine is as the reference has it.
@@ -431,7 +469,7 @@ impl Rig {
                 &|message| matches!(message.plain, Plain::Waiting { due, .. } if due > now),
             ),
             waiting: waiting.count() as u64,
-            lanes: self.settings.priorities.then_some(by_lane),
+            lanes: self.reference.has_lanes().then_some(by_lane),
             dead: self.reference.letters.keys().filter(is_dead).count() as u64,
         };
         prop_assert_eq!(self.machine.counts(), expected);
