@@ -46,7 +46,8 @@ pub(in crate::queue) enum Command {
     },
     Inspect {
         messages: Vec<(Offset, Option<Topic>)>,
-        reply: Reply<Vec<MessageStatus>>,
+        /// With those that have dead letters.
+        reply: Reply<(Vec<MessageStatus>, Vec<Offset>)>,
     },
     Act {
         offset: Offset,

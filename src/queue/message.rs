@@ -14,10 +14,13 @@ use super::handle::{Handle, invalid};
 use super::part::Answer;
 use super::task::{Done, Task};
 use crate::domain::id::{Generation, Offset};
+use crate::domain::letter::LetterId;
 use crate::domain::message::Entry;
 use crate::domain::name::{QueueName, Topic};
 use crate::domain::policy::{CONSUMER_MAX_BYTES, REASON_MAX_BYTES};
 use crate::domain::queue::{At, Failure, Inspected, Standing, Whose, dead_letter_id};
+use crate::store;
+use crate::store::letter::History;
 use crate::stream;
 
 /// Most messages that one request looks at.
@@ -62,8 +65,10 @@ pub struct MessageStatus {
     pub delivery: u32,
     /// Attempts made, one under way included.
     pub attempts: u32,
-    /// How its last attempts failed, oldest first, at most five. Those of a dead letter are with the letter.
+    /// How its last attempts failed, oldest first, at most five. A dead letter's are those of former lives, too.
     pub failures: Vec<Failure>,
+    /// Its dead letter, also while the message is on its way back.
+    pub dead_letter: Option<LetterId>,
     /// Who has it or had it last, if the receive said so.
     pub consumer: Option<String>,
     /// When its last delivery began.
@@ -119,7 +124,8 @@ impl Handle {
     /// Says where messages stand, in the order asked. `None` for the topic of one that the log does not have.
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::Invalid`] for more than 1,000, [`Error::Unavailable`], [`Error::Stopping`].
+    /// [`Error::NotFound`], [`Error::Invalid`] for more than 1,000, [`Error::Unavailable`], [`Error::Stopping`], or the
+    /// database's.
     pub async fn inspect(
         &self,
         queue: &QueueName,
@@ -128,9 +134,23 @@ impl Handle {
         if messages.len() > INSPECT_MAX {
             return Err(invalid("messages", "must be at most 1000"));
         }
+        let id = self.shared.find(queue)?.description.id;
         let bound = self.shared.outcome_wait;
-        self.tell(queue, bound, |reply| Command::Inspect { messages, reply })
-            .await
+        let (mut told, dead) = self
+            .tell(queue, bound, |reply| Command::Inspect { messages, reply })
+            .await?;
+        if !dead.is_empty() {
+            let read = move |database: store::Database| async move {
+                store::letter::find_histories(&database, id, &dead).await
+            };
+            for letter in self.shared.letters.ask(read).await? {
+                let meant = told
+                    .iter_mut()
+                    .filter(|told| told.offset == letter.id.offset);
+                meant.for_each(|told| told.add_letter(&letter));
+            }
+        }
+        Ok(told)
     }
 
     /// Settles a message, in this queue only. Answered after the commit. Repeating it is safe: it finds the message settled.
@@ -176,17 +196,20 @@ impl Handle {
 }
 
 impl Task {
+    /// Says where messages stand, and which of them have dead letters, whose histories are with their rows.
     pub(in crate::queue) fn inspect(
         &self,
         messages: &[(Offset, Option<Topic>)],
-    ) -> Vec<MessageStatus> {
+    ) -> (Vec<MessageStatus>, Vec<Offset>) {
         let now = self.now();
         let told = messages.iter().map(|(offset, topic)| {
             let found = self.machine.inspect(*offset, now);
             let state = self.state_of(&found, topic.as_ref());
             status(found, state)
         });
-        told.collect()
+        let dead = messages.iter().map(|(offset, _)| *offset);
+        let dead = dead.filter(|&offset| self.machine.death(offset).is_some());
+        (told.collect(), dead.collect())
     }
 
     /// What the machine does not know, the topic says.
@@ -311,6 +334,17 @@ impl Task {
     }
 }
 
+impl MessageStatus {
+    fn add_letter(&mut self, letter: &History) {
+        self.dead_letter = Some(letter.id);
+        if self.state == MessageState::Dead {
+            self.delivery = letter.delivery;
+            self.attempts = letter.attempts;
+            self.failures.clone_from(&letter.failures);
+        }
+    }
+}
+
 fn status(found: Inspected, state: MessageState) -> MessageStatus {
     let (visible_until, due_at) = match found.standing {
         Standing::Live { deadline } => (Some(deadline.into()), None),
@@ -324,6 +358,7 @@ fn status(found: Inspected, state: MessageState) -> MessageStatus {
         delivery: found.delivery,
         attempts: found.attempts,
         failures: found.failures,
+        dead_letter: None,
         consumer: found
             .receive
             .as_ref()

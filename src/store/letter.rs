@@ -233,6 +233,52 @@ pub async fn find_death(
     Ok(delivery.and_then(|delivery| u32::try_from(delivery).ok()))
 }
 
+/// How a dead letter came to be, without its message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// The letter's name.
+    pub id: LetterId,
+    /// The delivery that the message died with.
+    pub delivery: u32,
+    /// Attempts made.
+    pub attempts: u32,
+    /// How the last attempts failed, oldest first.
+    pub failures: Vec<Failure>,
+}
+
+/// Reads how the letters of these messages came to be, by offset.
+///
+/// # Errors
+/// The database's, or a row that no version has written.
+pub async fn find_histories(
+    database: &Database,
+    queue: QueueId,
+    offsets: &[Offset],
+) -> Result<Vec<History>, Error> {
+    let rows: Vec<(i64, i64, i32, i32, String)> = sqlx::query_as(
+        "select generation, \"offset\", delivery, attempts, failures::text from postroad_broker.dead_letter \
+         where queue_id = $1 and \"offset\" = any ($2) order by \"offset\"",
+    )
+    .bind(queue.0)
+    .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query(READING))?;
+    rows.into_iter()
+        .map(|(generation, offset, delivery, attempts, failures)| {
+            Ok(History {
+                id: LetterId {
+                    generation: Generation(generation),
+                    offset: Offset(offset),
+                },
+                delivery: u32::try_from(delivery).unwrap_or(0),
+                attempts: u32::try_from(attempts).unwrap_or(0),
+                failures: read_failures(&failures)?,
+            })
+        })
+        .collect()
+}
+
 fn read_failures(text: &str) -> Result<Vec<Failure>, Error> {
     #[derive(serde::Deserialize)]
     struct Wire {

@@ -43,8 +43,10 @@ struct WireMessage {
     delivery: u32,
     /// Attempts made, one under way included.
     attempts: u32,
-    /// How its last attempts failed, at most five, oldest first.
+    /// How its last attempts failed, at most five, oldest first; of a dead letter those of former lives, too.
     failures: Vec<WireFailure>,
+    /// The id of its dead letter, also while the message is on its way back; null without.
+    dead_letter: Option<String>,
     /// Who has it, or had it last.
     consumer: Option<String>,
     /// When its last delivery began.
@@ -310,6 +312,7 @@ fn print(out: &mut Vec<u8>, told: &MessageStatus, entry: Option<&Arc<Entry>>) {
         "delivery": told.delivery,
         "attempts": told.attempts,
         "failures": failures,
+        "dead_letter": told.dead_letter.map(|id| id.to_string()),
         "consumer": told.consumer,
         "delivered_at": told.delivered_at.map(wire::time),
         "visible_until": told.visible_until.map(wire::time),

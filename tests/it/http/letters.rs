@@ -201,3 +201,79 @@ async fn dead_letters_are_redriven_over_http() {
     assert_eq!(looped.body["errors"][0]["pointer"], "/dead_letter_topic");
     api.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_of_a_dead_letter_goes_on_when_it_is_removed() {
+    let api = Api::start().await;
+    let held = json!({"topics": ["orders.*"], "ordering": "key", "hold_key": true});
+    api.queue("billing", held).await;
+    reject(&api, &["1"]).await;
+    let headers = [("ce-partitionkey", "sku-1")];
+    let later = api
+        .publish("orders.created", "application/json", &headers, "2")
+        .await;
+    assert_eq!(later.status, 200, "{later:?}");
+    let blocked = support::eventually("a key that waits", || async {
+        let queue = api.get("/v1/queues/billing").await;
+        let blocked = &queue.body["status"]["blocked_keys"][0];
+        blocked.is_object().then(|| blocked.clone())
+    })
+    .await;
+    assert_eq!(
+        (&blocked["key"], &blocked["by"]["state"]),
+        (&json!("sku-1"), &json!("held"))
+    );
+    let nothing = api.receive("billing", json!({"wait_seconds": 0})).await;
+    assert_eq!(nothing.body["reason"], "waiting_for_keys", "{nothing:?}");
+    let removed = api
+        .call("DELETE", "/v1/queues/billing/dead-letters/1-1", None)
+        .await;
+    assert_eq!(removed.status, 204, "{removed:?}");
+    let received = api.receive("billing", json!({"wait_seconds": 10})).await;
+    assert_eq!(received.body["deliveries"][0]["offset"], 2, "{received:?}");
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_shows_its_dead_letter() {
+    let api = Api::start().await;
+    api.queue("billing", json!({"topics": ["orders.*"]})).await;
+    reject(&api, &["1"]).await;
+    let path = "/v1/queues/billing/messages/1";
+    let dead = api.get(path).await.body;
+    assert_eq!(
+        [
+            &dead["state"],
+            &dead["dead_letter"],
+            &dead["attempts"],
+            &dead["delivery"]
+        ],
+        [&json!("dead"), &json!("1-1"), &json!(1), &json!(1)],
+        "{dead}"
+    );
+    assert_eq!(dead["failures"][0]["reason"], "no stock");
+    let found = api.get("/v1/queues/billing/messages").await.body;
+    assert_eq!(found["messages"][0], dead);
+    let begun = api
+        .post("/v1/queues/billing/redrives", json!({"redrive_id": "r"}))
+        .await;
+    assert_eq!(begun.status, 201, "{begun:?}");
+    done(&api, "r").await;
+    let back = api.get(path).await.body;
+    assert_eq!(
+        [&back["state"], &back["dead_letter"], &back["failures"]],
+        [&json!("ready"), &json!("1-1"), &json!([])],
+        "{back}"
+    );
+    let received = api.receive("billing", json!({"wait_seconds": 10})).await;
+    let receipt = &received.body["deliveries"][0]["receipt"];
+    let acked = json!({"deliveries": [{"receipt": receipt}]});
+    api.post("/v1/queues/billing/ack", acked).await;
+    let settled = api.get(path).await.body;
+    assert_eq!(
+        (&settled["state"], &settled["dead_letter"]),
+        (&json!("settled"), &json!(null)),
+        "{settled}"
+    );
+    api.stop().await;
+}

@@ -195,7 +195,7 @@ async fn scans_pass_over_leaves_that_cannot_match_and_find_all_that_do() {
 }
 
 /// A statement of the append function: it must be there as it is explained.
-pub(super) async fn explain(connection: &mut PgConnection, statement: &str) -> String {
+pub(crate) async fn explain(connection: &mut PgConnection, statement: &str) -> String {
     let lines: Vec<(String,)> = sqlx::query_as(sqlx::AssertSqlSafe(format!("explain {statement}")))
         .fetch_all(connection)
         .await

@@ -4,7 +4,7 @@ mod append;
 mod faults;
 mod keeping;
 mod keyed;
-mod log;
+pub mod log;
 mod priority;
 mod scheduled;
 
