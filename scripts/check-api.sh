@@ -30,6 +30,24 @@ for _ in $(seq 300); do
     sleep 0.1
 done
 
+# Something to be found under the names that the specification's examples have: messages in every state, dead letters, a
+# redrive, a paused queue. Whatever of it the run changes, it was there.
+call() { curl -sS --fail-with-body -o "$folder/answer" -X "$1" -H 'content-type: application/json' "$url$2" ${3:+-d "$3"}; }
+receipts() { python3 -c 'import json, sys; print(json.dumps([{"receipt": d["receipt"], "reason": "no stock"} for d in json.load(open(sys.argv[1]))["deliveries"]]))' "$folder/answer"; }
+call PUT /v1/queues/billing '{"topics": ["orders.*"], "ordering": "key", "hold_key": true}'
+call PUT /v1/queues/gone '{"topics": ["orders.*"]}'
+for number in $(seq 30); do
+    curl -sS --fail-with-body -o "$folder/answer" -H 'content-type: application/json' \
+        -H "ce-partitionkey: customer-$((number % 9))" "$url/v1/topics/orders.created/messages" -d "{\"n\": $number}"
+done
+for verb in reject nack; do
+    call POST /v1/queues/billing/receive '{"max_messages": 9, "wait_seconds": 5, "consumer": "billing-1"}'
+    call POST "/v1/queues/billing/$verb" "{\"deliveries\": $(receipts)}"
+    call POST /v1/queues/billing/redrives '{"redrive_id": "after-the-fix", "ids": ["1-1"]}'
+done
+call POST /v1/queues/gone/receive '{"max_messages": 9, "wait_seconds": 5}'
+call POST /v1/queues/gone/pause
+
 # What the specification cannot say: which values of an open text are valid (a topic's pattern, a cursor, two parameters that
 # exclude each other), so valid-looking data may be refused with 422.
 status=0

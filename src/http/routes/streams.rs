@@ -57,6 +57,7 @@ struct Declaration {
     untagged,
     expecting = "a retention must be an integer or \"unlimited\""
 )]
+#[schema(as = RetentionSeconds)]
 enum Seconds {
     /// So long.
     Of(SecondCount),
