@@ -5,10 +5,11 @@
 //! A request is written down with the time at which it was sent and the time at which its answer was there. One that got no
 //! answer, or one that says that the outcome is not known, may have been carried out or not: `told` is None.
 //!
-//! `queue` judges deliveries, settlements and attempts (I8, I9), `order` keys (I10), `letters` dead letters and redrives. Each
-//! has tests that plant the faults that it exists for.
+//! `log` judges the way from a transaction into the stream (I1 to I7), `queue` deliveries, settlements and attempts (I8, I9),
+//! `order` keys (I10), `letters` dead letters and redrives. Each has tests that plant the faults that it exists for.
 
 pub mod letters;
+pub mod log;
 pub mod order;
 pub mod queue;
 #[cfg(test)]

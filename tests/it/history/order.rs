@@ -191,7 +191,7 @@ impl Late<'_> {
                 let may_be = is_before && live.visible_until > came.asked.answered;
                 if may_be && live_until(history, message, other, live) > came.asked.answered {
                     faults.push(format!(
-                        "key {}: {} came as delivery {} while {other} was in flight",
+                        "key {}: {} came as delivery {} while {other} was in flight: {came:?}, {live:?}",
                         self.key, self.offset, came.delivery
                     ));
                 }
