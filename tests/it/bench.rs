@@ -234,7 +234,7 @@ async fn queue_of_bench(http: &Http) -> String {
 
 /// Runs a bench beside somebody who disturbs it: the exit status must tell. Gives the first round's check.
 async fn disturbed(disturb: impl AsyncFnOnce(&Http, &support::TestDatabase, &str)) -> Value {
-    let broker = support::broker().await;
+    let broker = Box::pin(support::broker()).await;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("json");
     let arguments = [
