@@ -42,6 +42,14 @@ impl Block {
         is_read && later.is_none_or(|later| later.is_known(scanned))
     }
 
+    /// How many of the letters come first and are at offsets that the queue has looked through.
+    pub(in crate::queue) fn letters_through(&self, scanned: Offset) -> usize {
+        self.letters
+            .iter()
+            .take_while(|letter| letter.offset <= scanned)
+            .count()
+    }
+
     /// The letters of the next batch.
     pub(in crate::queue) fn take_batch(&mut self, most: usize) -> Vec<Reborn> {
         if let Some(later) = &mut self.later {

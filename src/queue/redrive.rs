@@ -31,6 +31,8 @@ const BATCH_EVERY: Duration = Duration::from_millis(250);
 const BEHIND_MAX: Duration = Duration::from_secs(1);
 /// A read that failed is tried again after this.
 const RETRY: Duration = Duration::from_millis(250);
+/// Letters that the queue's scan has not come to are looked at again after this.
+const SCAN_AGAIN: Duration = Duration::from_millis(20);
 
 /// What a dry run found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -341,7 +343,16 @@ impl Task {
             return;
         };
         if block.is_ready(scanned) {
-            return self.redrive_batch(id, room);
+            let reach = match is_ordered {
+                true => block.letters_through(scanned),
+                false => usize::MAX,
+            };
+            if reach == 0 && !block.letters.is_empty() {
+                // After a seek: what comes before these in their keys is still to be found.
+                running.next_at = Instant::now() + SCAN_AGAIN;
+                return;
+            }
+            return self.redrive_batch(id, room.min(reach));
         }
         let Some(block) = running.block.take() else {
             return;

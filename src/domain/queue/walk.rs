@@ -1,6 +1,6 @@
 //! The ready messages in the order in which they go out: what a receive takes, and what is to be loaded before.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, btree_set};
 use std::iter::Peekable;
 
 use super::Queue;
@@ -36,9 +36,8 @@ pub(super) struct Walk<'a> {
 }
 
 impl<'a> Ready<'a> {
-    fn new(fresh: impl Iterator<Item = i64> + 'a, again: &'a BTreeSet<i64>) -> Self {
-        let (fresh, again): (Source<'a>, Source<'a>) =
-            (Box::new(fresh), Box::new(again.iter().copied()));
+    fn new(fresh: impl Iterator<Item = i64> + 'a, again: btree_set::Range<'a, i64>) -> Self {
+        let (fresh, again): (Source<'a>, Source<'a>) = (Box::new(fresh), Box::new(again.copied()));
         Self {
             fresh: fresh.peekable(),
             again: again.peekable(),
@@ -62,16 +61,19 @@ impl<'a> Walk<'a> {
         let mut credits = [0; LANES];
         let mut batches = None;
         let ready = match &queue.order {
-            Order::Offsets => vec![Ready::new(queue.fresh.iter(), &queue.again)],
+            Order::Offsets => vec![Ready::new(queue.fresh.iter(), queue.again.range(..))],
             Order::Keys(keys) => {
                 batches = queue.settings.key_batches.then_some(keys);
-                vec![Ready::new(keys.fresh.iter(), &keys.again)]
+                // What was redriven before a seek, or handed out before a restart, waits for the scan: what comes before it
+                // in its key may still be to be found.
+                let again = keys.again.range(..=queue.scanned);
+                vec![Ready::new(keys.fresh.iter(), again)]
             }
             Order::Lanes(lanes) => {
                 credits = lanes.credits;
                 let lanes = lanes.fresh.iter().zip(&lanes.again);
                 lanes
-                    .map(|(fresh, again)| Ready::new(fresh.iter(), again))
+                    .map(|(fresh, again)| Ready::new(fresh.iter(), again.range(..)))
                     .collect()
             }
         };
@@ -163,7 +165,8 @@ impl Queue {
     /// The next message of a key after one that goes out, if it can go with it.
     fn follower(&self, keys: &Keys, key: i64, offset: i64) -> Option<i64> {
         let next = keys.get(key)?.members.first_from(offset + 1)?;
-        let is_ready = self.fresh.contains(next) || self.again.contains(&next);
+        let is_ready =
+            next <= self.scanned && (self.fresh.contains(next) || self.again.contains(&next));
         let is_held = self.settings.hold_key && keys.holder(key, next).is_some();
         (is_ready && !is_held).then_some(next)
     }

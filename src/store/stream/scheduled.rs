@@ -35,6 +35,19 @@ impl ScheduledKind {
     }
 }
 
+/// The database's clock: what leaves are made for. A node's own view of it does not follow when it is set.
+///
+/// # Errors
+/// The database's.
+pub async fn read_clock(connection: &mut Connection) -> Result<DateTime<Utc>, Error> {
+    bounded(
+        "reading the clock",
+        STATEMENT,
+        sqlx::query_scalar("select clock_timestamp()").fetch_one(connection),
+    )
+    .await
+}
+
 /// Makes the leaves that these times fall into, where they are missing.
 ///
 /// # Errors

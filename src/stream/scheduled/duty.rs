@@ -190,7 +190,7 @@ impl Duty {
 
     /// Makes the leaves of now and of what comes next, empties those that are over, and counts.
     async fn upkeep(&mut self, connection: &mut Connection) -> Result<(), store::Error> {
-        let now = self.cluster.now();
+        let now = sql::read_clock(connection).await?;
         let ahead = now + chrono::TimeDelta::seconds(sql::SCHEDULED_LEAF_SECONDS);
         for (kind, leaves) in [
             (ScheduledKind::Message, &mut self.known.message_leaves),
