@@ -13,4 +13,5 @@ pub mod queue;
 pub mod receipt;
 pub mod retention;
 pub mod schedule;
+mod template;
 pub mod topic_index;

@@ -9,6 +9,7 @@ pub mod letter;
 pub mod mapped;
 pub mod migrate;
 pub mod origin;
+mod outbox_row;
 pub mod queue;
 pub mod redrive;
 pub mod relay;

@@ -11,6 +11,7 @@
 pub mod letters;
 pub mod log;
 pub mod order;
+mod pauses;
 pub mod queue;
 #[cfg(test)]
 mod sample;

@@ -64,7 +64,7 @@ pub fn check(history: &History) -> Vec<String> {
     }
     check_losses(history, &parts, &mut faults);
     check_generations(history, &mut faults);
-    check_pauses(history, &mut faults);
+    super::pauses::check(history, &mut faults);
     faults
 }
 
@@ -133,31 +133,6 @@ fn check_generations(history: &History, faults: &mut Vec<String>) {
             faults.push(format!(
                 "{}: a receipt was answered wrongly: {settled:?}",
                 settled.offset
-            ));
-        }
-    }
-}
-
-/// A paused queue hands nothing out.
-fn check_pauses(history: &History, faults: &mut Vec<String>) {
-    let turns = history.done.iter().filter_map(|done| match done.act {
-        Act::Paused(is_paused) => Some((done.asked, is_paused)),
-        _ => None,
-    });
-    let turns: Vec<_> = turns.collect();
-    for (place, (asked, is_paused)) in turns.iter().enumerate() {
-        if !is_paused {
-            continue;
-        }
-        let until = turns.get(place + 1).map(|(asked, _)| asked.at);
-        let during = |delivered: &&Delivered| {
-            let is_before = until.is_none_or(|until| delivered.asked.answered < until);
-            delivered.asked.at > asked.answered && is_before
-        };
-        if let Some(delivered) = history.delivered.iter().find(during) {
-            faults.push(format!(
-                "{} came while the queue was paused",
-                delivered.offset
             ));
         }
     }
@@ -612,21 +587,6 @@ mod tests {
                 ..delivered(6_000, 3, 1, 1)
             };
             add(history, third);
-        });
-    }
-
-    #[test]
-    fn what_a_paused_queue_hands_out_is_found() {
-        finds("6 came while the queue was paused", |history| {
-            history.delivered.last_mut().unwrap().asked = asked(7_500);
-        });
-        finds_nothing(|history| {
-            history.done.push(done(7_050, Act::Paused(false)));
-            let last = history.delivered.last_mut().unwrap();
-            last.asked = Asked {
-                at: asked(5_500).at,
-                answered: asked(6_000).answered,
-            };
         });
     }
 }
