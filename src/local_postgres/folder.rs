@@ -20,7 +20,19 @@ pub(super) struct Folder {
     pub(super) socket_dir: PathBuf,
     pub(super) log_path: PathBuf,
     pub(super) account: Option<Account>,
-    _lock: Arc<File>,
+    _lock: Arc<Lock>,
+}
+
+/// The lock of a data folder. A process that another thread is just starting has this file open too until its program
+/// runs, and closing ours alone would leave the folder locked until then: so it is unlocked, not only closed.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing it releases it as well, if later.
+        let _ = self.0.unlock();
+    }
 }
 
 impl Folder {
@@ -97,7 +109,7 @@ pub(super) fn prepare(settings: &Settings, account: Option<Account>) -> Result<F
         log_path: data_dir.join("postgres.log"),
         socket_dir,
         account,
-        _lock: Arc::new(lock),
+        _lock: Arc::new(Lock(lock)),
     };
     make_private(&folder)?;
     Ok(folder)
@@ -219,4 +231,36 @@ async fn run(program: &'static str, command: &mut Command) -> Result<(), Error> 
 pub(super) fn last_lines(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
     lines[lines.len().saturating_sub(count)..].join(" | ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_folder_is_free_at_once_while_processes_start_beside() {
+        let place = std::env::temp_dir().join(format!("postroad-lock-{}", std::process::id()));
+        let settings = Settings::new(&place);
+        let over = AtomicBool::new(false);
+        let locked = std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        std::process::Command::new("true").status().unwrap();
+                    }
+                });
+            }
+            let started = std::time::Instant::now();
+            let mut locked = None;
+            while locked.is_none() && started.elapsed().as_millis() < 500 {
+                locked = prepare(&settings, None).err();
+            }
+            over.store(true, Ordering::Relaxed);
+            locked
+        });
+        std::fs::remove_dir_all(&place).unwrap();
+        assert!(locked.is_none(), "{locked:?}");
+    }
 }
