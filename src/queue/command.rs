@@ -64,7 +64,11 @@ pub(in crate::queue) enum Command {
         reply: Reply<()>,
     },
     /// The declaration changed, or a pinned queue may go on.
-    Change(Box<Declaration>),
+    Change {
+        declaration: Box<Declaration>,
+        /// Answered once what follows from it is committed.
+        reply: Reply<()>,
+    },
     /// Decide nothing more; answered once all that was decided is committed.
     Hold {
         keeps_redriven: bool,
@@ -189,10 +193,11 @@ impl Task {
                 self.machine.journal_scan(self.machine.scanned_through());
                 self.answers.push(Answer::Pin { reply });
             }
-            Command::Change(declaration) => {
+            Command::Change { declaration, reply } => {
                 self.change_settings(declaration.settings);
                 self.parts.patterns = declaration.topics.into();
                 self.unpin();
+                self.answers.push(Answer::Done { reply });
             }
             Command::Hold {
                 keeps_redriven,

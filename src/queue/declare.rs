@@ -274,7 +274,11 @@ impl Engine {
         }
         self.show_row(id);
         if let Some(mailbox) = mailbox {
-            let _ = mailbox.send(Command::Change(Box::new(declaration))).await;
+            let declaration = Box::new(declaration);
+            ask(&mailbox, self.shared.outcome_wait, |reply| {
+                Command::Change { declaration, reply }
+            })
+            .await?;
         }
         let row = self.queues.get(&id).map_or(row, |owned| owned.row.clone());
         Ok((describe(&row), Declared::Changed))
@@ -297,10 +301,12 @@ impl Engine {
                 why: "Postgres cannot be reached",
             });
         }
-        let pinned = ask_to_pin(mailbox, self.shared.outcome_wait).await;
+        let bound = self.shared.outcome_wait;
+        let pinned = ask(mailbox, bound, |reply| Command::Pin { reply }).await;
         if pinned.is_err() {
-            let unchanged = Box::new(describe(row).declaration);
-            let _ = mailbox.send(Command::Change(unchanged)).await;
+            let declaration = Box::new(describe(row).declaration);
+            let (reply, _) = oneshot::channel();
+            let _ = mailbox.send(Command::Change { declaration, reply }).await;
         }
         pinned
     }
@@ -332,14 +338,19 @@ impl Engine {
     }
 }
 
-async fn ask_to_pin(mailbox: &mpsc::Sender<Command>, bound: Duration) -> Result<(), Error> {
+/// Has a queue's task do something, and waits until it is committed.
+async fn ask(
+    mailbox: &mpsc::Sender<Command>,
+    bound: Duration,
+    command: impl FnOnce(oneshot::Sender<Result<(), Error>>) -> Command,
+) -> Result<(), Error> {
     let (reply, answer) = oneshot::channel();
-    let sent = mailbox.send(Command::Pin { reply }).await;
+    let sent = mailbox.send(command(reply)).await;
     sent.map_err(|_| ENDED)?;
     match tokio::time::timeout(bound, answer).await {
         Ok(answer) => answer.unwrap_or(Err(ENDED)),
         Err(_) => Err(Error::Unavailable {
-            why: "its scan position could not be written in time",
+            why: "what goes with the change could not be written in time",
         }),
     }
 }

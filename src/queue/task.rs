@@ -455,6 +455,7 @@ impl Task {
                 Command::InFlight { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Pin { reply }
                 | Command::RemoveLetter { reply, .. }
+                | Command::Change { reply, .. }
                 | Command::CancelRedrive { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Redrive { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::DryRun { reply, .. } => drop(reply.send(Err(ENDED))),
@@ -462,7 +463,6 @@ impl Task {
                 Command::Act { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Expire { reply, .. } => drop(reply.send(Err(ENDED))),
                 Command::Status { .. }
-                | Command::Change(_)
                 | Command::Hold { .. }
                 | Command::Pause { .. }
                 | Command::Fold { .. }

@@ -94,7 +94,7 @@ impl Default for Options {
             grace: Duration::from_secs(600),
             poll_min: Duration::from_millis(2),
             poll_max: Duration::from_millis(100),
-            page_rows: 1_000,
+            page_rows: 4_000,
             page_bytes: 4 << 20,
             manifest_rows: 200_000,
             retry_max: Duration::from_secs(5),

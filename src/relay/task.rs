@@ -343,7 +343,7 @@ impl Run<'_> {
             }
             pause = match stepped.rows {
                 0 => (pause * 2).min(options.poll_max),
-                rows if rows * 2 >= options.page_rows => continue,
+                rows if rows * 8 >= options.page_rows => continue,
                 _ => options.poll_min,
             };
             tokio::select! {

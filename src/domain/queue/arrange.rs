@@ -1,7 +1,7 @@
 //! Another order than before: since the settings changed, or since the queue was recovered, which knows nothing of keys and
 //! lanes. What is unsettled is asked of the log then, and nothing goes out until it is known.
 
-use super::order::{Order, lane};
+use super::order::{Keys, Order, lane};
 use super::{Dead, Found, Mark, Queue};
 use crate::domain::id::Offset;
 use crate::domain::message::Priority;
@@ -23,22 +23,40 @@ impl Queue {
             }
             return;
         }
-        if let Order::Keys(keys) = &mut self.order
-            && !self.is_arranging
-            && self.settings.ordering != Ordering::Key
-        {
+        let leaves = matches!(self.order, Order::Keys(_)) && is != Ordering::Key;
+        match leaves && !self.is_arranging {
+            true => self.leave_order(),
+            false => self.begin_order(leaves),
+        }
+    }
+
+    /// The queue is ordered no more: each key goes on in order until nothing of it is live.
+    fn leave_order(&mut self) {
+        if let Order::Keys(keys) = &mut self.order {
             keys.is_leaving = true;
             let all: Vec<i64> = keys.keys.keys().copied().collect();
             self.end_order();
             all.into_iter().for_each(|key| self.refresh(key));
-            return;
         }
-        self.arrange();
     }
 
-    /// Begins the order anew: from the stored state, or since another is wanted.
+    /// Whether the queue is ordered no more, and keys are in order still.
+    pub(super) fn is_leaving(&self) -> bool {
+        matches!(self.order, Order::Keys(_)) && self.settings.ordering != Ordering::Key
+    }
+
+    /// Begins the order anew, from the stored state. A queue that was leaving its order leaves it again, by what is live
+    /// now.
     pub fn arrange(&mut self) {
-        self.order = Order::of(&self.settings);
+        self.begin_order(self.left_order && self.settings.ordering != Ordering::Key);
+    }
+
+    /// Another order is wanted; `leaves`: the one by key, until what is live is settled.
+    pub(super) fn begin_order(&mut self, leaves: bool) {
+        self.order = match leaves {
+            true => Order::Keys(Keys::default()),
+            false => Order::of(&self.settings),
+        };
         self.is_arranging = false;
         match &mut self.order {
             Order::Offsets => return,
@@ -62,6 +80,9 @@ impl Queue {
         }
         let nothing = self.fresh.is_empty() && self.entries.is_empty() && self.dead.is_empty();
         self.is_arranging = !nothing;
+        if nothing && leaves {
+            self.leave_order();
+        }
     }
 
     /// Whether nothing goes out since the order is not known yet: the marks of all that [`Queue::unmarked`] tells are to
@@ -124,6 +145,9 @@ impl Queue {
                 }
             }
             self.is_arranging = false;
+            if self.is_leaving() {
+                self.leave_order();
+            }
         }
     }
 

@@ -25,6 +25,7 @@ impl Queue {
         to.bitmap(&self.ahead);
         to.bitmap(&self.lost);
         to.bitmap(&self.reopened);
+        to.0.push(u8::from(self.left_order));
         self.write_dead(&mut to);
         self.write_receives(&mut to);
         out
@@ -116,6 +117,7 @@ impl Queue {
         queue.ahead = from.bitmap()?;
         queue.lost = from.bitmap()?;
         queue.reopened = from.bitmap()?;
+        queue.left_order = from.flag()?;
         queue.read_dead(&mut from)?;
         let mut receives = Vec::new();
         for _ in 0..from.length_of_list()? {

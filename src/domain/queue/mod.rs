@@ -306,6 +306,8 @@ pub struct Queue {
     reopened: RoaringTreemap,
     /// Offsets before this one are not the queue's.
     start: i64,
+    /// As far as the journal knows, the queue is ordered no more and keys are in order still.
+    left_order: bool,
 
     // Derived from the entries.
     deadlines: BTreeSet<(At, i64)>,

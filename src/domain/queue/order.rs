@@ -406,7 +406,7 @@ impl Queue {
             && keys.is_leaving
             && keys.keys.is_empty()
         {
-            self.arrange();
+            self.begin_order(false);
             // The message at hand may be in neither set at this moment.
             self.is_arranging = matches!(self.order, Order::Lanes(_));
         }

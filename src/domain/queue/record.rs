@@ -119,6 +119,11 @@ pub enum Record {
         /// Offset, and the number of a delivery that was never handed out: those of before are lower.
         letters: Vec<(i64, u32)>,
     },
+    /// The queue is ordered by key no more.
+    OrderLeft {
+        /// Keys with a live message are in order still, until nothing of them is live.
+        leaves: bool,
+    },
     /// The stream was looked at up to here; of what was not looked at before, these match and were not handed out.
     Scanned {
         /// The scan position.
@@ -279,6 +284,10 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
             to.deliveries(letters);
             12
         }
+        Record::OrderLeft { leaves } => {
+            to.0.push(u8::from(*leaves));
+            13
+        }
     }
 }
 
@@ -346,6 +355,9 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
         8 => Record::Scanned {
             through: from.signed()?,
             matched: from.offsets()?,
+        },
+        13 => Record::OrderLeft {
+            leaves: from.flag()?,
         },
         12 => Record::Redriven {
             at: At(from.signed()?),
@@ -483,6 +495,7 @@ pub(super) mod tests {
                 proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5)
             )
                 .prop_map(|(at, letters)| Record::Redriven { at, letters }),
+            any::<bool>().prop_map(|leaves| Record::OrderLeft { leaves }),
             (0..1_000i64, ranges(), any::<bool>()).prop_map(|(through, ranges, many)| {
                 let mut matched = RoaringTreemap::new();
                 for (from, through) in ranges {

@@ -41,6 +41,7 @@ impl Queue {
             dead: BTreeMap::new(),
             reopened: RoaringTreemap::new(),
             start: start.0,
+            left_order: false,
             deadlines: BTreeSet::new(),
             delays: BTreeSet::new(),
             again: BTreeSet::new(),
@@ -138,13 +139,17 @@ impl Queue {
 
     /// What is to be written since the last call.
     pub fn take_batch(&mut self) -> Batch {
+        if self.is_leaving() != self.left_order {
+            let leaves = self.is_leaving();
+            self.commit(Record::OrderLeft { leaves });
+        }
         std::mem::take(&mut self.pending)
     }
 
     /// Whether [`Queue::take_batch`] would give something.
     #[must_use]
     pub fn has_batch(&self) -> bool {
-        !self.pending.is_empty()
+        !self.pending.is_empty() || self.is_leaving() != self.left_order
     }
 
     /// Decides durably: applies the record and puts it up for the journal.
@@ -217,6 +222,7 @@ impl Queue {
                 attempts,
             } => self.apply_extended(*offset, *deadline, *attempts),
             Record::Shifted { by } => self.apply_shifted(*by),
+            Record::OrderLeft { leaves } => self.left_order = *leaves,
             Record::Scanned { through, matched } => {
                 // A live queue has found all of it before, and knows the marks.
                 for offset in self.fresh.missing_of(matched) {

@@ -289,6 +289,13 @@ async fn order_begins_and_ends_with_what_is_in_flight() {
         broker.poll().await.deliveries.is_empty(),
         "`a` is in order until then"
     );
+    broker.kill();
+    let broker = Broker::on(&database).await;
+    assert_eq!(
+        broker.poll().await.reason,
+        Some(EmptyReason::WaitingForKeys),
+        "also after a kill"
+    );
     broker.settle(Verb::Ack, items(&third)).await;
     assert_eq!(offsets(&receive(&broker, 9, HOUR).await), [5, 6]);
     broker.stop().await;

@@ -56,7 +56,8 @@ async fn looked_at_all(queues: &[&Consumer], offset: u64) {
 }
 
 /// Rates of each queue, a round each: in turns, and each goes first in as many rounds as another. All have the same
-/// messages, and have looked at them before anyone begins.
+/// messages, and the ordered ones have looked at them before anyone begins; the other keeps fewer offsets in memory and
+/// looks at the rest as it goes.
 async fn rounds(
     (database, program): (&TestDatabase, &Program),
     queues: [&Consumer; 3],
@@ -67,7 +68,7 @@ async fn rounds(
     for round in 0..size("POSTROAD_SOAK_KEY_ROUNDS", 1) {
         let (topic, keys) = (("keys.other", "k"), (count, others));
         fill(database, program, topic, keys).await;
-        looked_at_all(&queues, waiting + count * (round + 1)).await;
+        looked_at_all(&queues[1..], waiting + count * (round + 1)).await;
         let mut rate = [0.0; 3];
         let first = usize::try_from(round).unwrap() % queues.len();
         for place in (0..queues.len()).map(|turn| (first + turn) % queues.len()) {

@@ -22,6 +22,8 @@ pub(super) enum Fault {
     /// Its settings hold for what is in flight, too.
     ChangesAtOnce,
     CrashForgetsDelays,
+    /// A crash ends the order that keys are leaving.
+    CrashEndsTheOrder,
     ExtendRevivesTheNacked,
     RevivedCountsTwice,
     LateNackCountsTwice,
@@ -43,6 +45,7 @@ const FAULTS: &[(Fault, Mode)] = &[
     (Fault::SeekForgetsLetters, Mode::Offsets),
     (Fault::ChangesAtOnce, Mode::Changing),
     (Fault::CrashForgetsDelays, Mode::Offsets),
+    (Fault::CrashEndsTheOrder, Mode::Changing),
     (Fault::ExtendRevivesTheNacked, Mode::Offsets),
     (Fault::RevivedCountsTwice, Mode::Offsets),
     (Fault::LateNackCountsTwice, Mode::Offsets),

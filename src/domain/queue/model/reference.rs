@@ -60,6 +60,8 @@ pub(super) struct Reference {
     pub(super) settings: Plan,
     /// Keys that are in order until nothing of them is live, though the queue is ordered no more.
     leaving: BTreeSet<i64>,
+    /// As of the last commit, there were such keys.
+    was_leaving: bool,
     credits: [i64; 3],
     /// What is wrong with it, if something is.
     pub(super) fault: Option<Fault>,
@@ -119,6 +121,7 @@ impl Reference {
             generation: 1,
             settings,
             leaving: BTreeSet::new(),
+            was_leaving: false,
             credits: [0; 3],
             fault,
         }
@@ -143,10 +146,22 @@ impl Reference {
         });
     }
 
+    /// All of it is stored.
+    pub(super) fn note_commit(&mut self) {
+        self.settle_down();
+        self.was_leaving = !self.leaving.is_empty();
+    }
+
     /// What is not stored is lost with a crash.
     pub(super) fn forget(&mut self) {
         self.credits = [0; 3];
-        self.leaving = BTreeSet::new();
+        self.leaving = match self.was_leaving && !self.settings.mode.is_keyed() {
+            true => self.live_keys(),
+            false => BTreeSet::new(),
+        };
+        if self.has(Fault::CrashEndsTheOrder) {
+            self.leaving.clear();
+        }
         if self.has(Fault::CrashForgetsDelays) {
             for message in self.messages.values_mut() {
                 if let Plain::Waiting { due, .. } = &mut message.plain {

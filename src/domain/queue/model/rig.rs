@@ -114,6 +114,7 @@ impl Rig {
         for letter in batch.letters {
             self.letters.insert(letter.offset.0, letter);
         }
+        self.reference.note_commit();
         self.committed = self.reference.clone();
         self.answered = self.issued.len();
     }
