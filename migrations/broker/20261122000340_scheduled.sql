@@ -230,10 +230,10 @@ begin
 
     select h.floor, h.floor_appended_at into v_floor, v_floor_at
     from postroad_broker.stream_head h where h.stream_id = p_stream;
-    execute 'select m."offset", m.appended_at from postroad_broker.message m '
-        'where m.stream_id = $1 and m."offset" >= $2 order by m."offset" desc limit 1'
-    into v_top, v_top_at using p_stream, p_hint;
+    select t.top, t.top_at into v_top, v_top_at
+    from postroad_broker.stream_top(p_stream, greatest(p_hint, v_floor + 1)) t;
     if v_top is null and v_floor < p_hint then
+        -- The hint is beyond the log, as in `append`.
         execute 'select m."offset", m.appended_at from postroad_broker.message m '
             'where m.stream_id = $1 order by m."offset" desc limit 1'
         into v_top, v_top_at using p_stream;
