@@ -9,6 +9,7 @@ mod mapped;
 mod race;
 mod rejected;
 mod rotation;
+mod scheduled;
 mod shop;
 mod time_travel;
 mod wrong;

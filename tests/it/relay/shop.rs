@@ -27,6 +27,19 @@ pub async fn open(origin: &Origin) {
     .await;
 }
 
+/// The same origin, whose producers' messages are all due at one time from now.
+pub async fn later(origin: &Origin, ahead: &str) -> Origin {
+    let text = format!(
+        "create table due (at timestamptz not null); grant select on due to shop_producer;
+        insert into due values (now() + interval '{ahead}')"
+    );
+    execute(&mut origin.owner().await, &text).await;
+    Origin {
+        layout: Layout::Later,
+        ..origin.clone()
+    }
+}
+
 /// One producer's random choices, from a seed.
 pub struct Dice(u64);
 
@@ -47,6 +60,8 @@ impl Dice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     Own,
+    /// The outbox, each message due at the time in the table `due`.
+    Later,
     Debezium,
     Numbered,
 }
@@ -58,6 +73,11 @@ impl Layout {
             Self::Own => {
                 "insert into postroad.outbox (topic, key, payload)
                 select 'orders.sold', key, json_build_object('version', version)::text from item where key = 'k' || $1::bigint
+                returning id"
+            }
+            Self::Later => {
+                "insert into postroad.outbox (topic, key, payload, deliver_at)
+                select 'orders.sold', key, json_build_object('version', version)::text, due.at from item, due where key = 'k' || $1::bigint
                 returning id"
             }
             Self::Debezium => {
@@ -78,6 +98,9 @@ impl Layout {
         match self {
             Self::Own => {
                 "insert into postroad.outbox (topic, payload_bytes) values ('orders.noted', '\\x00ff') returning id"
+            }
+            Self::Later => {
+                "insert into postroad.outbox (topic, payload_bytes, deliver_at) select 'orders.noted', '\\x00ff', at from due returning id"
             }
             Self::Debezium => {
                 "insert into outboxevent (id, aggregatetype, aggregateid, type)

@@ -2,7 +2,6 @@
 //! points at a standby, an outbox dumped and restored into a younger cluster. Each with nothing lost and nothing twice.
 
 use std::collections::HashSet;
-use std::process::Command;
 use std::time::Duration;
 
 use postroad::relay::State;
@@ -42,10 +41,7 @@ async fn a_data_folder_copied_and_put_back() {
     work(&origin, 500).await;
     rig.caught_up("shop").await;
 
-    server.stop().await;
-    let copy = server.data_dir().with_extension("copy");
-    support::copy_folder(&server.data_dir(), &copy);
-    server.start().await;
+    let copy = server.copy_data().await;
     // A life that will not have been: relayed, then forgotten by the origin.
     work(&origin, 500).await;
     rig.caught_up("shop").await;
@@ -55,10 +51,7 @@ async fn a_data_folder_copied_and_put_back() {
         Verdict::default()
     );
 
-    server.stop().await;
-    std::fs::remove_dir_all(server.data_dir()).unwrap();
-    std::fs::rename(&copy, server.data_dir()).unwrap();
-    server.start().await;
+    server.put_back(&copy).await;
     // In the new life the same transaction ids and numbers are handed out again, below the stored snapshot's.
     work(&origin, 300).await;
     let status = rig.caught_up("shop").await;
@@ -78,20 +71,7 @@ async fn a_standby_is_refused_until_it_is_promoted_and_then_the_end_that_it_lack
     let origin = Origin::install(&primary.create_database("shop").await).await;
     shop::open(&origin).await;
     let broker = support::database().await;
-    let conninfo = format!(
-        "primary_conninfo = 'host={} user=postgres'\n",
-        primary.socket_dir().display()
-    );
-    primary.stop().await;
-    let follow = [("wal_retrieve_retry_interval", "100ms")];
-    let mut standby = support::cluster_of_copy(&primary.data_dir(), &follow, |copy| {
-        std::fs::write(copy.join("standby.signal"), "").unwrap();
-        let conf = copy.join("postgresql.auto.conf");
-        let text = std::fs::read_to_string(&conf).unwrap_or_default();
-        std::fs::write(&conf, text + &conninfo).unwrap();
-    })
-    .await;
-    primary.start().await;
+    let mut standby = support::standby_of(&mut primary).await;
     let promoted = Origin {
         url: standby.url("shop"),
         ..origin.clone()
@@ -111,25 +91,7 @@ async fn a_standby_is_refused_until_it_is_promoted_and_then_the_end_that_it_lack
     work(&origin, 500).await;
     first.caught_up("shop").await;
     // The standby has this much and no more.
-    let mut owner = origin.owner().await;
-    let there: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text")
-        .fetch_one(&mut owner)
-        .await
-        .unwrap();
-    support::eventually("the standby to follow", || async {
-        let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&promoted.url)
-            .await
-            .ok()?;
-        let is_there: bool =
-            sqlx::query_scalar("select pg_last_wal_replay_lsn() >= $1::text::pg_lsn")
-                .bind(&there)
-                .fetch_one(&mut connection)
-                .await
-                .ok()?;
-        is_there.then_some(())
-    })
-    .await;
-    drop(owner);
+    standby.has_followed(&primary).await;
     standby.stop().await;
     work(&origin, 300).await;
     first.caught_up("shop").await;
@@ -195,32 +157,7 @@ async fn an_outbox_dumped_and_restored_into_a_younger_cluster() {
         create role shop_relay login in role postroad_relay; create role shop_producer login in role postroad_producer",
     )
     .await;
-    // The client programs are where the server's are; else on PATH.
-    let server = std::fs::read_link(format!("/proc/{}/exe", young.pid().unwrap()));
-    let bin_dir = server
-        .map(|path| path.parent().unwrap().to_owned())
-        .unwrap_or_default();
-    let dump = Command::new(bin_dir.join("pg_dump"))
-        .arg(&origin.url)
-        .output()
-        .unwrap();
-    assert!(
-        dump.status.success(),
-        "{}",
-        String::from_utf8_lossy(&dump.stderr)
-    );
-    let file = young.data_dir().with_extension("sql");
-    std::fs::write(&file, &dump.stdout).unwrap();
-    let loaded = Command::new(bin_dir.join("psql"))
-        .args(["-q", "-v", "ON_ERROR_STOP=1", "-d", &url, "-f"])
-        .arg(&file)
-        .output()
-        .unwrap();
-    assert!(
-        loaded.status.success(),
-        "{}",
-        String::from_utf8_lossy(&loaded.stderr)
-    );
+    young.load_dump(&[&origin.url], "shop");
 
     let second = rig(&broker.database, &[("shop", Some(&restored.relay_url()))]).await;
     let status = second.caught_up("shop").await;

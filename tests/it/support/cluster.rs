@@ -104,6 +104,25 @@ pub async fn cluster_of_copy(
     cluster
 }
 
+/// Starts a standby of a server, on a copy of its data folder. The server is stopped for it, and started again.
+pub async fn standby_of(primary: &mut Cluster) -> Cluster {
+    let conninfo = format!(
+        "primary_conninfo = 'host={} user=postgres'\n",
+        primary.socket_dir().display()
+    );
+    primary.stop().await;
+    let follow = [("wal_retrieve_retry_interval", "100ms")];
+    let standby = cluster_of_copy(&primary.data_dir(), &follow, |copy| {
+        std::fs::write(copy.join("standby.signal"), "").unwrap();
+        let conf = copy.join("postgresql.auto.conf");
+        let text = std::fs::read_to_string(&conf).unwrap_or_default();
+        std::fs::write(&conf, text + &conninfo).unwrap();
+    })
+    .await;
+    primary.start().await;
+    standby
+}
+
 /// Copies a folder with owners and modes; the target must not be there.
 pub fn copy_folder(from: &Path, to: &Path) {
     let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
@@ -212,10 +231,86 @@ impl Cluster {
         }
     }
 
+    /// Waits until this standby has replayed all that its primary has flushed by now.
+    pub async fn has_followed(&self, primary: &Self) {
+        let mut there = PgConnection::connect(&primary.url("postgres"))
+            .await
+            .unwrap();
+        let flushed: String = sqlx::query_scalar("select pg_current_wal_flush_lsn()::text")
+            .fetch_one(&mut there)
+            .await
+            .unwrap();
+        super::eventually("the standby to follow", || async {
+            let mut here = PgConnection::connect(&self.url("postgres")).await.ok()?;
+            let replayed = "select pg_last_wal_replay_lsn() >= $1::text::pg_lsn";
+            let is_there: bool = sqlx::query_scalar(replayed)
+                .bind(&flushed)
+                .fetch_one(&mut here)
+                .await
+                .ok()?;
+            is_there.then_some(())
+        })
+        .await;
+    }
+
+    /// Copies the data folder. The server is stopped for it, and started again.
+    pub async fn copy_data(&mut self) -> PathBuf {
+        self.stop().await;
+        let copy = self.data_dir().with_extension("copy");
+        copy_folder(&self.data_dir(), &copy);
+        self.start().await;
+        copy
+    }
+
+    /// Puts a copy of the data folder in its place.
+    pub async fn put_back(&mut self, copy: &Path) {
+        self.stop().await;
+        std::fs::remove_dir_all(self.data_dir()).unwrap();
+        std::fs::rename(copy, self.data_dir()).unwrap();
+        self.start().await;
+    }
+
+    /// Loads what `pg_dump` with these arguments gives into a database of this server.
+    pub fn load_dump(&self, arguments: &[&str], database: &str) {
+        // The client programs are where the server's are; else on PATH.
+        let server = std::fs::read_link(format!("/proc/{}/exe", self.pid().unwrap()));
+        let bin_dir = server
+            .map(|path| path.parent().unwrap().to_owned())
+            .unwrap_or_default();
+        let file = self.data_dir().with_extension("sql");
+        let run = |command: &mut Command| {
+            let output = command.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{said}");
+        };
+        let dump = bin_dir.join("pg_dump");
+        run(Command::new(dump).arg("-f").arg(&file).args(arguments));
+        run(Command::new(bin_dir.join("psql"))
+            .args([
+                "-q",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-d",
+                &self.url(database),
+                "-f",
+            ])
+            .arg(&file));
+    }
+
     /// Kills the postmaster with -9. It is started again by its keeper, and recovers; wait for it by connecting.
     pub fn kill(&self) {
         let pid = self.pid().expect("the server runs");
         super::send_signal(pid, rustix::process::Signal::KILL);
+    }
+
+    /// The same, and waits until another postmaster runs. It may still recover.
+    pub async fn kill_and_restart(&self) {
+        let pid = self.pid();
+        self.kill();
+        super::eventually("another Postgres", || async {
+            (self.pid().is_some() && self.pid() != pid).then_some(())
+        })
+        .await;
     }
 }
 

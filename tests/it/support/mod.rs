@@ -1,6 +1,6 @@
 //! The harness. `database()` gives a fresh migrated database; `cluster()` a private server that a test may kill;
-//! `proxy` a TCP proxy that cuts, holds and delays; `broker()` a whole broker in this process, `program()` the real one as a
-//! child. All that a test makes goes away with the value it got.
+//! `proxy` a TCP proxy that cuts, holds and delays; `clock` a database whose clock can be set; `broker()` a whole broker in
+//! this process, `program()` the real one as a child. All that a test makes goes away with the value it got.
 //!
 //! The run's shared server is `DATABASE_URL`'s (a superuser's URL) when that is set, else one that the run starts.
 
@@ -8,6 +8,7 @@
 
 pub mod audit;
 pub mod broker;
+pub mod clock;
 pub mod cluster;
 pub mod consumer;
 pub mod database;
@@ -21,11 +22,11 @@ use std::sync::OnceLock;
 use tokio::runtime::Runtime;
 
 pub use broker::{Http, Program, TestBroker, broker, broker_with, program};
-pub use cluster::{Cluster, cluster, cluster_of_copy, cluster_with, copy_folder};
+pub use cluster::{Cluster, cluster, cluster_of_copy, cluster_with, copy_folder, standby_of};
 pub use consumer::Consumer;
 pub use database::{TestDatabase, database, empty_database};
 pub use events::Events;
-pub use proxy::{Action, Direction, Proxy, proxy};
+pub use proxy::{Action, Direction, Proxy, Trap, cut_marked, proxy};
 
 /// Runs what outlives a single test's runtime: the shared server's keeper and the dropping of databases.
 pub fn background() -> &'static Runtime {

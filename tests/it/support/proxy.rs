@@ -1,5 +1,6 @@
 //! A TCP proxy before a Postgres server: it cuts, holds and delays, at once or when it sees certain bytes pass.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -162,6 +163,67 @@ impl Proxy {
     /// How many connections were accepted so far.
     pub fn accepted(&self) -> watch::Receiver<usize> {
         self.shared.accepted.subscribe()
+    }
+}
+
+/// Cuts once before each chunk to the server with `before-` in it, and once after each with `after-`, by what follows: three digits. The
+/// repeat of it goes through.
+pub fn cut_marked(proxy: &Proxy) {
+    let mut cut = HashSet::new();
+    proxy.filter(move |direction, bytes| {
+        let find = |marker: &str| {
+            let marker = marker.as_bytes();
+            let at = bytes
+                .windows(marker.len())
+                .position(|window| window == marker)?;
+            Some(bytes[at..at + marker.len() + 3].to_vec())
+        };
+        if direction == Direction::ToClient {
+            return Action::Forward;
+        }
+        match (find("before-"), find("after-")) {
+            (Some(marker), _) if cut.insert(marker.clone()) => Action::CutBefore,
+            (_, Some(marker)) if cut.insert(marker.clone()) => Action::CutAfter,
+            _ => Action::Forward,
+        }
+    });
+}
+
+/// Bytes that show in a statement or its parameters; the next chunk to the server that holds them is acted on, once.
+#[derive(Clone, Default)]
+pub struct Trap(Arc<Mutex<Option<(Vec<u8>, Action)>>>);
+
+impl Trap {
+    /// A trap on a proxy, not armed.
+    pub fn on(proxy: &Proxy) -> Self {
+        let trap = Self::default();
+        let armed = trap.clone();
+        proxy.filter(move |direction, chunk| {
+            let mut armed = armed.0.lock().unwrap();
+            let hit = direction == Direction::ToServer
+                && armed
+                    .as_ref()
+                    .is_some_and(|(bytes, _)| chunk.windows(bytes.len()).any(|part| part == bytes));
+            armed
+                .take_if(|_| hit)
+                .map_or(Action::Forward, |(_, action)| action)
+        });
+        trap
+    }
+
+    /// Waits for these bytes.
+    pub fn arm(&self, bytes: impl AsRef<[u8]>, action: Action) {
+        *self.0.lock().unwrap() = Some((bytes.as_ref().to_vec(), action));
+    }
+
+    /// Whether they came by.
+    pub fn has_sprung(&self) -> bool {
+        self.0.lock().unwrap().is_none()
+    }
+
+    /// Resolves when they have.
+    pub async fn sprung(&self, what: &str) {
+        super::eventually(what, || async { self.has_sprung().then_some(()) }).await;
     }
 }
 

@@ -22,13 +22,7 @@ async fn put_back(kind: Kind) {
     work(&origin, 400).await;
     rig.caught_up(kind.name()).await;
 
-    // A copy that has rows that were not relayed when it was made.
-    let held = origin.producer().await;
-    drop(held);
-    server.stop().await;
-    let copy = server.data_dir().with_extension("copy");
-    support::copy_folder(&server.data_dir(), &copy);
-    server.start().await;
+    let copy = server.copy_data().await;
     work(&origin, 400).await;
     rig.caught_up(kind.name()).await;
     let forgotten = shop::committed(&origin).await;
@@ -39,10 +33,7 @@ async fn put_back(kind: Kind) {
         &read_log(&broker.url).await,
     );
 
-    server.stop().await;
-    std::fs::remove_dir_all(server.data_dir()).unwrap();
-    std::fs::rename(&copy, server.data_dir()).unwrap();
-    server.start().await;
+    server.put_back(&copy).await;
     // The same transaction ids, and the same numbers of rows, are handed out again.
     work(&origin, 300).await;
     let status = rig.caught_up(kind.name()).await;

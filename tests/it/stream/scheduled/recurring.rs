@@ -9,9 +9,8 @@ use postroad::domain::schedule::{Cadence, Declaration, Misfire, occurrence_id};
 use postroad::stream::Declared;
 use serde_json::Value;
 
-use super::clock::{set, settable};
 use super::{Node, node, node_with, quick, read};
-use crate::support;
+use crate::support::{self, clock};
 
 fn name() -> ScheduleName {
     ScheduleName::parse("tick").unwrap()
@@ -100,14 +99,14 @@ async fn each_second_comes_once_over_nodes_and_restarts() {
 async fn what_was_missed_goes_by_the_policy() {
     for (misfire, expected) in [(Misfire::Skip, 0), (Misfire::One, 1), (Misfire::All, 9)] {
         let db = support::database().await;
-        settable(&db).await;
+        clock::settable(&db.url).await;
         let node = node(&db).await;
         let main = node.main().await;
         node.declare_tick(declaration("*/10 * * * *", misfire))
             .await;
         node.stop().await;
         // An hour and a half on; the latest is more than a minute ago, unless it is just due.
-        set(&db, "90 minutes").await;
+        clock::set(&db.url, "90 minutes").await;
         let node = node_with(&db.database, "http://two", quick()).await;
         let seen = support::eventually("the schedule to move", || async {
             let seen = node.stream.schedule(&name()).await.unwrap();
@@ -132,17 +131,17 @@ async fn what_was_missed_goes_by_the_policy() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_is_set_repeats_no_occurrence() {
     let db = support::database().await;
-    settable(&db).await;
+    clock::settable(&db.url).await;
     let node = node(&db).await;
     let main = node.main().await;
     node.declare_tick(declaration("0 * * * *", Misfire::All))
         .await;
-    set(&db, "1 hour").await;
+    clock::set(&db.url, "1 hour").await;
     node.ids(main, 1).await;
-    set(&db, "0").await;
-    set(&db, "1 hour").await;
-    set(&db, "-1 hour").await;
-    set(&db, "2 hours").await;
+    clock::set(&db.url, "0").await;
+    clock::set(&db.url, "1 hour").await;
+    clock::set(&db.url, "-1 hour").await;
+    clock::set(&db.url, "2 hours").await;
     node.ids(main, 2).await;
     let times = node.occurrences(main).await;
     assert_eq!(times.len(), 2, "{times:?}");
@@ -153,7 +152,7 @@ async fn a_clock_that_is_set_repeats_no_occurrence() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_and_another_cadence_begin_anew() {
     let db = support::database().await;
-    settable(&db).await;
+    clock::settable(&db.url).await;
     let node = node(&db).await;
     let main = node.main().await;
     let hourly = declaration("0 * * * *", Misfire::All);
@@ -162,11 +161,11 @@ async fn a_pause_and_another_cadence_begin_anew() {
         ..hourly.clone()
     };
     node.declare_tick(paused.clone()).await;
-    set(&db, "5 hours").await;
+    clock::set(&db.url, "5 hours").await;
     assert_eq!(node.declare_tick(hourly.clone()).await, Declared::Changed);
     let begun = node.stream.schedule(&name()).await.unwrap();
     assert_eq!(begun.last, None, "what came in the pause is not missed");
-    set(&db, "6 hours").await;
+    clock::set(&db.url, "6 hours").await;
     node.ids(main, 1).await;
     // Another template alone changes nothing about when.
     let other = Declaration {
@@ -183,7 +182,7 @@ async fn a_pause_and_another_cadence_begin_anew() {
         .await;
     let after = node.stream.schedule(&name()).await.unwrap();
     assert!(after.through > before.through);
-    set(&db, "7 hours").await;
+    clock::set(&db.url, "7 hours").await;
     node.ids(main, 2).await;
     let times = node.occurrences(main).await;
     assert_eq!(times.len(), 2, "{times:?}");
