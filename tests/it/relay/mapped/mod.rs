@@ -1,6 +1,7 @@
 //! Outboxes that are already there: Debezium's table as its documentation has it, picked up by snapshot and by deletion, and one
 //! with numbers and columns of its own. What the relay promises for its own outbox is tested of them by the same producers.
 
+mod failover;
 mod faults;
 mod layout;
 mod race;
@@ -14,6 +15,7 @@ use postroad::domain::name::OriginName;
 use postroad::relay::{self, OriginOptions};
 use postroad::store::Database;
 use postroad::store::mapped::install;
+use sqlx::PgConnection;
 
 use super::shop::{self, Layout};
 use super::{Logged, Origin, Rig, Verdict, connect, execute, judge, read_log, rig_of};
@@ -143,26 +145,7 @@ impl Kind {
     /// The table in a database, installed, with a user of each role.
     pub async fn install(self, url: &str) -> Origin {
         let mut owner = connect(url).await;
-        execute(
-            &mut owner,
-            "do $$ begin
-                create role postroad_producer;
-            exception when duplicate_object or unique_violation then null;
-            end $$;
-            do $$ begin
-                create role postroad_relay;
-            exception when duplicate_object or unique_violation then null;
-            end $$;
-            do $$ begin
-                create role shop_relay login in role postroad_relay;
-                alter role shop_relay set default_transaction_isolation = 'serializable';
-                alter role shop_relay set statement_timeout = '50ms';
-                alter role shop_relay set default_transaction_read_only = on;
-                create role shop_producer login in role postroad_producer;
-            exception when duplicate_object or unique_violation then null;
-            end $$",
-        )
-        .await;
+        create_roles(&mut owner).await;
         execute(&mut owner, self.table()).await;
         let database = Database::new(url, 2).unwrap();
         for _ in 0..2 {
@@ -174,6 +157,30 @@ impl Kind {
             layout: self.layout(),
         }
     }
+}
+
+/// The roles of a cluster, with a user of each.
+pub async fn create_roles(owner: &mut PgConnection) {
+    execute(
+        owner,
+        "do $$ begin
+            create role postroad_producer;
+        exception when duplicate_object or unique_violation then null;
+        end $$;
+        do $$ begin
+            create role postroad_relay;
+        exception when duplicate_object or unique_violation then null;
+        end $$;
+        do $$ begin
+            create role shop_relay login in role postroad_relay;
+            alter role shop_relay set default_transaction_isolation = 'serializable';
+            alter role shop_relay set statement_timeout = '50ms';
+            alter role shop_relay set default_transaction_read_only = on;
+            create role shop_producer login in role postroad_producer;
+        exception when duplicate_object or unique_violation then null;
+        end $$",
+    )
+    .await;
 }
 
 fn origin_name(name: &str) -> OriginName {
