@@ -220,6 +220,22 @@ pub async fn release_leases(
     Ok(())
 }
 
+/// Locks a lease's row in a transaction. Whether the fence is still its own: what is read or written after that is nobody else's before
+/// the transaction ends.
+pub(in crate::store) async fn lock_lease(
+    transaction: &mut Connection,
+    fence: &Fence,
+) -> Result<bool, sqlx::Error> {
+    let locking = sqlx::query_scalar(
+        "select epoch from postroad_broker.lease where name = $1 for no key update",
+    );
+    let epoch: Option<i64> = locking
+        .bind(&fence.lease)
+        .fetch_optional(transaction)
+        .await?;
+    Ok(epoch == Some(fence.epoch.0))
+}
+
 /// Marks an incarnation dead: the orderly end of a process.
 ///
 /// # Errors

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use sqlx::Connection as _;
 
 use super::bounded::{HEARTBEAT, STATEMENT, bounded};
+use super::cluster::lock_lease;
 use super::queue::to_json;
 use super::redrive::RedriveStep;
 use super::{Connection, Database, Error};
@@ -99,13 +100,7 @@ pub async fn find_queue_state(
     let read = async {
         let mut connection = database.pool().acquire().await?;
         let mut transaction = connection.begin().await?;
-        let epoch: Option<i64> = sqlx::query_scalar(
-            "select epoch from postroad_broker.lease where name = $1 for no key update",
-        )
-        .bind(&fence.lease)
-        .fetch_optional(&mut *transaction)
-        .await?;
-        if epoch != Some(fence.epoch.0) {
+        if !lock_lease(&mut transaction, fence).await? {
             transaction.rollback().await?;
             return Ok(None);
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use sqlx::{Connection as _, FromRow as _, Row as _};
 
+use super::cluster::lock_lease;
 use super::{Database, Error};
 use crate::domain::id::{Fence, OriginId};
 use crate::domain::name::OriginName;
@@ -79,13 +80,7 @@ pub async fn recover_position(
     let read = async {
         let mut connection = database.pool().acquire().await?;
         let mut transaction = connection.begin().await?;
-        let epoch: Option<i64> = sqlx::query_scalar(
-            "select epoch from postroad_broker.lease where name = $1 for no key update",
-        )
-        .bind(&fence.lease)
-        .fetch_optional(&mut *transaction)
-        .await?;
-        if epoch != Some(fence.epoch.0) {
+        if !lock_lease(&mut transaction, fence).await? {
             transaction.rollback().await?;
             return Ok(Recovered::Fenced);
         }

@@ -11,39 +11,7 @@ use serde_json::{Value, json};
 
 use super::{at_once, size};
 use crate::support::consumer::{items, publish, publish_ids, stream_ids};
-use crate::support::{self, Action, Consumer, Direction, Http, Proxy};
-
-/// Bytes that show in a statement's parameters; the next chunk to the server that holds them is acted on, once.
-#[derive(Clone, Default)]
-struct Trap(Arc<Mutex<Option<(Vec<u8>, Action)>>>);
-
-impl Trap {
-    fn on(proxy: &Proxy) -> Self {
-        let trap = Self::default();
-        let armed = trap.clone();
-        proxy.filter(move |direction, chunk| {
-            let mut armed = armed.0.lock().unwrap();
-            let hit = direction == Direction::ToServer
-                && armed
-                    .as_ref()
-                    .is_some_and(|(bytes, _)| chunk.windows(bytes.len()).any(|part| part == bytes));
-            match armed.take_if(|_| hit) {
-                Some((_, action)) => action,
-                None => Action::Forward,
-            }
-        });
-        trap
-    }
-
-    fn arm(&self, bytes: &str, action: Action) {
-        *self.0.lock().unwrap() = Some((bytes.as_bytes().to_vec(), action));
-    }
-
-    /// Whether the chunk came by.
-    fn has_sprung(&self) -> bool {
-        self.0.lock().unwrap().is_none()
-    }
-}
+use crate::support::{self, Action, Consumer, Direction, Http, Trap};
 
 /// The queues' journal is written with the names of their leases.
 const JOURNAL: &str = "slot/";

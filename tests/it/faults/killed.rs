@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{at_once, size};
+use super::{Victim, at_once, size};
 use crate::support::consumer::{items, publish_ids, stream_ids};
 use crate::support::{self, Consumer, Http};
 
@@ -88,13 +88,6 @@ async fn consume(consumer: Consumer, history: Arc<History>, wanted: Arc<AtomicUs
     }
 }
 
-/// Who is killed.
-#[derive(Debug, Clone, Copy)]
-enum Victim {
-    Postgres,
-    Program,
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_postgres_loses_nothing_acknowledged_and_redelivers_nothing_acked() {
     kill_under_load(Victim::Postgres).await;
@@ -133,20 +126,7 @@ async fn kill_under_load(victim: Victim) {
             (history.acked.lock().unwrap().len() > before + 200).then_some(())
         })
         .await;
-        match victim {
-            Victim::Program => {
-                program.kill().await;
-                program.start().await;
-            }
-            Victim::Postgres => {
-                let pid = cluster.pid();
-                cluster.kill();
-                support::eventually("another Postgres", || async {
-                    (cluster.pid().is_some() && cluster.pid() != pid).then_some(())
-                })
-                .await;
-            }
-        }
+        victim.kill(&mut program, &cluster).await;
     }
     is_over.store(true, Ordering::Relaxed);
     for producer in producers {

@@ -11,7 +11,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
-use super::size;
+use super::{Victim, size};
 use crate::support::consumer::{publish_events, stream_ids};
 use crate::support::{self, Http};
 
@@ -121,13 +121,6 @@ async fn insert(url: String, producer: usize, told: Arc<Mutex<Told>>, is_over: A
     }
 }
 
-/// Who is killed.
-#[derive(Debug, Clone, Copy)]
-enum Victim {
-    Postgres,
-    Program,
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_program_loses_and_repeats_nothing_that_comes_later() {
     kill_under_load(Victim::Program).await;
@@ -173,20 +166,7 @@ async fn kill_under_load(victim: Victim) {
         .await;
         // At another moment each time.
         tokio::time::sleep(Duration::from_millis(kill as u64 * 137 % 500)).await;
-        match victim {
-            Victim::Program => {
-                program.kill().await;
-                program.start().await;
-            }
-            Victim::Postgres => {
-                let pid = cluster.pid();
-                cluster.kill();
-                support::eventually("another Postgres", || async {
-                    (cluster.pid().is_some() && cluster.pid() != pid).then_some(())
-                })
-                .await;
-            }
-        }
+        victim.kill(&mut program, &cluster).await;
     }
     is_over.store(true, Ordering::Relaxed);
     for producer in producers {

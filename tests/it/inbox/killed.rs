@@ -7,7 +7,7 @@ use sqlx::PgConnection;
 
 use super::{consumer, consumer_database, execute};
 use crate::support::consumer::{items, publish};
-use crate::support::{self, Consumer, TestDatabase};
+use crate::support::{self, Consumer, TestBroker, TestDatabase};
 
 /// Where a consumer dies. Its connection to the database is gone with it, and so is what it received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,6 +26,27 @@ const STEPS: [Step; 5] = [
     Step::Committed,
     Step::Acked,
 ];
+
+/// A table for the effects in the consumer's database, and a queue with so many messages.
+async fn open(owner: &mut PgConnection, broker: &TestBroker, messages: usize) -> Consumer {
+    let table = "create table effect (message bigint not null); grant insert on effect to postroad_consumer";
+    execute(owner, table).await;
+    let queue = Consumer::declare(
+        &broker.http,
+        "mailer",
+        &json!({"stream": "main", "start": "earliest", "max_attempts": 100, "retry": {"delays_seconds": [0]}}),
+    )
+    .await;
+    publish(&broker.http, "orders.created", messages).await;
+    queue
+}
+
+/// How often each message's work was done, by offset.
+async fn effects(owner: &mut PgConnection) -> BTreeMap<i64, i64> {
+    let counting = sqlx::query_as("select message, count(*) from effect group by message");
+    let effects: Vec<(i64, i64)> = counting.fetch_all(owner).await.unwrap();
+    effects.into_iter().collect()
+}
 
 /// Handles one delivery as the README says, up to the step at which the consumer dies. Gives whether it did.
 async fn handle(
@@ -77,23 +98,12 @@ async fn handle(
 /// live. Gives the effects by offset, and how often each step killed.
 async fn run(
     database: &TestDatabase,
-    broker: &support::TestBroker,
+    broker: &TestBroker,
     messages: usize,
     asks: bool,
 ) -> (BTreeMap<i64, i64>, BTreeMap<Step, usize>) {
     let mut owner = database.connect().await;
-    execute(
-        &mut owner,
-        "create table effect (message bigint not null); grant insert on effect to postroad_consumer",
-    )
-    .await;
-    let queue = Consumer::declare(
-        &broker.http,
-        "mailer",
-        &json!({"stream": "main", "start": "earliest", "max_attempts": 100, "retry": {"delays_seconds": [0]}}),
-    )
-    .await;
-    publish(&broker.http, "orders.created", messages).await;
+    let queue = open(&mut owner, broker, messages).await;
     let mut deaths: BTreeMap<Step, usize> = BTreeMap::new();
     let mut died: BTreeMap<i64, usize> = BTreeMap::new();
     let mut acked: BTreeSet<i64> = BTreeSet::new();
@@ -117,12 +127,7 @@ async fn run(
             }
         }
     }
-    let effects: Vec<(i64, i64)> =
-        sqlx::query_as("select message, count(*) from effect group by message")
-            .fetch_all(&mut owner)
-            .await
-            .unwrap();
-    (effects.into_iter().collect(), deaths)
+    (effects(&mut owner).await, deaths)
 }
 
 #[tokio::test]
@@ -148,18 +153,7 @@ async fn a_message_that_was_done_is_not_done_again_when_it_is_refused_and_comes_
     let broker = support::broker().await;
     let database = consumer_database(1_000).await;
     let mut owner = database.connect().await;
-    execute(
-        &mut owner,
-        "create table effect (message bigint not null); grant insert on effect to postroad_consumer",
-    )
-    .await;
-    let queue = Consumer::declare(
-        &broker.http,
-        "mailer",
-        &json!({"stream": "main", "start": "earliest", "retry": {"delays_seconds": [0]}}),
-    )
-    .await;
-    publish(&broker.http, "orders.created", 3).await;
+    let queue = open(&mut owner, &broker, 3).await;
     let mut connection = consumer(&database).await;
     for (verb, result) in [("nack", "nacked"), ("release", "released")] {
         let deliveries = queue.take(3, 60).await;
@@ -181,11 +175,10 @@ async fn a_message_that_was_done_is_not_done_again_when_it_is_refused_and_comes_
     for delivery in &deliveries {
         handle(&mut connection, &queue, delivery, None, true).await;
     }
-    let effects: i64 = sqlx::query_scalar("select count(*) from effect")
-        .fetch_one(&mut owner)
-        .await
-        .unwrap();
-    assert_eq!(effects, 3);
+    assert_eq!(
+        effects(&mut owner).await,
+        (1..=3).map(|offset| (offset, 1)).collect()
+    );
     assert_eq!(queue.status().await["depth"], 0);
 }
 
@@ -196,18 +189,7 @@ async fn redriven_messages_are_done_once() {
     let broker = support::broker().await;
     let database = consumer_database(1_000).await;
     let mut owner = database.connect().await;
-    execute(
-        &mut owner,
-        "create table effect (message bigint not null); grant insert on effect to postroad_consumer",
-    )
-    .await;
-    let queue = Consumer::declare(
-        &broker.http,
-        "mailer",
-        &json!({"stream": "main", "start": "earliest", "retry": {"delays_seconds": [0]}}),
-    )
-    .await;
-    publish(&broker.http, "orders.created", 3).await;
+    let queue = open(&mut owner, &broker, 3).await;
     let mut connection = consumer(&database).await;
     let first = queue.take(3, 60).await;
     for (delivery, step) in first
@@ -254,12 +236,10 @@ async fn redriven_messages_are_done_once() {
     for delivery in &queue.take(3, 60).await {
         handle(&mut connection, &queue, delivery, None, true).await;
     }
-    let effects: Vec<(i64, i64)> =
-        sqlx::query_as("select message, count(*) from effect group by message order by message")
-            .fetch_all(&mut owner)
-            .await
-            .unwrap();
-    assert_eq!(effects, [(1, 1), (2, 1), (3, 1)]);
+    assert_eq!(
+        effects(&mut owner).await,
+        (1..=3).map(|offset| (offset, 1)).collect()
+    );
     let status = queue.status().await;
     assert_eq!(
         (&status["depth"], &status["dead_letters"]),

@@ -1,6 +1,5 @@
 //! Connections cut around the commit, and a database that is away.
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use postroad::domain::id::Offset;
@@ -19,25 +18,7 @@ async fn connections_cut_before_and_after_the_commit_append_once() {
     let database = Database::new(&proxy.url(&db.url), 2).unwrap();
     let node = node_with(&database, "http://one", quick()).await;
     let main = node.main().await;
-    let mut cut = HashSet::new();
-    proxy.filter(move |direction, bytes| {
-        let find = |marker: &str| {
-            let marker = marker.as_bytes();
-            let at = bytes
-                .windows(marker.len())
-                .position(|window| window == marker)?;
-            Some(bytes[at..at + marker.len() + 3].to_vec())
-        };
-        if direction == Direction::ToClient {
-            return Action::Forward;
-        }
-        // Once each: the repeat goes through.
-        match (find("before-"), find("after-")) {
-            (Some(marker), _) if cut.insert(marker.clone()) => Action::CutBefore,
-            (_, Some(marker)) if cut.insert(marker.clone()) => Action::CutAfter,
-            _ => Action::Forward,
-        }
-    });
+    support::cut_marked(&proxy);
     let mut placed = Vec::new();
     for n in 0..40 {
         let kind = ["plain", "before", "after"][n % 3];

@@ -154,12 +154,7 @@ async fn kill(
     while Instant::now() < until {
         tokio::time::sleep(Duration::from_millis(200 + dice.below(1_300) as u64)).await;
         if plan.kills_postgres && dice.is_lucky(0.4) {
-            let pid = cluster.pid();
-            cluster.kill();
-            support::eventually("another Postgres", || async {
-                (cluster.pid().is_some() && cluster.pid() != pid).then_some(())
-            })
-            .await;
+            cluster.kill_and_restart().await;
             servers += 1;
         } else {
             program.kill().await;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Kind, assert_exact, assert_is, rig_mapped, shop};
 use crate::relay::{connect, execute, read_log, rig_of};
-use crate::support::{self, Action, Direction, Proxy};
+use crate::support::{self, Action, Trap};
 
 fn kills() -> u32 {
     let set = std::env::var("POSTROAD_TEST_KILLS").ok();
@@ -63,39 +63,6 @@ async fn killed_backends_under_a_table_read_by_snapshot() {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_backends_and_asynchronous_commits_under_a_table_read_by_deletion() {
     kill_backends(Kind::NumberedDelete, "set synchronous_commit = off").await;
-}
-
-/// The next chunk to the server with these bytes is acted on, once.
-#[derive(Clone, Default)]
-struct Trap(Arc<Mutex<Option<(Vec<u8>, Action)>>>);
-
-impl Trap {
-    fn on(proxy: &Proxy) -> Self {
-        let trap = Self::default();
-        let armed = trap.clone();
-        proxy.filter(move |direction, chunk| {
-            let mut armed = armed.0.lock().unwrap();
-            let hit = direction == Direction::ToServer
-                && armed
-                    .as_ref()
-                    .is_some_and(|(bytes, _)| chunk.windows(bytes.len()).any(|part| part == bytes));
-            armed
-                .take_if(|_| hit)
-                .map_or(Action::Forward, |(_, action)| action)
-        });
-        trap
-    }
-
-    fn arm(&self, bytes: &[u8], action: Action) {
-        *self.0.lock().unwrap() = Some((bytes.to_vec(), action));
-    }
-
-    async fn sprung(&self, what: &str) {
-        support::eventually(what, || async {
-            self.0.lock().unwrap().is_none().then_some(())
-        })
-        .await;
-    }
 }
 
 /// Each step of a batch picked up by deletion, its connection cut before and after it: the mark, the append with the intent, the
@@ -285,12 +252,7 @@ async fn a_killed_program_and_a_killed_origin_lose_and_double_nothing() {
             program.kill().await;
             program.start().await;
         } else {
-            let pid = server.pid();
-            server.kill();
-            support::eventually("another Postgres", || async {
-                (server.pid().is_some() && server.pid() != pid).then_some(())
-            })
-            .await;
+            server.kill_and_restart().await;
             program.kill().await;
             program.start().await;
         }

@@ -1,11 +1,9 @@
 //! Connections cut around the commit of what expects a version.
 
-use std::collections::HashSet;
-
 use postroad::store::Database;
 
 use super::{conflict, declare, node_with, of, offsets, quick};
-use crate::support::{self, Action, Direction};
+use crate::support;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeat_of_unknown_outcome_gets_the_first_result() {
@@ -14,25 +12,7 @@ async fn a_repeat_of_unknown_outcome_gets_the_first_result() {
     let database = Database::new(&proxy.url(&db.url), 2).unwrap();
     let node = node_with(&database, "http://one", quick()).await;
     declare(&node).await;
-    let mut cut = HashSet::new();
-    proxy.filter(move |direction, bytes| {
-        let find = |marker: &str| {
-            let marker = marker.as_bytes();
-            let at = bytes
-                .windows(marker.len())
-                .position(|window| window == marker)?;
-            Some(bytes[at..at + marker.len() + 3].to_vec())
-        };
-        if direction == Direction::ToClient {
-            return Action::Forward;
-        }
-        // Once each: the repeat goes through.
-        match (find("before-"), find("after-")) {
-            (Some(marker), _) if cut.insert(marker.clone()) => Action::CutBefore,
-            (_, Some(marker)) if cut.insert(marker.clone()) => Action::CutAfter,
-            _ => Action::Forward,
-        }
-    });
+    support::cut_marked(&proxy);
     // The ids are not checked: a second evaluation would find the key a version further, and refuse.
     for n in 0..30 {
         let kind = ["plain", "before", "after"][n % 3];
