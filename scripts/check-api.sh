@@ -47,11 +47,49 @@ for verb in reject nack; do
 done
 call POST /v1/queues/gone/receive '{"max_messages": 9, "wait_seconds": 5}'
 call POST /v1/queues/gone/pause
+# A keyed stream with some histories, messages that are to come in every state, a schedule, a topic that takes not everything.
+call PUT /v1/streams/accounts '{"topics": ["accounts.>"], "keyed": true}'
+call PUT /v1/streams/gone '{"topics": ["gone"]}'
+call PUT /v1/topics/accounts.opened '{"schema": {"type": "object"}, "max_bytes": 65536}'
+for version in $(seq 0 9); do
+    for key in customer-7 customer/8; do
+        call POST /v1/messages "{\"messages\": [{\"topic\": \"accounts.opened\", \"key\": \"$key\", \"expected_version\": $version, \"data\": {}}]}"
+    done
+done
+call PUT /v1/schedules/daily-report '{"topic": "reports.daily", "cron": "0 9 * * *", "time_zone": "Europe/Berlin"}'
+call PUT /v1/schedules/each-second '{"topic": "reports.ticks", "cron": "* * * * * *", "event": {"data": {"n": 1}}}'
+scheduled() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["messages"][0]["scheduled"]["id"])' "$folder/answer"; }
+ids=
+for seconds in 1 1 1 3600 3600 3600 7200; do
+    call POST /v1/messages "{\"messages\": [{\"topic\": \"orders.reminder\", \"key\": \"customer-7\", \"deliver_at\": \"$(date -u -d "+$seconds seconds" +%FT%TZ)\", \"data\": 1}]}"
+    # The first can have become due on the way.
+    grep -q '"scheduled":{' "$folder/answer" || continue
+    id=$(scheduled)
+    ids="$ids${ids:+, }\"$id\""
+done
+call DELETE "/v1/scheduled-messages/$id"
+# Half of the time these names are asked for.
+cat >"$folder/schemathesis.toml" <<TOML
+[dictionaries]
+streams = { values = ["main", "accounts", "gone"] }
+keys = { values = ["customer-7", "customer/8"] }
+schedules = { values = ["daily-report", "each-second"] }
+scheduled = { values = [$ids] }
+[[operations]]
+include-path-regex = "/v1/streams/.*"
+parameters = { "path.stream" = { dictionary = "streams", probability = 0.5 }, "path.key" = { dictionary = "keys", probability = 0.5 } }
+[[operations]]
+include-path = "/v1/schedules/{name}"
+parameters = { "path.name" = { dictionary = "schedules", probability = 0.5 } }
+[[operations]]
+include-path = "/v1/scheduled-messages/{id}"
+parameters = { "path.id" = { dictionary = "scheduled", probability = 0.5 } }
+TOML
 
 # What the specification cannot say: which values of an open text are valid (a topic's pattern, a cursor, two parameters that
 # exclude each other), so valid-looking data may be refused with 422.
 status=0
-"$tool" run "$url/openapi.yaml" --seed "$seed" --max-examples "$examples" --request-timeout 70 --workers 4 \
+"$tool" --config-file "$folder/schemathesis.toml" run "$url/openapi.yaml" --seed "$seed" --max-examples "$examples" --request-timeout 70 --workers 4 \
     --exclude-checks positive_data_acceptance --continue-on-failure "$@" || status=$?
 if grep -qE '"level":"ERROR"|panicked' "$folder/log"; then
     echo "the broker logged errors:" >&2
