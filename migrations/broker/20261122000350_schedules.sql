@@ -21,7 +21,12 @@ create table postroad_broker.schedule_state (
     -- All occurrences up to here are dealt with: published, or left out by the misfire policy.
     through_at timestamptz not null,
     last_at timestamptz,
-    published_count bigint not null default 0
+    published_count bigint not null default 0,
+    -- Occurrences that were left out since their topic does not take the event: how many, the last of them, why, and when that was.
+    failed_count bigint not null default 0,
+    failed_at timestamptz,
+    failure text,
+    failure_at timestamptz
 ) with (fillfactor = 50);
 
 -- Declares a schedule. It begins now: what would have been due before, or while it was paused, or by its former cadence, is not missed.
@@ -138,5 +143,37 @@ begin
         select u.id, u.time from unnest(o_id, o_time) with ordinality as u (id, time, place) order by u.place
     ) o;
     status := 'fired';
+end
+$$;
+
+-- Moves a schedule over occurrences that are left out; with a failure, which was p_failed_at's, it keeps why. Without moving it, that is
+-- all it does. Statuses: passed; moved, as above.
+create function postroad_broker.pass_schedule(
+    p_schedule bigint,
+    p_revision bigint,
+    p_from timestamptz,
+    p_to timestamptz,
+    p_failed bigint,
+    p_failed_at timestamptz,
+    p_failure text,
+    out status text
+)
+language plpgsql volatile as $$
+begin
+    status := 'moved';
+    perform from postroad_broker.schedule s
+    where s.id = p_schedule and s.revision = p_revision and not s.is_paused
+    for share;
+    if not found then
+        return;
+    end if;
+    update postroad_broker.schedule_state t
+    set through_at = p_to, failed_count = t.failed_count + p_failed,
+        failed_at = coalesce(p_failed_at, t.failed_at), failure = coalesce(p_failure, t.failure),
+        failure_at = case when p_failure is null then t.failure_at else clock_timestamp() end
+    where t.schedule_id = p_schedule and t.through_at = p_from;
+    if found then
+        status := 'passed';
+    end if;
 end
 $$;

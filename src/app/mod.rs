@@ -268,9 +268,12 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     .await
     .map_err(|error| refused(&database, error))?;
     held.cluster = Some(cluster.clone());
+    let topics = topic::start(database.clone(), &steps.stream).await?;
+    held.topics = Some(topics.clone());
     let stream = stream::start(
         stream::Options {
             cache_bytes: config.stream_cache_bytes,
+            acceptance: acceptance(&topics, config.message_max_bytes),
             ..stream::Options::default()
         },
         database.clone(),
@@ -290,8 +293,6 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     )
     .await?;
     held.queue = Some(queue.clone());
-    let topics = topic::start(database.clone(), &steps.stream).await?;
-    held.topics = Some(topics.clone());
     // Before the relays: a message must find the stream and the queues that the configuration declares for it.
     declarations::declare(config, &stream, &queue, &topics).await?;
     let relay = relay::start(
@@ -320,6 +321,15 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
         address,
         url,
         database,
+    })
+}
+
+/// What a schedule's occurrence must be for its topic to take it.
+fn acceptance(topics: &topic::Handle, message_max_bytes: usize) -> stream::Acceptance {
+    let topics = topics.clone();
+    stream::Acceptance::new(move |message| {
+        let refusal = topics.rules().refusal_within(message, message_max_bytes);
+        refusal.map_or(Ok(()), Err)
     })
 }
 

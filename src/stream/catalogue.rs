@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::Error;
 use super::handle::State;
-use super::settings::{Declared, Description, Found, Settings};
+use super::settings::{Declared, Description, Found, SCHEDULED_AHEAD, ScheduledState, Settings};
+use super::{Error, next_job};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
-use crate::store::stream::{self as sql, DeclareOutcome};
+use crate::store::stream::{self as sql, DeclareOutcome, NextScheduled};
 use crate::store::{Connection, Database};
 use crate::supervisor::Supervisor;
 
@@ -72,12 +72,7 @@ pub(super) struct CatalogueTask {
 
 impl CatalogueTask {
     pub(super) async fn run(mut self) {
-        loop {
-            let job = tokio::select! {
-                job = self.jobs.recv() => job,
-                () = self.supervisor.stopping() => return,
-            };
-            let Some(job) = job else { return };
+        while let Some(job) = next_job(&mut self.jobs, &self.supervisor).await {
             self.serve(job).await;
         }
     }
@@ -197,6 +192,11 @@ impl CatalogueTask {
         let streams = sql::load_catalogue(connection).await?.streams;
         let sizes: HashMap<StreamId, i64> =
             sql::read_sizes(connection).await?.into_iter().collect();
+        let scheduled = sql::next_scheduled(connection, SCHEDULED_AHEAD).await?;
+        let scheduled: HashMap<StreamId, ScheduledState> = scheduled
+            .into_iter()
+            .map(|next| (next.stream, scheduled_state(&next)))
+            .collect();
         let mut descriptions = Vec::with_capacity(streams.len());
         for stream in streams {
             // Deleted since the catalogue was read.
@@ -213,6 +213,7 @@ impl CatalogueTask {
                 retention: stream.retention,
                 is_keyed: stream.is_keyed,
                 unsettled_limit_used: state.limits.used(stream.id),
+                scheduled: scheduled.get(&stream.id).copied(),
                 first_offset: floor.next(),
                 last_offset: top.unwrap_or(hint),
                 message_bytes: sizes
@@ -239,5 +240,13 @@ impl CatalogueTask {
         self.state.cache.forget(stream);
         self.state.maintain.notify_one();
         Ok(())
+    }
+}
+
+fn scheduled_state(next: &NextScheduled) -> ScheduledState {
+    let lag = next.due_at.map(|due_at| (next.clock - due_at).to_std());
+    ScheduledState {
+        next_due_at: next.due_at,
+        lag: lag.and_then(Result::ok).unwrap_or_default(),
     }
 }

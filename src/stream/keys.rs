@@ -216,6 +216,16 @@ impl Keys {
         Some((open.after, open.through))
     }
 
+    /// How many keys are here, and how many messages of theirs.
+    pub(super) fn size(&self) -> (usize, usize) {
+        let streams = self.streams.read().unwrap_or_else(PoisonError::into_inner);
+        let streams: Vec<_> = streams.values().map(Arc::clone).collect();
+        streams.iter().fold((0, 0), |(keys, messages), open| {
+            let open = lock(open);
+            (keys + open.keys.len(), messages + open.message_count)
+        })
+    }
+
     /// Begins a stream anew after a fold.
     fn begin(&self, stream: StreamId, after: Offset) {
         let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
@@ -347,6 +357,7 @@ mod tests {
         assert_eq!(keys.rebase(STREAM, Offset(9)), Some(span(9, 9)));
         feed(&keys, 10, &["z"]);
         assert_eq!(keys.offsets(STREAM, "z", span(9, 10)).unwrap().len(), 1);
+        assert_eq!(keys.size(), (1, 1));
         // One that is older than what is here is told the later one.
         assert_eq!(keys.rebase(STREAM, Offset(4)), Some(span(9, 10)));
     }

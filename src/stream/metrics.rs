@@ -1,14 +1,19 @@
 //! What the stream engine counts.
 
+use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use super::handle::State;
 use crate::domain::name::StreamName;
 
 /// Counters, gauges and histograms of the stream engine.
@@ -32,14 +37,39 @@ pub(super) struct Metrics {
     pub(super) scheduled_cancelled: Counter,
     pub(super) scheduled_failures: Counter,
     pub(super) scheduled_occurrences: Counter,
-    scheduled_waiting: Family<OfStream, Gauge>,
-    scheduled_lag: Family<OfStream, Gauge<f64, AtomicU64>>,
+    pub(super) occurrences_failed: Counter,
     unsettled_limit_used: Family<OfStream, Gauge<f64, AtomicU64>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfStream {
     stream: String,
+}
+
+/// How much of the keys of keyed streams is in memory, as of when it is scraped.
+#[derive(Debug)]
+pub(super) struct OpenKeys(pub(super) Arc<State>);
+
+impl Collector for OpenKeys {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let (keys, messages) = self.0.keys.size();
+        for (name, help, value) in [
+            (
+                "postroad_stream_open_keys",
+                "Keys of keyed streams that have had messages since the last fold, in this node's memory",
+                keys,
+            ),
+            (
+                "postroad_stream_open_key_messages",
+                "Messages of these keys since the last fold",
+                messages,
+            ),
+        ] {
+            let descriptor = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            ConstGauge::new(value).encode(descriptor)?;
+        }
+        Ok(())
+    }
 }
 
 impl Metrics {
@@ -63,8 +93,7 @@ impl Metrics {
             scheduled_cancelled: Counter::default(),
             scheduled_failures: Counter::default(),
             scheduled_occurrences: Counter::default(),
-            scheduled_waiting: Family::default(),
-            scheduled_lag: Family::default(),
+            occurrences_failed: Counter::default(),
             unsettled_limit_used: Family::default(),
         };
         metrics.register_appends(registry);
@@ -84,25 +113,6 @@ impl Metrics {
         self.unsettled_limit_used.remove(&OfStream { stream });
     }
 
-    pub(super) fn scheduled_count(&self, stream: &StreamName, count: i64) {
-        let stream = stream.to_string();
-        let label = OfStream { stream };
-        self.scheduled_waiting.get_or_create(&label).set(count);
-    }
-
-    pub(super) fn scheduled_lag(&self, stream: &StreamName, seconds: f64) {
-        let stream = stream.to_string();
-        let label = OfStream { stream };
-        self.scheduled_lag.get_or_create(&label).set(seconds);
-    }
-
-    pub(super) fn forget_scheduled(&self, stream: &StreamName) {
-        let stream = stream.to_string();
-        let label = OfStream { stream };
-        self.scheduled_waiting.remove(&label);
-        self.scheduled_lag.remove(&label);
-    }
-
     fn register_scheduled(&self, registry: &mut Registry) {
         registry.register(
             "postroad_schedule_occurrences",
@@ -110,14 +120,9 @@ impl Metrics {
             self.scheduled_occurrences.clone(),
         );
         registry.register(
-            "postroad_scheduled_messages",
-            "Messages that wait to enter their stream, by stream; on the node that publishes them",
-            self.scheduled_waiting.clone(),
-        );
-        registry.register(
-            "postroad_scheduled_lag_seconds",
-            "For how long the oldest message of a stream that is due has not been published; 0 when none is",
-            self.scheduled_lag.clone(),
+            "postroad_schedule_occurrences_failed",
+            "Occurrences of schedules that this node left out, since they could not be published",
+            self.occurrences_failed.clone(),
         );
         registry.register(
             "postroad_scheduled_accepted",

@@ -51,11 +51,12 @@ pub use request::{
     Placed, Read, Rejected, Scan, ScanItem, Scanned, Search, SearchPage, key_hash,
 };
 pub use scheduled::{
-    Cancelled, ScheduleDescription, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus,
-    Waiting, check_event,
+    Acceptance, Cancelled, ScheduleDescription, ScheduleFailure, Scheduled, ScheduledPage,
+    ScheduledQuery, ScheduledStatus, Waiting, check_event,
 };
 pub use settings::{
-    Declared, Description, Found, PATTERN_MAX_COUNT, RETENTION_MIN_BYTES, Settings, SettingsError,
+    Declared, Description, Found, PATTERN_MAX_COUNT, RETENTION_MIN_BYTES, SCHEDULED_AHEAD,
+    ScheduledState, Settings, SettingsError,
 };
 pub use tail::entry;
 
@@ -87,6 +88,8 @@ pub struct Options {
     pub maintenance: Duration,
     /// The retention that `main` is created with.
     pub main_retention: Retention,
+    /// What is asked of each occurrence of a schedule.
+    pub acceptance: Acceptance,
 }
 
 impl Default for Options {
@@ -103,6 +106,7 @@ impl Default for Options {
             leaf_offsets: 250_000,
             maintenance: Duration::from_secs(1),
             main_retention: Retention::default(),
+            acceptance: Acceptance::default(),
         }
     }
 }
@@ -132,6 +136,8 @@ pub async fn start(
         schedule: scheduled::Schedule::default(),
         metrics: metrics::Metrics::new(registry),
     });
+    registry.register_collector(Box::new(metrics::OpenKeys(Arc::clone(&state))));
+    scheduled::register(registry, &state, &cluster);
     let lasts = start_tails(&mut connection, &state).await?;
     let streams = store::stream::load_catalogue(&mut connection)
         .await?
@@ -181,7 +187,8 @@ pub async fn start(
         connection: None,
     };
     supervisor.spawn("stream catalogue", OnEnd::StopProcess, task.run());
-    let desk = start_scheduled(&db, &cluster, &state, supervisor, published_tail);
+    let duty = (published_tail, options.acceptance.clone());
+    let desk = start_scheduled(&db, &cluster, &state, supervisor, duty);
     let maintenance = leaves::Maintenance {
         lease: cluster.hold(leaves::LEASE.to_owned()),
         options,
@@ -229,7 +236,7 @@ fn start_scheduled(
     cluster: &cluster::Handle,
     state: &Arc<State>,
     supervisor: &Supervisor,
-    tail: mpsc::Sender<(StreamId, Offset)>,
+    (tail, acceptance): (mpsc::Sender<(StreamId, Offset)>, Acceptance),
 ) -> mpsc::Sender<scheduled::Job> {
     let duty = scheduled::Duty {
         db: db.clone(),
@@ -238,6 +245,7 @@ fn start_scheduled(
         supervisor: supervisor.clone(),
         lease: cluster.hold(scheduled::LEASE.to_owned()),
         tail,
+        acceptance,
         known: scheduled::DutyKnows::default(),
     };
     supervisor.spawn("stream schedule", OnEnd::StopProcess, duty.run());
@@ -273,4 +281,12 @@ fn start_readers(
         supervisor.spawn(name, OnEnd::StopProcess, reader.run());
     }
     sender
+}
+
+/// A task's next job; none when it is to end.
+async fn next_job<J>(jobs: &mut mpsc::Receiver<J>, supervisor: &Supervisor) -> Option<J> {
+    tokio::select! {
+        job = jobs.recv() => job,
+        () = supervisor.stopping() => None,
+    }
 }

@@ -111,6 +111,9 @@ impl Settings {
     }
 }
 
+/// How far ahead a description looks for what is to enter the stream.
+pub const SCHEDULED_AHEAD: Duration = Duration::from_secs(86_400);
+
 /// What a declare did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Declared {
@@ -144,8 +147,19 @@ pub struct Description {
     /// How much of the hard limits what is not settled has used up, from 0 to 1, as the node saw it last that looks after
     /// retention; `None` without a hard limit, or where it is not known.
     pub unsettled_limit_used: Option<f64>,
+    /// What waits to enter it; `None` when nothing was ever to come later.
+    pub scheduled: Option<ScheduledState>,
     /// When it was created.
     pub created_at: DateTime<Utc>,
+}
+
+/// How a stream stands with the messages that are to enter it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScheduledState {
+    /// When the next of them is due, if that is within [`SCHEDULED_AHEAD`]; past while it is late.
+    pub next_due_at: Option<DateTime<Utc>>,
+    /// For how long it has been due.
+    pub lag: Duration,
 }
 
 /// A stream, as who reads it needs it.

@@ -109,6 +109,22 @@ impl Rules {
         applied
     }
 
+    /// Why a message of the broker's own may not go to its topic, by its size or its schema, as one clause. `most` bounds every topic.
+    #[must_use]
+    pub fn refusal_within(&self, message: &Message, most: usize) -> Option<String> {
+        let applied = self.of(&message.topic);
+        let own = applied.and_then(|applied| applied.max_bytes);
+        let own = own.and_then(|own| usize::try_from(own).ok());
+        let most = own.map_or(most, |own| own.min(most));
+        let size = message.data.bytes().len();
+        if size > most {
+            return Some(format!(
+                "the payload is {size} bytes long, at most {most} are allowed"
+            ));
+        }
+        self.refusal(message)
+    }
+
     /// Why a message may not go to its topic by its schema, as one clause.
     #[must_use]
     pub fn refusal(&self, message: &Message) -> Option<String> {

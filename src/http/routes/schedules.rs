@@ -79,13 +79,39 @@ struct View {
     created_at: String,
     #[schema(format = DateTime)]
     changed_at: String,
+    /// `active`; `paused`; or `failing`, its latest occurrence could not be published: `last_failure` says why.
+    state: &'static str,
+    /// For how long an occurrence that is due has not been published; 0 when none is due.
+    #[schema(minimum = 0)]
+    lag_seconds: f64,
     /// Occurrences published so far.
     published_count: u64,
+    /// Occurrences left out so far, since they could not be published.
+    failed_count: u64,
+    /// The last that could not be.
+    last_failure: Option<Failure>,
     /// The last occurrence that was published.
     #[schema(format = DateTime)]
     last_at: Option<String>,
     /// The occurrences that come next; none while it is paused.
     next_at: Vec<String>,
+}
+
+/// An occurrence that could not be published.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ScheduleFailure)]
+struct Failure {
+    /// When it was due.
+    #[schema(format = DateTime)]
+    occurrence_at: String,
+    /// Why, as one clause.
+    #[schema(
+        example = "the payload does not match the schema of `reports.*`: \"kind\" is a required property"
+    )]
+    reason: String,
+    /// When that was found.
+    #[schema(format = DateTime)]
+    at: String,
 }
 
 /// All schedules.
@@ -103,6 +129,12 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 
 impl View {
     fn of(schedule: ScheduleDescription, now: DateTime<Utc>, next: usize) -> Self {
+        let state = match (schedule.declaration.is_paused, schedule.is_failing()) {
+            (true, _) => "paused",
+            (false, true) => "failing",
+            (false, false) => "active",
+        };
+        let lag_seconds = schedule.lag(now).as_secs_f64();
         let declaration = schedule.declaration;
         let next = match declaration.is_paused {
             true => Vec::new(),
@@ -118,7 +150,15 @@ impl View {
             paused: declaration.is_paused,
             created_at: wire::time(schedule.created_at),
             changed_at: wire::time(schedule.changed_at),
+            state,
+            lag_seconds,
             published_count: schedule.published_count,
+            failed_count: schedule.failed_count,
+            last_failure: schedule.failure.map(|failure| Failure {
+                occurrence_at: wire::time(failure.occurrence_at),
+                reason: failure.reason,
+                at: wire::time(failure.at),
+            }),
             last_at: schedule.last.map(wire::time),
             next_at: next.into_iter().map(wire::time).collect(),
         }

@@ -146,6 +146,8 @@ struct Stream {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false, minimum = 0, maximum = 1)]
     unsettled_limit_used: Option<f64>,
+    /// What waits to enter it; null when nothing was ever to come later.
+    scheduled: Option<Scheduled>,
     /// The first offset still there; one past `last_offset` when all are gone.
     first_offset: i64,
     /// The last offset given out; 0 before the first message.
@@ -154,6 +156,18 @@ struct Stream {
     message_bytes: u64,
     #[schema(format = DateTime)]
     created_at: String,
+}
+
+/// How a stream stands with the messages that are to enter it.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = StreamSchedule)]
+struct Scheduled {
+    /// When the next of them is due, if that is within a day; past while it is late.
+    #[schema(format = DateTime)]
+    next_due_at: Option<String>,
+    /// For how long it has been due: more than a moment when publishing it cannot go on.
+    #[schema(minimum = 0)]
+    lag_seconds: f64,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -183,6 +197,10 @@ impl From<Description> for Stream {
             unsettled_retention_bytes: Bytes::new(stream.retention.unsettled_bytes),
             keyed: stream.is_keyed,
             unsettled_limit_used: stream.unsettled_limit_used,
+            scheduled: stream.scheduled.map(|scheduled| Scheduled {
+                next_due_at: scheduled.next_due_at.map(wire::time),
+                lag_seconds: scheduled.lag.as_secs_f64(),
+            }),
             first_offset: stream.first_offset.0,
             last_offset: stream.last_offset.0,
             message_bytes: stream.message_bytes,

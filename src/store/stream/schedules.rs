@@ -1,6 +1,8 @@
 //! Schedules of recurring messages. The functions are in `migrations/broker`.
 
 use chrono::{DateTime, Utc};
+use sqlx::Row as _;
+use sqlx::postgres::PgRow;
 
 use crate::domain::id::{StreamId, TopicId};
 use crate::domain::message::Message;
@@ -28,6 +30,21 @@ pub struct ScheduleRow {
     pub last_at: Option<DateTime<Utc>>,
     /// Occurrences published so far.
     pub published_count: i64,
+    /// Occurrences left out so far, since they could not be published.
+    pub failed_count: i64,
+    /// The last that could not.
+    pub failure: Option<ScheduleFailure>,
+}
+
+/// An occurrence that could not be published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScheduleFailure {
+    /// When it was due.
+    pub occurrence_at: DateTime<Utc>,
+    /// Why, as one clause.
+    pub reason: String,
+    /// When that was found.
+    pub at: DateTime<Utc>,
 }
 
 /// All schedules, by name, and the database's clock.
@@ -37,24 +54,13 @@ pub struct ScheduleRow {
 pub async fn list_schedules(
     connection: &mut Connection,
 ) -> Result<(Vec<ScheduleRow>, DateTime<Utc>), Error> {
-    type Columns = (
-        DateTime<Utc>,
-        Option<i64>,
-        Option<String>,
-        Option<String>,
-        Option<i64>,
-        Option<DateTime<Utc>>,
-        Option<DateTime<Utc>>,
-        Option<DateTime<Utc>>,
-        Option<DateTime<Utc>>,
-        Option<i64>,
-    );
-    let rows: Vec<Columns> = bounded(
-        "reading the schedules",
+    const DOING: &str = "reading the schedules";
+    let rows = bounded(
+        DOING,
         STATEMENT,
-        sqlx::query_as(
+        sqlx::query(
             "select c.clock, s.id, s.name, s.declaration, s.revision, s.created_at, s.changed_at, t.through_at, \
-                 t.last_at, t.published_count \
+                 t.last_at, t.published_count, t.failed_count, t.failed_at, t.failure, t.failure_at \
              from (select clock_timestamp() as clock) c \
              left join (postroad_broker.schedule s join postroad_broker.schedule_state t on t.schedule_id = s.id) on true \
              order by s.name",
@@ -62,33 +68,49 @@ pub async fn list_schedules(
         .fetch_all(connection),
     )
     .await?;
-    let clock = rows.first().map_or(DateTime::UNIX_EPOCH, |row| row.0);
-    let read = |row: Columns| {
-        let (
-            _,
-            id,
-            name,
-            declaration,
-            revision,
-            created_at,
-            changed_at,
-            through_at,
-            last_at,
-            count,
-        ) = row;
-        Some(ScheduleRow {
-            id: id?,
-            name: name?,
-            declaration: declaration?,
-            revision: revision?,
-            created_at: created_at?,
-            changed_at: changed_at?,
-            through_at: through_at?,
-            last_at,
-            published_count: count?,
-        })
+    let read = || {
+        let clock = rows
+            .first()
+            .map_or(Ok(DateTime::UNIX_EPOCH), |row| row.try_get("clock"))?;
+        let schedules: Result<Vec<_>, _> = rows
+            .iter()
+            .filter_map(|row| read_row(row).transpose())
+            .collect();
+        Ok((schedules?, clock))
     };
-    Ok((rows.into_iter().filter_map(read).collect(), clock))
+    read().map_err(Error::query(DOING))
+}
+
+/// None where there is no schedule at all.
+fn read_row(row: &PgRow) -> Result<Option<ScheduleRow>, sqlx::Error> {
+    let Some(id) = row.try_get("id")? else {
+        return Ok(None);
+    };
+    let failure = match (
+        row.try_get("failed_at")?,
+        row.try_get("failure")?,
+        row.try_get("failure_at")?,
+    ) {
+        (Some(occurrence_at), Some(reason), Some(at)) => Some(ScheduleFailure {
+            occurrence_at,
+            reason,
+            at,
+        }),
+        _ => None,
+    };
+    Ok(Some(ScheduleRow {
+        id,
+        name: row.try_get("name")?,
+        declaration: row.try_get("declaration")?,
+        revision: row.try_get("revision")?,
+        created_at: row.try_get("created_at")?,
+        changed_at: row.try_get("changed_at")?,
+        through_at: row.try_get("through_at")?,
+        last_at: row.try_get("last_at")?,
+        published_count: row.try_get("published_count")?,
+        failed_count: row.try_get("failed_count")?,
+        failure,
+    }))
 }
 
 /// What declaring a schedule did.
@@ -242,4 +264,44 @@ pub async fn fire_schedule(connection: &mut Connection, fire: &Fire<'_>) -> Resu
         "moved" => Fired::Moved,
         _ => Fired::Stale,
     })
+}
+
+/// Occurrences that are left out.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// The schedule's number.
+    pub schedule: i64,
+    /// The revision that the occurrences are of.
+    pub revision: i64,
+    /// How far the schedule must be.
+    pub from: DateTime<Utc>,
+    /// How far it is then: beyond the occurrences, or where it was if they are to be tried again.
+    pub to: DateTime<Utc>,
+    /// How many of them could not be published.
+    pub failed: usize,
+    /// When the last of these was due, and why, as one clause.
+    pub failure: Option<(DateTime<Utc>, &'a str)>,
+}
+
+/// Moves a schedule over occurrences that are left out, and keeps why. `false`: the schedule is another by now, or elsewhere, and nothing
+/// was done. Safe to repeat when its outcome is unknown: then it has moved.
+///
+/// # Errors
+/// The database's.
+pub async fn pass_schedule(connection: &mut Connection, pass: &Pass<'_>) -> Result<bool, Error> {
+    let (status,): (String,) = bounded(
+        "leaving out a schedule's occurrences",
+        STATEMENT,
+        sqlx::query_as("select postroad_broker.pass_schedule($1, $2, $3, $4, $5, $6, $7)")
+            .bind(pass.schedule)
+            .bind(pass.revision)
+            .bind(pass.from)
+            .bind(pass.to)
+            .bind(i64::try_from(pass.failed).unwrap_or(i64::MAX))
+            .bind(pass.failure.map(|(at, _)| at))
+            .bind(pass.failure.map(|(_, reason)| reason))
+            .fetch_one(connection),
+    )
+    .await?;
+    Ok(status == "passed")
 }

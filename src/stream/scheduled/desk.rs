@@ -16,7 +16,7 @@ use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, Sched
 use crate::store::{Connection, Database};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
-use crate::stream::{Declared, Error};
+use crate::stream::{Declared, Error, next_job};
 use crate::supervisor::Supervisor;
 
 /// Rows that one listing looks at before it answers with what it has.
@@ -65,12 +65,7 @@ pub(in crate::stream) struct Desk {
 
 impl Desk {
     pub(in crate::stream) async fn run(mut self) {
-        loop {
-            let job = tokio::select! {
-                job = self.jobs.recv() => job,
-                () = self.supervisor.stopping() => return,
-            };
-            let Some(job) = job else { return };
+        while let Some(job) = next_job(&mut self.jobs, &self.supervisor).await {
             self.serve(job).await;
         }
     }

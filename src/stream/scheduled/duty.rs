@@ -7,12 +7,12 @@ use chrono::{DateTime, Utc};
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
-use super::ScheduledLeaves;
-use super::recurring::Recurring;
+use super::recurring::{Acceptance, Recurring};
+use super::{OfStream, ScheduledLeaves};
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
 use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled, ScheduledKind};
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Connection, Database, Retry};
 use crate::stream::handle::State;
 use crate::supervisor::Supervisor;
 
@@ -39,6 +39,7 @@ pub(in crate::stream) struct Duty {
     pub(in crate::stream) lease: watch::Receiver<Option<Fence>>,
     /// The tail passes on what was published, from the log.
     pub(in crate::stream) tail: mpsc::Sender<(StreamId, Offset)>,
+    pub(in crate::stream) acceptance: Acceptance,
     pub(in crate::stream) known: DutyKnows,
 }
 
@@ -62,14 +63,12 @@ impl Duty {
                 match self.pass().await {
                     Ok(until_next) => pause = until_next,
                     Err(error) => {
-                        self.state.metrics.scheduled_failures.inc();
-                        tracing::warn!(
-                            error = &error as &dyn std::error::Error,
-                            "publishing scheduled messages failed"
-                        );
+                        self.note_failure(&error);
                         self.known = DutyKnows::default();
                     }
                 }
+            } else {
+                self.state.schedule.forget();
             }
             if pause.is_zero() {
                 continue;
@@ -81,6 +80,14 @@ impl Duty {
                 () = self.supervisor.stopping() => {}
             }
         }
+    }
+
+    fn note_failure(&self, error: &store::Error) {
+        self.state.metrics.scheduled_failures.inc();
+        tracing::warn!(
+            error = error as &dyn std::error::Error,
+            "publishing scheduled messages failed"
+        );
     }
 
     /// Publishes one batch of each stream that has something due. Returns how long there is nothing more to do.
@@ -102,12 +109,16 @@ impl Duty {
         };
         let recurring = &mut self.known.recurring;
         let until_occurrence = recurring
-            .pass(&mut connection, has_changed, &self.state.metrics)
+            .pass(
+                &mut connection,
+                has_changed,
+                (&self.acceptance, self.state.as_ref()),
+            )
             .await?;
         let next = sql::next_scheduled(&mut connection, AHEAD).await?;
         let mut pause = POLL.min(until_occurrence);
         for one in &next {
-            if !self.note_lag(one) {
+            if !self.note_next(one) {
                 // Its first: it is counted at once.
                 self.known.upkeep_at = None;
             }
@@ -116,11 +127,15 @@ impl Duty {
                 pause = pause.min((due_at - one.clock).to_std().unwrap_or_default());
                 continue;
             }
-            if self
-                .publish(&mut connection, one.stream, due_at, one.clock)
-                .await?
-            {
-                pause = Duration::ZERO;
+            let publishing = self.publish(&mut connection, one.stream, due_at, one.clock);
+            match publishing.await {
+                Ok(true) => pause = Duration::ZERO,
+                Ok(false) => {}
+                // What the database refuses of one stream is in no other's way.
+                Err(error) if error.retry() == Retry::Never && error.sqlstate().is_some() => {
+                    self.note_failure(&error);
+                }
+                Err(error) => return Err(error),
             }
         }
         self.known.connection = Some(connection);
@@ -128,7 +143,6 @@ impl Duty {
             let at = self.cluster.now() + pause;
             self.state.schedule.known().next = Some(at);
         }
-        self.show_counts();
         Ok(pause)
     }
 
@@ -218,33 +232,27 @@ impl Duty {
         }
         let counts = sql::count_scheduled(connection).await?;
         let mut known = self.state.schedule.known();
-        for (id, (name, _)) in &known.counts {
-            if !counts.contains_key(id) {
-                self.state.metrics.forget_scheduled(name);
-            }
-        }
-        known.counts = counts;
+        let streams = &mut known.streams;
+        let count = |(id, (name, count))| {
+            let next_due_at = streams.get(&id).and_then(|before| before.next_due_at);
+            let stream = OfStream {
+                name,
+                count,
+                next_due_at,
+            };
+            (id, stream)
+        };
+        *streams = counts.into_iter().map(count).collect();
         Ok(())
     }
 
-    /// Shows the lag. Whether the stream is known.
-    fn note_lag(&self, next: &NextScheduled) -> bool {
-        let known = self.state.schedule.known();
-        let Some((name, _)) = known.counts.get(&next.stream) else {
+    /// Notes what comes next. Whether the stream is known.
+    fn note_next(&self, next: &NextScheduled) -> bool {
+        let mut known = self.state.schedule.known();
+        let Some(stream) = known.streams.get_mut(&next.stream) else {
             return false;
         };
-        let lag = next
-            .due_at
-            .map(|due_at| (next.clock - due_at).as_seconds_f64());
-        self.state
-            .metrics
-            .scheduled_lag(name, lag.unwrap_or_default().max(0.0));
+        stream.next_due_at = next.due_at;
         true
-    }
-
-    fn show_counts(&self) {
-        for (name, count) in self.state.schedule.known().counts.values() {
-            self.state.metrics.scheduled_count(name, *count);
-        }
     }
 }

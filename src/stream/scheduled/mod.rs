@@ -9,6 +9,7 @@
 mod desk;
 mod duty;
 mod handle;
+mod metrics;
 mod recurring;
 mod schedules;
 mod wire;
@@ -26,7 +27,9 @@ use crate::store::stream as sql;
 pub(super) use desk::{Desk, Job};
 pub(super) use duty::{Duty, DutyKnows, LEASE};
 pub use handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
-pub use schedules::{ScheduleDescription, check_event};
+pub(super) use metrics::register;
+pub use recurring::Acceptance;
+pub use schedules::{ScheduleDescription, ScheduleFailure, check_event};
 
 use super::metrics::Metrics;
 
@@ -44,8 +47,26 @@ struct Known {
     next: Option<DateTime<Utc>>,
     /// A schedule was declared or deleted.
     has_changed: bool,
-    /// How many wait, by stream: counted from time to time, and kept up with what this node does.
-    counts: HashMap<StreamId, (StreamName, i64)>,
+    /// What waits, as the node knows that publishes it; none on the others.
+    streams: HashMap<StreamId, OfStream>,
+    schedules: OfSchedules,
+}
+
+#[derive(Debug)]
+struct OfStream {
+    name: StreamName,
+    /// How many wait: counted from time to time, and kept up with what this node does.
+    count: i64,
+    /// When the next is due, if that is soon, as of the last look.
+    next_due_at: Option<DateTime<Utc>>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct OfSchedules {
+    /// Schedules whose latest occurrence could not be published.
+    failing_count: usize,
+    /// When the next occurrence of any is due.
+    next_due_at: Option<DateTime<Utc>>,
 }
 
 impl Schedule {
@@ -61,8 +82,8 @@ impl Schedule {
         metrics.scheduled_accepted.inc_by(accepted.len() as u64);
         let mut known = self.known();
         for id in accepted {
-            if let Some((_, count)) = known.counts.get_mut(&id.stream) {
-                *count += 1;
+            if let Some(stream) = known.streams.get_mut(&id.stream) {
+                stream.count += 1;
             }
         }
         let is_sooner = known.next.is_none_or(|next| first < next);
@@ -80,9 +101,16 @@ impl Schedule {
 
     /// Notes that so many of a stream wait no longer.
     fn note_gone(&self, stream: StreamId, gone: u64) {
-        if let Some((_, count)) = self.known().counts.get_mut(&stream) {
-            *count = (*count - gone.cast_signed()).max(0);
+        if let Some(stream) = self.known().streams.get_mut(&stream) {
+            stream.count = (stream.count - gone.cast_signed()).max(0);
         }
+    }
+
+    /// Another node publishes.
+    fn forget(&self) {
+        let mut known = self.known();
+        known.streams.clear();
+        known.schedules = OfSchedules::default();
     }
 }
 

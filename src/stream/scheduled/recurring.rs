@@ -1,24 +1,55 @@
 //! Recurring messages: the schedules as the duty knows them, and the call that publishes what is due of one.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::wire;
+use super::{OfSchedules, wire};
 use crate::domain::cloudevents::{self, Context, Limits};
 use crate::domain::message::Message;
 use crate::domain::name::{ScheduleName, Topic};
 use crate::domain::schedule::{Declaration, Due, occurrence_id};
-use crate::store::stream::{self as sql, Fire, Fired, ScheduleRow};
-use crate::store::{self, Connection};
+use crate::store::stream::{self as sql, Fire, Fired, Pass, ScheduleRow};
+use crate::store::{self, Connection, Retry};
 use crate::stream::group::Router;
-use crate::stream::metrics::Metrics;
+use crate::stream::handle::State;
 use crate::stream::request::key_hash;
 
 /// How often the schedules are read again.
 const RELOAD: Duration = Duration::from_millis(500);
+/// How long one that the database refuses waits to be tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+type Check = dyn Fn(&Message) -> Result<(), String> + Send + Sync;
+
+/// What is asked of each occurrence before it is published: whether its topic takes the message, and if not, why, as one clause. The
+/// engine knows nothing of the settings of topics. Without one, every message is taken.
+#[derive(Clone, Default)]
+pub struct Acceptance(Option<Arc<Check>>);
+
+impl Acceptance {
+    /// Asks this.
+    pub fn new(check: impl Fn(&Message) -> Result<(), String> + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(check)))
+    }
+
+    fn check(&self, message: &Message) -> Result<(), String> {
+        self.0.as_ref().map_or(Ok(()), |check| check(message))
+    }
+}
+
+impl fmt::Debug for Acceptance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_set = self.0.is_some();
+        f.debug_struct("Acceptance")
+            .field("is_set", &is_set)
+            .finish()
+    }
+}
 
 /// What the duty knows of the schedules. All of it can be forgotten at any time.
 #[derive(Debug, Default)]
@@ -36,6 +67,25 @@ struct Loaded {
     declaration: Declaration,
     through: DateTime<Utc>,
     next: Option<DateTime<Utc>>,
+    /// When the last occurrence was due, and the last one that could not be published.
+    last: Option<DateTime<Utc>>,
+    failed: Option<DateTime<Utc>>,
+    /// The database refused it: not before then.
+    retry_at: Option<Instant>,
+}
+
+impl Loaded {
+    fn is_due(&self, now: DateTime<Utc>) -> bool {
+        let is_held = self.retry_at.is_some_and(|at| Instant::now() < at);
+        !is_held && self.next.is_some_and(|next| next <= now)
+    }
+
+    /// All through there is dealt with.
+    fn move_to(&mut self, through: DateTime<Utc>) {
+        self.through = through;
+        self.next = next_of(&self.declaration, through);
+        self.retry_at = None;
+    }
 }
 
 impl Recurring {
@@ -44,19 +94,17 @@ impl Recurring {
         &mut self,
         connection: &mut Connection,
         has_changed: bool,
-        metrics: &Metrics,
+        (acceptance, state): (&Acceptance, &State),
     ) -> Result<Duration, store::Error> {
         let is_old = self.clock.is_none_or(|(_, read)| read.elapsed() >= RELOAD);
         if is_old || has_changed {
             self.reload(connection).await?;
         }
         let now = self.now();
-        let due: Vec<i64> = self
-            .loaded
-            .iter()
-            .filter(|(_, one)| one.next.is_some_and(|next| next <= now))
-            .map(|(&id, _)| id)
-            .collect();
+        state.schedule.known().schedules = self.look();
+        let metrics = &state.metrics;
+        let due = self.loaded.iter().filter(|(_, one)| one.is_due(now));
+        let due: Vec<i64> = due.map(|(&id, _)| id).collect();
         for id in due {
             let Some(one) = self.loaded.get_mut(&id) else {
                 continue;
@@ -70,27 +118,50 @@ impl Recurring {
                 self.clock = None;
                 continue;
             }
-            let fired = fire(connection, &mut self.router, id, one, &due).await?;
-            if fired == Fired::Fired {
-                metrics
-                    .scheduled_occurrences
-                    .inc_by(due.occurrences.len() as u64);
-                if due.has_skipped {
-                    tracing::warn!(schedule = %one.name, "missed occurrences were left out");
+            let publishing = publish(connection, &mut self.router, (id, &*one), &due, acceptance);
+            match publishing.await? {
+                Outcome::Published => {
+                    metrics
+                        .scheduled_occurrences
+                        .inc_by(due.occurrences.len() as u64);
+                    if due.has_skipped {
+                        tracing::warn!(schedule = %one.name, "missed occurrences were left out");
+                    }
+                    one.last = due.occurrences.last().copied().or(one.last);
+                    one.move_to(due.through);
                 }
-                one.through = due.through;
-                one.next = one.declaration.cadence.next_after(due.through);
-            } else {
-                self.clock = None;
+                Outcome::LeftOut => {
+                    metrics
+                        .occurrences_failed
+                        .inc_by(due.occurrences.len() as u64);
+                    one.failed = due.occurrences.last().copied();
+                    one.move_to(due.through);
+                }
+                Outcome::Refused => {
+                    one.failed = due.occurrences.last().copied();
+                    one.retry_at = Some(Instant::now() + RETRY);
+                }
+                Outcome::Moved => self.clock = None,
             }
         }
+        state.schedule.known().schedules = self.look();
         if self.clock.is_none() {
             return Ok(Duration::ZERO);
         }
         let now = self.now();
-        let next = self.loaded.values().filter_map(|one| one.next).min();
+        let next = self.loaded.values().filter(|one| one.retry_at.is_none());
+        let next = next.filter_map(|one| one.next).min();
         let pause = next.map_or(RELOAD, |next| (next - now).to_std().unwrap_or_default());
         Ok(pause.min(RELOAD))
+    }
+
+    fn look(&self) -> OfSchedules {
+        let all = self.loaded.values();
+        let is_failing = |one: &&Loaded| one.failed.is_some() && one.failed > one.last;
+        OfSchedules {
+            failing_count: all.clone().filter(is_failing).count(),
+            next_due_at: all.filter_map(|one| one.next).min(),
+        }
     }
 
     /// The database's clock, about.
@@ -110,9 +181,10 @@ impl Recurring {
             match self.loaded.get_mut(&row.id) {
                 Some(one) if one.revision == row.revision => {
                     if one.through != row.through_at {
-                        one.through = row.through_at;
-                        one.next = next_of(&one.declaration, one.through);
+                        one.move_to(row.through_at);
                     }
+                    one.last = row.last_at;
+                    one.failed = row.failure.map(|failure| failure.occurrence_at);
                 }
                 _ => {
                     if let Some((id, one)) = load(row, clock) {
@@ -148,6 +220,9 @@ fn load(row: ScheduleRow, clock: DateTime<Utc>) -> Option<(i64, Loaded)> {
         declaration,
         through: row.through_at,
         next,
+        last: row.last_at,
+        failed: row.failure.map(|failure| failure.occurrence_at),
+        retry_at: None,
     };
     Some((row.id, one))
 }
@@ -175,18 +250,95 @@ pub(super) fn message(
     cloudevents::parse_event(&event, "", 0, &request, &context)
 }
 
+/// What became of occurrences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// They are accepted.
+    Published,
+    /// They cannot be published: the schedule has moved over them, and says why.
+    LeftOut,
+    /// The database refuses them: the schedule is where it was, and says why.
+    Refused,
+    /// The schedule is another by now, or elsewhere, or streams are: nothing was done.
+    Moved,
+}
+
+/// Publishes occurrences, or leaves them out. One schedule that cannot go on is in nobody else's way.
+async fn publish(
+    connection: &mut Connection,
+    router: &mut Option<Router>,
+    (id, one): (i64, &Loaded),
+    due: &Due,
+    acceptance: &Acceptance,
+) -> Result<Outcome, store::Error> {
+    let pass = Pass {
+        schedule: id,
+        revision: one.revision,
+        from: one.through,
+        to: due.through,
+        failed: 0,
+        failure: None,
+    };
+    let Some(&last) = due.occurrences.last() else {
+        return Ok(match sql::pass_schedule(connection, &pass).await? {
+            true => Outcome::Published,
+            false => Outcome::Moved,
+        });
+    };
+    let message = message(&one.name, &one.declaration, last);
+    let message = message.map_err(|error| format!("the event is not valid: {error}"));
+    let is_taken = |message| acceptance.check(&message).map(|()| message);
+    let (pass, reason, outcome) = match message.and_then(is_taken) {
+        Ok(message) => {
+            let error = match fire(connection, router, (id, one), due, &message).await {
+                Ok(Fired::Fired) => return Ok(Outcome::Published),
+                Ok(Fired::Moved | Fired::Stale) => return Ok(Outcome::Moved),
+                Err(error) => error,
+            };
+            // No leaf takes the time: all is looked up again.
+            let is_own = error.sqlstate().is_some_and(|code| code != "23514");
+            if !is_own || error.retry() != Retry::Never {
+                return Err(error);
+            }
+            let pass = Pass {
+                to: one.through,
+                ..pass
+            };
+            let reason = format!("the database refuses the message: {}", in_full(&error));
+            (pass, reason, Outcome::Refused)
+        }
+        Err(reason) => {
+            let failed = due.occurrences.len();
+            (Pass { failed, ..pass }, reason, Outcome::LeftOut)
+        }
+    };
+    tracing::warn!(schedule = %one.name, reason, "an occurrence cannot be published");
+    let pass = Pass {
+        failure: Some((last, &reason)),
+        ..pass
+    };
+    Ok(match sql::pass_schedule(connection, &pass).await? {
+        true => outcome,
+        false => Outcome::Moved,
+    })
+}
+
+/// An error and what caused it, in one line.
+fn in_full(error: &store::Error) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| {
+        error.source()
+    });
+    let causes: Vec<String> = causes.map(ToString::to_string).collect();
+    causes.join(": ")
+}
+
 async fn fire(
     connection: &mut Connection,
     router: &mut Option<Router>,
-    id: i64,
-    one: &Loaded,
+    (id, one): (i64, &Loaded),
     due: &Due,
+    message: &Message,
 ) -> Result<Fired, store::Error> {
-    let Ok(message) = message(&one.name, &one.declaration, due.through) else {
-        // It was checked when it was declared; limits can have changed since.
-        tracing::error!(schedule = %one.name, "the event of a schedule cannot be published");
-        return Ok(Fired::Moved);
-    };
     let router = match router {
         Some(router) => router,
         None => {
@@ -211,7 +363,7 @@ async fn fire(
             .iter()
             .map(|&at| (occurrence_id(&one.name, at).to_string(), at))
             .collect(),
-        message: &message,
+        message,
     };
     let fired = sql::fire_schedule(connection, &fire).await?;
     if fired == Fired::Stale {

@@ -1,5 +1,7 @@
 //! Schedules, as people declare and see them.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 
 use super::{Job, recurring, wire};
@@ -7,6 +9,7 @@ use crate::domain::cloudevents;
 use crate::domain::message::Message;
 use crate::domain::name::ScheduleName;
 use crate::domain::schedule::{Declaration, SCHEDULES_MAX};
+pub use crate::store::stream::ScheduleFailure;
 use crate::store::stream::{self as sql, ScheduleDeclared, ScheduleRow};
 use crate::store::{self, Connection};
 use crate::stream::{Declared, Error, Handle};
@@ -28,6 +31,30 @@ pub struct ScheduleDescription {
     pub last: Option<DateTime<Utc>>,
     /// Occurrences published so far.
     pub published_count: u64,
+    /// Occurrences left out so far, since they could not be published.
+    pub failed_count: u64,
+    /// The last that could not.
+    pub failure: Option<ScheduleFailure>,
+}
+
+impl ScheduleDescription {
+    /// Whether its latest occurrence could not be published.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        let failed = self.failure.as_ref().map(|failure| failure.occurrence_at);
+        failed.is_some() && failed > self.last
+    }
+
+    /// For how long an occurrence that is due has not been published.
+    #[must_use]
+    pub fn lag(&self, now: DateTime<Utc>) -> Duration {
+        if self.declaration.is_paused {
+            return Duration::ZERO;
+        }
+        let due = self.declaration.cadence.next_after(self.through);
+        due.and_then(|due| (now - due).to_std().ok())
+            .unwrap_or_default()
+    }
 }
 
 impl Handle {
@@ -101,6 +128,8 @@ fn describe(row: ScheduleRow, now: DateTime<Utc>) -> Result<ScheduleDescription,
         through: row.through_at,
         last: row.last_at,
         published_count: row.published_count.unsigned_abs(),
+        failed_count: row.failed_count.unsigned_abs(),
+        failure: row.failure,
     })
 }
 

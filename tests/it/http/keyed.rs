@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{Answer, Api, assert_problem};
+use crate::support::Events;
 
 const EVENT: &str = "application/cloudevents+json";
 const BATCH: &str = "application/cloudevents-batch+json";
@@ -217,5 +218,55 @@ async fn keys_are_read_back() {
     assert_eq!(rest.body["keys"].as_array().unwrap().len(), 1, "{rest:?}");
     assert_eq!(rest.body["keys"][0]["key"], "b");
     assert_eq!(rest.body["next_after"], Value::Null);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_key_of_a_keyed_stream_is_followed_and_what_is_counted_shows() {
+    let api = Api::start().await;
+    api.keyed().await;
+    let version = async |key: &str, n: i64| {
+        let event = event(&format!("{key} {n}"), key, json!(n));
+        let published = api.publish_event(&event).await;
+        assert_eq!(published.status, 200, "{published:?}");
+    };
+    for n in 0..40 {
+        version("a", n).await;
+        version("b", n).await;
+    }
+    let url = api.url("/v1/streams/accounts/messages?key=b");
+    let mut all = Events::open(&url, None).await;
+    let mut resumed = Events::open(&url, Some(40)).await;
+    for n in 0..40 {
+        let event = all.next().await.unwrap();
+        assert_eq!(event.data["event"]["id"], format!("b {n}"));
+        assert_eq!(event.id, 2 * (n + 1));
+    }
+    for n in 40..50 {
+        version("a", n).await;
+        version("b", n).await;
+        assert_eq!(
+            all.next().await.unwrap().data["event"]["id"],
+            format!("b {n}")
+        );
+    }
+    for n in 20..50 {
+        let event = resumed.next().await.unwrap();
+        assert_eq!(event.data["event"]["id"], format!("b {n}"));
+    }
+    // What a follower has seen is the history that the key's version counts.
+    let history = api
+        .get("/v1/streams/accounts/keys/b?max_messages=100")
+        .await;
+    let followed: Vec<String> = (0..50).map(|n| format!("b {n}")).collect();
+    assert_eq!(ids(&history.body["messages"]), followed);
+    assert_eq!(history.body["version"], 50);
+    let metrics = api.get("/metrics").await;
+    let text = metrics.body.as_str().unwrap();
+    assert!(text.contains("\npostroad_stream_open_keys 2"), "{text}");
+    assert!(
+        text.contains("\npostroad_stream_open_key_messages 100"),
+        "{text}"
+    );
     api.stop().await;
 }

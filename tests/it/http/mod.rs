@@ -11,6 +11,7 @@ mod publishing;
 mod receive;
 mod refusals;
 mod scheduled;
+mod schedules;
 mod topics;
 mod vectors;
 
