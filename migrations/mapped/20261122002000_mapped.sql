@@ -9,6 +9,11 @@ create table postroad.mapped_outbox (
     xid_column text,
     seq_column text,
     installed_at timestamptz not null default clock_timestamp(),
+    -- Who relays it: the first broker that did, and as which of its origins. Two would take rows from each other.
+    broker uuid,
+    origin text,
+    claimed_at timestamptz,
+    constraint mapped_outbox_is_claimed_whole check ((broker is null) = (origin is null) and (broker is null) = (claimed_at is null)),
     constraint mapped_outbox_has_both_or_none check ((xid_column is null) = (seq_column is null))
 );
 

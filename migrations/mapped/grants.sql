@@ -16,6 +16,7 @@ begin
     end if;
     grant usage on schema postroad to postroad_relay;
     grant select on postroad.mapped_outbox, postroad.migration to postroad_relay;
+    grant update (broker, origin, claimed_at) on postroad.mapped_outbox to postroad_relay;
     grant select, insert, delete on postroad.mapped_mark to postroad_relay;
     grant select, insert, delete on postroad.mapped_emptied to postroad_relay;
     grant execute on function postroad.mapped_restamp(text) to postroad_relay;

@@ -6,8 +6,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::position::Position;
 use super::rotation::Rotation;
@@ -17,7 +18,7 @@ use crate::domain::id::{Fence, OriginId};
 use crate::domain::mapping::{Mapping, Pickup};
 use crate::domain::message::Message;
 use crate::domain::name::OriginName;
-use crate::store::mapped::Misfit;
+use crate::store::mapped::{Claim, Misfit};
 use crate::store::origin::{OutboxRow, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database, Retry};
@@ -309,8 +310,29 @@ impl Relay {
         mapped.map_err(|misfit| match misfit {
             Misfit::NotInstalled(what) => Trouble::NotInstalled(what),
             Misfit::Wrong(faults) => Trouble::Mapping(faults.join("; ")),
-        })
+        })?;
+        let broker = self.cluster.identity().id;
+        let claiming = session.claim(broker, self.name.as_str());
+        match claiming.await.map_err(Trouble::Origin)? {
+            None => Ok(()),
+            Some(claim) => Err(Trouble::Mapping(claimed_by(&claim, broker))),
+        }
     }
+}
+
+fn claimed_by(claim: &Claim, broker: Uuid) -> String {
+    let Claim {
+        table, origin, at, ..
+    } = claim;
+    let whose = match claim.broker == broker {
+        true => "this broker".to_owned(),
+        false => format!("the broker {}", claim.broker),
+    };
+    let since = at.to_rfc3339_opts(SecondsFormat::Secs, true);
+    format!(
+        "`{table}` is relayed as the origin `{origin}` of {whose} since {since}, and only one may: once that one does not run any more, \
+         set `broker`, `origin` and `claimed_at` of its row in postroad.mapped_outbox to null"
+    )
 }
 
 impl Run<'_> {

@@ -241,3 +241,60 @@ async fn rows_that_cannot_be_taken_out_stop_the_relay_and_are_relayed_once() {
     assert_eq!(super::count_rows(kind, &origin).await, 0);
     rig.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_broker_or_origin_on_a_table_is_refused_until_it_is_given_up() {
+    let server = support::cluster().await;
+    for (number, kind) in Kind::ALL.into_iter().enumerate() {
+        let url = server.create_database(&format!("shop_{number}")).await;
+        let origin = kind.install(&url).await;
+        crate::relay::shop::open(&origin).await;
+        let mut producer = origin.producer().await;
+        let first = support::database().await;
+        let rig = rig_mapped(&first.database, kind, &origin.relay_url()).await;
+        rig.caught_up(kind.name()).await;
+
+        let second = support::database().await;
+        let refused = |status: &relay::Status| status.state == State::Refused;
+        let other = rig_mapped(&second.database, kind, &origin.relay_url()).await;
+        let status = other.until(kind.name(), "the second broker to be refused", refused);
+        let detail = status.await.detail.unwrap();
+        let said = format!("is relayed as the origin `{}` of the broker ", kind.name());
+        assert!(detail.contains(&said), "{detail}");
+        crate::relay::shop::sell_in(origin.layout, &mut producer, 1)
+            .await
+            .unwrap();
+        rig.caught_up(kind.name()).await;
+        assert_eq!(read_log(&first.url).await.len(), 1);
+        rig.stop().await;
+
+        // Under another name it is another origin.
+        let renamed = OriginOptions {
+            name: origin_name("renamed"),
+            ..super::options(kind, &origin.relay_url())
+        };
+        let options = relay::Options {
+            origins: vec![renamed],
+            ..relay::Options::default()
+        };
+        let rig = rig_of(&first.database, options).await;
+        let status = rig.until("renamed", "another origin to be refused", refused);
+        let detail = status.await.detail.unwrap();
+        assert!(detail.contains("of this broker since"), "{detail}");
+        rig.stop().await;
+
+        // The first one has gone for good.
+        execute(
+            &mut origin.owner().await,
+            "update postroad.mapped_outbox set broker = null, origin = null, claimed_at = null",
+        )
+        .await;
+        crate::relay::shop::sell_in(origin.layout, &mut producer, 2)
+            .await
+            .unwrap();
+        other.caught_up(kind.name()).await;
+        let left = if kind == Kind::DebeziumSnapshot { 2 } else { 1 };
+        assert_eq!(read_log(&second.url).await.len(), left);
+        other.stop().await;
+    }
+}
