@@ -15,9 +15,19 @@ create table postroad_broker.broker (
 -- One row per run of a process, renewed by its heartbeat on a connection of its own. A dead incarnation never comes back.
 create table postroad_broker.node (
     incarnation bigint generated always as identity primary key,
+    -- Names the listening process: no two have the same at a time.
     address text not null,
+    -- Where other nodes reach it.
+    url text not null,
     started_at timestamptz not null default clock_timestamp(),
     expires_at timestamptz not null,
+    -- How long it lives without a heartbeat: an observer that sees no heartbeat for so long need not believe in expires_at,
+    -- which a clock that jumped back has left in the future.
+    ttl_seconds double precision not null,
+    -- The leases that it can hold, slots as `slot/*`.
+    wants text[] not null default '{}',
+    -- It is about to end, and hands over what it holds.
+    is_leaving boolean not null default false,
     dead_at timestamptz
 );
 
@@ -28,4 +38,12 @@ create table postroad_broker.lease (
     holder bigint references postroad_broker.node (incarnation),
     acquired_at timestamptz,
     constraint lease_epoch_not_negative check (epoch >= 0)
+);
+
+-- Which node is to hold which lease, as the holder of the lease `leader` says. A node asks for no other leases, and gives back
+-- those that are to be another's.
+create table postroad_broker.assignment (
+    name text primary key,
+    -- An incarnation. Not a reference: that it is gone is for the leader to see.
+    node bigint not null
 );

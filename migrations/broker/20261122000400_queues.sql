@@ -17,6 +17,8 @@ create table postroad_broker.queue (
     -- When this generation began. What retention was told before cannot mean it.
     renewed_at timestamptz not null default clock_timestamp(),
     slot smallint not null,
+    -- The catalogue's version that has it first.
+    version bigint not null,
     created_at timestamptz not null default clock_timestamp(),
     constraint queue_name_is_valid check (name ~ '^[A-Za-z0-9_.-]{1,100}$'),
     constraint queue_has_patterns check (cardinality(patterns) between 1 and 100),
@@ -26,14 +28,27 @@ create table postroad_broker.queue (
 );
 create index queue_slot on postroad_broker.queue (slot);
 create index queue_stream_id on postroad_broker.queue (stream_id);
+create index queue_version on postroad_broker.queue (version);
+
+-- Rises when a queue is made or deleted, under its row's lock: whoever reads a version can see all that led to it, so that
+-- nodes read no more than what is new.
+create table postroad_broker.queue_catalogue (
+    singleton boolean primary key default true,
+    version bigint not null default 0,
+    constraint queue_catalogue_is_one_row check (singleton)
+);
+insert into postroad_broker.queue_catalogue default values;
 
 -- Queues that were deleted: when the name is used again, their receipts are told from those of other queues.
 create table postroad_broker.former_queue (
     id bigint primary key,
     name text not null,
-    deleted_at timestamptz not null default clock_timestamp()
+    deleted_at timestamptz not null default clock_timestamp(),
+    -- The catalogue's version that has the queue no more.
+    version bigint not null
 );
 create index former_queue_name on postroad_broker.former_queue (name);
+create index former_queue_version on postroad_broker.former_queue (version);
 
 -- The whole state of a queue as of a group of its slot. Rewritten once per turn of the journal.
 create table postroad_broker.queue_checkpoint (
@@ -144,6 +159,7 @@ language plpgsql volatile as $$
 declare
     head_floor bigint;
     first_offset bigint;
+    new_version bigint;
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'create_queue needs read committed';
@@ -160,11 +176,44 @@ begin
         else
             first_offset := greatest(start_at, head_floor + 1);
     end case;
+    -- Last, since all who make a queue wait for it.
+    update postroad_broker.queue_catalogue c set version = c.version + 1 returning c.version into new_version;
     return query insert into postroad_broker.queue
-            (id, name, stream_id, patterns, settings, start, start_offset, slot)
-        values (new_id, new_name, of_stream, new_patterns, new_settings, new_start, first_offset, new_slot)
+            (id, name, stream_id, patterns, settings, start, start_offset, slot, version)
+        values (new_id, new_name, of_stream, new_patterns, new_settings, new_start, first_offset, new_slot, new_version)
         returning start_offset, created_at;
 end $$;
+
+-- Deletes a queue with its checkpoint and dead letters. That it was there is remembered for 30 days.
+create function postroad_broker.delete_queue(of_queue bigint) returns void
+language plpgsql volatile as $$
+declare
+    of_name text;
+begin
+    -- First: one who makes a queue of that name has this row and waits for the name.
+    perform from postroad_broker.queue_catalogue for no key update;
+    delete from postroad_broker.queue q where q.id = of_queue returning q.name into of_name;
+    if not found then
+        return;
+    end if;
+    delete from postroad_broker.former_queue f where f.deleted_at < clock_timestamp() - interval '30 days';
+    with raised as (
+        update postroad_broker.queue_catalogue c set version = c.version + 1 returning c.version
+    )
+    insert into postroad_broker.former_queue (id, name, version) select of_queue, of_name, r.version from raised r;
+end $$;
+
+-- How far the queues of slots have settled their streams, as their owners say: what retention goes by, wherever it runs. One
+-- row per node, written now and then. Told for good: a queue goes back only by a seek, which queue.renewed_at tells of.
+create table postroad_broker.slot_watermark (
+    incarnation bigint primary key references postroad_broker.node (incarnation) on delete cascade,
+    told_at timestamptz not null,
+    slots smallint[] not null,
+    streams integer[] not null,
+    watermarks bigint[] not null,
+    constraint slot_watermark_arrays_match check (
+        cardinality(slots) = cardinality(streams) and cardinality(slots) = cardinality(watermarks))
+);
 
 -- Begins a queue's next generation, at another place of its stream, with the state that it takes over. Everything of the former
 -- one is void from then on: its journal and checkpoint are of another generation, and a group of it that still runs waits for the

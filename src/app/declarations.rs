@@ -1,8 +1,20 @@
 //! The streams, settings of topics and queues that the configuration declares, at every start.
 
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+use tokio::time::{Instant, sleep};
+
 use super::Error;
+use crate::cluster::Owner;
 use crate::config::Config;
+use crate::domain::name::QueueName;
 use crate::{http, queue, stream, topic};
+
+/// How long a change of a queue that another node owns is tried.
+const ELSEWHERE: Duration = Duration::from_secs(30);
+/// How long that node may take. It may have to ask this one, which does not answer yet.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// Declares all of them, streams first. One that is there already becomes what the configuration says.
 pub(super) async fn declare(
@@ -37,17 +49,57 @@ pub(super) async fn declare(
     }
     for (name, body) in &config.queues {
         let key = format!("queues.{name}");
-        let declaration = http::queue_declaration(body).map_err(|reason| fault(&key, reason))?;
-        let (_, declared) = queue
-            .declare(name.clone(), declaration)
-            .await
-            .map_err(|error| match error {
-                queue::Error::Store(_) => error.into(),
-                other => fault(&key, other.to_string()),
-            })?;
-        tracing::info!(queue = %name, ?declared, "queue of the configuration");
+        declare_queue(&key, name, body, queue).await?;
     }
     Ok(())
+}
+
+/// Declares a queue; one that another node owns is changed there.
+async fn declare_queue(
+    key: &str,
+    name: &QueueName,
+    body: &Map<String, Value>,
+    queue: &queue::Handle,
+) -> Result<(), Error> {
+    let until = Instant::now() + ELSEWHERE;
+    loop {
+        let declaration = http::queue_declaration(body).map_err(|reason| fault(key, reason))?;
+        match queue.declare(name.clone(), declaration).await {
+            Ok((_, declared)) => {
+                tracing::info!(queue = %name, ?declared, "queue of the configuration");
+                return Ok(());
+            }
+            Err(queue::Error::NotOwner { .. }) => {}
+            Err(error @ queue::Error::Store(_)) => return Err(error.into()),
+            Err(other) => return Err(fault(key, other.to_string())),
+        }
+        if let Ok((_, Owner::Other { url, .. })) = queue.locate(name).await {
+            match put(&url, name, body).await {
+                Ok(()) => {
+                    tracing::info!(queue = %name, url, "queue of the configuration, declared at its node");
+                    return Ok(());
+                }
+                Err(why) if Instant::now() >= until => return Err(fault(key, why)),
+                Err(why) => tracing::debug!(queue = %name, url, why, "declaring at a node failed"),
+            }
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn put(url: &str, name: &QueueName, body: &Map<String, Value>) -> Result<(), String> {
+    let asking = async {
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(ANSWER)
+            .build()?;
+        let put = client.put(format!("{url}/v1/queues/{name}")).json(body);
+        put.send().await?.error_for_status()
+    };
+    match asking.await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("its node did not take it: {error}")),
+    }
 }
 
 fn fault(key: &str, reason: String) -> Error {

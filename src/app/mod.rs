@@ -152,6 +152,7 @@ struct Held {
     queue: Option<queue::Handle>,
     topics: Option<topic::Handle>,
     relay: Option<relay::Handle>,
+    readiness: Option<http::Readiness>,
 }
 
 /// A running broker.
@@ -208,13 +209,19 @@ impl Broker {
         self.steps.root.clone()
     }
 
-    /// Stops in order: readiness off, no new requests, long polls answer, relays and queues finish and flush, leases are
+    /// Stops in order: readiness off, other nodes are given what this one holds, no new requests, long polls answer, relays and queues finish and flush, leases are
     /// released, the pool closes, the private Postgres stops. In all at most `shutdown_seconds`, and 30 s for the Postgres.
     ///
     /// # Errors
     /// The tasks that had not ended in time; they are left running.
     pub async fn stop(self) -> Result<(), NotStopped> {
-        let stopped = self.steps.stop(Some(&self.database), self.shutdown).await;
+        let began = tokio::time::Instant::now();
+        if let (Some(cluster), Some(readiness)) = (&self.held.cluster, &self.held.readiness) {
+            readiness.not_ready("node", "the node is leaving");
+            cluster.leave(self.shutdown / 3).await;
+        }
+        let left = self.shutdown.saturating_sub(began.elapsed());
+        let stopped = self.steps.stop(Some(&self.database), left).await;
         drop(self.held);
         stopped
     }
@@ -240,6 +247,14 @@ fn node_address(listening: SocketAddr) -> String {
     }
 }
 
+/// Where other nodes reach this one when nothing is advertised: those of the same machine by its loopback address.
+fn node_url(listening: SocketAddr) -> String {
+    match listening.ip().is_unspecified() {
+        true => node_address(listening),
+        false => format!("http://{listening}"),
+    }
+}
+
 async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Parts, Error> {
     let listener = TcpListener::bind(config.bind)
         .await
@@ -257,6 +272,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     let cluster = cluster::start(
         cluster::Options {
             address: (config.advertise_url.clone()).unwrap_or_else(|| node_address(address)),
+            url: (config.advertise_url.clone()).or_else(|| Some(node_url(address))),
             ttl: config.node_ttl,
             heartbeat: config.node_heartbeat,
             allow_unsafe_postgres: config.allow_unsafe_postgres,
@@ -305,7 +321,10 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     )
     .await?;
     held.relay = Some(relay.clone());
+    cluster.has_started();
     let metrics = http::Metrics::new(&mut registry);
+    let readiness = http::Readiness::new();
+    held.readiness = Some(readiness.clone());
     let parts = http::Parts {
         stream,
         queue,
@@ -314,7 +333,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
         cluster,
         registry: Arc::new(registry),
         metrics,
-        readiness: http::Readiness::new(),
+        readiness,
     };
     http::serve(listener, parts, http_options(config), &steps.http)?;
     Ok(Parts {
@@ -377,6 +396,7 @@ fn http_options(config: &Config) -> http::Options {
         },
         connections_max: files::connections_within(config.connections_max),
         lame_duck,
+        node_secret: config.node_secret.clone(),
         // Half of the time is left for what the engines have to finish.
         drain: defaults
             .drain

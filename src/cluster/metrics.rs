@@ -4,6 +4,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use super::view::{Standing, View};
+
 /// Counters and gauges of the cluster engine.
 #[derive(Debug, Clone)]
 pub(super) struct Metrics {
@@ -11,7 +13,10 @@ pub(super) struct Metrics {
     pub(super) incarnations: Counter,
     pub(super) leases_taken: Counter,
     pub(super) leases_fenced: Counter,
+    pub(super) leases_yielded: Counter,
     pub(super) leases_held: Gauge,
+    pub(super) nodes: Gauge,
+    pub(super) leads: Gauge,
     pub(super) trusted: Gauge,
 }
 
@@ -22,7 +27,10 @@ impl Metrics {
             incarnations: Counter::default(),
             leases_taken: Counter::default(),
             leases_fenced: Counter::default(),
+            leases_yielded: Counter::default(),
             leases_held: Gauge::default(),
+            nodes: Gauge::default(),
+            leads: Gauge::default(),
             trusted: Gauge::default(),
         };
         registry.register(
@@ -46,6 +54,21 @@ impl Metrics {
             metrics.leases_fenced.clone(),
         );
         registry.register(
+            "postroad_leases_yielded",
+            "Leases that were to be another node's and were handed over",
+            metrics.leases_yielded.clone(),
+        );
+        registry.register(
+            "postroad_nodes",
+            "Nodes that live, as this one sees them",
+            metrics.nodes.clone(),
+        );
+        registry.register(
+            "postroad_node_leads",
+            "1 while this node says who is to hold what",
+            metrics.leads.clone(),
+        );
+        registry.register(
             "postroad_leases_held",
             "Leases held now",
             metrics.leases_held.clone(),
@@ -56,5 +79,12 @@ impl Metrics {
             metrics.trusted.clone(),
         );
         metrics
+    }
+
+    pub(super) fn note(&self, view: &View) {
+        let live = view.nodes.iter();
+        let live = live.filter(|member| member.standing != Standing::Expired);
+        self.nodes
+            .set(i64::try_from(live.count()).unwrap_or(i64::MAX));
     }
 }

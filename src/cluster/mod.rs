@@ -1,15 +1,22 @@
 //! Who this process is among its peers, and what it may write.
 //!
-//! One task keeps the node's row renewed on a connection of its own and takes the leases that the engines want. A lease
-//! changes only at hand-over: the taker marks the holder's incarnation dead, then raises the epoch. A dead incarnation is
-//! never renewed; a process that finds its own dead registers a new one, drops every fence and takes them again.
+//! One task keeps the node's row renewed on a connection of its own, and its heartbeat reads all nodes, leases and who is to
+//! hold what. The holder of the lease `leader` writes the latter: an even share of the slots, relays and duties for each live
+//! node, moved as little as that takes. A node takes the leases that its engines want and that are assigned to it, and gives back
+//! those that are another's: it shows `None`, its engine finishes and says so ([`Handle::yielded`]), the lease is released, and
+//! the other one takes it.
+//!
+//! A lease changes only at hand-over: the taker marks a holder that is out of date dead, then raises the epoch. A dead incarnation
+//! is never renewed; a process that finds its own dead registers a new one, drops every fence and takes them again.
 //!
 //! While the database cannot be reached fences stay: nothing can be written anyhow, and a lease that nobody took meanwhile
 //! goes on at its epoch. Time decides only when a lease may be taken, never whether a write is allowed: each write locks the
 //! lease's row and checks epoch and holder.
 
+mod lead;
 mod metrics;
 mod task;
+mod view;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -25,6 +32,7 @@ use crate::store::cluster::BrokerIdentity;
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 use metrics::Metrics;
+pub use view::{Member, Owner, Standing, View};
 
 /// How a node takes part.
 #[derive(Debug, Clone)]
@@ -32,6 +40,8 @@ pub struct Options {
     /// The advertised address, `http://host:port`, unique per listening process: a node takes at once what a former
     /// incarnation of its own address held, since it has that one's socket.
     pub address: String,
+    /// Where other nodes reach it; `address` when they reach it there.
+    pub url: Option<String>,
     /// How long the node row lives without a heartbeat. At least twice the heartbeat.
     pub ttl: Duration,
     /// How often the row is renewed, and leases that others hold are asked for again.
@@ -46,6 +56,7 @@ impl Options {
     pub fn new(address: impl Into<String>) -> Self {
         Self {
             address: address.into(),
+            url: None,
             ttl: Duration::from_secs(10),
             heartbeat: Duration::from_secs(1),
             allow_unsafe_postgres: false,
@@ -85,17 +96,34 @@ struct Shared {
     identity: BrokerIdentity,
     /// The database's clock and this process's, read together.
     started: (DateTime<Utc>, Instant),
+    ttl: Duration,
     state: Mutex<State>,
+    view: watch::Sender<Arc<View>>,
     wake: Notify,
     metrics: Metrics,
 }
 
 #[derive(Debug)]
 struct State {
-    wanted: BTreeMap<String, watch::Sender<Option<Fence>>>,
-    /// Leases to give back, not wanted any more.
+    wanted: BTreeMap<String, Wanted>,
+    /// Leases to give back.
     to_release: Vec<String>,
+    /// Slots are served here: they are shared out to this node.
+    serves_slots: bool,
+    /// What the former process at this address wanted: what it held stays here while this one starts, or so long.
+    inherited: Option<(Vec<String>, Instant)>,
+    is_leaving: bool,
+    /// What the next heartbeat says or brings is waited for.
+    is_beat_wanted: bool,
     trusted_until: Instant,
+}
+
+/// A lease that an engine wants.
+#[derive(Debug)]
+struct Wanted {
+    fence: watch::Sender<Option<Fence>>,
+    /// It is to be another's, and still held at this epoch until the engine has finished, or so long.
+    yielding: Option<(Fence, Instant)>,
 }
 
 impl Shared {
@@ -138,9 +166,22 @@ pub async fn start(
     let metrics = Metrics::new(registry);
     let asked = Instant::now();
     let ttl_seconds = options.ttl.as_secs_f64();
-    let (incarnation, now) =
-        store::cluster::insert_node(&mut connection, &options.address, ttl_seconds).await?;
+    let url = options.url.clone();
+    let url = url.unwrap_or_else(|| options.address.clone());
+    let (incarnation, now, inherited) =
+        store::cluster::register_node(&mut connection, &options.address, &url, ttl_seconds).await?;
+    // The clock was read after `asked`: now() lags by the round trip at most, and never runs ahead.
+    let started = (now, Instant::now());
     store::cluster::delete_old_nodes(&mut connection).await?;
+    let sign = store::cluster::Sign {
+        incarnation,
+        ttl_millis: task::millis(options.ttl),
+        wants: &inherited,
+        is_leaving: false,
+    };
+    let seen = store::cluster::beat(&mut connection, sign).await?;
+    let mut observer = view::Observer::default();
+    let view = observer.view(asked, incarnation, seen);
     metrics.incarnations.inc();
     metrics.trusted.set(1);
     tracing::info!(incarnation, address = options.address, "node registered");
@@ -148,13 +189,18 @@ pub async fn start(
         shared: Arc::new(Shared {
             incarnation: AtomicI64::new(incarnation),
             identity,
-            // The clock was read after `asked`: now() lags by the round trip at most, and never runs ahead.
-            started: (now, Instant::now()),
+            started,
+            ttl: options.ttl,
             state: Mutex::new(State {
                 wanted: BTreeMap::new(),
                 to_release: Vec::new(),
+                serves_slots: false,
+                inherited: Some((inherited, asked + options.ttl)),
+                is_leaving: false,
+                is_beat_wanted: true,
                 trusted_until: asked + options.ttl,
             }),
+            view: watch::Sender::new(Arc::new(view)),
             wake: Notify::new(),
             metrics,
         }),
@@ -162,7 +208,7 @@ pub async fn start(
     let task = task::Heartbeat::new(
         options,
         db,
-        connection,
+        (connection, observer),
         Arc::clone(&handle.shared),
         supervisor.clone(),
     );
@@ -196,18 +242,87 @@ impl Handle {
         Instant::now() < self.shared.state().trusted_until
     }
 
-    /// Wants the lease from now on. The receiver shows the fence while it is held, `None` while it is not. Taken when free,
-    /// when its holder is dead or expired, or when the holder's row has this node's own address.
+    /// How long a node lives without a heartbeat.
+    #[must_use]
+    pub fn ttl(&self) -> Duration {
+        self.shared.ttl
+    }
+
+    /// All nodes, leases and assignments as of the last heartbeat.
+    #[must_use]
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.shared.view.borrow())
+    }
+
+    /// The same, to wait for the next.
+    #[must_use]
+    pub fn views(&self) -> watch::Receiver<Arc<View>> {
+        self.shared.view.subscribe()
+    }
+
+    /// Waits for a view that is younger than this call, for a second at most: while the database is away there is none.
+    pub async fn refresh(&self) -> Arc<View> {
+        let asked = Instant::now();
+        let mut views = self.views();
+        self.shared.state().is_beat_wanted = true;
+        self.shared.wake.notify_one();
+        let newer = views.wait_for(|view| view.as_of >= asked);
+        let _ = tokio::time::timeout(Duration::from_secs(1), newer).await;
+        self.view()
+    }
+
+    /// A view that is not older than `age`, as [`Handle::refresh`] brings one. However many ask, the database is asked no more often
+    /// than that.
+    pub async fn refresh_within(&self, age: Duration) -> Arc<View> {
+        let view = self.view();
+        match view.as_of.elapsed() < age {
+            true => view,
+            false => self.refresh().await,
+        }
+    }
+
+    /// Whether this node is to hold the lease, whether it has it yet or not.
+    #[must_use]
+    pub fn is_assigned(&self, lease: &str) -> bool {
+        self.shared.view.borrow().owner(lease) == Owner::This
+    }
+
+    /// Has slots shared out to this node: it serves their queues, from whenever on there are some.
+    pub fn serve_slots(&self) {
+        let mut state = self.shared.state();
+        state.serves_slots = true;
+        state.is_beat_wanted = true;
+        drop(state);
+        self.shared.wake.notify_one();
+    }
+
+    /// All that this process wants it has said: what a former one at its address held and this one does not want can go.
+    pub fn has_started(&self) {
+        let mut state = self.shared.state();
+        state.is_beat_wanted |= state.inherited.take().is_some();
+        drop(state);
+        self.shared.wake.notify_one();
+    }
+
+    /// Wants the lease from now on. The receiver shows the fence while it is held, `None` while it is not. Taken once it is
+    /// assigned to this node, which is one of those that want it, and free: its holder has given it back, is dead or expired, or
+    /// had this node's own address. When it shows `None` after a fence, the engine finishes what it does under that, and then
+    /// says so ([`Handle::yielded`]).
     #[must_use]
     pub fn hold(&self, lease: String) -> watch::Receiver<Option<Fence>> {
         let mut state = self.shared.state();
         state.to_release.retain(|name| *name != lease);
+        let is_slot = lease.starts_with("slot/");
         let receiver = match state.wanted.get(&lease) {
-            Some(sender) => sender.subscribe(),
+            Some(wanted) => wanted.fence.subscribe(),
             None => {
-                let sender = watch::Sender::new(None);
-                let receiver = sender.subscribe();
-                state.wanted.insert(lease, sender);
+                // Others are assigned once it is known that they are wanted; slots are already.
+                state.is_beat_wanted |= !is_slot || !state.serves_slots;
+                state.serves_slots |= is_slot;
+                let fence = watch::Sender::new(None);
+                let receiver = fence.subscribe();
+                let yielding = None;
+                state.wanted.insert(lease, Wanted { fence, yielding });
                 receiver
             }
         };
@@ -216,22 +331,82 @@ impl Handle {
         receiver
     }
 
+    /// Nothing is under way any more under the last fence that the lease's watchers saw: if it is to be another's, it can go.
+    pub fn yielded(&self, lease: &str) {
+        let mut state = self.shared.state();
+        let wanted = state.wanted.get_mut(lease);
+        let is_yielded = wanted.is_some_and(|wanted| wanted.yielding.take().is_some());
+        if is_yielded {
+            state.to_release.push(lease.to_owned());
+            drop(state);
+            self.shared.wake.notify_one();
+        }
+    }
+
     /// Wants the lease no more. Its watchers see `None`, then the end of the channel.
     pub fn release(&self, lease: &str) {
         let mut state = self.shared.state();
-        if let Some(sender) = state.wanted.remove(lease) {
-            sender.send_replace(None);
+        if let Some(wanted) = state.wanted.remove(lease) {
+            wanted.fence.send_replace(None);
             state.to_release.push(lease.to_owned());
         }
         drop(state);
         self.shared.wake.notify_one();
     }
 
+    /// Hands over all that this node holds, while it goes on answering: resolves when the others have been given everything
+    /// that they can hold, or none of them is there, or `bound` is over. Cancel-safe.
+    pub async fn leave(&self, bound: Duration) {
+        let asked = Instant::now();
+        let mut state = self.shared.state();
+        state.is_leaving = true;
+        state.is_beat_wanted = true;
+        drop(state);
+        let mut views = self.views();
+        if !views.borrow().has_peers() {
+            return;
+        }
+        self.shared.wake.notify_one();
+        let handing_over = async {
+            loop {
+                let view = Arc::clone(&views.borrow_and_update());
+                if view.as_of >= asked && (!view.has_staying_peers() || self.is_handed_over(&view))
+                {
+                    return;
+                }
+                if views.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(bound, handing_over).await.is_err() {
+            tracing::warn!(
+                "not all was handed over in time; the rest is free when this node has ended"
+            );
+        }
+    }
+
+    fn is_handed_over(&self, view: &View) -> bool {
+        let items = view.items();
+        let can_go = |lease: &str| {
+            let item = items.iter().find(|item| item.name == lease);
+            item.is_none_or(|item| item.nodes.iter().any(|node| *node != view.own))
+        };
+        let is_ours = |name: &String| can_go(name) && view.assigned.get(name) == Some(&view.own);
+        let state = self.shared.state();
+        let mut wanted = state.wanted.iter();
+        let is_held =
+            |wanted: &Wanted| wanted.yielding.is_some() || wanted.fence.borrow().is_some();
+        state.to_release.is_empty()
+            && !view.assigned.keys().any(is_ours)
+            && !wanted.any(|(name, wanted)| can_go(name) && is_held(wanted))
+    }
+
     /// A write under this fence was refused: forgets the epoch and tries to take the lease again.
     pub fn fenced(&self, fence: &Fence) {
         let state = self.shared.state();
-        let forgotten = state.wanted.get(&fence.lease).is_some_and(|sender| {
-            sender.send_if_modified(|held| {
+        let forgotten = state.wanted.get(&fence.lease).is_some_and(|wanted| {
+            wanted.fence.send_if_modified(|held| {
                 let is_same = held.as_ref() == Some(fence);
                 if is_same {
                     *held = None;

@@ -119,9 +119,24 @@ pub const KEYS: &[Key] = &[
         "advertise_url",
         "",
         "an http or https URL",
-        "The URL at which other nodes reach this one. Without it, `http://` and the address listened on, with the machine's name for a loopback address or 0.0.0.0. No two nodes may have the same.",
+        "The URL at which other nodes reach this one. Without it, `http://` and the address listened on, with the machine's name for 0.0.0.0. No two nodes may have the same.",
         |c, t| http_url(t).map(|v| c.advertise_url = Some(v)),
     ),
+    Key {
+        is_secret: true,
+        ..key(
+            "node_secret",
+            "",
+            "16 to 255 visible ASCII characters, the same for all nodes",
+            "What nodes know each other by when they pass requests on. Without it they use a key that is in the broker's database, \
+             so that whoever reads that is a node.",
+            |c, t| {
+                let is_fit =
+                    (16..=255).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_graphic());
+                is_fit.then(|| c.node_secret = Some(t.to_owned()))
+            },
+        )
+    },
     Key {
         is_secret: true,
         ..key(

@@ -42,6 +42,8 @@ pub struct Config {
     pub bind: SocketAddr,
     /// `advertise_url`
     pub advertise_url: Option<String>,
+    /// `node_secret`
+    pub node_secret: Option<String>,
     /// `database_url`, or what `database_url_file` holds
     pub database_url: Option<String>,
     /// `data_dir`
@@ -110,6 +112,7 @@ impl Config {
         Self {
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise_url: None,
+            node_secret: None,
             database_url: None,
             data_dir: None,
             postgres_bin: None,

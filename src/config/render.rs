@@ -78,6 +78,7 @@ fn value(config: &Config, name: &str) -> Option<String> {
     match name {
         "bind" => Some(quoted(&config.bind.to_string())),
         "advertise_url" => config.advertise_url.as_deref().map(quoted),
+        "node_secret" => config.node_secret.as_ref().map(|_| quoted("...")),
         "database_url" => config
             .database_url
             .as_deref()
@@ -125,7 +126,7 @@ mod tests {
     #[test]
     fn the_effective_configuration_shows_every_key_and_no_password() {
         let config = Config {
-            database_url: Some("postgres://u:secret@h/d?password=secret".to_owned()),
+            database_url: Some("postgres://u:hunter2@h/d?password=hunter2".to_owned()),
             ..Config::default()
         };
         let text = effective(&config);
@@ -139,6 +140,6 @@ mod tests {
                 key.name
             );
         }
-        assert!(!text.contains("secret"), "{text}");
+        assert!(!text.contains("hunter2"), "{text}");
     }
 }

@@ -1,6 +1,7 @@
 //! What Postroad knows without a database, a socket or a clock: names, messages, offsets, receipts, policies, and the
 //! pure state machines of queues and leases. Nothing here does I/O, and time is always a parameter.
 
+pub mod assignment;
 pub mod cloudevents;
 pub mod id;
 pub mod json;

@@ -32,6 +32,8 @@ pub struct Metrics {
     durations: Family<Asked, Histogram, fn() -> Histogram>,
     pub(in crate::http) connections: Gauge,
     pub(in crate::http) in_flight: Gauge,
+    /// Requests passed on to other nodes.
+    pub(in crate::http) forwarded: Counter,
     pub(in crate::http) readers: follow::Metrics,
 }
 
@@ -48,6 +50,7 @@ impl Metrics {
             durations: Family::new_with_constructor(histogram),
             connections: Gauge::default(),
             in_flight: Gauge::default(),
+            forwarded: Counter::default(),
             readers: follow::Metrics::new(registry),
         };
         registry.register(
@@ -70,6 +73,11 @@ impl Metrics {
             "postroad_http_requests_in_flight",
             "HTTP requests being worked on, long polls included",
             metrics.in_flight.clone(),
+        );
+        registry.register(
+            "postroad_http_requests_forwarded",
+            "Requests passed on to the nodes that own their queues, repeats included",
+            metrics.forwarded.clone(),
         );
         metrics
     }

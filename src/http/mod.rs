@@ -9,6 +9,7 @@ mod connection;
 mod declaration;
 mod extract;
 mod follow;
+mod forward;
 mod metrics;
 mod observe;
 mod openapi;
@@ -37,6 +38,7 @@ fn router(state: state::State) -> Router {
         .fallback(observe::not_found)
         .method_not_allowed_fallback(observe::method_not_allowed)
         .layer(CatchPanicLayer::custom(observe::panicked))
+        .layer(from_fn_with_state(state.clone(), forward::forward))
         .layer(from_fn_with_state(state.clone(), observe::observe))
         .with_state(state)
 }

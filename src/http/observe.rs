@@ -39,7 +39,7 @@ impl Drop for InFlight {
 /// The layer around all routes.
 pub(in crate::http) async fn observe(
     Extract(state): Extract<State>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
     let started = Instant::now();
@@ -51,6 +51,10 @@ pub(in crate::http) async fn observe(
     let path = request.uri().path().to_owned();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("unmatched", MatchedPath::as_str);
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        // For the node that it may be passed on to.
+        request.headers_mut().insert(REQUEST_ID, value);
+    }
     let span = tracing::info_span!("request", id);
     let answered = tracing::Instrument::instrument(next.run(request), span).await;
     let mut response = finish(answered, &path, &id);

@@ -118,6 +118,8 @@ kinds! {
     MessageTooLarge = "message-too-large", 413, "A message is too large";
     /// A content type that the path does not take.
     UnsupportedMediaType = "unsupported-media-type", 415, "The content type is not supported";
+    /// Passed on by another node to one that does not own the queue. Between nodes; no client gets it.
+    MisdirectedRequest = "misdirected-request", 421, "The queue is not this node's";
     /// Fields, parameters or names break rules.
     InvalidRequest = "invalid-request", 422, "The request is not valid";
     /// Messages break rules.

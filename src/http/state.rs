@@ -5,10 +5,12 @@ use std::ops::Deref;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 use super::follow::Readers;
+use super::forward::{Peers, Secret};
 use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
@@ -39,6 +41,8 @@ pub struct Options {
     pub reader_heartbeat: Duration,
     /// How long the process goes on serving after it said that it is not ready, so that balancers notice.
     pub lame_duck: Duration,
+    /// What nodes know each other by; without it a key of the broker's database.
+    pub node_secret: Option<String>,
     /// How long open connections have to finish after that.
     pub drain: Duration,
 }
@@ -57,6 +61,7 @@ impl Default for Options {
             reader_patience: Duration::from_secs(30),
             reader_heartbeat: Duration::from_secs(15),
             lame_duck: Duration::ZERO,
+            node_secret: None,
             drain: Duration::from_secs(10),
         }
     }
@@ -93,6 +98,11 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) options: Options,
     /// Who follows streams by server-sent events.
     pub(in crate::http) readers: Readers,
+    /// The way to other nodes.
+    pub(in crate::http) peers: Peers,
+    pub(in crate::http) secret: Secret,
+    /// What this node shows to others.
+    pub(in crate::http) tag: HeaderValue,
     /// Long polls answer at once, with what they have.
     pub(in crate::http) stopping: CancellationToken,
     /// Streams' names by number, as far as they were asked for. Numbers are never used again.
@@ -101,7 +111,15 @@ pub(in crate::http) struct Inner {
 
 impl State {
     pub(in crate::http) fn new(parts: Parts, options: Options, supervisor: Supervisor) -> Self {
+        let secret = match &options.node_secret {
+            Some(secret) => Secret::new(secret.as_bytes()),
+            None => Secret::new(&parts.cluster.identity().receipt_key.0),
+        };
+        let tag = HeaderValue::try_from(secret.tag()).expect("base64 is visible ASCII");
         Self(Arc::new(Inner {
+            peers: Peers::default(),
+            secret,
+            tag,
             readers: Readers::new(supervisor, options.readers_max),
             parts,
             options,

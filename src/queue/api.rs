@@ -340,6 +340,12 @@ pub enum Error {
         /// One clause.
         why: &'static str,
     },
+    /// Another node owns the queue, or is about to. Nothing was decided: the request is that node's to answer.
+    #[error("the queue `{queue}` is another node's")]
+    NotOwner {
+        /// The queue.
+        queue: QueueName,
+    },
     /// The process stops. Answer 503.
     #[error("the broker is stopping")]
     Stopping,

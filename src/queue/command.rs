@@ -12,7 +12,7 @@ use super::part::Answer;
 use super::redrive::{DryRun, NewRedrive};
 use super::renewal::{Renewal, Renewed};
 use super::task::{Task, Why};
-use crate::domain::id::{Generation, Offset};
+use crate::domain::id::{Generation, Offset, Slot};
 use crate::domain::letter::LetterId;
 use crate::domain::name::{QueueName, Topic};
 use crate::domain::queue::{Item, Outcome, Verb};
@@ -104,6 +104,8 @@ pub(in crate::queue) enum Command {
         id: String,
         reply: Reply<()>,
     },
+    /// Finish: the slot is to be another node's. What is decided is written, and who waits asks there.
+    Yield,
     /// End: the queue is deleted or its slot is lost. Nothing more is written.
     End,
 }
@@ -139,6 +141,43 @@ pub(in crate::queue) enum Job {
         is_paused: bool,
         reply: Reply<()>,
     },
+    /// Look the queue of this name up.
+    Find {
+        name: QueueName,
+        reply: Reply<Slot>,
+    },
+}
+
+impl Command {
+    /// Answers a command that nothing was decided about.
+    pub(in crate::queue) fn refuse(self, error: &dyn Fn() -> Error) {
+        match self {
+            Self::Receive { reply, acks, .. } => {
+                let _ = reply.send(Err(error()));
+                if let Some(acks) = acks {
+                    let _ = acks.reply.send(Err(error()));
+                }
+            }
+            Self::Settle { reply, .. } => drop(reply.send(Err(error()))),
+            Self::InFlight { reply, .. } => drop(reply.send(Err(error()))),
+            Self::Pin { reply }
+            | Self::RemoveLetter { reply, .. }
+            | Self::Change { reply, .. }
+            | Self::CancelRedrive { reply, .. } => drop(reply.send(Err(error()))),
+            Self::Redrive { reply, .. } => drop(reply.send(Err(error()))),
+            Self::DryRun { reply, .. } => drop(reply.send(Err(error()))),
+            Self::Inspect { reply, .. } => drop(reply.send(Err(error()))),
+            Self::Act { reply, .. } => drop(reply.send(Err(error()))),
+            Self::Expire { reply, .. } => drop(reply.send(Err(error()))),
+            Self::Status { .. }
+            | Self::Hold { .. }
+            | Self::Pause { .. }
+            | Self::Fold { .. }
+            | Self::Trim { .. }
+            | Self::Yield
+            | Self::End => {}
+        }
+    }
 }
 
 impl Task {
@@ -153,7 +192,7 @@ impl Task {
                 Some(command) => self.take_command(command),
                 None => break,
             }
-            if self.hold.is_some() {
+            if self.hold.is_some() || self.is_yielding {
                 return;
             }
             next = self.parts.mailbox.try_recv().ok();
@@ -228,6 +267,7 @@ impl Task {
             Command::Redrive { new, reply } => self.begin_redrive(new, reply),
             Command::DryRun { new, reply } => self.dry_run(&new, reply),
             Command::CancelRedrive { id, reply } => self.cancel_redrive(&id, reply),
+            Command::Yield => self.is_yielding = true,
             Command::End => self.ending = Some(Why::Told),
         }
     }

@@ -73,10 +73,8 @@ impl Engine {
             }
             Inserted::NameTaken => {
                 // One whose insert seemed to fail, or another node's.
-                for row in store::queue::find_queues(&self.database).await? {
-                    if !self.queues.contains_key(&row.id) {
-                        self.take_over(row).await;
-                    }
+                if let Some(row) = store::queue::find_queue(&self.database, &name).await? {
+                    self.take_in(row).await;
                 }
                 match self.find(&name) {
                     Some(id) => self.change(id, declaration).await,
@@ -217,7 +215,7 @@ impl Engine {
     }
 
     /// Takes in a queue that is found in the database. One whose slot is recovered already has to be recovered alone.
-    async fn take_over(&mut self, row: QueueRow) {
+    pub(in crate::queue) async fn take_over(&mut self, row: QueueRow) {
         let slot = row.slot;
         self.add(row.clone());
         let state = self.slots.get(&slot);
@@ -258,6 +256,7 @@ impl Engine {
         if row.patterns == declaration.topics && row.settings == declaration.settings {
             return Ok((describe(&row), Declared::Unchanged));
         }
+        self.check_owned(&row)?;
         if row.patterns != declaration.topics {
             self.pin(&row, mailbox.as_ref()).await?;
         }
@@ -317,23 +316,11 @@ impl Engine {
                 queue: name.clone(),
             });
         };
-        store::queue::delete_queue(&self.database, id).await?;
-        self.write_known().remove(name);
-        if let Some(owned) = self.queues.remove(&id) {
-            owned.dispatch.unsubscribe(id);
-            if let Some(mailbox) = owned.mailbox {
-                let _ = mailbox.send(Command::End).await;
-            }
-            if !self
-                .queues
-                .values()
-                .any(|other| other.row.stream_id == owned.row.stream_id)
-            {
-                self.stream
-                    .set_watermark(owned.row.stream_id, Offset(i64::MAX));
-            }
+        if let Some(owned) = self.queues.get(&id) {
+            self.check_owned(&owned.row)?;
         }
-        self.shared.metrics.queues.set(self.queues.len() as i64);
+        store::queue::delete_queue(&self.database, id).await?;
+        self.forget(id).await;
         Ok(())
     }
 }

@@ -1,28 +1,28 @@
 //! The engine's own task: which queues there are, which slots this process holds, and a task for each queue of those.
 //!
-//! A slot is recovered when its lease is taken, at the new epoch, and dropped when the epoch is gone. A queue's task that
-//! ends by a refused write has its whole slot recovered, since its state in memory ran ahead of the journal.
+//! What becomes of a slot when its lease comes and goes is in `slots`.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
 use super::Options;
+use super::catalogue::Catalogue;
 use super::command::{Command, Job};
 use super::declare::describe;
 use super::feed::{self, Dispatch, Feed};
 use super::handle::{Known, Shared};
-use super::recovery::{self, Recovered};
+use super::recovery::Recovered;
 use super::scans::Scans;
-use super::task::{Ended, Parts, Progress, Task, Why};
+use super::task::{Ended, Parts, Progress, Task};
+use super::watermarks::Told;
 use super::writer::{Contact, Submission};
 use crate::cluster;
-use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
+use crate::domain::id::{Epoch, Fence, Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName};
 use crate::domain::policy::DEAD_LETTER_RETENTION;
 use crate::store::queue::QueueRow;
@@ -34,8 +34,6 @@ use crate::supervisor::{OnEnd, Supervisor};
 const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 /// How often the journal is looked at for a turn.
 const TURN_EVERY: Duration = Duration::from_secs(2);
-/// A slot that could not be recovered is tried again after this.
-const RECOVER_AGAIN: Duration = Duration::from_millis(500);
 /// What a redrive came to can be looked at for so long.
 const REDRIVE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3_600);
 /// Loads of payloads at a time, for all queues.
@@ -63,11 +61,14 @@ pub(in crate::queue) struct SlotState {
     pub(in crate::queue) fence: Option<Fence>,
     /// Its queues' state is at hand under this fence.
     pub(in crate::queue) is_recovered: bool,
-    /// A change of one of its queues has no known outcome: their rows are read again with their state.
-    are_rows_stale: bool,
+    /// Its queues' rows may be others than known: after a change without a known outcome, or another node's time with the slot.
+    /// They are read again with their state.
+    pub(in crate::queue) are_rows_stale: bool,
     /// Tasks that run. A slot is recovered only when none does.
-    running: usize,
-    recover_at: Option<Instant>,
+    pub(in crate::queue) running: usize,
+    pub(in crate::queue) recover_at: Option<Instant>,
+    /// The epoch at which it was held last.
+    pub(in crate::queue) last_epoch: Option<Epoch>,
 }
 
 pub(in crate::queue) struct Engine {
@@ -89,8 +90,12 @@ pub(in crate::queue) struct Engine {
     scans: Scans,
     /// Queues to be recovered alone, and when.
     pub(in crate::queue) alone: HashMap<QueueId, Instant>,
+    /// What is known of the catalogue of queues.
+    pub(in crate::queue) catalogue: Catalogue,
+    /// What other nodes say of their slots.
+    pub(in crate::queue) told: Told,
     ended: (mpsc::Sender<Ended>, mpsc::Receiver<Ended>),
-    fences: (
+    pub(in crate::queue) fences: (
         mpsc::Sender<(Slot, Option<Fence>)>,
         mpsc::Receiver<(Slot, Option<Fence>)>,
     ),
@@ -108,6 +113,7 @@ pub(in crate::queue) struct Given {
     pub(in crate::queue) contact: Arc<Contact>,
     pub(in crate::queue) scans: Scans,
     pub(in crate::queue) jobs: mpsc::Receiver<Job>,
+    pub(in crate::queue) catalogue: Catalogue,
 }
 
 impl Engine {
@@ -129,6 +135,8 @@ impl Engine {
             reads: Arc::new(Semaphore::new(READS)),
             scans: given.scans,
             alone: HashMap::new(),
+            catalogue: given.catalogue,
+            told: Told::default(),
             ended: mpsc::channel(1_024),
             fences: mpsc::channel(128),
         }
@@ -150,6 +158,7 @@ impl Engine {
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         }
         let supervisor = self.supervisor.clone();
+        let mut views = self.cluster.views();
         while !supervisor.is_stopping() {
             let slots = self.slots.values().filter_map(|slot| slot.recover_at);
             let recover_at = slots.chain(self.alone.values().copied()).min();
@@ -161,6 +170,10 @@ impl Engine {
                 Some((slot, fence)) = self.fences.1.recv() => self.change_fence(slot, fence).await,
                 Some(ended) = self.ended.1.recv() => self.note_end(ended).await,
                 () = sleep_until(recover_at) => self.recover_due().await,
+                Ok(()) = views.changed() => {
+                    let view = Arc::clone(&views.borrow_and_update());
+                    self.follow_catalogue(&view).await;
+                }
                 _ = watermarks.tick() => self.tell_watermarks().await,
                 _ = turn.tick() => self.turn_journal().await,
                 _ = trim.tick() => self.trim_letters().await,
@@ -211,17 +224,6 @@ impl Engine {
         }
     }
 
-    fn hold(&self, slot: Slot) {
-        let fence = self.cluster.hold(slot.lease_name());
-        let changes = self.fences.0.clone();
-        let supervisor = self.supervisor.clone();
-        self.supervisor.spawn(
-            format!("queue slot {slot}"),
-            OnEnd::Ordinary,
-            follow_fence(slot, fence, changes, supervisor),
-        );
-    }
-
     fn dispatch(&mut self, stream: StreamId) -> Arc<Dispatch> {
         if let Some(dispatch) = self.dispatches.get(&stream) {
             return Arc::clone(dispatch);
@@ -245,157 +247,6 @@ impl Engine {
             .queues
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn change_fence(&mut self, slot: Slot, fence: Option<Fence>) {
-        let Some(state) = self.slots.get_mut(&slot) else {
-            return;
-        };
-        if state.fence == fence {
-            return;
-        }
-        state.fence = fence;
-        self.drop_slot(slot).await;
-        self.recover(slot).await;
-    }
-
-    /// Ends the slot's tasks; what they have in memory is void.
-    async fn drop_slot(&mut self, slot: Slot) {
-        if let Some(state) = self.slots.get_mut(&slot) {
-            state.is_recovered = false;
-        }
-        let of_slot = self
-            .queues
-            .values_mut()
-            .filter(|owned| owned.row.slot == slot);
-        let mailboxes: Vec<_> = of_slot.filter_map(|owned| owned.mailbox.take()).collect();
-        for mailbox in mailboxes {
-            let _ = mailbox.send(Command::End).await;
-        }
-        let mut known = self.write_known();
-        for known in known.values_mut() {
-            if Slot::of(known.description.id) == slot {
-                known.mailbox = None;
-            }
-        }
-    }
-
-    async fn note_end(&mut self, ended: Ended) {
-        self.forget_task(&ended);
-        if ended.why == Why::Fenced {
-            self.shared.metrics.fenced.inc();
-            tracing::warn!(queue = %ended.queue, slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
-        }
-        if ended.why == Why::Refused && self.recover_alone_later(&ended) {
-            return;
-        }
-        if ended.why != Why::Told {
-            // Also when the writer ended: what was sent before may still be under way on a connection that was lost, and
-            // must not be written behind the recovery's read. A new epoch shuts it out.
-            self.cluster.fenced(&ended.fence);
-            self.forget_fence(&ended.fence, ended.slot).await;
-        }
-        self.recover(ended.slot).await;
-    }
-
-    async fn forget_fence(&mut self, fence: &Fence, slot: Slot) {
-        let Some(state) = self.slots.get_mut(&slot) else {
-            return;
-        };
-        if state.fence.as_ref() == Some(fence) {
-            state.fence = None;
-            self.drop_slot(slot).await;
-        }
-    }
-
-    /// Has the slot's queues read again, their rows included.
-    pub(in crate::queue) async fn read_again(&mut self, slot: Slot) {
-        self.drop_slot(slot).await;
-        if let Some(state) = self.slots.get_mut(&slot) {
-            state.are_rows_stale = true;
-            state.recover_at = Some(Instant::now());
-        }
-    }
-
-    fn forget_task(&mut self, ended: &Ended) {
-        if let Some(slot) = self.slots.get_mut(&ended.slot) {
-            slot.running = slot.running.saturating_sub(1);
-        }
-    }
-
-    async fn recover_due(&mut self) {
-        let now = Instant::now();
-        let due = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| slot.recover_at.is_some_and(|at| at <= now));
-        let due: Vec<Slot> = due.map(|(&slot, _)| slot).collect();
-        for slot in due {
-            self.recover(slot).await;
-        }
-        self.recover_due_alone().await;
-    }
-
-    /// Reads the state of the slot's queues and starts their tasks, once the lease is held and no former task runs.
-    async fn recover(&mut self, slot: Slot) {
-        let Some(state) = self.slots.get_mut(&slot) else {
-            return;
-        };
-        state.recover_at = None;
-        let Some(fence) = state.fence.clone() else {
-            return;
-        };
-        if state.is_recovered || state.running > 0 || self.supervisor.is_stopping() {
-            return;
-        }
-        let recovered = match self.freshen_rows(slot).await {
-            Ok(()) => {
-                let rows = self.queues.values().map(|owned| &owned.row);
-                let rows: Vec<&QueueRow> = rows.filter(|row| row.slot == slot).collect();
-                recovery::recover(&self.database, &fence, slot, &rows).await
-            }
-            Err(error) => Err(error.into()),
-        };
-        match recovered {
-            Ok(machines) => {
-                if let Some(state) = self.slots.get_mut(&slot) {
-                    state.is_recovered = true;
-                }
-                for recovered in machines {
-                    self.start_task(recovered, &fence);
-                }
-            }
-            Err(recovery::Error::Fenced) => {
-                self.cluster.fenced(&fence);
-                self.forget_fence(&fence, slot).await;
-            }
-            Err(error) => {
-                tracing::error!(%slot, error = &error as &dyn std::error::Error, "recovering queues failed; trying again");
-                if let Some(state) = self.slots.get_mut(&slot) {
-                    state.recover_at = Some(Instant::now() + RECOVER_AGAIN);
-                }
-            }
-        }
-    }
-
-    /// Reads the rows of the slot's queues again, if a change of one has no known outcome.
-    async fn freshen_rows(&mut self, slot: Slot) -> Result<(), store::Error> {
-        if !self.slots.get(&slot).is_some_and(|s| s.are_rows_stale) {
-            return Ok(());
-        }
-        for row in store::queue::find_queues(&self.database).await? {
-            if let Some(owned) = self.queues.get_mut(&row.id)
-                && row.slot == slot
-            {
-                let id = row.id;
-                owned.row = row;
-                self.show_row(id);
-            }
-        }
-        if let Some(state) = self.slots.get_mut(&slot) {
-            state.are_rows_stale = false;
-        }
-        Ok(())
     }
 
     /// Lets the dispatcher and the handles see what the queue's row says.
@@ -489,32 +340,8 @@ impl Engine {
             } => {
                 let _ = reply.send(self.set_paused(&name, is_paused).await);
             }
-        }
-    }
-
-    /// Tells each stream how far all its queues have settled. One with no queues is told that nothing is needed.
-    async fn tell_watermarks(&self) {
-        let mut lowest: HashMap<StreamId, i64> = HashMap::new();
-        for owned in self.queues.values() {
-            let mut watermark = owned.progress.watermark.load(Ordering::Acquire);
-            if let Some(through) = owned.idle_through() {
-                watermark = watermark.max(through.0);
-            }
-            let watermark = match owned.mailbox {
-                Some(_) => watermark,
-                // Not recovered: nothing is known of it but where it began.
-                None => owned.row.start_offset.0 - 1,
-            };
-            let lowest = lowest.entry(owned.row.stream_id).or_insert(i64::MAX);
-            *lowest = watermark.min(*lowest);
-        }
-        for (&stream, &watermark) in &lowest {
-            self.stream.set_watermark(stream, Offset(watermark));
-        }
-        let unread = store::queue::find_streams_without_queues(&self.database).await;
-        for stream in unread.unwrap_or_default() {
-            if !lowest.contains_key(&stream) {
-                self.stream.set_watermark(stream, Offset(i64::MAX));
+            Job::Find { name, reply } => {
+                let _ = reply.send(self.look_up(&name).await);
             }
         }
     }
@@ -574,27 +401,5 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Passes a lease's changes on, the first state included.
-async fn follow_fence(
-    slot: Slot,
-    mut fence: watch::Receiver<Option<Fence>>,
-    changes: mpsc::Sender<(Slot, Option<Fence>)>,
-    supervisor: Supervisor,
-) {
-    loop {
-        let now = fence.borrow_and_update().clone();
-        if changes.send((slot, now)).await.is_err() {
-            return;
-        }
-        let changed = tokio::select! {
-            changed = fence.changed() => changed.is_ok(),
-            () = supervisor.stopping() => false,
-        };
-        if !changed {
-            return;
-        }
     }
 }

@@ -14,6 +14,8 @@ use super::command::{Acks, Command, Job, Reply};
 use super::letters::Letters;
 use super::metrics::Metrics;
 use super::task::Progress;
+use crate::cluster::{self, Owner};
+use crate::domain::id::Slot;
 use crate::domain::name::QueueName;
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
@@ -44,6 +46,7 @@ pub(in crate::queue) struct Known {
 pub(in crate::queue) struct Shared {
     pub(in crate::queue) queues: RwLock<HashMap<QueueName, Known>>,
     pub(in crate::queue) jobs: mpsc::Sender<Job>,
+    pub(in crate::queue) cluster: cluster::Handle,
     pub(in crate::queue) key: Key,
     pub(in crate::queue) outcome_wait: Duration,
     pub(in crate::queue) metrics: Metrics,
@@ -63,6 +66,16 @@ impl Shared {
         })
     }
 
+    /// Refuses what another node has to answer.
+    pub(in crate::queue) fn check_owned(&self, queue: &QueueName, slot: Slot) -> Result<(), Error> {
+        match self.cluster.view().owner(&slot.lease_name()) {
+            Owner::This | Owner::Nobody => Ok(()),
+            Owner::Other { .. } => Err(Error::NotOwner {
+                queue: queue.clone(),
+            }),
+        }
+    }
+
     /// The queue's task. Waits while the queue's state is being recovered: after a start, a declare or a hand-over.
     pub(in crate::queue) async fn mailbox(
         &self,
@@ -70,9 +83,11 @@ impl Shared {
     ) -> Result<mpsc::Sender<Command>, Error> {
         let until = tokio::time::Instant::now() + self.outcome_wait;
         loop {
-            if let Some(mailbox) = self.find(queue)?.mailbox {
+            let known = self.find(queue)?;
+            if let Some(mailbox) = known.mailbox {
                 return Ok(mailbox);
             }
+            self.check_owned(queue, Slot::of(known.description.id))?;
             if tokio::time::Instant::now() >= until {
                 return Err(Error::Unavailable {
                     why: "its state is being recovered",
@@ -133,8 +148,10 @@ impl Handle {
 
     /// Describes all queues, by name.
     ///
+    /// Those that other nodes own come without numbers.
+    ///
     /// # Errors
-    /// None today; the signature leaves room for queues that other nodes own.
+    /// None today.
     pub async fn list(&self) -> Result<Vec<Description>, Error> {
         let mut known: Vec<Known> = {
             let queues = self.shared.queues.read();
@@ -292,7 +309,11 @@ impl Handle {
             Err(error @ (Error::Unavailable { .. } | Error::OutcomeUnknown))
                 if mailbox.is_closed() =>
             {
-                self.shared.find(queue)?;
+                let known = self.shared.find(queue)?;
+                if matches!(error, Error::Unavailable { .. }) {
+                    let slot = Slot::of(known.description.id);
+                    self.shared.check_owned(queue, slot)?;
+                }
                 Err(error)
             }
             answer => answer,
@@ -379,6 +400,10 @@ impl Receiving {
         let received = match handle.explained(&queue, &mailbox, answer) {
             Err(Error::InFlightFull { .. }) if !acked.is_empty() => {
                 Received::nothing(EmptyReason::InFlightFull)
+            }
+            // What was acknowledged must be told; the next receive finds the new owner.
+            Err(Error::NotOwner { .. }) if !acked.is_empty() => {
+                Received::nothing(EmptyReason::Empty)
             }
             answer => answer?,
         };

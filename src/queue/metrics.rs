@@ -165,7 +165,7 @@ impl Metrics {
         );
         registry.register(
             "postroad_queues",
-            "Queues owned by this process",
+            "Queues that there are, as far as this process knows",
             self.queues.clone(),
         );
         registry.register(
@@ -221,7 +221,8 @@ impl Collector for PerQueue {
         let queues = queues.unwrap_or_else(PoisonError::into_inner);
         for (name, help, read) in PER_QUEUE {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            for (queue, known) in queues.iter() {
+            let owned = queues.iter().filter(|(_, known)| known.mailbox.is_some());
+            for (queue, known) in owned {
                 let gauge =
                     ConstGauge::new(i64::try_from(read(&known.progress)).unwrap_or(i64::MAX));
                 gauge.encode(family.encode_family(&[("queue", queue.as_str())])?)?;

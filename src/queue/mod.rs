@@ -7,6 +7,7 @@
 
 mod ahead;
 mod api;
+mod catalogue;
 mod command;
 mod declare;
 mod engine;
@@ -29,8 +30,10 @@ mod redrive;
 mod refused;
 mod renewal;
 mod scans;
+mod slots;
 mod task;
 mod waiters;
+mod watermarks;
 mod writer;
 
 use std::collections::HashMap;
@@ -111,6 +114,12 @@ pub async fn start(
     supervisor: &Supervisor,
     registry: &mut Registry,
 ) -> Result<Handle, Error> {
+    // The version first: the rows are of that one at least.
+    let catalogue = catalogue::Catalogue {
+        as_of: std::time::Instant::now(),
+        version: store::queue::read_version(&database).await?,
+        had_peers: cluster.view().has_peers(),
+    };
     let rows = store::queue::find_queues(&database).await?;
     let (jobs_in, jobs) = mpsc::channel(256);
     // A part and a probe of every queue there can be: sending to the writer never has to wait.
@@ -126,6 +135,7 @@ pub async fn start(
         forward: Notify::new(),
         queues: RwLock::new(HashMap::new()),
         jobs: jobs_in,
+        cluster: cluster.clone(),
         key: Key::new(&cluster.identity().receipt_key.0),
         outcome_wait: options.outcome_wait,
         metrics: metrics.clone(),
@@ -161,7 +171,9 @@ pub async fn start(
         contact,
         scans,
         jobs,
+        catalogue,
     });
+    engine.cluster.serve_slots();
     engine.add_all(rows);
     supervisor.spawn("queue engine", OnEnd::StopProcess, engine.run());
     Ok(Handle { shared })

@@ -93,6 +93,7 @@ impl Engine {
             Some(owned) => (owned.row.clone(), owned.mailbox.clone()),
             None => return Err(Error::Stopping),
         };
+        self.check_owned(&row)?;
         if let Some(expected) = expected.filter(|expected| *expected != row.generation) {
             return repeated(&row, renewal, expected);
         }
@@ -212,6 +213,7 @@ impl Engine {
         let Some(owned) = self.queues.get(&id) else {
             return Err(Error::Stopping);
         };
+        self.check_owned(&owned.row)?;
         if owned.row.is_paused == is_paused {
             return Ok(());
         }

@@ -155,6 +155,8 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) unfolded_turn: Option<i64>,
     position_at: Instant,
     pub(in crate::queue) ending: Option<Why>,
+    /// The slot is to be another node's: finish.
+    pub(in crate::queue) is_yielding: bool,
     /// Nothing is decided, since a new generation is about to begin.
     pub(in crate::queue) hold: Option<Hold>,
 }
@@ -193,6 +195,7 @@ impl Task {
             unfolded_turn: unfolded.then_some(i64::MIN),
             position_at: Instant::now() + POSITION_EVERY,
             ending: None,
+            is_yielding: false,
             hold: None,
             parts,
         }
@@ -201,7 +204,7 @@ impl Task {
     pub(in crate::queue) async fn run(mut self) -> Ended {
         let supervisor = self.parts.supervisor.clone();
         self.learn_order().await;
-        while self.ending.is_none() && !supervisor.is_stopping() {
+        while self.ending.is_none() && !self.is_yielding && !supervisor.is_stopping() {
             self.round();
             let wake_at = self.wake_at();
             tokio::select! {
@@ -444,31 +447,7 @@ impl Task {
         }
         self.parts.mailbox.close();
         while let Ok(command) = self.parts.mailbox.try_recv() {
-            match command {
-                Command::Receive { reply, acks, .. } => {
-                    let _ = reply.send(Err(ENDED));
-                    if let Some(acks) = acks {
-                        let _ = acks.reply.send(Err(ENDED));
-                    }
-                }
-                Command::Settle { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::InFlight { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::Pin { reply }
-                | Command::RemoveLetter { reply, .. }
-                | Command::Change { reply, .. }
-                | Command::CancelRedrive { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::Redrive { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::DryRun { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::Inspect { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::Act { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::Expire { reply, .. } => drop(reply.send(Err(ENDED))),
-                Command::Status { .. }
-                | Command::Hold { .. }
-                | Command::Pause { .. }
-                | Command::Fold { .. }
-                | Command::Trim { .. }
-                | Command::End => {}
-            }
+            command.refuse(&|| ENDED);
         }
         if self.submitted.is_some() {
             let written = committed(&mut self.submitted).await;
@@ -477,18 +456,31 @@ impl Task {
         self.ending.unwrap_or(why)
     }
 
-    /// Told to stop: long polls answer, and what is decided is written, with the scan position.
+    /// Told to stop: long polls answer, and what is decided is written, with the scan position. When the slot is to be another
+    /// node's, long polls go on there, and so does what was not looked at yet.
     async fn flush(&mut self) -> Why {
         self.await_verdict().await;
         if let Some(why) = self.ending {
             return self.end(why).await;
         }
+        let queue = self.parts.name.clone();
+        let elsewhere = || Error::NotOwner {
+            queue: queue.clone(),
+        };
+        if self.is_yielding {
+            self.parts.mailbox.close();
+        }
         for waiter in self.waiters.take_all() {
-            let _ = waiter.reply.send(Ok(self.empty()));
+            let answer = match self.is_yielding {
+                true => Err(elsewhere()),
+                false => Ok(self.empty()),
+            };
+            let _ = waiter.reply.send(answer);
         }
         while let Ok(command) = self.parts.mailbox.try_recv() {
             match command {
                 Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
+                command if self.is_yielding => command.refuse(&elsewhere),
                 Command::Receive { reply, acks, .. } => {
                     if let Some(Acks { items, reply }) = acks {
                         self.settle(Verb::Ack, &items, reply);

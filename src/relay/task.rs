@@ -162,6 +162,8 @@ impl Relay {
             match trouble {
                 Trouble::Stopping => break,
                 Trouble::LeaseLost if lease.borrow().is_none() => {
+                    // Nothing is under way any more: if it is to be another node's, it can have it.
+                    self.cluster.yielded(&self.id.lease_name());
                     tokio::select! {
                         changed = lease.changed() => if changed.is_err() {
                             self.supervisor.stopping().await;

@@ -1,7 +1,11 @@
 //! Nodes, leases, and what makes this broker this broker.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
+use sqlx::Row as _;
+use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::bounded::{HEARTBEAT, bounded};
@@ -105,47 +109,200 @@ pub async fn read_server_safety(connection: &mut Connection) -> Result<ServerSaf
     })
 }
 
-/// Inserts a node row: a new incarnation. Returns its number and the database's clock.
+/// Registers a node: a new incarnation, at whose address all former ones are dead. Returns its number, the database's clock, and
+/// what the last one wanted if nobody had taken it for dead.
 ///
 /// # Errors
 /// The database's.
-pub async fn insert_node(
+pub async fn register_node(
     connection: &mut Connection,
     address: &str,
+    url: &str,
     ttl_seconds: f64,
-) -> Result<(i64, DateTime<Utc>), Error> {
+) -> Result<(i64, DateTime<Utc>, Vec<String>), Error> {
     bounded(
         "registering the node",
         HEARTBEAT,
         sqlx::query_as(
-            "insert into postroad_broker.node (address, expires_at) \
-         values ($1, clock_timestamp() + make_interval(secs => $2)) \
-         returning incarnation, clock_timestamp()",
+            "select new_incarnation, clock, former_wants from postroad_broker.register_node($1, $2, $3)",
         )
         .bind(address)
+        .bind(url)
         .bind(ttl_seconds)
         .fetch_one(connection),
     )
     .await
 }
 
-/// Renews a node row. `false`: the incarnation is dead, and stays so.
+/// What a node says with its heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sign<'a> {
+    /// Which node.
+    pub incarnation: i64,
+    /// How long it lives from now on, in milliseconds.
+    pub ttl_millis: u64,
+    /// The leases that it can hold.
+    pub wants: &'a [String],
+    /// It is about to end.
+    pub is_leaving: bool,
+}
+
+/// A node that nobody has marked dead.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeRow {
+    /// Its number.
+    pub incarnation: i64,
+    /// Names the listening process.
+    pub address: String,
+    /// Where other nodes reach it.
+    pub url: String,
+    /// Since when.
+    pub started_at: DateTime<Utc>,
+    /// Until when without a further heartbeat, by the database's clock.
+    pub expires_at: DateTime<Utc>,
+    /// How long it lives without one, in seconds.
+    pub ttl_seconds: f64,
+    /// The leases that it can hold.
+    pub wants: Vec<String>,
+    /// It is about to end.
+    pub is_leaving: bool,
+}
+
+/// A lease as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseRow {
+    /// Its name.
+    pub name: String,
+    /// The epoch of its last taking.
+    pub epoch: Epoch,
+    /// The node that has it.
+    pub holder: Option<i64>,
+    /// When it was last taken.
+    pub acquired_at: Option<DateTime<Utc>>,
+}
+
+/// What a heartbeat brings.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    /// Whether the node lives on; a dead incarnation stays so.
+    pub is_renewed: bool,
+    /// The database's clock.
+    pub clock: DateTime<Utc>,
+    /// The version of the catalogue of queues.
+    pub queues_version: i64,
+    /// Nodes by number.
+    pub nodes: Vec<NodeRow>,
+    /// Leases by name.
+    pub leases: Vec<LeaseRow>,
+    /// Which node is to hold which lease.
+    pub assigned: Vec<(String, i64)>,
+}
+
+/// Renews a node row and reads all nodes, leases and assignments, in one statement.
 ///
 /// # Errors
 /// The database's.
-pub async fn renew_node(
+pub async fn beat(connection: &mut Connection, sign: Sign<'_>) -> Result<Seen, Error> {
+    const DOING: &str = "renewing the node";
+    let row = bounded(
+        DOING,
+        HEARTBEAT,
+        sqlx::query(include_str!("sql/beat.sql"))
+            .bind(sign.incarnation)
+            .bind(Duration::from_millis(sign.ttl_millis).as_secs_f64())
+            .bind(sign.wants)
+            .bind(sign.is_leaving)
+            .fetch_one(connection),
+    )
+    .await?;
+    read_seen(&row).map_err(Error::query(DOING))
+}
+
+fn read_seen(row: &PgRow) -> Result<Seen, sqlx::Error> {
+    let incarnations: Vec<i64> = row.try_get(3)?;
+    let addresses: Vec<String> = row.try_get(4)?;
+    let urls: Vec<String> = row.try_get(5)?;
+    let started_ats: Vec<DateTime<Utc>> = row.try_get(6)?;
+    let expires_ats: Vec<DateTime<Utc>> = row.try_get(7)?;
+    let ttls: Vec<f64> = row.try_get(8)?;
+    let wants: Vec<String> = row.try_get(9)?;
+    let are_leaving: Vec<bool> = row.try_get(10)?;
+    let names: Vec<String> = row.try_get(11)?;
+    let epochs: Vec<i64> = row.try_get(12)?;
+    let holders: Vec<Option<i64>> = row.try_get(13)?;
+    let acquired_ats: Vec<Option<DateTime<Utc>>> = row.try_get(14)?;
+    let assigned_names: Vec<String> = row.try_get(15)?;
+    let assigned_nodes: Vec<i64> = row.try_get(16)?;
+    let nodes = incarnations
+        .into_iter()
+        .zip(addresses)
+        .zip(urls)
+        .zip(started_ats)
+        .zip(expires_ats)
+        .zip(ttls)
+        .zip(wants)
+        .zip(are_leaving);
+    let nodes = nodes.map(
+        |(((((((incarnation, address), url), started_at), expires_at), ttl), wants), leaving)| {
+            NodeRow {
+                incarnation,
+                address,
+                url,
+                started_at,
+                expires_at,
+                ttl_seconds: ttl,
+                wants: wants.split_whitespace().map(str::to_owned).collect(),
+                is_leaving: leaving,
+            }
+        },
+    );
+    let leases = names
+        .into_iter()
+        .zip(epochs)
+        .zip(holders)
+        .zip(acquired_ats)
+        .map(|(((name, epoch), holder), acquired_at)| LeaseRow {
+            name,
+            epoch: Epoch(epoch),
+            holder,
+            acquired_at,
+        });
+    Ok(Seen {
+        is_renewed: row.try_get(0)?,
+        clock: row.try_get(1)?,
+        queues_version: row.try_get(2)?,
+        nodes: nodes.collect(),
+        leases: leases.collect(),
+        assigned: assigned_names.into_iter().zip(assigned_nodes).collect(),
+    })
+}
+
+/// Writes who is to hold what: `assigned`, and nobody what is in `gone`. `false`: the caller does not lead any more, and
+/// nothing is written.
+///
+/// # Errors
+/// The database's.
+pub async fn write_assignment(
     connection: &mut Connection,
     incarnation: i64,
-    ttl_seconds: f64,
+    leader: &Fence,
+    assigned: &[(String, i64)],
+    gone: &[String],
 ) -> Result<bool, Error> {
-    let renewed = bounded("renewing the node", HEARTBEAT, sqlx::query(
-        "update postroad_broker.node set expires_at = clock_timestamp() + make_interval(secs => $2) \
-         where incarnation = $1 and dead_at is null",
+    let names: Vec<&str> = assigned.iter().map(|(name, _)| name.as_str()).collect();
+    let nodes: Vec<i64> = assigned.iter().map(|&(_, node)| node).collect();
+    bounded(
+        "writing the assignment",
+        HEARTBEAT,
+        sqlx::query_scalar("select postroad_broker.write_assignment($1, $2, $3, $4, $5)")
+            .bind(incarnation)
+            .bind(leader.epoch.0)
+            .bind(names)
+            .bind(nodes)
+            .bind(gone)
+            .fetch_one(connection),
     )
-    .bind(incarnation)
-    .bind(ttl_seconds)
-    .execute(connection)).await?;
-    Ok(renewed.rows_affected() == 1)
+    .await
 }
 
 /// Deletes node rows that are a day out of date and hold nothing. A few rows per deploy.
@@ -167,7 +324,8 @@ pub async fn delete_old_nodes(connection: &mut Connection) -> Result<(), Error> 
     Ok(())
 }
 
-/// Takes what can be taken of these leases, in one call. See the function in `migrations/broker`.
+/// Takes what can be taken of these leases, in one call. See the function in `migrations/broker`. `silent`: nodes from which
+/// the caller has not heard for their whole time to live, with what their rows said all the while.
 ///
 /// # Errors
 /// The database's.
@@ -175,14 +333,20 @@ pub async fn take_leases(
     connection: &mut Connection,
     incarnation: i64,
     names: &[String],
+    silent: &[(i64, DateTime<Utc>)],
 ) -> Result<Vec<Fence>, Error> {
+    let (silent, since): (Vec<i64>, Vec<DateTime<Utc>>) = silent.iter().copied().unzip();
     let taken: Vec<(String, i64)> = bounded(
         "taking leases",
         HEARTBEAT,
-        sqlx::query_as("select lease_name, lease_epoch from postroad_broker.take_leases($1, $2)")
-            .bind(incarnation)
-            .bind(names)
-            .fetch_all(connection),
+        sqlx::query_as(
+            "select lease_name, lease_epoch from postroad_broker.take_leases($1, $2, $3, $4)",
+        )
+        .bind(incarnation)
+        .bind(names)
+        .bind(silent)
+        .bind(since)
+        .fetch_all(connection),
     )
     .await?;
     Ok(taken

@@ -4,6 +4,7 @@ pub mod bench;
 mod bounded;
 pub mod cluster;
 mod error;
+pub mod hint;
 pub mod journal;
 pub mod letter;
 pub mod mapped;

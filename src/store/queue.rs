@@ -1,5 +1,7 @@
 //! Queues as they are declared. Called from tasks that are never aborted.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use sqlx::Row as _;
 
@@ -82,18 +84,143 @@ pub enum Inserted {
 /// # Errors
 /// The database's, or a row that no version has written.
 pub async fn find_queues(database: &Database) -> Result<Vec<QueueRow>, Error> {
-    const DOING: &str = "reading queues";
+    find(database, None, None, 0).await
+}
+
+/// Reads the queues of a slot.
+///
+/// # Errors
+/// As [`find_queues`].
+pub async fn find_queues_of(database: &Database, slot: Slot) -> Result<Vec<QueueRow>, Error> {
+    find(database, Some(slot), None, 0).await
+}
+
+/// Reads the queue of a name, if there is one.
+///
+/// # Errors
+/// As [`find_queues`].
+pub async fn find_queue(database: &Database, name: &QueueName) -> Result<Option<QueueRow>, Error> {
+    let mut rows = find(database, None, Some(name), 0).await?;
+    Ok(rows.pop())
+}
+
+/// What changed in the catalogue: its version, the queues that were made since another one, and those that were deleted.
+///
+/// # Errors
+/// As [`find_queues`].
+pub async fn find_changes(
+    database: &Database,
+    since: i64,
+) -> Result<(i64, Vec<QueueRow>, Vec<QueueId>), Error> {
+    const DOING: &str = "reading the catalogue of queues";
+    // The version first: what is read after it is of that version at least.
+    let version = read_version(database).await?;
+    let made = find(database, None, None, since).await?;
+    let deleted: Vec<i64> =
+        sqlx::query_scalar("select id from postroad_broker.former_queue where version > $1")
+            .bind(since)
+            .fetch_all(database.pool())
+            .await
+            .map_err(Error::query(DOING))?;
+    Ok((version, made, deleted.into_iter().map(QueueId).collect()))
+}
+
+/// Reads the version of the catalogue: it rises when a queue is made or deleted.
+///
+/// # Errors
+/// The database's.
+pub async fn read_version(database: &Database) -> Result<i64, Error> {
+    sqlx::query_scalar("select version from postroad_broker.queue_catalogue")
+        .fetch_one(database.pool())
+        .await
+        .map_err(Error::query("reading the catalogue of queues"))
+}
+
+async fn find(
+    database: &Database,
+    slot: Option<Slot>,
+    name: Option<&QueueName>,
+    since: i64,
+) -> Result<Vec<QueueRow>, Error> {
     let rows = sqlx::query(
         "select q.id, q.name, q.stream_id, s.name as stream, q.patterns, q.settings::text as settings, \
             q.start::text as start, q.generation, q.start_offset, q.slot, q.paused, \
             q.renewal::text as renewal, q.created_at, \
             array(select f.id from postroad_broker.former_queue f where f.name = q.name order by f.id desc limit 1000) as former \
-         from postroad_broker.queue q join postroad_broker.stream s on s.id = q.stream_id order by q.id",
+         from postroad_broker.queue q join postroad_broker.stream s on s.id = q.stream_id \
+         where ($1::smallint is null or q.slot = $1) and ($2::text is null or q.name = $2) and q.version > $3 \
+         order by q.id",
     )
+    .bind(slot.map(|slot| slot.0))
+    .bind(name.map(QueueName::as_str))
+    .bind(since)
     .fetch_all(database.pool())
     .await
-    .map_err(Error::query(DOING))?;
+    .map_err(Error::query("reading queues"))?;
     rows.iter().map(read_queue).collect()
+}
+
+/// What a node says of the streams that queues of its slots read: slot, stream, and the offset up to which all of them have
+/// settled it.
+pub type Told = (Slot, StreamId, Offset);
+
+/// Writes down how far the queues of a node's slots are, in place of what it said before.
+///
+/// # Errors
+/// The database's.
+pub async fn write_watermarks(
+    database: &Database,
+    incarnation: i64,
+    age: Duration,
+    told: &[Told],
+) -> Result<(), Error> {
+    let slots: Vec<i16> = told.iter().map(|(slot, _, _)| slot.0).collect();
+    let streams: Vec<i32> = told.iter().map(|(_, stream, _)| stream.0).collect();
+    let offsets: Vec<i64> = told.iter().map(|(_, _, offset)| offset.0).collect();
+    sqlx::query(
+        "insert into postroad_broker.slot_watermark (incarnation, told_at, slots, streams, watermarks) \
+         select n.incarnation, clock_timestamp() - make_interval(secs => $2), $3, $4, $5 \
+         from postroad_broker.node n where n.incarnation = $1 \
+         on conflict (incarnation) do update set told_at = excluded.told_at, slots = excluded.slots, \
+            streams = excluded.streams, watermarks = excluded.watermarks",
+    )
+    .bind(incarnation)
+    .bind(age.as_secs_f64())
+    .bind(slots)
+    .bind(streams)
+    .bind(offsets)
+    .execute(database.pool())
+    .await
+    .map_err(Error::query("writing how far queues are"))?;
+    Ok(())
+}
+
+/// Reads what other nodes said of their slots: which node, what, and how long ago.
+///
+/// # Errors
+/// The database's.
+pub async fn find_watermarks(
+    database: &Database,
+    incarnation: i64,
+) -> Result<Vec<(i64, Told, Duration)>, Error> {
+    let rows: Vec<(i64, i16, i32, i64, f64)> = sqlx::query_as(
+        "select w.incarnation, t.slot, t.stream_id, t.watermark, \
+            extract(epoch from clock_timestamp() - w.told_at)::double precision \
+         from postroad_broker.slot_watermark w, \
+            unnest(w.slots, w.streams, w.watermarks) t (slot, stream_id, watermark) \
+         where w.incarnation <> $1",
+    )
+    .bind(incarnation)
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query("reading how far queues are"))?;
+    let told = rows
+        .into_iter()
+        .map(|(node, slot, stream, offset, seconds)| {
+            let age = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+            (node, (Slot(slot), StreamId(stream), Offset(offset)), age)
+        });
+    Ok(told.collect())
 }
 
 fn read_queue(row: &sqlx::postgres::PgRow) -> Result<QueueRow, Error> {
@@ -264,11 +391,7 @@ pub async fn update_queue(
 /// # Errors
 /// The database's.
 pub async fn delete_queue(database: &Database, id: QueueId) -> Result<(), Error> {
-    sqlx::query(
-        "with gone as (delete from postroad_broker.queue where id = $1 returning id, name), \
-            forgotten as (delete from postroad_broker.former_queue where deleted_at < clock_timestamp() - interval '30 days') \
-         insert into postroad_broker.former_queue (id, name) select id, name from gone",
-    )
+    sqlx::query("select postroad_broker.delete_queue($1)")
         .bind(id.0)
         .execute(database.pool())
         .await

@@ -49,12 +49,12 @@ pub(super) struct Watermarks {
 }
 
 impl Watermarks {
-    pub(super) fn set(&self, stream: StreamId, watermark: Offset) {
+    pub(super) fn set(&self, stream: StreamId, watermark: Offset, as_of: Instant) {
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        streams.insert(stream, (watermark, Instant::now()));
+        streams.insert(stream, (watermark, as_of));
     }
 
-    /// The watermark and when it was told; `None` until then.
+    /// The watermark and as of when it is known; `None` until it is told.
     pub(super) fn get(&self, stream: StreamId) -> Option<(Offset, Instant)> {
         let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         streams.get(&stream).copied()

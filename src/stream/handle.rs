@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Instant;
 
 use chrono::{DateTime, Utc};
 use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
@@ -56,6 +57,10 @@ pub(super) struct State {
     pub(super) leaf_sizes: LeafSizes,
     /// Wakes the maintenance before its tick: a log's end comes near.
     pub(super) maintain: Notify,
+    /// For other nodes to hear.
+    pub(super) appended_here: Notify,
+    /// As was heard from them.
+    pub(super) appended_elsewhere: Notify,
     pub(super) schedule: scheduled::Schedule,
     pub(super) metrics: Metrics,
 }
@@ -289,7 +294,13 @@ impl Handle {
     /// Tells the engine that every queue of the stream has settled what it matches up to this offset. Until told, nothing of
     /// the stream is dropped; with no queues, tell it `Offset(i64::MAX)`.
     pub fn set_watermark(&self, stream: StreamId, watermark: Offset) {
-        self.shared.state.watermarks.set(stream, watermark);
+        self.set_watermark_as_of(stream, watermark, Instant::now());
+    }
+
+    /// As [`Handle::set_watermark`], for what was known of all queues at a moment that may be past: one that was made or went
+    /// back after it may want more.
+    pub fn set_watermark_as_of(&self, stream: StreamId, watermark: Offset, as_of: Instant) {
+        self.shared.state.watermarks.set(stream, watermark, as_of);
     }
 
     async fn ask<T>(

@@ -89,9 +89,10 @@ pub(super) struct Maintenance {
 impl Maintenance {
     pub(super) async fn run(mut self) {
         while !self.supervisor.is_stopping() {
-            if self.lease.borrow().is_some()
-                && let Err(error) = self.pass().await
-            {
+            let is_held = self.lease.borrow_and_update().is_some();
+            if !is_held {
+                self.cluster.yielded(LEASE);
+            } else if let Err(error) = self.pass().await {
                 self.state.metrics.maintenance_failures.inc();
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
@@ -100,6 +101,7 @@ impl Maintenance {
                 self.connection = None;
             }
             tokio::select! {
+                Ok(()) = self.lease.changed() => {}
                 () = tokio::time::sleep(self.options.maintenance) => {}
                 () = self.state.maintain.notified() => {}
                 () = self.supervisor.stopping() => {}

@@ -14,6 +14,7 @@ mod catalogue;
 mod error;
 mod group;
 mod handle;
+mod hints;
 mod history;
 mod inbox;
 mod keys;
@@ -133,6 +134,8 @@ pub async fn start(
         limits: limits::Limits::default(),
         leaf_sizes: leaves::LeafSizes::new(options.leaf_offsets),
         maintain: Notify::new(),
+        appended_here: Notify::new(),
+        appended_elsewhere: Notify::new(),
         schedule: scheduled::Schedule::default(),
         metrics: metrics::Metrics::new(registry),
     });
@@ -172,6 +175,20 @@ pub async fn start(
         connection: Some(connection),
     };
     supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
+    let teller = hints::Teller {
+        db: db.clone(),
+        cluster: cluster.clone(),
+        state: Arc::clone(&state),
+        supervisor: supervisor.clone(),
+    };
+    supervisor.spawn("stream teller", OnEnd::StopProcess, teller.run());
+    let listener = hints::Listener {
+        db: db.clone(),
+        cluster: cluster.clone(),
+        state: Arc::clone(&state),
+        supervisor: supervisor.clone(),
+    };
+    supervisor.spawn("stream listener", OnEnd::StopProcess, listener.run());
     let read_count = options.readers;
     let reads = start_readers(&options, &db, &state, supervisor);
     for stream in keyed {

@@ -177,16 +177,16 @@ impl TailTask {
                         for one in appended {
                             self.pass_on(one).await;
                         }
+                        self.state.appended_here.notify_one();
                     }
                     None => return,
                 },
-                Some((stream, last)) = self.published.recv() => self.fill(stream, last).await,
-                _ = poll.tick() => {
-                    if let Err(error) = self.poll().await {
-                        self.connection = None;
-                        tracing::warn!(error = &error as &dyn std::error::Error, "looking for other nodes' appends failed");
-                    }
+                Some((stream, last)) = self.published.recv() => {
+                    self.fill(stream, last).await;
+                    self.state.appended_here.notify_one();
                 }
+                () = self.state.appended_elsewhere.notified() => self.look().await,
+                _ = poll.tick() => self.look().await,
             }
             let bytes = self.state.cache.bytes();
             self.state
@@ -273,6 +273,16 @@ impl TailTask {
         match self.connection.take() {
             Some(connection) => Ok(connection),
             None => sql::connect_reader(&self.db).await,
+        }
+    }
+
+    async fn look(&mut self) {
+        if let Err(error) = self.poll().await {
+            self.connection = None;
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "looking for other nodes' appends failed"
+            );
         }
     }
 

@@ -377,7 +377,10 @@ async fn failures_panics_and_refusals_go_back_as_what_they_are() {
             }
         }
     });
-    until(&queue, "all to be settled", |numbers| numbers.depth == 0).await;
+    until(&queue, "all to be settled", |numbers| {
+        numbers.depth == 0 && numbers.dead_letters == 1
+    })
+    .await;
     stop.cancel();
     let report = running.await.unwrap().unwrap();
     let numbers = (

@@ -36,49 +36,109 @@ async fn stop(supervisor: &Supervisor) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_slots_are_taken_and_an_orderly_end_hands_them_over_at_once() {
+async fn slots_are_shared_out_and_an_orderly_end_hands_them_over_at_once() {
     let db = support::database().await;
     let (one, one_tasks) = node(&db, "http://one", LONG).await;
     let names: Vec<String> = (0..64).map(|slot| Slot(slot).lease_name()).collect();
     let mut held = Vec::new();
     for name in &names {
         let mut watcher = one.hold(name.clone());
-        let fence = watcher
-            .wait_for(Option::is_some)
-            .await
-            .unwrap()
-            .clone()
-            .unwrap();
+        let fence = watcher.wait_for(Option::is_some).await.unwrap().clone();
+        let fence = fence.unwrap();
         assert_eq!((&fence.lease, fence.epoch.0), (name, 1));
         held.push(watcher);
     }
     let (two, two_tasks) = node(&db, "http://two", LONG).await;
     let mut wanted: Vec<_> = names.iter().map(|name| two.hold(name.clone())).collect();
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    assert!(
-        wanted.iter().all(|watcher| watcher.borrow().is_none()),
-        "a live holder keeps all"
-    );
-    one.release(&names[7]);
-    let fence = wanted[7]
-        .wait_for(Option::is_some)
+    let mut moved = 0;
+    let mut views = two.views();
+    let view = views
+        .wait_for(|view| {
+            view.assigned
+                .values()
+                .filter(|&&node| node == view.own)
+                .count()
+                == 32
+        })
         .await
         .unwrap()
-        .clone()
-        .unwrap();
-    assert_eq!(fence.epoch.0, 2);
-    assert!(held[7].borrow().is_none());
+        .clone();
+    for (name, (held, wanted)) in names.iter().zip(held.iter_mut().zip(&mut wanted)) {
+        if view.assigned[name] != view.own {
+            assert!(
+                wanted.borrow().is_none() && held.borrow().is_some(),
+                "{name} stays"
+            );
+            continue;
+        }
+        held.wait_for(Option::is_none).await.unwrap();
+        assert!(
+            wanted.borrow().is_none(),
+            "{name} is not free before its holder says so"
+        );
+        one.yielded(name);
+        let fence = wanted.wait_for(Option::is_some).await.unwrap().clone();
+        assert_eq!(fence.unwrap().epoch.0, 2);
+        moved += 1;
+    }
+    assert_eq!(moved, 32);
     stop(&one_tasks).await;
     for watcher in &mut wanted {
-        let fence = watcher
-            .wait_for(Option::is_some)
-            .await
-            .unwrap()
-            .clone()
-            .unwrap();
-        assert_eq!(fence.epoch.0, 2);
+        let fence = watcher.wait_for(Option::is_some).await.unwrap().clone();
+        assert_eq!(fence.unwrap().epoch.0, 2);
     }
     stop(&two_tasks).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_does_not_finish_loses_its_lease_all_the_same() {
+    let db = support::database().await;
+    let short = Duration::from_millis(400);
+    let (one, one_tasks) = node(&db, "http://one", short).await;
+    let mut first = one.hold("duty/a".to_owned());
+    let mut second = one.hold("duty/b".to_owned());
+    first.wait_for(Option::is_some).await.unwrap();
+    second.wait_for(Option::is_some).await.unwrap();
+    let (two, two_tasks) = node(&db, "http://two", LONG).await;
+    let (mut third, mut fourth) = (two.hold("duty/a".to_owned()), two.hold("duty/b".to_owned()));
+    // One of the two is handed over, though nobody says that it is finished.
+    tokio::select! {
+        taken = third.wait_for(Option::is_some) => assert!(taken.is_ok()),
+        taken = fourth.wait_for(Option::is_some) => assert!(taken.is_ok()),
+    }
+    // A node that leaves has nothing left that another one can hold.
+    one.leave(LONG).await;
+    third.wait_for(Option::is_some).await.unwrap();
+    fourth.wait_for(Option::is_some).await.unwrap();
+    assert!(first.borrow().is_none() && second.borrow().is_none());
+    stop(&one_tasks).await;
+    two.leave(LONG).await;
+    assert!(third.borrow().is_some(), "there is nobody to leave it to");
+    stop(&two_tasks).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumped_back_keeps_nobody_alive() {
+    let db = support::database().await;
+    let (one, one_tasks) = node(&db, "http://one", LONG).await;
+    let mut held = one.hold("duty/a".to_owned());
+    held.wait_for(Option::is_some).await.unwrap();
+    // It dies, and its row says that it lives for an hour yet.
+    let mut other = db.database.connect().await.unwrap();
+    let (dead, ..) = store::cluster::register_node(&mut other, "http://dead", "http://dead", 0.5)
+        .await
+        .unwrap();
+    let taken = store::cluster::take_leases(&mut other, dead, &["duty/b".to_owned()], &[]).await;
+    assert_eq!(taken.unwrap().len(), 1);
+    let mut admin = db.connect().await;
+    admin
+        .execute("update postroad_broker.node set expires_at = expires_at + interval '1 h' where address = 'http://dead'")
+        .await
+        .unwrap();
+    let mut left = one.hold("duty/b".to_owned());
+    let fence = left.wait_for(Option::is_some).await.unwrap().clone();
+    assert_eq!(fence.unwrap().epoch.0, 2);
+    stop(&one_tasks).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,10 +174,10 @@ async fn an_expired_holder_is_marked_dead_and_starts_over_as_a_new_incarnation()
         .await
         .unwrap();
     let mut other = db.database.connect().await.unwrap();
-    let (dead, _) = store::cluster::insert_node(&mut other, "http://two", 60.0)
+    let (dead, ..) = store::cluster::register_node(&mut other, "http://two", "http://two", 60.0)
         .await
         .unwrap();
-    let taken = store::cluster::take_leases(&mut other, dead, &["slot/00".to_owned()]).await;
+    let taken = store::cluster::take_leases(&mut other, dead, &["slot/00".to_owned()], &[]).await;
     // Either the heartbeat came first and keeps it, or the taker was first and the holder starts over.
     match taken.unwrap().first() {
         None => assert_eq!(one.incarnation(), incarnation),
@@ -134,12 +194,15 @@ async fn an_expired_holder_is_marked_dead_and_starts_over_as_a_new_incarnation()
     store::cluster::mark_node_dead(&mut other, dead)
         .await
         .unwrap();
-    assert!(
-        !store::cluster::renew_node(&mut other, dead, 60.0)
-            .await
-            .unwrap()
-    );
-    let taken = store::cluster::take_leases(&mut other, dead, &["slot/01".to_owned()]).await;
+    let sign = store::cluster::Sign {
+        incarnation: dead,
+        ttl_millis: 60_000,
+        wants: &[],
+        is_leaving: false,
+    };
+    let seen = store::cluster::beat(&mut other, sign).await.unwrap();
+    assert!(!seen.is_renewed);
+    let taken = store::cluster::take_leases(&mut other, dead, &["slot/01".to_owned()], &[]).await;
     assert_eq!(taken.unwrap(), []);
     first.wait_for(Option::is_some).await.unwrap();
     // Declared dead by a person: fences are dropped and taken again at a later epoch.
@@ -173,11 +236,12 @@ async fn racing_takers_never_share_an_epoch() {
             for _ in 0..20 {
                 // Always expired: everybody takes from everybody.
                 let address = format!("http://{n}");
-                let (node, _) = store::cluster::insert_node(&mut connection, &address, -1.0)
-                    .await
-                    .unwrap();
+                let (node, ..) =
+                    store::cluster::register_node(&mut connection, &address, &address, -1.0)
+                        .await
+                        .unwrap();
                 let names = ["slot/00", "slot/01"].map(str::to_owned);
-                let fences = store::cluster::take_leases(&mut connection, node, &names)
+                let fences = store::cluster::take_leases(&mut connection, node, &names, &[])
                     .await
                     .unwrap();
                 taken.extend(fences.into_iter().map(|fence| (fence.lease, fence.epoch)));

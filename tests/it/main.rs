@@ -21,6 +21,7 @@ mod http;
 mod inbox;
 mod local_postgres;
 mod matrix;
+mod nodes;
 mod outbox;
 mod program;
 mod queue;

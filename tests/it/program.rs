@@ -122,12 +122,12 @@ async fn install_prints_what_it_would_do_and_does_it_twice() {
 #[tokio::test]
 async fn the_configuration_is_printed_without_passwords() {
     let mut print = postroad(&["config", "print", "--log-level", "debug"]);
-    print.env("DATABASE_URL", "postgres://user:secret@host/database");
+    print.env("DATABASE_URL", "postgres://user:hunter2@host/database");
     let (code, stdout, _) = output(print).await;
     assert_eq!(code, 0);
     assert!(
         stdout.contains("log_level = \"debug\"  # --log-level"),
         "{stdout}"
     );
-    assert!(stdout.contains("# DATABASE_URL") && !stdout.contains("secret"));
+    assert!(stdout.contains("# DATABASE_URL") && !stdout.contains("hunter2"));
 }

@@ -1,5 +1,6 @@
 //! The routes, one file per family.
 
+mod cluster;
 mod dead_letters;
 mod deliveries;
 mod keys;
@@ -37,6 +38,7 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(dead_letters::routes())
         .merge(redrives::routes())
         .merge(origins::routes())
+        .merge(cluster::routes())
         .merge(scheduled_messages::routes())
         .merge(schedules::routes())
         .merge(system::routes())

@@ -1,7 +1,7 @@
 //! Origins: their relays' status, and the outbox rows that could not become messages.
 
 use axum::extract::State as Extract;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -14,10 +14,14 @@ use super::streams::OFFSET_MAX;
 use super::wire;
 use crate::domain::name::{OriginName, Topic};
 use crate::http::extract::{Check, Json, Named, Query, RejectedId};
+use crate::http::forward;
 use crate::http::openapi::{NoOrigin, NoRejected, Reads, Resends};
 use crate::http::problem::Problem;
 use crate::http::state::State;
 use crate::relay::{Correction, Status};
+
+/// The state of a relay that another node has, as this one's stand-in shows it.
+const WAITING: &str = "waiting";
 
 /// An origin, as its relay sees it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -170,15 +174,28 @@ fn origin(status: Status, now: DateTime<Utc>) -> Origin {
     get, path = "/v1/origins", tag = "origins",
     responses((status = 200, description = "All origins", body = Origins), Reads),
 )]
-async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+async fn list(
+    Extract(state): Extract<State>,
+    headers: HeaderMap,
+    query: Query,
+) -> Result<Response, Problem> {
     query.finish()?;
     let now = state.parts.cluster.now();
     let origins = state.parts.relay.origins();
-    let origins = origins
+    let origins: Vec<Origin> = origins
         .into_iter()
         .map(|status| origin(status, now))
         .collect();
-    Ok(wire::json(StatusCode::OK, &Origins { origins }))
+    if !forward::has_others(&state, &headers) {
+        return Ok(wire::json(StatusCode::OK, &Origins { origins }));
+    }
+    let own = origins.iter().map(serde_json::to_value);
+    let own = own.collect::<Result<Vec<_>, _>>();
+    let own = own.map_err(|error| Problem::internal(&error))?;
+    let others = forward::ask_all(&state, "/v1/origins").await;
+    let origins = forward::merge(own, others, "origins", |origin| origin["state"] == WAITING);
+    let origins = serde_json::json!({ "origins": origins });
+    Ok(wire::json(StatusCode::OK, &origins))
 }
 
 /// Describe an origin.
@@ -190,19 +207,30 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
 async fn describe(
     Extract(state): Extract<State>,
     Named(name): Named<OriginName>,
+    headers: HeaderMap,
     query: Query,
 ) -> Result<Response, Problem> {
     query.finish()?;
+    let wanted = name.to_string();
     let status = state
         .parts
         .relay
         .watch(&name)
         .map(|status| status.borrow().clone());
     let status = status.ok_or(crate::relay::RejectedError::OriginNotFound { name })?;
-    Ok(wire::json(
-        StatusCode::OK,
-        &origin(status, state.parts.cluster.now()),
-    ))
+    let own = origin(status, state.parts.cluster.now());
+    if own.state == WAITING && forward::has_others(&state, &headers) {
+        // The node that relays it knows more.
+        let others = forward::ask_all(&state, "/v1/origins").await;
+        let origins = forward::merge(Vec::new(), others, "origins", |origin| {
+            origin["state"] == WAITING
+        });
+        let found = origins.iter().find(|origin| origin["name"] == wanted);
+        if let Some(found) = found {
+            return Ok(wire::json(StatusCode::OK, found));
+        }
+    }
+    Ok(wire::json(StatusCode::OK, &own))
 }
 
 /// List the outbox rows of an origin that could not become messages.

@@ -1,7 +1,7 @@
 //! Queues: declare, describe, list, delete.
 
 use axum::extract::State as Extract;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -18,6 +18,7 @@ use crate::domain::policy::{
     RetryPolicy, Settings, Start, VISIBILITY_TIMEOUT,
 };
 use crate::http::extract::{Check, Json, Named, Query, parse_json};
+use crate::http::forward;
 use crate::http::openapi::{NoQueue, QueueConflicts, Reads, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
@@ -461,11 +462,25 @@ impl Declaration {
     get, path = "/v1/queues", tag = "queues",
     responses((status = 200, description = "All queues", body = Queues), Reads),
 )]
-async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+async fn list(
+    Extract(state): Extract<State>,
+    headers: HeaderMap,
+    query: Query,
+) -> Result<Response, Problem> {
     query.finish()?;
     let queues = state.parts.queue.list().await?;
-    let queues = queues.into_iter().map(Queue::from).collect();
-    Ok(wire::json(StatusCode::OK, &Queues { queues }))
+    let queues: Vec<Queue> = queues.into_iter().map(Queue::from).collect();
+    if !forward::has_others(&state, &headers) {
+        return Ok(wire::json(StatusCode::OK, &Queues { queues }));
+    }
+    let own = queues.iter().map(serde_json::to_value);
+    let own = own.collect::<Result<Vec<_>, _>>();
+    let own = own.map_err(|error| Problem::internal(&error))?;
+    let others = forward::ask_all(&state, "/v1/queues").await;
+    let mut queues = forward::merge(own, others, "queues", |queue| queue["status"].is_null());
+    queues.sort_by(|a, b| a["name"].as_str().cmp(&b["name"].as_str()));
+    let queues = serde_json::json!({ "queues": queues });
+    Ok(wire::json(StatusCode::OK, &queues))
 }
 
 /// Declare a queue: make it, or change it. A message published after the answer is delivered if it matches.

@@ -258,6 +258,7 @@ impl From<queue::Error> for Problem {
             }
             Error::OutcomeUnknown => Self::new(Kind::OutcomeUnknown, error.to_string()),
             Error::Unavailable { .. } => Self::new(Kind::Unavailable, error.to_string()),
+            Error::NotOwner { .. } => Self::new(Kind::NoOwner, error.to_string()),
             Error::Stopping => stopping(),
             Error::Store(source) => store_problem(source),
         }

@@ -69,6 +69,7 @@ impl Duty {
                 }
             } else {
                 self.state.schedule.forget();
+                self.cluster.yielded(LEASE);
             }
             if pause.is_zero() {
                 continue;
@@ -76,7 +77,7 @@ impl Duty {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.state.schedule.wake.notified() => {}
-                _ = self.lease.changed() => {}
+                Ok(()) = self.lease.changed() => {}
                 () = self.supervisor.stopping() => {}
             }
         }

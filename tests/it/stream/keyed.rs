@@ -238,6 +238,7 @@ async fn a_node_that_is_behind_another_finds_the_version_all_the_same() {
         ..Options::default()
     };
     let idle = node_with(&db.database, "http://idle", options).await;
+    idle.cluster.release("duty/streams");
     idle.publish(vec![of("k", "1", Some(0))], true)
         .await
         .unwrap();

@@ -1,5 +1,7 @@
 //! Receive: a long poll, and the answer that carries the messages.
 
+use std::time::Duration;
+
 use axum::Extension;
 use axum::body::Body;
 use axum::extract::State as Extract;
@@ -16,6 +18,7 @@ use crate::domain::policy::CONSUMER_MAX_BYTES;
 use crate::domain::queue::EmptyReason;
 use crate::http::body::{Handed, OnWritten, Outgoing};
 use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::forward::{self, Waited};
 use crate::http::openapi::{NoQueue, QueueBounds, Writes};
 use crate::http::problem::Problem;
 use crate::http::routes::queues::TWELVE_HOURS;
@@ -165,11 +168,17 @@ async fn receive(
     Extract(state): Extract<State>,
     Named(name): Named<QueueName>,
     query: Query,
-    outgoing: Option<Extension<Outgoing>>,
+    (outgoing, waited): (Option<Extension<Outgoing>>, Option<Extension<Waited>>),
     Json(receive): Json<Receive>,
 ) -> Result<Response, Problem> {
     query.finish()?;
-    let request = receive.checked()?;
+    let mut request = receive.checked()?;
+    if !request.wait.is_zero() {
+        // Some of it may have passed with a former owner. Not all: no wait at all means another thing.
+        let left = request.wait.saturating_sub(forward::waited(waited));
+        request.wait = left.max(Duration::from_millis(1));
+        request.batch_wait = request.batch_wait.min(request.wait);
+    }
     let receipts = request.ack.clone();
     let received = received(&state, &name, request).await?;
     let body = print(&received, receipts);

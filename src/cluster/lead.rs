@@ -1,0 +1,72 @@
+//! What the node that leads does: it says who is to hold what, whenever the nodes or what they can hold are others than
+//! before. It keeps no state but what is stored, so that any node can go on from there.
+
+use crate::domain::assignment::assign;
+use crate::domain::id::Fence;
+use crate::store::{self, Connection};
+
+use super::Shared;
+use super::view::{LEADER, Observer, View};
+
+/// Leads, if this node does or can; gives what is assigned then in the view.
+pub(super) async fn lead(
+    shared: &Shared,
+    connection: &mut Connection,
+    observer: &Observer,
+    view: &mut View,
+) -> Result<(), store::Error> {
+    let leading = view.leases.get(LEADER);
+    let held = leading.filter(|lease| lease.holder == Some(view.own));
+    let fence = match held {
+        Some(lease) => Fence {
+            lease: LEADER.to_owned(),
+            epoch: lease.epoch,
+        },
+        None if view.is_free(LEADER) && !shared.state().is_leaving => {
+            let silent = observer.silent(view);
+            let names = [LEADER.to_owned()];
+            let taken = store::cluster::take_leases(connection, view.own, &names, &silent).await?;
+            match taken.into_iter().next() {
+                Some(fence) => {
+                    tracing::info!(node = view.own, epoch = fence.epoch.0, "this node leads");
+                    fence
+                }
+                None => return not_leading(shared),
+            }
+        }
+        None => return not_leading(shared),
+    };
+    shared.metrics.leads.set(1);
+    let next = assign(&view.items(), &view.assigned);
+    let changed = next
+        .iter()
+        .filter(|(name, node)| view.assigned.get(*name) != Some(node));
+    let changed: Vec<(String, i64)> = changed.map(|(name, &node)| (name.clone(), node)).collect();
+    let gone = view
+        .assigned
+        .keys()
+        .filter(|name| !next.contains_key(*name));
+    let gone: Vec<String> = gone.cloned().collect();
+    if changed.is_empty() && gone.is_empty() {
+        return Ok(());
+    }
+    let moved = changed
+        .iter()
+        .filter(|(name, _)| view.assigned.contains_key(name));
+    tracing::info!(
+        changed = changed.len(),
+        moved = moved.count(),
+        gone = gone.len(),
+        nodes = view.nodes.len(),
+        "leases are assigned anew"
+    );
+    if store::cluster::write_assignment(connection, view.own, &fence, &changed, &gone).await? {
+        view.assigned = next;
+    }
+    Ok(())
+}
+
+fn not_leading(shared: &Shared) -> Result<(), store::Error> {
+    shared.metrics.leads.set(0);
+    Ok(())
+}

@@ -1,0 +1,464 @@
+//! Any node answers any request: one for a queue that another node owns is passed on to it, once.
+//!
+//! A layer around the routes of queues finds the queue's slot and who is to hold it. A request for another node's goes there with
+//! the slot and the epoch that this node knows; that node answers 421 if the slot is not its own either, and then this one looks
+//! again. Between owners, and while none answers, the request waits, for twice a node's time to live at most; then it is answered
+//! 503 `no_owner`. A long poll that was waiting when its queue went to another node goes on there for the rest of its time.
+//!
+//! Without other nodes nothing of this happens, and the body is not even looked at.
+
+mod peers;
+mod secret;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::{FromRequest as _, MatchedPath, Request, State as Extract};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use serde_json::Value;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::extract::Whole;
+use super::problem::{Kind, Problem};
+use super::state::State;
+use crate::cluster::{Owner, Standing, View};
+use crate::domain::id::{Epoch, Slot};
+use crate::domain::name::QueueName;
+use crate::queue;
+
+pub(in crate::http) use peers::Peers;
+pub(in crate::http) use secret::Secret;
+
+/// The slot that a node passes a request on for.
+const SLOT: HeaderName = HeaderName::from_static("x-postroad-slot");
+/// The epoch of its lease, as that node knows it.
+const EPOCH: HeaderName = HeaderName::from_static("x-postroad-epoch");
+/// What makes it a node.
+const NODE: HeaderName = HeaderName::from_static("x-postroad-node");
+/// For how long the request has waited already, in milliseconds.
+const WAITED: HeaderName = HeaderName::from_static("x-postroad-waited");
+/// A look at the nodes is not repeated sooner.
+const LOOK: Duration = Duration::from_millis(40);
+
+/// How long another node may take to say what it knows.
+const ANSWER: Duration = Duration::from_secs(5);
+/// An owner that answered nothing for so long had the request: waiting for the next one begins anew.
+const LONG: Duration = Duration::from_secs(1);
+
+/// For how long a request has waited elsewhere: a long poll has so much less to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::http) struct Waited(pub(in crate::http) Duration);
+
+/// A request that another node passed on.
+struct Forwarded {
+    epoch: Epoch,
+    waited: Duration,
+}
+
+/// A request that can be sent more than once.
+struct Kept {
+    parts: Parts,
+    body: Bytes,
+    since: Instant,
+}
+
+/// What passing a request on came to.
+enum Passed {
+    Answered(Response),
+    /// That node does not own the slot, or is not there: look again.
+    Elsewhere,
+    /// It was sent, and nobody knows what became of it.
+    Unknown,
+}
+
+/// The layer.
+pub(in crate::http) async fn forward(
+    Extract(state): Extract<State>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let Some(queue) = queue_of(&request) else {
+        return next.run(request).await;
+    };
+    let cluster = &state.parts.cluster;
+    if cluster.view().has_peers() && !cluster.is_trusted() {
+        // It has slept, or the database is away: what it knew may be long over.
+        cluster.refresh().await;
+    }
+    match forwarded(&state, request.headers()) {
+        Some(forwarded) => own(&state, &queue, forwarded, request, next).await,
+        None if !state.parts.cluster.view().has_peers() => next.run(request).await,
+        // Boxed: a node without others has no need of its place.
+        None => Box::pin(route(&state, &queue, request, next)).await,
+    }
+}
+
+/// The queue that a request is about. None for other paths, and for names that the route will refuse.
+fn queue_of(request: &Request) -> Option<QueueName> {
+    let path = request.extensions().get::<MatchedPath>()?;
+    path.as_str().strip_prefix("/v1/queues/{queue}")?;
+    let name = request.uri().path().split('/').nth(3)?;
+    let name = percent_encoding::percent_decode_str(name)
+        .decode_utf8()
+        .ok()?;
+    QueueName::parse(&name).ok()
+}
+
+/// What a node says that passes the request on. One without the secret is not believed.
+fn forwarded(state: &State, headers: &HeaderMap) -> Option<Forwarded> {
+    let tag = headers.get(NODE)?;
+    if !state.secret.knows(tag.as_bytes()) {
+        tracing::debug!(
+            "a request passed on by something that is no node of this broker: do all nodes have one node_secret?"
+        );
+        return None;
+    }
+    let number = |name| -> Option<u64> { headers.get(name)?.to_str().ok()?.parse().ok() };
+    Some(Forwarded {
+        epoch: Epoch(i64::try_from(number(EPOCH)?).ok()?),
+        waited: Duration::from_millis(number(WAITED).unwrap_or_default()),
+    })
+}
+
+/// Whether other nodes are to be asked for their part of the answer, too: there are some, and none of them asks.
+pub(in crate::http) fn has_others(state: &State, headers: &HeaderMap) -> bool {
+    state.parts.cluster.view().has_peers() && forwarded(state, headers).is_none()
+}
+
+/// Answers a request that was passed on: here, or not at all.
+async fn own(
+    state: &State,
+    queue: &QueueName,
+    forwarded: Forwarded,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let located = state.parts.queue.locate(queue).await;
+    if let Ok((slot, owner)) = &located {
+        let lease = slot.lease_name();
+        let mut owner = owner.clone();
+        let known = |view: &View| view.leases.get(&lease).map_or(Epoch(0), |row| row.epoch);
+        if forwarded.epoch > known(&state.parts.cluster.view()) {
+            // The other node knows more than this one, which may have slept.
+            owner = state.parts.cluster.refresh().await.owner(&lease);
+        }
+        if owner != Owner::This {
+            return misdirected(queue, *slot, &owner).into_response();
+        }
+    }
+    request.extensions_mut().insert(Waited(forwarded.waited));
+    let answer = next.run(request).await;
+    match (is_no_owner(&answer), located) {
+        (true, Ok((slot, _))) => misdirected(queue, slot, &Owner::Nobody).into_response(),
+        _ => answer,
+    }
+}
+
+fn misdirected(queue: &QueueName, slot: Slot, owner: &Owner) -> Problem {
+    let detail = format!("the queue `{queue}` is not this node's");
+    let problem = Problem::new(Kind::MisdirectedRequest, detail).with("slot", slot.0);
+    match owner {
+        Owner::Other { node, url, .. } => problem.with("node", *node).with("url", url.as_str()),
+        Owner::This | Owner::Nobody => problem,
+    }
+}
+
+fn is_no_owner(answer: &Response) -> bool {
+    let problem = answer.extensions().get::<Problem>();
+    problem.is_some_and(|problem| problem.kind == Kind::NoOwner)
+}
+
+/// Answers a client's request: here, or by whoever owns the queue.
+async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -> Response {
+    let (parts, body) = request.into_parts();
+    let body = Request::from_parts(parts.clone(), body);
+    let body = match Whole::from_request(body, state).await {
+        Ok(Whole(body)) => body,
+        Err(problem) => return problem.into_response(),
+    };
+    let since = Instant::now();
+    let kept = Kept { parts, body, since };
+    let cluster = &state.parts.cluster;
+    let mut gap_until = None;
+    let mut is_known = true;
+    loop {
+        let located = match is_known {
+            true => state.parts.queue.locate(queue).await,
+            false => look_up(state, queue).await,
+        };
+        let looked_at = Instant::now();
+        match located {
+            Ok((_, Owner::This)) | Err(queue::Error::NotFound { .. }) => {
+                let answer = next.clone().run(kept.request()).await;
+                if !is_no_owner(&answer) {
+                    return answer;
+                }
+            }
+            Ok((slot, Owner::Other { node, url, epoch })) => {
+                let to = (node, url.as_str(), epoch);
+                match pass_on(state, &kept, slot, to).await {
+                    Passed::Answered(answer) => return answer,
+                    Passed::Elsewhere => is_known = false,
+                    Passed::Unknown => {
+                        let detail =
+                            "the queue's owner did not answer; the same request again is safe";
+                        return Problem::new(Kind::OutcomeUnknown, detail).into_response();
+                    }
+                }
+            }
+            Ok((_, Owner::Nobody)) => {}
+            Err(error) => return Problem::from(error).into_response(),
+        }
+        // A poll that waited with an owner for long has all of the time for the next gap.
+        if looked_at.elapsed() > LONG {
+            gap_until = None;
+        }
+        let until = *gap_until.get_or_insert_with(|| looked_at + cluster.ttl() * 2);
+        if Instant::now() >= until {
+            let detail = "nobody owns the queue, or its owner cannot be reached";
+            return Problem::new(Kind::NoOwner, detail).into_response();
+        }
+        sleep(LOOK).await;
+        cluster.refresh_within(LOOK).await;
+    }
+}
+
+async fn look_up(state: &State, queue: &QueueName) -> Result<(Slot, Owner), queue::Error> {
+    let slot = state.parts.queue.look_up(queue).await?;
+    let view = state.parts.cluster.view();
+    Ok((slot, view.owner(&slot.lease_name())))
+}
+
+impl Kept {
+    fn request(&self) -> Request {
+        let mut request = Request::from_parts(self.parts.clone(), Body::from(self.body.clone()));
+        request
+            .extensions_mut()
+            .insert(Waited(self.since.elapsed()));
+        request
+    }
+
+    /// Whether a repeat is safe when nobody knows what became of the first.
+    fn may_be_repeated(&self) -> bool {
+        let path = self.parts.extensions.get::<MatchedPath>();
+        let path = path.map_or("", MatchedPath::as_str);
+        self.parts.method != Method::POST
+            || !["/redrives", "/seek", "/purge"]
+                .iter()
+                .any(|end| path.ends_with(end))
+    }
+
+    fn is_receive(&self) -> bool {
+        let path = self.parts.extensions.get::<MatchedPath>();
+        path.is_some_and(|path| path.as_str().ends_with("/receive"))
+    }
+}
+
+/// Sends the request to a node and waits for its answer, for as long as the node lives.
+async fn pass_on(
+    state: &State,
+    kept: &Kept,
+    slot: Slot,
+    (node, url, epoch): (i64, &str, Epoch),
+) -> Passed {
+    let view = state.parts.cluster.view();
+    let is_there = |url: &str| view.nodes.iter().any(|member| member.row.url == url);
+    let Ok(place) = state.peers.place(url, is_there) else {
+        return Passed::Elsewhere;
+    };
+    state.parts.metrics.forwarded.inc();
+    let path = kept.parts.uri.path_and_query();
+    let path = path.map_or("/", |path| path.as_str());
+    let mut headers = end_to_end(&kept.parts.headers);
+    for (name, number) in [
+        (SLOT, i64::from(slot.0)),
+        (EPOCH, epoch.0),
+        (
+            WAITED,
+            i64::try_from(kept.since.elapsed().as_millis()).unwrap_or(i64::MAX),
+        ),
+    ] {
+        headers.insert(name, HeaderValue::from(number));
+    }
+    headers.insert(NODE, state.tag.clone());
+    let request = place
+        .client
+        .request(kept.parts.method.clone(), format!("{url}{path}"))
+        .headers(headers)
+        .body(kept.body.clone())
+        .send();
+    let mut views = state.parts.cluster.views();
+    let gone = views.wait_for(|view| !view.is_live(node));
+    let answer = tokio::select! {
+        biased;
+        answer = request => answer,
+        _ = gone => return kept.unanswered(),
+        // Taken away there, the poll hands out nothing.
+        () = state.stopping.cancelled(), if kept.is_receive() => {
+            return Passed::Answered(Problem::new(Kind::Stopping, "the broker is stopping").into_response());
+        }
+    };
+    match answer {
+        Ok(answer) if answer.status() == StatusCode::MISDIRECTED_REQUEST => Passed::Elsewhere,
+        Ok(answer) => Passed::Answered(copy(answer)),
+        Err(error) if error.is_connect() => {
+            tracing::debug!(%error, url, "a node cannot be reached");
+            Passed::Elsewhere
+        }
+        Err(error) => {
+            tracing::debug!(%error, url, "a node did not answer");
+            kept.unanswered()
+        }
+    }
+}
+
+impl Kept {
+    fn unanswered(&self) -> Passed {
+        match self.may_be_repeated() {
+            true => Passed::Elsewhere,
+            false => Passed::Unknown,
+        }
+    }
+}
+
+/// What each other node answers to a GET, as JSON; nothing of those that do not answer in time.
+pub(in crate::http) async fn ask_all(state: &State, path: &str) -> Vec<Value> {
+    let view = state.parts.cluster.view();
+    let others = view.nodes.iter().filter(|member| {
+        member.row.incarnation != view.own && member.standing != Standing::Expired
+    });
+    let is_there = |url: &str| view.nodes.iter().any(|member| member.row.url == url);
+    let asked = others.map(|member| {
+        let url = member.row.url.as_str();
+        let place = state.peers.place(url, is_there);
+        async move {
+            let place = place.ok()?;
+            let asked = place
+                .client
+                .get(format!("{url}{path}"))
+                .header(NODE, state.tag.clone())
+                .header(EPOCH, 0);
+            let answer = async { asked.send().await?.error_for_status()?.json().await };
+            match timeout(ANSWER, answer).await {
+                Ok(Ok(answer)) => Some(answer),
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, url, "a node did not answer");
+                    None
+                }
+                Err(_) => None,
+            }
+        }
+    });
+    let answers = join_all(asked).await;
+    answers.into_iter().flatten().collect()
+}
+
+/// Puts what other nodes answer in the place of own items that `is_elsewhere`, by name; theirs that are unknown here are added.
+pub(in crate::http) fn merge(
+    own: Vec<Value>,
+    others: Vec<Value>,
+    list: &str,
+    is_elsewhere: impl Fn(&Value) -> bool,
+) -> Vec<Value> {
+    let name = |item: &Value| item["name"].as_str().unwrap_or_default().to_owned();
+    let mut merged: BTreeMap<String, Value> = BTreeMap::new();
+    let mut order = Vec::new();
+    let theirs = others
+        .into_iter()
+        .filter_map(|mut answer| match answer[list].take() {
+            Value::Array(items) => Some(items),
+            _ => None,
+        });
+    for item in own.into_iter().chain(theirs.flatten()) {
+        let name = name(&item);
+        match merged.get_mut(&name) {
+            Some(found) if is_elsewhere(found) => *found = item,
+            Some(_) => {}
+            None => {
+                order.push(name.clone());
+                merged.insert(name, item);
+            }
+        }
+    }
+    let items = order.iter().filter_map(|name| merged.remove(name));
+    items.collect()
+}
+
+/// A node's answer as this one's.
+fn copy(answer: reqwest::Response) -> Response {
+    let answer: axum::http::Response<reqwest::Body> = answer.into();
+    let (parts, body) = answer.into_parts();
+    let mut response = Response::new(Body::new(body));
+    *response.status_mut() = parts.status;
+    *response.headers_mut() = end_to_end(&parts.headers);
+    response
+}
+
+/// Headers that are not of one connection alone.
+fn end_to_end(headers: &HeaderMap) -> HeaderMap {
+    let is_of_connection = |name: &HeaderName| {
+        [
+            header::HOST,
+            header::CONNECTION,
+            header::CONTENT_LENGTH,
+            header::TRANSFER_ENCODING,
+            header::TE,
+            header::TRAILER,
+            header::UPGRADE,
+            header::EXPECT,
+            header::PROXY_AUTHENTICATE,
+            header::PROXY_AUTHORIZATION,
+            HeaderName::from_static("keep-alive"),
+            HeaderName::from_static("proxy-connection"),
+            SLOT,
+            EPOCH,
+            NODE,
+            WAITED,
+        ]
+        .contains(name)
+    };
+    let mut kept = HeaderMap::with_capacity(headers.len() + 4);
+    for (name, value) in headers {
+        if !is_of_connection(name) {
+            kept.append(name.clone(), value.clone());
+        }
+    }
+    kept
+}
+
+/// How long a long poll of a request has waited elsewhere.
+pub(in crate::http) fn waited(waited: Option<Extension<Waited>>) -> Duration {
+    waited.map_or(Duration::ZERO, |Extension(Waited(waited))| waited)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_elsewhere_is_told_by_whoever_has_it() {
+        let own = vec![
+            json!({"name": "a", "status": null}),
+            json!({"name": "b", "status": 1}),
+        ];
+        let others = vec![
+            json!({"queues": [{"name": "a", "status": null}, {"name": "b", "status": null}]}),
+            json!({"queues": [{"name": "a", "status": 2}, {"name": "c", "status": 3}]}),
+            json!({"what": "else"}),
+        ];
+        let merged = merge(own, others, "queues", |item| item["status"].is_null());
+        assert_eq!(
+            json!(merged),
+            json!([{"name": "a", "status": 2}, {"name": "b", "status": 1}, {"name": "c", "status": 3}])
+        );
+    }
+}

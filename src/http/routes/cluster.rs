@@ -1,0 +1,154 @@
+//! The nodes of the broker, and which of them holds what.
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::wire;
+use crate::cluster::{Standing, View};
+use crate::domain::id::{SLOT_COUNT, Slot};
+use crate::http::extract::Query;
+use crate::http::openapi::Reads;
+use crate::http::problem::Problem;
+use crate::http::state::State;
+
+/// All nodes, and what each holds, as the node sees it that was asked.
+#[derive(Debug, Serialize, ToSchema)]
+struct Cluster {
+    /// The node that was asked.
+    node: i64,
+    /// The node that says which of them is to hold what; null while there is none.
+    leader: Option<i64>,
+    /// By number. Those that have ended are not here.
+    nodes: Vec<Node>,
+    /// All of them, by number.
+    slots: Vec<SlotNow>,
+    /// What else is held: the relays of the origins, and duties, by name.
+    leases: Vec<Lease>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Node {
+    /// Its number, new at each start.
+    node: i64,
+    /// What makes it the same node after a restart.
+    #[schema(example = "http://broker-1:8080")]
+    address: String,
+    /// Where other nodes reach it.
+    #[schema(example = "http://broker-1:8080")]
+    url: String,
+    #[schema(format = DateTime)]
+    started_at: String,
+    /// Until when it lives without a further heartbeat.
+    #[schema(format = DateTime)]
+    expires_at: String,
+    /// `live`; `leaving` while it hands over what it holds; `expired` when others take that.
+    state: &'static str,
+    /// How many slots it is to hold.
+    slots: usize,
+}
+
+/// A part of the queues: each queue belongs to one.
+#[derive(Debug, Serialize, ToSchema)]
+struct SlotNow {
+    #[schema(minimum = 0, maximum = 63)]
+    slot: i16,
+    #[serde(flatten)]
+    held: Held,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Lease {
+    /// `relay/…` or `duty/…`.
+    #[schema(example = "duty/streams")]
+    name: String,
+    #[serde(flatten)]
+    held: Held,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct Held {
+    /// The node that is to hold it, and answers for it; null while there is none.
+    node: Option<i64>,
+    /// The node that holds it: another one while it changes hands, null while nobody has asked for it.
+    holder: Option<i64>,
+    /// How often it has been taken; 0 for never.
+    epoch: i64,
+    /// Since when it is held so.
+    #[schema(format = DateTime)]
+    since: Option<String>,
+}
+
+impl Held {
+    fn of(view: &View, lease: &str) -> Self {
+        let row = view.leases.get(lease);
+        let holder = row.and_then(|row| row.holder);
+        Self {
+            node: view.assigned.get(lease).copied(),
+            holder: holder.filter(|&node| view.node(node).is_some()),
+            epoch: row.map_or(0, |row| row.epoch.0),
+            since: row.and_then(|row| row.acquired_at).map(wire::time),
+        }
+    }
+}
+
+impl From<&View> for Cluster {
+    fn from(view: &View) -> Self {
+        let slots_of = |node: i64| {
+            let slots = view.assigned.iter();
+            slots
+                .filter(|(name, of)| **of == node && name.starts_with("slot/"))
+                .count()
+        };
+        let nodes = view.nodes.iter().map(|member| Node {
+            node: member.row.incarnation,
+            address: member.row.address.clone(),
+            url: member.row.url.clone(),
+            started_at: wire::time(member.row.started_at),
+            expires_at: wire::time(member.row.expires_at),
+            state: match member.standing {
+                Standing::Live => "live",
+                Standing::Leaving => "leaving",
+                Standing::Expired => "expired",
+            },
+            slots: slots_of(member.row.incarnation),
+        });
+        let slots = (0..SLOT_COUNT).map(|slot| SlotNow {
+            slot,
+            held: Held::of(view, &Slot(slot).lease_name()),
+        });
+        let others = view.assigned.keys();
+        let others = others.filter(|name| !name.starts_with("slot/"));
+        Self {
+            node: view.own,
+            leader: view.leader().filter(|&node| view.is_live(node)),
+            nodes: nodes.collect(),
+            slots: slots.collect(),
+            leases: others
+                .map(|name| Lease {
+                    name: name.clone(),
+                    held: Held::of(view, name),
+                })
+                .collect(),
+        }
+    }
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new().routes(routes!(describe))
+}
+
+/// Describe the nodes, and which of them holds what.
+#[utoipa::path(
+    get, path = "/v1/cluster", tag = "operation",
+    responses((status = 200, description = "The nodes", body = Cluster), Reads),
+)]
+async fn describe(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
+    query.finish()?;
+    let view = state.parts.cluster.refresh().await;
+    Ok(wire::json(StatusCode::OK, &Cluster::from(&*view)))
+}

@@ -1,0 +1,253 @@
+//! The slots of this process: recovered when the lease is taken, at the new epoch; finished and given back when it is to be
+//! another node's; dropped when the epoch is gone. A queue's task that ends by a refused write has its whole slot recovered, since
+//! its state in memory ran ahead of the journal.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+use super::command::Command;
+use super::engine::Engine;
+use super::recovery;
+use super::task::{Ended, Why};
+use crate::domain::id::{Fence, QueueId, Slot};
+use crate::store;
+use crate::store::queue::QueueRow;
+use crate::supervisor::{OnEnd, Supervisor};
+
+/// A slot that could not be recovered is tried again after this.
+const RECOVER_AGAIN: Duration = Duration::from_millis(500);
+
+impl Engine {
+    /// Wants the slot's lease from now on.
+    pub(in crate::queue) fn hold(&self, slot: Slot) {
+        let fence = self.cluster.hold(slot.lease_name());
+        let changes = self.fences.0.clone();
+        let supervisor = self.supervisor.clone();
+        self.supervisor.spawn(
+            format!("queue slot {slot}"),
+            OnEnd::Ordinary,
+            follow_fence(slot, fence, changes, supervisor),
+        );
+    }
+
+    pub(in crate::queue) async fn change_fence(&mut self, slot: Slot, fence: Option<Fence>) {
+        let Some(state) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        if state.fence == fence {
+            return;
+        }
+        let is_lost = fence.is_none();
+        if let Some(fence) = &fence {
+            // Whoever had it in between may have changed its queues.
+            let is_next = state
+                .last_epoch
+                .is_some_and(|last| last.0 + 1 == fence.epoch.0);
+            state.are_rows_stale |= !is_next && self.catalogue.had_peers;
+            state.last_epoch = Some(fence.epoch);
+        }
+        state.fence = fence;
+        if is_lost {
+            self.yield_slot(slot).await;
+        } else {
+            self.drop_slot(slot).await;
+            self.recover(slot).await;
+        }
+    }
+
+    /// Has the slot's tasks finish: what they have decided is written, and their state is journaled, as at the process's end,
+    /// while the lease is still held. If it is lost already, their writes are refused, and nothing is the worse for it.
+    async fn yield_slot(&mut self, slot: Slot) {
+        for mailbox in self.take_mailboxes(slot) {
+            let _ = mailbox.send(Command::Yield).await;
+        }
+        self.note_yielded(slot);
+    }
+
+    /// Lets the lease go once nothing runs under it any more.
+    fn note_yielded(&self, slot: Slot) {
+        let state = self.slots.get(&slot);
+        if state.is_some_and(|state| state.fence.is_none() && state.running == 0) {
+            self.cluster.yielded(&slot.lease_name());
+        }
+    }
+
+    /// Ends the slot's tasks; what they have in memory is void.
+    async fn drop_slot(&mut self, slot: Slot) {
+        for mailbox in self.take_mailboxes(slot) {
+            let _ = mailbox.send(Command::End).await;
+        }
+    }
+
+    /// Lets nobody in any more; gives the mailboxes of those that run.
+    fn take_mailboxes(&mut self, slot: Slot) -> Vec<mpsc::Sender<Command>> {
+        if let Some(state) = self.slots.get_mut(&slot) {
+            state.is_recovered = false;
+        }
+        let of_slot = self
+            .queues
+            .values_mut()
+            .filter(|owned| owned.row.slot == slot);
+        let mailboxes: Vec<_> = of_slot.filter_map(|owned| owned.mailbox.take()).collect();
+        let mut known = self.write_known();
+        for known in known.values_mut() {
+            if Slot::of(known.description.id) == slot {
+                known.mailbox = None;
+            }
+        }
+        mailboxes
+    }
+
+    pub(in crate::queue) async fn note_end(&mut self, ended: Ended) {
+        self.forget_task(&ended);
+        self.note_yielded(ended.slot);
+        if ended.why == Why::Fenced {
+            self.shared.metrics.fenced.inc();
+            tracing::warn!(queue = %ended.queue, slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
+        }
+        if ended.why == Why::Refused && self.recover_alone_later(&ended) {
+            return;
+        }
+        if ended.why != Why::Told {
+            // Also when the writer ended: what was sent before may still be under way on a connection that was lost, and
+            // must not be written behind the recovery's read. A new epoch shuts it out.
+            self.cluster.fenced(&ended.fence);
+            self.forget_fence(&ended.fence, ended.slot).await;
+        }
+        self.recover(ended.slot).await;
+    }
+
+    async fn forget_fence(&mut self, fence: &Fence, slot: Slot) {
+        let Some(state) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        if state.fence.as_ref() == Some(fence) {
+            state.fence = None;
+            self.drop_slot(slot).await;
+        }
+    }
+
+    /// Has the slot's queues read again, their rows included.
+    pub(in crate::queue) async fn read_again(&mut self, slot: Slot) {
+        self.drop_slot(slot).await;
+        if let Some(state) = self.slots.get_mut(&slot) {
+            state.are_rows_stale = true;
+            state.recover_at = Some(Instant::now());
+        }
+    }
+
+    pub(in crate::queue) fn forget_task(&mut self, ended: &Ended) {
+        if let Some(slot) = self.slots.get_mut(&ended.slot) {
+            slot.running = slot.running.saturating_sub(1);
+        }
+    }
+
+    pub(in crate::queue) async fn recover_due(&mut self) {
+        let now = Instant::now();
+        let due = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| slot.recover_at.is_some_and(|at| at <= now));
+        let due: Vec<Slot> = due.map(|(&slot, _)| slot).collect();
+        for slot in due {
+            self.recover(slot).await;
+        }
+        self.recover_due_alone().await;
+    }
+
+    /// Reads the state of the slot's queues and starts their tasks, once the lease is held and no former task runs.
+    async fn recover(&mut self, slot: Slot) {
+        let Some(state) = self.slots.get_mut(&slot) else {
+            return;
+        };
+        state.recover_at = None;
+        let Some(fence) = state.fence.clone() else {
+            return;
+        };
+        if state.is_recovered || state.running > 0 || self.supervisor.is_stopping() {
+            return;
+        }
+        let recovered = match self.freshen_rows(slot).await {
+            Ok(()) => {
+                let rows = self.queues.values().map(|owned| &owned.row);
+                let rows: Vec<&QueueRow> = rows.filter(|row| row.slot == slot).collect();
+                recovery::recover(&self.database, &fence, slot, &rows).await
+            }
+            Err(error) => Err(error.into()),
+        };
+        match recovered {
+            Ok(machines) => {
+                if let Some(state) = self.slots.get_mut(&slot) {
+                    state.is_recovered = true;
+                }
+                for recovered in machines {
+                    self.start_task(recovered, &fence);
+                }
+            }
+            Err(recovery::Error::Fenced) => {
+                self.cluster.fenced(&fence);
+                self.forget_fence(&fence, slot).await;
+            }
+            Err(error) => {
+                tracing::error!(%slot, error = &error as &dyn std::error::Error, "recovering queues failed; trying again");
+                if let Some(state) = self.slots.get_mut(&slot) {
+                    state.recover_at = Some(Instant::now() + RECOVER_AGAIN);
+                }
+            }
+        }
+    }
+
+    /// Reads the rows of the slot's queues again, if a change of one has no known outcome.
+    async fn freshen_rows(&mut self, slot: Slot) -> Result<(), store::Error> {
+        if !self.slots.get(&slot).is_some_and(|s| s.are_rows_stale) {
+            return Ok(());
+        }
+        let rows = store::queue::find_queues_of(&self.database, slot).await?;
+        let known = self.queues.values().map(|owned| &owned.row);
+        let known = known.filter(|row| row.slot == slot).map(|row| row.id);
+        let gone: Vec<QueueId> = known
+            .filter(|id| rows.iter().all(|row| row.id != *id))
+            .collect();
+        for id in gone {
+            self.forget(id).await;
+        }
+        for row in rows {
+            match self.queues.get_mut(&row.id) {
+                Some(owned) => {
+                    let id = row.id;
+                    owned.row = row;
+                    self.show_row(id);
+                }
+                None => self.add(row),
+            }
+        }
+        if let Some(state) = self.slots.get_mut(&slot) {
+            state.are_rows_stale = false;
+        }
+        Ok(())
+    }
+}
+
+/// Passes a lease's changes on, the first state included.
+async fn follow_fence(
+    slot: Slot,
+    mut fence: watch::Receiver<Option<Fence>>,
+    changes: mpsc::Sender<(Slot, Option<Fence>)>,
+    supervisor: Supervisor,
+) {
+    loop {
+        let now = fence.borrow_and_update().clone();
+        if changes.send((slot, now)).await.is_err() {
+            return;
+        }
+        let changed = tokio::select! {
+            changed = fence.changed() => changed.is_ok(),
+            () = supervisor.stopping() => false,
+        };
+        if !changed {
+            return;
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! Slots change hands: at a join, at a leave, after a kill, and behind the back of a node that sleeps.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use super::{
+    QUEUES, Ring, TTL, check, declare, events, longest_gap, moves, node, number, queue, settled,
+    shares, watch,
+};
+use crate::support::consumer::{items, publish};
+use crate::support::{self, Consumer};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_join_and_a_leave_move_the_fewest_slots() {
+    let db = support::database().await;
+    watch(&db.url).await;
+    let one = node(&db.url).await;
+    declare(&[&one]).await;
+    let alone = settled(&one.http, 1).await;
+    let two = node(&db.url).await;
+    let both = settled(&one.http, 2).await;
+    assert_eq!(moves(&alone, &both), 32);
+    let mut three = node(&db.url).await;
+    let all = settled(&two.http, 3).await;
+    assert_eq!(moves(&both, &all), 21);
+    let third = number(&three.http).await;
+    assert_eq!(shares(&all)[&third], 21);
+    assert!(three.stop().await.success());
+    let left = settled(&one.http, 2).await;
+    assert_eq!(moves(&all, &left), 21);
+    assert!(
+        all.iter()
+            .all(|(slot, node)| *node == third || left[slot] == *node)
+    );
+    let shares: Vec<usize> = shares(&left).into_values().collect();
+    assert_eq!(shares, [32, 32]);
+    let events = events(&db.url).await;
+    assert_eq!(check(&events), Vec::<String>::new());
+    eprintln!(
+        "the longest time without an owner: {:?}",
+        longest_gap(&events)
+    );
+}
+
+/// Messages in flight, of each queue.
+async fn take_all(http: &support::Http, count: usize) -> Vec<(Consumer, Vec<Value>)> {
+    let mut taken = Vec::new();
+    for number in 0..QUEUES {
+        let queue = queue(number);
+        let http = http.clone();
+        let consumer = Consumer { http, queue };
+        let deliveries = consumer.take(count, 120).await;
+        taken.push((consumer, deliveries));
+    }
+    taken
+}
+
+/// Nothing is handed out again, and what is out is acknowledged by its receipts.
+async fn settle_all(ring: &Ring, taken: Vec<(Consumer, Vec<Value>)>) {
+    for (consumer, deliveries) in taken {
+        let path = format!("/v1/queues/{}", consumer.queue);
+        let receive = json!({"wait_seconds": 0});
+        let received = ring.post(&format!("{path}/receive"), &receive).await;
+        assert_eq!(
+            received["deliveries"],
+            json!([]),
+            "before its deadline: {received}"
+        );
+        let acks = json!({"deliveries": items(&deliveries, &json!({}))});
+        let answer = ring.post(&format!("{path}/ack"), &acks).await;
+        assert_eq!(answer["settled"], json!(deliveries.len()), "{answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_flight_outlives_its_node_ended_in_order_and_long_polls_go_on() {
+    let db = support::database().await;
+    watch(&db.url).await;
+    let (mut one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    declare(&[&one, &two]).await;
+    publish(&one.http, "orders.created", 10).await;
+    let taken = take_all(&two.http, 10).await;
+    // Waiting at the node that stays, for queues of both.
+    let polls: Vec<_> = (0..QUEUES)
+        .map(|number| {
+            let consumer = Consumer {
+                http: two.http.clone(),
+                queue: queue(number),
+            };
+            let receive = json!({"wait_seconds": 40, "max_messages": 1});
+            tokio::spawn(async move { consumer.receive(&receive).await })
+        })
+        .collect();
+    let waiting = || async {
+        let mut waiting = 0;
+        for number in 0..QUEUES {
+            let consumer = Consumer {
+                http: two.http.clone(),
+                queue: queue(number),
+            };
+            waiting += consumer.status().await["waiters"].as_u64().unwrap();
+        }
+        (waiting == QUEUES as u64).then_some(())
+    };
+    support::eventually("all polls to wait", waiting).await;
+    assert!(one.stop().await.success());
+    settled(&two.http, 1).await;
+    support::eventually("all polls to wait at the other node", waiting).await;
+    publish(&two.http, "orders.created", 1).await;
+    for poll in polls {
+        let received = poll.await.unwrap();
+        assert_eq!(
+            received["deliveries"].as_array().unwrap().len(),
+            1,
+            "{received}"
+        );
+    }
+    settle_all(&Ring::new(&[&two]), taken).await;
+    let events = events(&db.url).await;
+    assert_eq!(check(&events), Vec::<String>::new());
+    let gap = longest_gap(&events);
+    eprintln!("the longest time without an owner: {gap:?}");
+    assert!(gap < TTL, "{gap:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_flight_outlives_its_node_killed() {
+    let db = support::database().await;
+    watch(&db.url).await;
+    let (mut one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    declare(&[&one, &two]).await;
+    publish(&one.http, "orders.created", 10).await;
+    let taken = take_all(&one.http, 10).await;
+    let killed_at = Instant::now();
+    one.kill().await;
+    // Every request is answered, however early it comes.
+    settle_all(&Ring::new(&[&two]), taken).await;
+    let took = killed_at.elapsed();
+    settled(&two.http, 1).await;
+    eprintln!("all answered by the other node after {took:?}, with a ttl of {TTL:?}");
+    // Started again, it gets its share back, under its new number.
+    one.start().await;
+    let both = settled(&one.http, 2).await;
+    assert_eq!(shares(&both)[&number(&one.http).await], 32);
+    assert_eq!(check(&events(&db.url).await), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_killed_and_started_at_once_keeps_its_slots() {
+    let db = support::database().await;
+    let (mut one, two) = (node(&db.url).await, node(&db.url).await);
+    let before = settled(&two.http, 2).await;
+    let second = number(&two.http).await;
+    one.kill().await;
+    one.start().await;
+    let after = settled(&two.http, 2).await;
+    let kept = after.iter().filter(|(_, node)| **node == second).count();
+    assert_eq!(kept, 32);
+    assert!(
+        before
+            .iter()
+            .all(|(slot, node)| *node != second || after[slot] == second)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_slept_for_longer_than_its_ttl_does_nothing_with_what_it_had() {
+    let db = support::database().await;
+    watch(&db.url).await;
+    let (one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    declare(&[&one, &two]).await;
+    publish(&two.http, "orders.created", 20).await;
+    let taken = take_all(&two.http, 10).await;
+    let first = number(&one.http).await;
+    one.signal(Signal::STOP);
+    support::eventually("the sleeper's end", || async {
+        let (_, cluster) = two.http.get("/v1/cluster").await;
+        let slots = cluster["slots"].as_array()?.iter();
+        let mut of_first =
+            slots.filter(|slot| slot["node"] == json!(first) || slot["holder"] == json!(first));
+        of_first.next().is_none().then_some(())
+    })
+    .await;
+    // The other one goes on with what it had handed out, and hands out more.
+    settle_all_but_receives(&two.http, &taken).await;
+    let more = take_all(&two.http, 10).await;
+    one.signal(Signal::CONT);
+    // At once, when it still believes in what it had.
+    let asked: Vec<_> = (0..QUEUES)
+        .map(|number| {
+            let http = one.http.clone();
+            tokio::spawn(async move {
+                let path = format!("/v1/queues/{}/receive", queue(number));
+                let ring = Ring {
+                    nodes: [http].into(),
+                    next: Default::default(),
+                    repeated: Default::default(),
+                };
+                ring.post(&path, &json!({"wait_seconds": 0})).await
+            })
+        })
+        .collect();
+    for asked in asked {
+        let received = asked.await.unwrap();
+        assert_eq!(
+            received["deliveries"],
+            json!([]),
+            "all is in flight: {received}"
+        );
+    }
+    settle_all(&Ring::new(&[&one, &two]), more).await;
+    settled(&one.http, 2).await;
+    assert_ne!(number(&one.http).await, first, "a new incarnation");
+    assert_eq!(check(&events(&db.url).await), Vec::<String>::new());
+}
+
+async fn settle_all_but_receives(http: &support::Http, taken: &[(Consumer, Vec<Value>)]) {
+    for (consumer, deliveries) in taken {
+        let consumer = Consumer {
+            http: http.clone(),
+            queue: consumer.queue.clone(),
+        };
+        let acks = items(deliveries, &json!({}));
+        consumer.settle_all("ack", &acks, "acked").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retention_goes_by_the_queues_of_all_nodes() {
+    let db = support::database().await;
+    let (one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    declare(&[&one, &two]).await;
+    let short = json!({"settled_retention_seconds": 1});
+    let (status, answer) = one.http.put("/v1/streams/main", &short).await;
+    assert!(status.is_success(), "{answer}");
+    publish(&one.http, "orders.created", 5).await;
+    let mut taken = take_all(&two.http, 5).await;
+    // One queue keeps the stream, wherever it is and wherever the retention is.
+    let ring = Ring::new(&[&one, &two]);
+    let last = taken.split_off(QUEUES - 1);
+    settle_all(&ring, taken).await;
+    publish(&one.http, "other", 1).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let (_, stream) = one.http.get("/v1/streams/main").await;
+    assert_eq!(stream["first_offset"], json!(1), "{stream}");
+    settle_all(&ring, last).await;
+    support::eventually("the stream to be emptied", || async {
+        let (_, stream) = two.http.get("/v1/streams/main").await;
+        (stream["first_offset"] == json!(7)).then_some(())
+    })
+    .await;
+}
