@@ -175,7 +175,7 @@ impl Broker {
     pub async fn start(config: Config) -> Result<Self, Error> {
         let steps = Steps::new();
         let mut held = Held::default();
-        match assemble(&config, &steps, &mut held).await {
+        match Box::pin(assemble(&config, &steps, &mut held)).await {
             Ok(parts) => Ok(Self {
                 address: parts.address,
                 url: parts.url,

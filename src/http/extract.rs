@@ -322,6 +322,16 @@ impl Query {
         values.pop()
     }
 
+    /// The parameter `key`: an ordering key.
+    pub(in crate::http) fn key(&mut self) -> Option<String> {
+        let key = self.text("key");
+        let is_valid = |key: &String| (1..=512).contains(&key.len());
+        if !key.as_ref().is_none_or(is_valid) {
+            self.fault("key", "`key` must be 1 to 512 bytes long".to_owned(), None);
+        }
+        key
+    }
+
     /// A parameter, parsed; the error completes "`text` …".
     pub(in crate::http) fn parsed<T, E: Display>(
         &mut self,

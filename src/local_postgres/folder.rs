@@ -234,6 +234,7 @@ pub(super) fn last_lines(text: &str, count: usize) -> String {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 

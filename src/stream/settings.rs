@@ -156,7 +156,7 @@ pub struct Description {
 /// How a stream stands with the messages that are to enter it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScheduledState {
-    /// When the next of them is due, if that is within [`SCHEDULED_AHEAD`]; past while it is late.
+    /// When the next of them is due, cancelled or not, if that is within [`SCHEDULED_AHEAD`]; past while it is late.
     pub next_due_at: Option<DateTime<Utc>>,
     /// For how long it has been due.
     pub lag: Duration,

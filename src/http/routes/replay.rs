@@ -113,7 +113,8 @@ async fn replay(
         query.fault("max_messages", detail.to_owned(), None);
     }
     query.finish()?;
-    if is_live && let Some(id) = last_event_id(&headers)? {
+    let last_event_id = last_event_id(&headers)?;
+    if is_live && let Some(id) = last_event_id {
         asked.from = From::After(id);
     }
     let stream = &state.parts.stream;
@@ -199,11 +200,7 @@ fn asked(query: &mut Query) -> Asked {
         query.fault("at", detail.to_owned(), None);
     }
     let topics = topics(query);
-    let key = query.text("key");
-    let is_valid = |key: &String| (1..=512).contains(&key.len());
-    if !key.as_ref().is_none_or(is_valid) {
-        query.fault("key", "`key` must be 1 to 512 bytes long".to_owned(), None);
-    }
+    let key = query.key();
     let from = match (after, at) {
         (Some(after), _) => From::After(Offset(after)),
         (None, Some(at)) => From::Time(at),

@@ -127,7 +127,7 @@ async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Respon
     let asked = ScheduledQuery {
         stream: None,
         topic: query.parsed("topic", TopicPattern::parse),
-        key: query.text("key"),
+        key: query.key(),
         due_from: query.parsed("due_from", parse_time),
         due_until: query.parsed("due_until", parse_time),
         after: query.parsed("after", |text| {

@@ -162,7 +162,7 @@ struct Stream {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = StreamSchedule)]
 struct Scheduled {
-    /// When the next of them is due, if that is within a day; past while it is late.
+    /// When the next of them is due, if that is within a day; past while it is late. One that was cancelled counts until then.
     #[schema(format = DateTime)]
     next_due_at: Option<String>,
     /// For how long it has been due: more than a moment when publishing it cannot go on.

@@ -38,16 +38,16 @@ const ERRORS_MAX: usize = 100;
 struct Declaration {
     /// A JSON Schema for payloads, of 64 KiB at most, an object or a boolean. References lead to itself only. Over HTTP what does
     /// not match is refused; a row of an outbox is listed as rejected.
-    #[schema(value_type = Object, nullable = false)]
+    #[schema(value_type = Option<serde_json::Value>)]
     schema: Option<serde_json::Value>,
     /// The largest payload over HTTP, in bytes.
-    #[schema(minimum = 1, maximum = 16_777_216, nullable = false)]
+    #[schema(minimum = 1, maximum = 16_777_216)]
     max_bytes: Option<i64>,
     /// Messages per second over HTTP, all topics of the pattern together, on each node.
-    #[schema(minimum = 0.001, maximum = 1_000_000, nullable = false)]
+    #[schema(minimum = 0.001, maximum = 1_000_000)]
     rate_per_second: Option<f64>,
     /// Messages that may come at once; without it, what comes in a second.
-    #[schema(minimum = 1, maximum = 1_000_000, nullable = false)]
+    #[schema(minimum = 1, maximum = 1_000_000)]
     burst: Option<i64>,
 }
 

@@ -181,11 +181,10 @@ async fn what_waits_is_listed_and_cancelled() {
         (&first["data_bytes"], &first["stream"], &first["event_type"]),
         (&json!(5), &json!("main"), &json!("t"))
     );
-    assert_problem(
-        &api.get("/v1/scheduled-messages?after=x").await,
-        422,
-        "invalid-request",
-    );
+    for wrong in ["after=x", "key="] {
+        let refused = api.get(&format!("/v1/scheduled-messages?{wrong}")).await;
+        assert_problem(&refused, 422, "invalid-request");
+    }
     assert_problem(
         &api.get("/v1/scheduled-messages?stream=none").await,
         404,
