@@ -180,7 +180,7 @@ pub async fn start(
         is_leaving: false,
     };
     let seen = store::cluster::beat(&mut connection, sign).await?;
-    let mut observer = view::Observer::default();
+    let mut observer = view::Observer::new(options.heartbeat);
     let view = observer.view(asked, incarnation, seen);
     metrics.incarnations.inc();
     metrics.trusted.set(1);

@@ -172,26 +172,61 @@ impl View {
 ///
 /// The database's clock says when a node's time is over. If it jumped back, the rows of nodes that died before stay in its
 /// future; so a row that was watched for the node's whole time to live, and did not change, is out of date, too.
+///
+/// An observer that could not look for a while judges nobody at first: if the database was away, it was for all, and whoever
+/// is back first must not take what the others are about to go on with.
 #[derive(Debug, Default)]
 pub(super) struct Observer {
     rows: HashMap<Node, (DateTime<Utc>, Instant)>,
+    blind_after: Duration,
+    last_asked: Option<Instant>,
+    /// Since when it looks again, after it could not.
+    back_since: Option<Instant>,
 }
 
+/// A look later than this after the one before means that there could be none between.
+const BLIND: Duration = Duration::from_secs(1);
+/// How long nobody is judged after that: others connect again within a second.
+const BACK: Duration = Duration::from_secs(2);
+
 impl Observer {
+    /// One whose heartbeats come this often.
+    pub(super) fn new(heartbeat: Duration) -> Self {
+        Self {
+            blind_after: heartbeat * 2 + BLIND,
+            ..Self::default()
+        }
+    }
+
+    /// How long nobody is judged from then on.
+    fn lenience(&self, asked: Instant) -> Duration {
+        self.back_since.map_or(Duration::ZERO, |since| {
+            (since + BACK).saturating_duration_since(asked)
+        })
+    }
+
     /// Takes in what a heartbeat brought that was sent at `asked`.
     pub(super) fn view(&mut self, asked: Instant, own: Node, seen: Seen) -> View {
+        let before = self.last_asked.replace(asked);
+        if before.is_some_and(|before| asked.saturating_duration_since(before) > self.blind_after) {
+            self.back_since = Some(Instant::now().max(asked));
+            self.rows.clear();
+        }
+        let is_lenient = !self.lenience(asked).is_zero();
         let mut rows = HashMap::new();
         let nodes = seen.nodes.into_iter().map(|row| {
             let since = match self.rows.get(&row.incarnation) {
                 Some(&(expires_at, since)) if expires_at == row.expires_at => since,
                 // Since the answer to the question at the earliest.
-                _ => Instant::now(),
+                _ => Instant::now().max(asked),
             };
             rows.insert(row.incarnation, (row.expires_at, since));
             let is_own = row.incarnation == own;
             let is_silent = asked.saturating_duration_since(since) >= ttl(&row);
             let standing = match row.is_leaving {
-                _ if !is_own && (row.expires_at < seen.clock || is_silent) => Standing::Expired,
+                _ if !is_own && !is_lenient && (row.expires_at < seen.clock || is_silent) => {
+                    Standing::Expired
+                }
                 true => Standing::Leaving,
                 false => Standing::Live,
             };
@@ -236,7 +271,8 @@ impl Observer {
             let by_watching = since.map_or(Duration::MAX, |&(_, since)| {
                 (since + ttl(&member.row)).saturating_duration_since(view.as_of)
             });
-            by_clock.unwrap_or_default().min(by_watching)
+            let left = by_clock.unwrap_or_default().min(by_watching);
+            left.max(self.lenience(view.as_of))
         });
         left.min()
     }
@@ -283,7 +319,7 @@ mod tests {
     #[test]
     fn the_databases_clock_judges_and_where_it_jumped_back_this_processs_own() {
         let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap();
-        let mut observer = Observer::default();
+        let mut observer = Observer::new(Duration::from_secs(60));
         let asked = Instant::now();
         let nodes = || vec![row(1, at(110), &[SLOTS]), row(2, at(109), &[SLOTS])];
         let view = observer.view(asked, 1, seen(at(100), nodes()));
@@ -317,6 +353,28 @@ mod tests {
             !expired.is_live(2) && expired.is_live(1),
             "this node lives: it asks"
         );
+    }
+
+    #[test]
+    fn after_an_outage_nobody_is_judged_at_first() {
+        let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap();
+        let after = |seconds| Duration::from_secs(seconds);
+        let mut observer = Observer::new(after(1));
+        let asked = Instant::now();
+        let nodes = || vec![row(1, at(110), &[SLOTS]), row(2, at(109), &[SLOTS])];
+        observer.view(asked, 1, seen(at(100), nodes()));
+        let back = observer.view(asked + after(30), 1, seen(at(130), nodes()));
+        assert!(back.is_live(2), "it cannot have been heard");
+        assert!(observer.silent(&back).is_empty());
+        let left = observer.until_expiry(&back).unwrap();
+        assert!(left > after(1) && left <= BACK, "{left:?}");
+        let later = observer.view(asked + after(31), 1, seen(at(131), nodes()));
+        assert!(later.is_live(2));
+        let judged = observer.view(asked + after(33), 1, seen(at(133), nodes()));
+        assert!(!judged.is_live(2));
+        // The first look of a process judges at once: what is out of date then has been for longer than it lives.
+        let first = Observer::new(after(1)).view(asked, 1, seen(at(130), nodes()));
+        assert!(!first.is_live(2));
     }
 
     #[test]

@@ -1,10 +1,15 @@
 //! Any node answers any request.
 
-use serde_json::json;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
-use super::{QUEUES, Ring, assigned, declare, node, number, queue, settled, shares};
+use serde_json::json;
+use sqlx::{Connection as _, PgConnection};
+
+use super::{QUEUES, assigned, declare, node, number, queue, settled, shares, size};
 use crate::support::consumer::{items, publish};
-use crate::support::{self, Consumer};
+use crate::support::process::{raise_open_files, resident_bytes};
+use crate::support::{self, Consumer, Program};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn any_node_answers_any_request() {
@@ -152,7 +157,6 @@ async fn the_cluster_is_described_alike_by_all() {
     let (one, two) = (node(&db.url).await, node(&db.url).await);
     let before = settled(&one.http, 2).await;
     assert_eq!(settled(&two.http, 2).await, before);
-    let ring = Ring::new(&[&one, &two]);
     let (_, cluster) = one.http.get("/v1/cluster").await;
     let (_, other) = two.http.get("/v1/cluster").await;
     assert_ne!(cluster["node"], other["node"]);
@@ -173,5 +177,155 @@ async fn the_cluster_is_described_alike_by_all() {
         .map(|node| node["url"].as_str().unwrap())
         .collect();
     assert_eq!(urls, [one.http.base.as_str(), two.http.base.as_str()]);
-    drop(ring);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_polls_wait_on_the_wrong_node_than_a_connection_between_nodes_takes() {
+    let count = size("POSTROAD_TEST_NODE_POLLS", 300);
+    raise_open_files();
+    let db = support::database().await;
+    let (one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    let owned_by_two = owned_by(&db.url, &one, &two).await;
+    let before = (resident_bytes(one.pid()), resident_bytes(two.pid()));
+    let path = format!("/v1/queues/{owned_by_two}/receive");
+    let polls: Vec<_> = (0..count)
+        .map(|_| {
+            let (http, path) = (one.http.clone(), path.clone());
+            let receive = json!({"wait_seconds": 50, "max_messages": 1});
+            tokio::spawn(async move { http.ok(&path, &receive).await })
+        })
+        .collect();
+    let consumer = Consumer {
+        http: one.http.clone(),
+        queue: owned_by_two,
+    };
+    let began = Instant::now();
+    support::eventually("all polls to wait at the owner", || async {
+        (consumer.status().await["waiters"] == count).then_some(())
+    })
+    .await;
+    let each = |before: u64, after: u64| after.saturating_sub(before) / count as u64;
+    eprintln!(
+        "{count} polls on the wrong node wait after {:?}: {} bytes each there, {} at the owner",
+        began.elapsed(),
+        each(before.0, resident_bytes(one.pid())),
+        each(before.1, resident_bytes(two.pid())),
+    );
+    publish(&one.http, "orders.created", count).await;
+    let mut offsets = BTreeSet::new();
+    for poll in polls {
+        let received = poll.await.unwrap();
+        let offset = received["deliveries"][0]["offset"].as_u64();
+        assert!(
+            offset.is_some_and(|offset| offsets.insert(offset)),
+            "{received}"
+        );
+    }
+    assert_eq!(offsets.len(), count);
+}
+
+/// Declares queues until one is the second node's, and gives its name.
+async fn owned_by(url: &str, one: &Program, two: &Program) -> String {
+    let second = number(&two.http).await;
+    let mut connection = PgConnection::connect(url).await.unwrap();
+    for number in 0.. {
+        let name = format!("owned-{number}");
+        one.http
+            .declare(
+                &format!("/v1/queues/{name}"),
+                &json!({"topics": ["orders.*"]}),
+            )
+            .await;
+        let (slot,): (i16,) =
+            sqlx::query_as("select slot from postroad_broker.queue where name = $1")
+                .bind(&name)
+                .fetch_one(&mut connection)
+                .await
+                .unwrap();
+        let (_, cluster) = one.http.get("/v1/cluster").await;
+        if assigned(&cluster)[&i64::from(slot)] == second {
+            return name;
+        }
+    }
+    unreachable!("there are enough numbers")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_wakes_the_queues_of_other_nodes() {
+    let db = support::database().await;
+    let (one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    let queue = owned_by(&db.url, &one, &two).await;
+    let consumer = Consumer {
+        http: two.http.clone(),
+        queue,
+    };
+    let mut took = Vec::new();
+    for _ in 0..30 {
+        let poll = consumer.clone();
+        let waiting = tokio::spawn(async move {
+            let taken = poll.take(1, 30).await;
+            (Instant::now(), taken)
+        });
+        support::eventually("the poll to wait", || async {
+            (consumer.status().await["waiters"] == 1).then_some(())
+        })
+        .await;
+        publish(&one.http, "orders.created", 1).await;
+        let published = Instant::now();
+        let (at, taken) = waiting.await.unwrap();
+        took.push(at.saturating_duration_since(published));
+        consumer
+            .settle_all("ack", &items(&taken, &json!({})), "acked")
+            .await;
+    }
+    took.sort_unstable();
+    let (median, longest) = (took[took.len() / 2], took[took.len() - 1]);
+    eprintln!(
+        "from a publish's answer on one node to the receipt on another: {median:?}, at most {longest:?}"
+    );
+    // Looked for every 500 ms, half of them would take 250 and more.
+    assert!(median < Duration::from_millis(200), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configuration_changes_queues_that_another_node_owns() {
+    let db = support::database().await;
+    let one = node(&db.url).await;
+    declare(&[&one]).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("postroad.toml");
+    let queues = (0..8).map(|number| {
+        format!(
+            "[queues.{}]\ntopics = [\"orders.created\"]\nmax_attempts = 5\n",
+            queue(number)
+        )
+    });
+    std::fs::write(&file, queues.collect::<String>()).unwrap();
+    let two = support::program(
+        &db.url,
+        &[
+            ("POSTROAD_NODE_TTL_SECONDS", "2"),
+            ("POSTROAD_NODE_HEARTBEAT_SECONDS", "0.2"),
+            ("POSTROAD_CONFIG", file.to_str().unwrap()),
+        ],
+    )
+    .await;
+    settled(&two.http, 2).await;
+    for program in [&one, &two] {
+        let (_, list) = program.http.get("/v1/queues").await;
+        let queues = list["queues"].as_array().unwrap();
+        assert_eq!(queues.len(), QUEUES);
+        let changed = queues.iter().filter(|queue| {
+            queue["max_attempts"] == 5 && queue["topics"] == json!(["orders.created"])
+        });
+        assert_eq!(changed.count(), 8);
+        assert!(
+            queues.iter().all(|queue| !queue["status"].is_null()),
+            "each by its owner"
+        );
+        let (_, origins) = program.http.get("/v1/origins").await;
+        assert_eq!(origins["origins"][0]["state"], "running", "{origins}");
+    }
 }

@@ -256,3 +256,22 @@ async fn retention_goes_by_the_queues_of_all_nodes() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_of_the_database_moves_nothing() {
+    let mut postgres = support::cluster().await;
+    let url = postgres.create_database("shop").await;
+    let (one, two) = (node(&url).await, node(&url).await);
+    let before = settled(&one.http, 2).await;
+    let numbers = (number(&one.http).await, number(&two.http).await);
+    declare(&[&one, &two]).await;
+    publish(&one.http, "orders.created", 5).await;
+    let taken = take_all(&two.http, 5).await;
+    postgres.stop().await;
+    // Every row is out of date by the time that somebody can look again.
+    tokio::time::sleep(TTL * 2).await;
+    postgres.start().await;
+    settle_all(&Ring::new(&[&one, &two]), taken).await;
+    assert_eq!(settled(&two.http, 2).await, before);
+    assert_eq!((number(&one.http).await, number(&two.http).await), numbers);
+}

@@ -10,7 +10,7 @@ use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{Ring, TTL, check, declare, events, longest_gap, node, queue, settled, watch};
+use super::{Ring, TTL, check, declare, events, longest_gap, node, queue, settled, size, watch};
 use crate::history::log::{self, Fate, LogHistory, Read, Sent, Transaction};
 use crate::support::consumer::{items, stream_ids};
 use crate::support::{self, Consumer};
@@ -157,8 +157,7 @@ async fn nothing_is_lost_doubled_or_refused_while_nodes_come_and_go() {
             tokio::spawn(consume(ring.clone(), queue(number % CONSUMED), seen, over))
         })
         .collect();
-    let rounds = std::env::var("POSTROAD_TEST_NODE_ROUNDS").ok();
-    let rounds: usize = rounds.and_then(|text| text.parse().ok()).unwrap_or(1);
+    let rounds = size("POSTROAD_TEST_NODE_ROUNDS", 1);
     let began = Instant::now();
     for _ in 0..rounds {
         // A kill and a start at once; an orderly end; a sleep beyond the ttl; a kill, and a start when all has moved.

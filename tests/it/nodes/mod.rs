@@ -30,6 +30,12 @@ async fn node(url: &str) -> Program {
     support::program(url, &variables).await
 }
 
+/// A size from the environment, or the everyday one.
+fn size(variable: &str, everyday: usize) -> usize {
+    let given = std::env::var(variable).ok();
+    given.and_then(|text| text.parse().ok()).unwrap_or(everyday)
+}
+
 fn queue(number: usize) -> String {
     format!("q{number}")
 }
