@@ -1,7 +1,7 @@
 //! Postroad, a transactional outbox message broker for Postgres: one binary, one Postgres.
 //!
 //! The layers, each using only what stands above it (`tests/tidy.rs` holds them): [`domain`], [`supervisor`], [`store`]; the
-//! engines [`cluster`], [`stream`], [`relay`], [`queue`]; [`http`]; [`client`], which knows the names of the domain alone; and
+//! engines [`cluster`], [`stream`], [`topic`], [`lock`], [`relay`], [`queue`]; [`http`]; [`client`], which knows the names of the domain alone; and
 //! the program around them, [`app`], [`cli`], [`config`], [`telemetry`], [`local_postgres`], [`demo`], [`mod@bench`].
 //! [`outbox`] stands beside them: it is for services that publish, and the broker does not use it.
 
@@ -15,6 +15,7 @@ pub mod demo;
 pub mod domain;
 pub mod http;
 pub mod local_postgres;
+pub mod lock;
 pub mod outbox;
 pub mod queue;
 pub mod relay;

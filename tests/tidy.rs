@@ -15,6 +15,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("cluster", &["domain", "supervisor", "store"]),
     ("stream", &["domain", "supervisor", "store", "cluster"]),
     ("topic", &["domain", "supervisor", "store"]),
+    ("lock", &["domain", "supervisor", "store"]),
     (
         "relay",
         &[
@@ -39,6 +40,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "cluster",
             "stream",
             "topic",
+            "lock",
             "relay",
             "queue",
         ],
@@ -55,6 +57,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "cluster",
             "stream",
             "topic",
+            "lock",
             "relay",
             "queue",
             "http",

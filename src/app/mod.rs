@@ -19,7 +19,7 @@ use crate::domain::cloudevents::Limits;
 use crate::domain::name::OriginName;
 use crate::store::{self, Database};
 use crate::supervisor::Supervisor;
-use crate::{cluster, http, local_postgres, queue, relay, stream, telemetry, topic};
+use crate::{cluster, http, local_postgres, lock, queue, relay, stream, telemetry, topic};
 
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
@@ -151,6 +151,7 @@ struct Held {
     stream: Option<stream::Handle>,
     queue: Option<queue::Handle>,
     topics: Option<topic::Handle>,
+    locks: Option<lock::Handle>,
     relay: Option<relay::Handle>,
     readiness: Option<http::Readiness>,
 }
@@ -286,6 +287,8 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     held.cluster = Some(cluster.clone());
     let topics = topic::start(database.clone(), &steps.stream).await?;
     held.topics = Some(topics.clone());
+    let locks = lock::start(database.clone(), &steps.stream, &mut registry);
+    held.locks = Some(locks.clone());
     let stream = stream::start(
         stream::Options {
             cache_bytes: config.stream_cache_bytes,
@@ -329,6 +332,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
         stream,
         queue,
         topics,
+        locks,
         relay,
         cluster,
         registry: Arc::new(registry),

@@ -1,4 +1,5 @@
-//! `postroad install`: the outbox's schema in an origin's database, or the inbox's in a consumer's.
+//! `postroad install`: the outbox's schema in an origin's database, the inbox's in a consumer's, or the fence where locks protect
+//! something.
 
 use std::path::PathBuf;
 
@@ -22,8 +23,11 @@ pub(super) struct Install {
     /// Install the inbox, for a service that consumes, instead of the outbox
     #[arg(long)]
     inbox: bool,
+    /// Install `postroad.assert_fence`, for a database that locks protect, instead of the outbox
+    #[arg(long, conflicts_with = "inbox")]
+    fence: bool,
     /// Make what the table needs that this origin of the configuration maps, instead of an outbox
-    #[arg(long, value_name = "ORIGIN", conflicts_with = "inbox")]
+    #[arg(long, value_name = "ORIGIN", conflicts_with_all = ["inbox", "fence"])]
     map: Option<String>,
     /// The configuration that has the origin; postroad.toml without it
     #[arg(long, value_name = "FILE", requires = "map")]
@@ -33,7 +37,8 @@ pub(super) struct Install {
     print: bool,
 }
 
-/// Which of the two is installed.
+/// Which of them is installed.
+#[derive(Clone, Copy)]
 struct Side {
     name: &'static str,
     roles: &'static str,
@@ -52,30 +57,46 @@ const INBOX: Side = Side {
     next: "grant your services the role postroad_consumer",
 };
 
+const FENCE: Side = Side {
+    name: "fence",
+    roles: "postroad_fenced",
+    next: "grant your services the role postroad_fenced",
+};
+
 impl Install {
+    const fn side(&self) -> Side {
+        match (self.inbox, self.fence) {
+            (true, _) => INBOX,
+            (false, true) => FENCE,
+            (false, false) => OUTBOX,
+        }
+    }
+
     pub(super) async fn run(self) -> anyhow::Result<()> {
         if let Some(origin) = &self.map {
             return self.map(origin).await;
         }
         if self.print {
-            let script = match self.inbox {
-                true => migrate::inbox_sql(),
-                false => migrate::origin_sql(),
+            let script = match (self.inbox, self.fence) {
+                (true, _) => migrate::inbox_sql(),
+                (false, true) => migrate::fence_sql(),
+                (false, false) => migrate::origin_sql(),
             };
             print!("{script}");
             return Ok(());
         }
+        let side = self.side();
         let url = self.database_url.context("--database-url is needed")?;
         let database = Database::new(&url, 2)?;
         let place = database.place();
-        let side = if self.inbox { INBOX } else { OUTBOX };
         let server = server::look(&database).await?;
         if let Some(reason) = server.refusal() {
             anyhow::bail!("the {} cannot be installed in {place}: {reason}", side.name);
         }
-        let grants = match self.inbox {
-            true => migrate::inbox(&database).await?,
-            false => migrate::origin(&database).await?,
+        let grants = match (self.inbox, self.fence) {
+            (true, _) => migrate::inbox(&database).await?,
+            (false, true) => migrate::fence(&database).await?,
+            (false, false) => migrate::origin(&database).await?,
         };
         database.close().await;
         println!("the {} is installed in {place}", side.name);

@@ -196,6 +196,10 @@ plain_name!(
     /// The name of a schedule of recurring messages.
     ScheduleName
 );
+plain_name!(
+    /// The name of a user's lock.
+    LockName
+);
 
 impl StreamName {
     /// The stream that takes what no other stream's patterns claim. Always there.
@@ -256,7 +260,8 @@ text_traits!(
     StreamName,
     QueueName,
     OriginName,
-    ScheduleName
+    ScheduleName,
+    LockName
 );
 
 #[cfg(test)]

@@ -193,7 +193,8 @@ path_parts!(
     StreamName = "stream",
     QueueName = "queue",
     OriginName = "origin",
-    ScheduleName = "name"
+    ScheduleName = "name",
+    LockName = "name"
 );
 
 /// The number of a rejected outbox row.

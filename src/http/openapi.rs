@@ -26,6 +26,7 @@ use super::state::State;
         (name = "deliveries", description = "Receiving and settling messages"),
         (name = "dead letters", description = "Messages that were rejected or ran out of attempts, and their way back"),
         (name = "scheduled messages", description = "Messages that come later, once or again and again"),
+        (name = "locks", description = "Leases by name with fencing tokens, for what one alone may do"),
         (name = "origins", description = "Databases with an outbox"),
         (name = "operation", description = "Health, metrics and this description"),
     ),
@@ -98,6 +99,10 @@ problem_sets! {
     NoTopicSettings = TopicSettingsNotFound;
     /// Bounds of the settings of topics.
     TopicSettingsBounds = TooManyTopicSettings;
+    /// A lock that nobody holds or held lately.
+    NoLock = LockNotFound;
+    /// Conflicts of acquiring and renewing a lock.
+    LockConflicts = LockHeld LockLost TooManyRequests;
     /// No such stream.
     NoStream = StreamNotFound;
     /// No such queue.

@@ -74,6 +74,8 @@ kinds! {
     RedriveNotFound = "redrive-not-found", 404, "There is no such redrive";
     /// No such scheduled message.
     ScheduledMessageNotFound = "scheduled-message-not-found", 404, "There is no such scheduled message";
+    /// A lock that nobody holds or held lately.
+    LockNotFound = "lock-not-found", 404, "Nobody holds the lock";
     /// No such schedule.
     ScheduleNotFound = "schedule-not-found", 404, "There is no such schedule";
     /// The path does not take the method.
@@ -108,6 +110,10 @@ kinds! {
     DeadLetterRedriven = "dead-letter-redriven", 409, "The dead letter is on its way back";
     /// A scheduled message cannot be cancelled any more.
     AlreadyPublished = "already-published", 409, "The message is published already";
+    /// Another holds the lock.
+    LockHeld = "lock-held", 409, "The lock is held by another";
+    /// A renewal came too late.
+    LockLost = "lock-lost", 409, "The lock is not held under this token any more";
     /// As many schedules as there can be.
     TooManySchedules = "too-many-schedules", 409, "There are as many schedules as there can be";
     /// Retention dropped what a reader asks for.

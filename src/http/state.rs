@@ -16,7 +16,7 @@ use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
 use crate::domain::name::StreamName;
 use crate::supervisor::Supervisor;
-use crate::{cluster, queue, relay, stream, topic};
+use crate::{cluster, lock, queue, relay, stream, topic};
 
 /// The limits of the server.
 #[derive(Debug, Clone)]
@@ -76,6 +76,8 @@ pub struct Parts {
     pub queue: queue::Handle,
     /// The settings of topics.
     pub topics: topic::Handle,
+    /// The locks of users.
+    pub locks: lock::Handle,
     /// The relays of the origins.
     pub relay: relay::Handle,
     /// This node, for its clock.

@@ -37,6 +37,7 @@ const BROKER: &[File] = &[
     file!("broker", 20261122000340, "scheduled"),
     file!("broker", 20261122000350, "schedules"),
     file!("broker", 20261122000360, "topic_settings"),
+    file!("broker", 20261122000380, "user_locks"),
     file!("broker", 20261122000400, "queues"),
     file!("broker", 20261122000410, "redrives"),
 ];
@@ -53,10 +54,15 @@ const INBOX: &[File] = &[file!("inbox", 20261122001000, "inbox")];
 /// What stands beside mapped tables, in the same schema too.
 const MAPPED: &[File] = &[file!("mapped", 20261122002000, "mapped")];
 
+/// What tokens of locks are checked by, in the same schema too.
+const FENCE: &[File] = &[file!("fence", 20261122003000, "fence")];
+
 /// Roles of an origin and what they may do; run at the end of every install.
 const ORIGIN_GRANTS: &str = include_str!("../../migrations/origin/grants.sql");
 /// The same of an inbox.
 const INBOX_GRANTS: &str = include_str!("../../migrations/inbox/grants.sql");
+/// The same of a fence.
+const FENCE_GRANTS: &str = include_str!("../../migrations/fence/grants.sql");
 /// The same beside mapped tables.
 const MAPPED_GRANTS: &str = include_str!("../../migrations/mapped/grants.sql");
 
@@ -110,6 +116,15 @@ pub enum Grants {
 pub async fn origin(database: &Database) -> Result<Grants, Error> {
     let roles = &["postroad_producer", "postroad_relay"];
     install(database, ORIGIN, ORIGIN_GRANTS, roles).await
+}
+
+/// Installs `postroad.assert_fence` in the database of what locks protect, or brings it up to date, and grants `postroad_fenced` its
+/// right. Safe to call from several processes at once, and idempotent. An outbox and an inbox may stand beside it.
+///
+/// # Errors
+/// A migration that failed, or a landed one that was edited; grants refused.
+pub async fn fence(database: &Database) -> Result<Grants, Error> {
+    install(database, FENCE, FENCE_GRANTS, &["postroad_fenced"]).await
 }
 
 /// Installs the inbox in a consumer's database, in schema `postroad`, or brings it up to date, and grants `postroad_consumer` its
@@ -178,6 +193,12 @@ pub fn origin_sql() -> String {
     script("outbox", ORIGIN, ORIGIN_GRANTS)
 }
 
+/// What [`fence`] does as one SQL script, on the same terms.
+#[must_use]
+pub fn fence_sql() -> String {
+    script("fence", FENCE, FENCE_GRANTS)
+}
+
 /// What [`inbox`] does as one SQL script, on the same terms.
 #[must_use]
 pub fn inbox_sql() -> String {
@@ -233,7 +254,11 @@ mod tests {
 
     #[test]
     fn the_printed_scripts_have_every_migration_and_the_grants() {
-        for (script, files) in [(origin_sql(), ORIGIN), (inbox_sql(), INBOX)] {
+        for (script, files) in [
+            (origin_sql(), ORIGIN),
+            (inbox_sql(), INBOX),
+            (fence_sql(), FENCE),
+        ] {
             for &(version, _, text) in files {
                 assert!(script.contains(&format!("version = {version}")));
                 assert!(script.contains(text));
@@ -245,7 +270,7 @@ mod tests {
 
     #[test]
     fn all_sides_can_stand_in_one_database() {
-        let mut versions: Vec<i64> = [ORIGIN, INBOX, MAPPED]
+        let mut versions: Vec<i64> = [ORIGIN, INBOX, MAPPED, FENCE]
             .iter()
             .flat_map(|files| files.iter().map(|file| file.0))
             .collect();

@@ -7,6 +7,7 @@ mod error;
 pub mod hint;
 pub mod journal;
 pub mod letter;
+pub mod lock;
 pub mod mapped;
 pub mod migrate;
 pub mod origin;

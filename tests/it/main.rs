@@ -20,6 +20,7 @@ mod history;
 mod http;
 mod inbox;
 mod local_postgres;
+mod lock;
 mod matrix;
 mod nodes;
 mod outbox;

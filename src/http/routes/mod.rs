@@ -4,6 +4,7 @@ mod cluster;
 mod dead_letters;
 mod deliveries;
 mod keys;
+mod locks;
 mod origins;
 mod publish;
 mod queue_messages;
@@ -37,6 +38,7 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(deliveries::routes())
         .merge(dead_letters::routes())
         .merge(redrives::routes())
+        .merge(locks::routes())
         .merge(origins::routes())
         .merge(cluster::routes())
         .merge(scheduled_messages::routes())

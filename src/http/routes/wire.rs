@@ -11,7 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::http::problem::{FieldError, Kind, Place, Problem};
-use crate::{queue, relay, store, stream, topic};
+use crate::{lock, queue, relay, store, stream, topic};
 
 /// A CloudEvent in JSON format.
 #[derive(ToSchema)]
@@ -205,6 +205,32 @@ impl From<topic::Error> for Problem {
                 detail: error.to_string(),
                 allowed: None,
             }]),
+            Error::Stopping => stopping(),
+            Error::Store(source) => store_problem(source),
+        }
+    }
+}
+
+impl From<lock::Error> for Problem {
+    fn from(error: lock::Error) -> Self {
+        use lock::Error;
+        let text = error.to_string();
+        match &error {
+            Error::Held { holder, ahead, .. } => {
+                let problem = Self::new(Kind::LockHeld, text)
+                    .retry_after(1)
+                    .with("ahead", *ahead);
+                match holder {
+                    Some(holder) => problem
+                        .with("owner", holder.owner.as_str())
+                        .with("expires_at", time(holder.expires_at)),
+                    None => problem,
+                }
+            }
+            Error::Lost { .. } => Self::new(Kind::LockLost, text),
+            Error::NotFound { .. } => Self::new(Kind::LockNotFound, text),
+            Error::TooManyWaiters => Self::new(Kind::TooManyRequests, text).retry_after(1),
+            Error::OutcomeUnknown => Self::new(Kind::OutcomeUnknown, text),
             Error::Stopping => stopping(),
             Error::Store(source) => store_problem(source),
         }

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use postroad::http::{self, Metrics, Options, Parts, Readiness};
 use postroad::supervisor::Supervisor;
-use postroad::{cluster, queue, relay, stream, topic};
+use postroad::{cluster, lock, queue, relay, stream, topic};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -77,6 +77,7 @@ impl Api {
         .await
         .unwrap();
         let topics = topic::start(db.clone(), &engines).await.unwrap();
+        let locks = lock::start(db.clone(), &engines, &mut registry);
         let relay = relay::start(
             relay::Options::default(),
             db.clone(),
@@ -103,6 +104,7 @@ impl Api {
             stream,
             queue,
             topics,
+            locks,
             relay,
             cluster,
             registry: Arc::new(registry),

@@ -1,0 +1,290 @@
+//! Users' locks: acquired, renewed, released, looked at.
+
+use std::time::Duration;
+
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::wire;
+use crate::domain::name::LockName;
+use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::openapi::{LockConflicts, NoLock, Reads, Writes};
+use crate::http::problem::{Kind, Problem};
+use crate::http::state::State;
+use crate::lock::{Described, Holder, Request, Waiter};
+
+/// The longest that a lock is held without a renewal, and how long without a word, in seconds.
+const TTL_MAX: f64 = 3_600.0;
+const TTL: f64 = 30.0;
+/// The longest wait, in seconds: balancers cut at 60.
+const WAIT_MAX: f64 = 50.0;
+/// The largest token: what JSON keeps.
+const TOKEN_MAX: i64 = 9_007_199_254_740_991;
+
+/// What is asked of a lock.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = LockRequest, example = json!({"owner": "billing-7f3a", "ttl_seconds": 30, "wait_seconds": 0}))]
+struct Wanted {
+    /// Who asks, 1 to 255 bytes. No two that could hold the lock at the same time may have the same: a name with a random part for
+    /// each process. Who holds the lock and asks again gets it for longer, under the same token.
+    #[schema(min_length = 1, max_length = 255, pattern = r"^[^\x00]*$")]
+    owner: String,
+    /// How long it is held without a renewal; 30 without. Count it from before the request.
+    #[schema(minimum = 1, maximum = 3600, nullable = false)]
+    ttl_seconds: Option<f64>,
+    /// How long to wait in line while another has it; 0 without. The place in the line is kept for 5 seconds after that, for the next
+    /// request.
+    #[schema(minimum = 0, maximum = 50, nullable = false)]
+    wait_seconds: Option<f64>,
+    /// Renew the lock that is held under this token, and take no other: `lock-lost` when another has had it since.
+    #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64, nullable = false)]
+    token: Option<i64>,
+}
+
+/// A lock that is held.
+#[derive(Debug, Serialize, ToSchema)]
+struct HeldLock {
+    name: String,
+    owner: String,
+    /// The fencing token. Each holder's is higher than those of all before, also after a failover of the database. Send it with
+    /// whatever the lock protects, and refuse there what comes with a lower one.
+    #[schema(example = 1_099_511_627_777_i64)]
+    token: i64,
+    #[schema(format = DateTime)]
+    acquired_at: String,
+    /// By the database's clock, unless it is renewed.
+    #[schema(format = DateTime)]
+    expires_at: String,
+}
+
+/// One who waits for a lock.
+#[derive(Debug, Serialize, ToSchema)]
+struct LockWaiter {
+    owner: String,
+    #[schema(format = DateTime)]
+    since: String,
+}
+
+/// A lock as it is.
+#[derive(Debug, Serialize, ToSchema)]
+struct Lock {
+    name: String,
+    /// `held` or `free`.
+    state: &'static str,
+    /// Who holds it.
+    owner: Option<String>,
+    /// Of the present or the last holder; 0 before the first.
+    token: i64,
+    #[schema(format = DateTime)]
+    acquired_at: Option<String>,
+    #[schema(format = DateTime)]
+    expires_at: Option<String>,
+    /// Those who wait, in order, the first hundred.
+    waiting: Vec<LockWaiter>,
+}
+
+/// Locks that are held, by name.
+#[derive(Debug, Serialize, ToSchema)]
+struct Locks {
+    locks: Vec<Lock>,
+    /// The next page is the one `after` this; null at the end.
+    next_after: Option<String>,
+}
+
+pub(super) fn routes() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(acquire, describe, release))
+}
+
+impl HeldLock {
+    fn new(name: &LockName, holder: Holder) -> Self {
+        Self {
+            name: name.to_string(),
+            owner: holder.owner,
+            token: holder.token,
+            acquired_at: wire::time(holder.acquired_at),
+            expires_at: wire::time(holder.expires_at),
+        }
+    }
+}
+
+impl From<Described> for Lock {
+    fn from(lock: Described) -> Self {
+        let waiter = |waiter: Waiter| LockWaiter {
+            owner: waiter.owner,
+            since: wire::time(waiter.since),
+        };
+        let (owner, acquired_at, expires_at) = match lock.holder {
+            Some(holder) => (
+                Some(holder.owner),
+                Some(holder.acquired_at),
+                Some(holder.expires_at),
+            ),
+            None => (None, None, None),
+        };
+        Self {
+            name: lock.name.to_string(),
+            state: if owner.is_some() { "held" } else { "free" },
+            owner,
+            token: lock.token,
+            acquired_at: acquired_at.map(wire::time),
+            expires_at: expires_at.map(wire::time),
+            waiting: lock.waiters.into_iter().map(waiter).collect(),
+        }
+    }
+}
+
+impl Wanted {
+    fn request(self, name: LockName) -> Result<Request, Problem> {
+        let mut check = Check::default();
+        let seconds = |check: &mut Check, field, value: Option<f64>, or, range| match value {
+            Some(value) => check.seconds(field, value, range),
+            None => Duration::from_secs_f64(or),
+        };
+        if !(1..=255).contains(&self.owner.len()) || self.owner.contains('\0') {
+            let rule = "must be 1 to 255 bytes long, without the character U+0000";
+            check.fault("/owner", rule);
+        }
+        let ttl = seconds(
+            &mut check,
+            "/ttl_seconds",
+            self.ttl_seconds,
+            TTL,
+            1.0..=TTL_MAX,
+        );
+        let wait = seconds(
+            &mut check,
+            "/wait_seconds",
+            self.wait_seconds,
+            0.0,
+            0.0..=WAIT_MAX,
+        );
+        if let Some(token) = self.token {
+            check.integer("/token", token, 1..=TOKEN_MAX);
+            if !wait.is_zero() {
+                check.fault(
+                    "/wait_seconds",
+                    "a renewal does not wait: it has no meaning beside `token`",
+                );
+            }
+        }
+        check.finish()?;
+        Ok(Request {
+            name,
+            owner: self.owner,
+            token: self.token,
+            ttl,
+            wait,
+        })
+    }
+}
+
+/// List the locks that are held, by name.
+#[utoipa::path(
+    get, path = "/v1/locks", tag = "locks",
+    params(
+        ("after" = Option<String>, Query, description = "`next_after` of the page before", min_length = 1, max_length = 100,
+            pattern = "^[A-Za-z0-9_.-]+$"),
+        ("max_locks" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+    ),
+    responses((status = 200, description = "A page", body = Locks), Reads),
+)]
+async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Response, Problem> {
+    let after = query.parsed("after", LockName::parse);
+    let limit = query.integer("max_locks", 1..=1_000).unwrap_or(100);
+    query.finish()?;
+    // One more than is shown says whether there is a next page.
+    let mut found = state.parts.locks.list(after, limit + 1).await?;
+    let is_last = (found.len() as i64) <= limit;
+    found.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+    let last = found.last().map(|lock| lock.name.to_string());
+    let locks = Locks {
+        locks: found.into_iter().map(Lock::from).collect(),
+        next_after: last.filter(|_| !is_last),
+    };
+    Ok(wire::json(StatusCode::OK, &locks))
+}
+
+/// Acquire a lock, or renew it.
+///
+/// A lock that another holds is waited for, in line. A lock here is a lease: its time can be up while its holder still works. What the
+/// lock protects must refuse a token lower than one it has seen.
+#[utoipa::path(
+    put, path = "/v1/locks/{name}", tag = "locks",
+    params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
+        pattern = "^[A-Za-z0-9_.-]+$", example = "nightly-report")),
+    request_body = Wanted,
+    responses(
+        (status = 200, description = "The lock is held by `owner`, under `token`", body = HeldLock),
+        LockConflicts, Writes,
+    ),
+)]
+async fn acquire(
+    Extract(state): Extract<State>,
+    Named(name): Named<LockName>,
+    query: Query,
+    Json(wanted): Json<Wanted>,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let request = wanted.request(name.clone())?;
+    let holder = tokio::select! {
+        // What was given just now is told although the process stops.
+        biased;
+        holder = state.parts.locks.acquire(request) => holder?,
+        () = state.stopping.cancelled() => {
+            return Err(Problem::new(
+                Kind::Stopping,
+                "this process is stopping; the place in the line is kept for 5 seconds",
+            ));
+        }
+    };
+    Ok(wire::json(StatusCode::OK, &HeldLock::new(&name, holder)))
+}
+
+/// Look at a lock: who holds it, until when, and who waits.
+#[utoipa::path(
+    get, path = "/v1/locks/{name}", tag = "locks",
+    params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
+        pattern = "^[A-Za-z0-9_.-]+$", example = "nightly-report")),
+    responses((status = 200, description = "The lock", body = Lock), NoLock, Reads),
+)]
+async fn describe(
+    Extract(state): Extract<State>,
+    Named(name): Named<LockName>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    let lock = state.parts.locks.describe(&name).await?;
+    Ok(wire::json(StatusCode::OK, &Lock::from(lock)))
+}
+
+/// Release a lock that is held under a token. Repeating it changes nothing, and it is no error when the lock is not held under that
+/// token any more: afterwards it is not.
+#[utoipa::path(
+    delete, path = "/v1/locks/{name}", tag = "locks",
+    params(
+        ("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
+            pattern = "^[A-Za-z0-9_.-]+$", example = "nightly-report"),
+        ("token" = i64, Query, description = "The token under which it is held", minimum = 1,
+            maximum = 9_007_199_254_740_991_i64),
+    ),
+    responses((status = 204, description = "Not held under this token"), Writes),
+)]
+async fn release(
+    Extract(state): Extract<State>,
+    Named(name): Named<LockName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let token = query.integer("token", 1..=TOKEN_MAX);
+    query.finish()?;
+    let token = token.ok_or_else(|| Problem::parameter("token", "is needed"))?;
+    state.parts.locks.release(name, token).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}

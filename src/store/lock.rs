@@ -1,0 +1,220 @@
+//! Users' locks. Called from a task with a connection of its own, and never aborted.
+
+use chrono::{DateTime, Utc};
+
+use super::bounded::{HEARTBEAT, bounded};
+use super::{Connection, Database, Error};
+use crate::domain::name::LockName;
+
+/// How long a place in the line is kept after its owner last asked, in seconds.
+const PLACE_SECONDS: f64 = 5.0;
+
+/// A request for a lock.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Take {
+    /// Which.
+    pub name: LockName,
+    /// For whom.
+    pub owner: String,
+    /// Renew what is held under this token, and take nothing else.
+    pub token: Option<i64>,
+    /// For how long from now.
+    pub seconds: f64,
+    /// With a place in the line.
+    pub waits: bool,
+}
+
+/// Who holds a lock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Whoever asked for it.
+    pub owner: String,
+    /// The fencing token.
+    pub token: i64,
+    /// Since when.
+    pub acquired_at: DateTime<Utc>,
+    /// Until when, unless it is renewed.
+    pub expires_at: DateTime<Utc>,
+}
+
+/// How a lock stands after a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// Who has it; one whose time is up counts no more.
+    pub holder: Option<Holder>,
+    /// How many are in the line before the one who asked, or in all.
+    pub ahead: u64,
+    /// The database's clock.
+    pub clock: DateTime<Utc>,
+}
+
+/// One who waits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiter {
+    /// Who.
+    pub owner: String,
+    /// Since when.
+    pub since: DateTime<Utc>,
+}
+
+/// A lock as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Described {
+    /// Which.
+    pub name: LockName,
+    /// Who has it.
+    pub holder: Option<Holder>,
+    /// The token of the present or the last holder.
+    pub token: i64,
+    /// The first of those who wait, in order.
+    pub waiters: Vec<Waiter>,
+}
+
+type Columns = (
+    Option<String>,
+    Option<i64>,
+    Option<DateTime<Utc>>,
+    Option<DateTime<Utc>>,
+    i64,
+    DateTime<Utc>,
+);
+
+fn holder(
+    owner: Option<String>,
+    token: Option<i64>,
+    acquired_at: Option<DateTime<Utc>>,
+    expires_at: Option<DateTime<Utc>>,
+    clock: DateTime<Utc>,
+) -> Option<Holder> {
+    let holder = Holder {
+        owner: owner?,
+        token: token?,
+        acquired_at: acquired_at?,
+        expires_at: expires_at?,
+    };
+    (holder.expires_at > clock).then_some(holder)
+}
+
+/// Takes, renews and queues up, in one commit. The answers are in the order of the requests. Two requests with one name and
+/// owner must not be in one call.
+///
+/// # Errors
+/// The database's; the connection is to be dropped when it was lost.
+pub async fn take(connection: &mut Connection, takes: &[Take]) -> Result<Vec<Standing>, Error> {
+    let names: Vec<&str> = takes.iter().map(|take| take.name.as_str()).collect();
+    let owners: Vec<&str> = takes.iter().map(|take| take.owner.as_str()).collect();
+    let tokens: Vec<Option<i64>> = takes.iter().map(|take| take.token).collect();
+    let seconds: Vec<f64> = takes.iter().map(|take| take.seconds).collect();
+    let waits: Vec<bool> = takes.iter().map(|take| take.waits).collect();
+    let taking = sqlx::query_as(
+        "select held_by, held_token, held_since, held_until, places_before, clock \
+         from postroad_broker.take_user_locks($1, $2, $3, $4, $5, $6)",
+    )
+    .bind(names)
+    .bind(owners)
+    .bind(tokens)
+    .bind(seconds)
+    .bind(waits)
+    .bind(PLACE_SECONDS)
+    .fetch_all(connection);
+    let rows: Vec<Columns> = bounded("taking locks", HEARTBEAT, taking).await?;
+    let rows = rows.into_iter();
+    Ok(rows
+        .map(|(owner, token, since, until, ahead, clock)| Standing {
+            holder: holder(owner, token, since, until, clock),
+            ahead: ahead.unsigned_abs(),
+            clock,
+        })
+        .collect())
+}
+
+/// Gives locks back that are held under these tokens, in one commit, and says which were.
+///
+/// # Errors
+/// The database's; the connection is to be dropped when it was lost.
+pub async fn release(
+    connection: &mut Connection,
+    locks: &[(LockName, i64)],
+) -> Result<Vec<String>, Error> {
+    let names: Vec<&str> = locks.iter().map(|(name, _)| name.as_str()).collect();
+    let tokens: Vec<i64> = locks.iter().map(|&(_, token)| token).collect();
+    let releasing = sqlx::query_scalar("select postroad_broker.release_user_locks($1, $2)")
+        .bind(names)
+        .bind(tokens)
+        .fetch_all(connection);
+    bounded("releasing locks", HEARTBEAT, releasing).await
+}
+
+/// Deletes rows of locks that have been free for a day, a thousand at most. Returns how many.
+///
+/// # Errors
+/// The database's; the connection is to be dropped when it was lost.
+pub async fn forget(connection: &mut Connection) -> Result<i64, Error> {
+    let forgetting =
+        sqlx::query_scalar("select postroad_broker.forget_user_locks()").fetch_one(connection);
+    bounded("forgetting free locks", HEARTBEAT, forgetting).await
+}
+
+/// Locks that are held, by name after a name, and the named one if it is known; with the first hundred of those who wait.
+///
+/// # Errors
+/// The statement failed.
+pub async fn list(
+    database: &Database,
+    one: Option<&LockName>,
+    after: Option<&LockName>,
+    limit: i64,
+) -> Result<Vec<Described>, Error> {
+    const DOING: &str = "reading locks";
+    type Row = (
+        String,
+        Option<String>,
+        i64,
+        Option<DateTime<Utc>>,
+        Option<DateTime<Utc>>,
+        Vec<String>,
+        Vec<DateTime<Utc>>,
+        DateTime<Utc>,
+    );
+    let rows: Vec<Row> = sqlx::query_as(
+        "select l.name, l.owner, l.token, l.acquired_at, nullif(l.expires_at, '-infinity'),
+            coalesce(w.owners, '{}'), coalesce(w.since, '{}'), c.clock
+        from (select clock_timestamp() as clock) c
+        cross join postroad_broker.user_lock l
+        left join lateral (
+            select array_agg(f.owner order by f.ticket) as owners, array_agg(f.since order by f.ticket) as since
+            from (
+                select w.owner, w.since, w.ticket from postroad_broker.user_lock_waiter w
+                where w.name = l.name and w.expires_at > c.clock
+                order by w.ticket
+                limit 100
+            ) f
+        ) w on true
+        where case when $1::text is not null then l.name = $1
+            else l.name > $2 and l.owner is not null and l.expires_at > c.clock end
+        order by l.name
+        limit $3",
+    )
+    .bind(one.map(LockName::as_str))
+    .bind(after.map_or("", LockName::as_str))
+    .bind(limit)
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query(DOING))?;
+    let described = rows.into_iter().map(|row| {
+        let (name, owner, token, acquired_at, expires_at, owners, since, clock) = row;
+        let waiters = owners.into_iter().zip(since);
+        Ok(Described {
+            name: LockName::parse(&name).map_err(|error| Error::Corrupt {
+                doing: DOING,
+                what: format!("the lock `{name}` {error}"),
+            })?,
+            holder: holder(owner, Some(token), acquired_at, expires_at, clock),
+            token,
+            waiters: waiters
+                .map(|(owner, since)| Waiter { owner, since })
+                .collect(),
+        })
+    });
+    described.collect()
+}
