@@ -84,6 +84,11 @@ parameters = { "path.name" = { dictionary = "schedules", probability = 0.5 } }
 [[operations]]
 include-path = "/v1/scheduled-messages/{id}"
 parameters = { "path.id" = { dictionary = "scheduled", probability = 0.5 } }
+# A cancelled message or redrive is remembered as such.
+checks = { use_after_free = { enabled = false } }
+[[operations]]
+include-path = "/v1/queues/{queue}/redrives/{id}"
+checks = { use_after_free = { enabled = false } }
 TOML
 
 # What the specification cannot say: which values of an open text are valid (a topic's pattern, a cursor, two parameters that
