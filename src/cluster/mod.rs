@@ -358,10 +358,11 @@ impl Handle {
     /// that they can hold, or none of them is there, or `bound` is over. Cancel-safe.
     pub async fn leave(&self, bound: Duration) {
         let asked = Instant::now();
-        let mut state = self.shared.state();
-        state.is_leaving = true;
-        state.is_beat_wanted = true;
-        drop(state);
+        {
+            let mut state = self.shared.state();
+            state.is_leaving = true;
+            state.is_beat_wanted = true;
+        }
         let mut views = self.views();
         if !views.borrow().has_peers() {
             return;

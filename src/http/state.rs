@@ -100,6 +100,8 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) options: Options,
     /// Who follows streams by server-sent events.
     pub(in crate::http) readers: Readers,
+    /// For what is to be done after a request.
+    pub(in crate::http) supervisor: Supervisor,
     /// The way to other nodes.
     pub(in crate::http) peers: Peers,
     pub(in crate::http) secret: Secret,
@@ -119,6 +121,7 @@ impl State {
         };
         let tag = HeaderValue::try_from(secret.tag()).expect("base64 is visible ASCII");
         Self(Arc::new(Inner {
+            supervisor: supervisor.clone(),
             peers: Peers::default(),
             secret,
             tag,

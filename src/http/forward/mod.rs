@@ -9,6 +9,7 @@
 
 mod peers;
 mod secret;
+mod unwritten;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -25,6 +26,7 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::body::Outgoing;
 use super::extract::Whole;
 use super::problem::{Kind, Problem};
 use super::state::State;
@@ -203,7 +205,7 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
             }
             Ok((slot, Owner::Other { node, url, epoch })) => {
                 let to = (node, url.as_str(), epoch);
-                match pass_on(state, &kept, slot, to).await {
+                match pass_on(state, &kept, (queue, slot), to).await {
                     Passed::Answered(answer) => return answer,
                     Passed::Elsewhere => is_known = false,
                     Passed::Unknown => {
@@ -265,7 +267,7 @@ impl Kept {
 async fn pass_on(
     state: &State,
     kept: &Kept,
-    slot: Slot,
+    (queue, slot): (&QueueName, Slot),
     (node, url, epoch): (i64, &str, Epoch),
 ) -> Passed {
     let view = state.parts.cluster.view();
@@ -307,6 +309,14 @@ async fn pass_on(
     };
     match answer {
         Ok(answer) if answer.status() == StatusCode::MISDIRECTED_REQUEST => Passed::Elsewhere,
+        Ok(answer) if kept.is_receive() => {
+            let outgoing = kept.parts.extensions.get::<Outgoing>();
+            let outgoing = outgoing.cloned().unwrap_or_default();
+            match unwritten::hand_on(state, queue, outgoing, answer).await {
+                Ok(answer) => Passed::Answered(answer),
+                Err(_) => kept.unanswered(),
+            }
+        }
         Ok(answer) => Passed::Answered(copy(answer)),
         Err(error) if error.is_connect() => {
             tracing::debug!(%error, url, "a node cannot be reached");

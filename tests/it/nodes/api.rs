@@ -3,13 +3,15 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 use super::{QUEUES, assigned, declare, node, number, queue, settled, shares, size};
 use crate::support::consumer::{items, publish};
 use crate::support::process::{raise_open_files, resident_bytes};
-use crate::support::{self, Consumer, Program};
+use crate::support::{self, Consumer, Events, Program};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn any_node_answers_any_request() {
@@ -314,18 +316,107 @@ async fn a_configuration_changes_queues_that_another_node_owns() {
     .await;
     settled(&two.http, 2).await;
     for program in [&one, &two] {
-        let (_, list) = program.http.get("/v1/queues").await;
-        let queues = list["queues"].as_array().unwrap();
+        // While a queue changes hands nobody knows its numbers.
+        let queues = support::eventually("all queues' numbers", || async {
+            let (_, list) = program.http.get("/v1/queues").await;
+            let queues = list["queues"].as_array()?.clone();
+            queues
+                .iter()
+                .all(|queue| !queue["status"].is_null())
+                .then_some(queues)
+        })
+        .await;
         assert_eq!(queues.len(), QUEUES);
-        let changed = queues.iter().filter(|queue| {
+        let is_changed = |queue: &&Value| {
             queue["max_attempts"] == 5 && queue["topics"] == json!(["orders.created"])
-        });
-        assert_eq!(changed.count(), 8);
-        assert!(
-            queues.iter().all(|queue| !queue["status"].is_null()),
-            "each by its owner"
-        );
+        };
+        assert_eq!(queues.iter().filter(is_changed).count(), 8);
         let (_, origins) = program.http.get("/v1/origins").await;
         assert_eq!(origins["origins"][0]["state"], "running", "{origins}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_need_no_owner() {
+    let db = support::database().await;
+    let nodes = [
+        node(&db.url).await,
+        node(&db.url).await,
+        node(&db.url).await,
+    ];
+    settled(&nodes[0].http, 3).await;
+    let (one, two, three) = (&nodes[0].http, &nodes[1].http, &nodes[2].http);
+    one.declare("/v1/streams/shop", &json!({"topics": ["shop.>"]}))
+        .await;
+    let url = format!("{}/v1/streams/shop/messages?after=0", three.base);
+    let mut events = Events::open(&url, None).await;
+    for (number, http) in [two, one, three, two].into_iter().enumerate() {
+        publish(http, "shop.orders", 1).await;
+        let event = events.next().await.unwrap();
+        assert_eq!(
+            (event.name.as_str(), event.id),
+            ("message", number as i64 + 1)
+        );
+    }
+    for http in [one, two, three] {
+        // What others publish is noticed a moment later.
+        support::eventually("all messages", || async {
+            let (_, page) = http.get("/v1/streams/shop/messages?after=0").await;
+            (page["messages"].as_array()?.len() == 4).then_some(())
+        })
+        .await;
+    }
+    let (status, _) = two.delete("/v1/streams/shop").await;
+    assert_eq!(status.as_u16(), 204);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_by_way_of_the_wrong_node_that_are_never_written_hide_no_message() {
+    let db = support::database().await;
+    // One message alone is more than a socket's buffers take.
+    let variables = [
+        ("POSTROAD_NODE_TTL_SECONDS", "2"),
+        ("POSTROAD_NODE_HEARTBEAT_SECONDS", "0.2"),
+        ("POSTROAD_MESSAGE_MAX_BYTES", "16777216"),
+    ];
+    let one = support::program(&db.url, &variables).await;
+    let two = support::program(&db.url, &variables).await;
+    settled(&one.http, 2).await;
+    let queue = owned_by(&db.url, &one, &two).await;
+    let large = json!({"data": "x".repeat(12 << 20)});
+    one.http
+        .ok("/v1/topics/orders.created/messages", &large)
+        .await;
+    let body = r#"{"wait_seconds": 30, "visibility_timeout_seconds": 43200}"#;
+    let request = format!(
+        "POST /v1/queues/{queue}/receive HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let address = one.http.base.trim_start_matches("http://");
+    let consumer = Consumer {
+        http: one.http.clone(),
+        queue,
+    };
+    for _ in 0..3 {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(request.as_bytes()).await.unwrap();
+        // The head is there, so the owner has written all of it.
+        let mut head = [0; 16];
+        client.read_exact(&mut head).await.unwrap();
+        assert_eq!(&head[..12], b"HTTP/1.1 200");
+        drop(client);
+        support::eventually("the message to be back", || async {
+            let numbers = consumer.status().await;
+            (numbers["in_flight"] == 0 && numbers["ready"] == 1).then_some(())
+        })
+        .await;
+    }
+    let taken = consumer.take(1, 60).await;
+    assert_eq!(
+        (&taken[0]["delivery"], &taken[0]["attempt"]),
+        (&json!(4), &json!(1))
+    );
+    consumer
+        .settle_all("ack", &items(&taken, &json!({})), "acked")
+        .await;
 }

@@ -127,6 +127,35 @@ async fn what_is_in_flight_outlives_its_node_ended_in_order_and_long_polls_go_on
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_redelivers_nothing() {
+    let db = support::database().await;
+    watch(&db.url).await;
+    let mut nodes = [
+        node(&db.url).await,
+        node(&db.url).await,
+        node(&db.url).await,
+    ];
+    settled(&nodes[0].http, 3).await;
+    declare(&[&nodes[0], &nodes[1], &nodes[2]]).await;
+    publish(&nodes[0].http, "orders.created", 42).await;
+    let taken = take_all(&nodes[0].http, 42).await;
+    for number in 0..3 {
+        assert!(nodes[number].stop().await.success());
+        settled(&nodes[(number + 1) % 3].http, 2).await;
+        nodes[number].start().await;
+        settled(&nodes[(number + 1) % 3].http, 3).await;
+    }
+    let ring = Ring::new(&[&nodes[0], &nodes[1], &nodes[2]]);
+    settle_all(&ring, taken).await;
+    let events = events(&db.url).await;
+    assert_eq!(check(&events), Vec::<String>::new());
+    eprintln!(
+        "the longest time without an owner: {:?}",
+        longest_gap(&events)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_in_flight_outlives_its_node_killed() {
     let db = support::database().await;
     watch(&db.url).await;
