@@ -46,6 +46,10 @@ pub(in crate::stream) enum Job {
         declaration: Box<Declaration>,
         reply: Reply<(ScheduleDescription, Declared)>,
     },
+    FindSchedule {
+        name: ScheduleName,
+        reply: Reply<ScheduleDescription>,
+    },
     ListSchedules {
         reply: Reply<Vec<ScheduleDescription>>,
     },
@@ -92,6 +96,10 @@ impl Desk {
                 let answer = self.declare(&name, &declaration).await;
                 self.answer(reply, answer);
             }
+            Job::FindSchedule { name, reply } => {
+                let answer = self.schedule(&name).await;
+                self.answer(reply, answer);
+            }
             Job::ListSchedules { reply } => {
                 let answer = self.schedules().await;
                 self.answer(reply, answer);
@@ -111,6 +119,10 @@ impl Desk {
         let declared = schedules::declare(self.connected().await?, name, declaration).await?;
         self.state.schedule.note_changed();
         Ok(declared)
+    }
+
+    async fn schedule(&mut self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
+        schedules::find(self.connected().await?, name).await
     }
 
     async fn schedules(&mut self) -> Result<Vec<ScheduleDescription>, Error> {

@@ -55,6 +55,8 @@ impl fmt::Debug for Acceptance {
 #[derive(Debug, Default)]
 pub(super) struct Recurring {
     loaded: HashMap<i64, Loaded>,
+    /// Those that this version cannot read, with their revisions.
+    unreadable: HashMap<i64, i64>,
     /// The database's clock, and when it was read.
     clock: Option<(DateTime<Utc>, Instant)>,
     router: Option<Router>,
@@ -159,7 +161,7 @@ impl Recurring {
         let all = self.loaded.values();
         let is_failing = |one: &&Loaded| one.failed.is_some() && one.failed > one.last;
         OfSchedules {
-            failing_count: all.clone().filter(is_failing).count(),
+            failing_count: all.clone().filter(is_failing).count() + self.unreadable.len(),
             next_due_at: all.filter_map(|one| one.next).min(),
         }
     }
@@ -177,6 +179,7 @@ impl Recurring {
         self.clock = Some((clock, asked));
         let is_there = |id: &i64| rows.iter().any(|row| row.id == *id);
         self.loaded.retain(|id, _| is_there(id));
+        self.unreadable.retain(|id, _| is_there(id));
         for row in rows {
             match self.loaded.get_mut(&row.id) {
                 Some(one) if one.revision == row.revision => {
@@ -186,11 +189,18 @@ impl Recurring {
                     one.last = row.last_at;
                     one.failed = row.failure.map(|failure| failure.occurrence_at);
                 }
-                _ => {
-                    if let Some((id, one)) = load(row, clock) {
-                        self.loaded.insert(id, one);
+                _ if self.unreadable.get(&row.id) == Some(&row.revision) => {}
+                _ => match load(&row, clock) {
+                    Ok(one) => {
+                        self.unreadable.remove(&row.id);
+                        self.loaded.insert(row.id, one);
                     }
-                }
+                    Err(reason) => {
+                        tracing::error!(schedule = row.name, reason, "a schedule cannot be read");
+                        self.loaded.remove(&row.id);
+                        self.unreadable.insert(row.id, row.revision);
+                    }
+                },
             }
         }
         Ok(())
@@ -204,27 +214,20 @@ fn next_of(declaration: &Declaration, through: DateTime<Utc>) -> Option<DateTime
     }
 }
 
-fn load(row: ScheduleRow, clock: DateTime<Utc>) -> Option<(i64, Loaded)> {
-    let name = ScheduleName::parse(&row.name).ok()?;
-    let declaration = match wire::read(&row.declaration, clock) {
-        Ok(declaration) => declaration,
-        Err(reason) => {
-            tracing::error!(schedule = row.name, reason, "a schedule cannot be read");
-            return None;
-        }
-    };
+fn load(row: &ScheduleRow, clock: DateTime<Utc>) -> Result<Loaded, String> {
+    let declaration = wire::read(&row.declaration, clock)?;
     let next = next_of(&declaration, row.through_at);
-    let one = Loaded {
-        name,
+    let failure = row.failure.as_ref();
+    Ok(Loaded {
+        name: ScheduleName::parse(&row.name).map_err(|error| error.to_string())?,
         revision: row.revision,
         declaration,
         through: row.through_at,
         next,
         last: row.last_at,
-        failed: row.failure.map(|failure| failure.occurrence_at),
+        failed: failure.map(|failure| failure.occurrence_at),
         retry_at: None,
-    };
-    Some((row.id, one))
+    })
 }
 
 /// The message of an occurrence; why there is none.

@@ -75,7 +75,8 @@ impl Handle {
         .await
     }
 
-    /// All schedules, by name.
+    /// All schedules, by name. One that this version cannot read (a zone that is no more) is in no other's way: it is left out here, is
+    /// logged, and counts as failing.
     ///
     /// # Errors
     /// The database's.
@@ -88,9 +89,9 @@ impl Handle {
     /// # Errors
     /// [`Error::ScheduleNotFound`], or the database's.
     pub async fn schedule(&self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
-        let schedules = self.schedules().await?;
-        let found = schedules.into_iter().find(|found| found.name == *name);
-        found.ok_or_else(|| Error::ScheduleNotFound { name: name.clone() })
+        let name = name.clone();
+        self.ask_desk(|reply| Job::FindSchedule { name, reply })
+            .await
     }
 
     /// Deletes a schedule. What it published stays.
@@ -135,9 +136,18 @@ fn describe(row: ScheduleRow, now: DateTime<Utc>) -> Result<ScheduleDescription,
 
 pub(super) async fn list(connection: &mut Connection) -> Result<Vec<ScheduleDescription>, Error> {
     let (rows, now) = sql::list_schedules(connection).await?;
-    let described: Result<_, store::Error> =
-        rows.into_iter().map(|row| describe(row, now)).collect();
-    Ok(described?)
+    let described = rows.into_iter().map(|row| describe(row, now));
+    Ok(described.filter_map(Result::ok).collect())
+}
+
+pub(super) async fn find(
+    connection: &mut Connection,
+    name: &ScheduleName,
+) -> Result<ScheduleDescription, Error> {
+    let (rows, now) = sql::list_schedules(connection).await?;
+    let row = rows.into_iter().find(|row| row.name == name.as_str());
+    let row = row.ok_or_else(|| Error::ScheduleNotFound { name: name.clone() })?;
+    Ok(describe(row, now)?)
 }
 
 pub(super) async fn declare(
@@ -167,10 +177,7 @@ pub(super) async fn declare(
             ScheduleDeclared::Full => return Err(Error::TooManySchedules),
             ScheduleDeclared::Gone => continue,
         };
-        let schedules = list(connection).await?;
-        let found = schedules.into_iter().find(|found| found.name == *name);
-        let found = found.ok_or_else(|| Error::ScheduleNotFound { name: name.clone() })?;
-        return Ok((found, declared));
+        return Ok((find(connection, name).await?, declared));
     }
 }
 

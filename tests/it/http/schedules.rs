@@ -265,3 +265,36 @@ async fn a_stream_or_a_schedule_that_the_database_refuses_is_in_no_others_way() 
     .await;
     broker.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schedule_that_cannot_be_read_is_in_no_others_way_and_counts_as_failing() {
+    let mut broker = support::broker().await;
+    let http = &broker.http;
+    let tick = json!({"topic": "ticks", "cron": "* * * * * *"});
+    for name in ["one", "two"] {
+        http.declare(&format!("/v1/schedules/{name}"), &tick).await;
+    }
+    // As a version would find it whose database of zones has lost one.
+    crate::relay::execute(
+        &mut broker.database.connect().await,
+        "update postroad_broker.schedule set declaration = replace(declaration, 'UTC', 'Mars/Phobos'), revision = revision + 1
+            where name = 'one'",
+    )
+    .await;
+    support::eventually("the metric", || async {
+        (metric(http, "postroad_schedules_failing").await == 1.0).then_some(())
+    })
+    .await;
+    let (_, listed) = http.get("/v1/schedules").await;
+    assert_eq!(listed["schedules"].as_array().unwrap().len(), 1);
+    assert_eq!(http.get("/v1/schedules/one").await.0.as_u16(), 500);
+    let before = listed["schedules"][0]["published_count"].as_u64().unwrap();
+    until(http, "/v1/schedules/two", "another occurrence", |two| {
+        two["published_count"].as_u64().unwrap() > before
+    })
+    .await;
+    http.declare("/v1/schedules/one", &tick).await;
+    let is_active = |one: &Value| one["state"] == "active" && one["published_count"] != 0;
+    until(http, "/v1/schedules/one", "it to go on", is_active).await;
+    broker.stop().await;
+}
