@@ -155,7 +155,8 @@ async fn a_process_takes_over_at_once_what_its_own_address_held() {
         .unwrap()
         .clone()
         .unwrap();
-    assert_eq!(fence.epoch.0, 2);
+    // More, if the former one, which runs on here, has noticed by then and taken it back.
+    assert!(fence.epoch.0 >= 2);
     assert!(two.incarnation() > one.incarnation());
     stop(&tasks).await;
 }
