@@ -4,6 +4,65 @@
 -- CACHE 1: a session that keeps numbers in stock would hand them out in another order than the row locks of its key.
 create sequence postroad.outbox_seq as bigint cache 1;
 
+-- Whether a row of the outbox can become a message. What is wrong with it is raised under the name of the rule, as a constraint of
+-- its own would be. It is a function since constraints are read and planned anew by each statement that inserts: fourteen of them
+-- took 90 of the 130 us of an insert of one row.
+--
+-- It has no search_path of its own, which costs as much as the rest. A producer who puts other functions before those of pg_catalog
+-- deceives itself alone: the relay looks again.
+create function postroad.outbox_row_is_valid(
+    topic text, payload text, payload_bytes bytea, key text, type text, id text, source text, subject text, content_type text,
+    data_schema text, headers jsonb, "time" timestamptz, expected_version bigint, deliver_at timestamptz
+) returns boolean
+language plpgsql immutable parallel safe as $$
+declare
+    -- A rule that is broken. Nulls break none.
+    broken text;
+begin
+    broken := case
+        when octet_length(topic) > 255 or topic collate "C" !~ '^[A-Za-z0-9_-]+([.][A-Za-z0-9_-]+)*$' then 'outbox_topic_is_valid'
+        when octet_length(payload) > 16777216 then 'outbox_payload_is_at_most_16_mib'
+        when octet_length(key) not between 1 and 512 then 'outbox_key_is_1_to_512_bytes'
+        when octet_length(id) not between 1 and 1024 then 'outbox_id_is_1_to_1024_bytes'
+        when octet_length(source) not between 1 and 1024 then 'outbox_source_is_1_to_1024_bytes'
+        when "time" < timestamptz '0001-01-01 00:00:00+00' or "time" >= timestamptz '10000-01-01 00:00:00+00'
+            then 'outbox_time_has_a_four_digit_year'
+    end;
+    if broken is null
+        and num_nonnulls(payload_bytes, type, subject, content_type, data_schema, headers, expected_version, deliver_at) > 0
+    then
+        broken := case
+            when payload is not null and payload_bytes is not null then 'outbox_payload_is_one'
+            when octet_length(payload_bytes) > 16777216 then 'outbox_payload_is_at_most_16_mib'
+            when octet_length(type) not between 1 and 1024 then 'outbox_type_is_1_to_1024_bytes'
+            when octet_length(subject) not between 1 and 1024 then 'outbox_subject_is_1_to_1024_bytes'
+            when octet_length(content_type) not between 1 and 255 or content_type collate "C" !~ '^[!-~]([ -~]*[!-~])?$'
+                then 'outbox_content_type_is_valid'
+            when octet_length(data_schema) not between 1 and 1024 then 'outbox_data_schema_is_1_to_1024_bytes'
+            when expected_version is not null and (key is null or expected_version not between 0 and 9007199254740991)
+                then 'outbox_expected_version_is_of_a_key'
+            when deliver_at < timestamptz '0001-01-01 00:00:00+00' or deliver_at >= timestamptz '10000-01-01 00:00:00+00'
+                then 'outbox_deliver_at_has_a_four_digit_year'
+            when headers is null then null
+            when jsonb_typeof(headers) <> 'object' then 'outbox_headers_are_extension_attributes'
+            when octet_length(headers::text) > 65536
+                or jsonb_path_exists(headers, '$.keyvalue() ? (
+                    !(@.key like_regex "^[a-z0-9]{1,20}$")
+                    || @.key like_regex "^(specversion|id|source|type|subject|time|datacontenttype|dataschema|data|partitionkey|expectedversion|deliverat)$"
+                    || !(@.value.type() == "string" || @.value.type() == "boolean" || @.value.type() == "number")
+                    || (@.value.type() == "number"
+                        && (@.value < -2147483648 || @.value > 2147483647 || @.value.floor() != @.value)))')
+                then 'outbox_headers_are_extension_attributes'
+        end;
+    end if;
+    if broken is not null then
+        raise exception using errcode = 'check_violation', schema = 'postroad', table = 'outbox', constraint = broken,
+            message = format('new row for relation "outbox" violates check constraint "%s"', broken);
+    end if;
+    return true;
+end
+$$;
+
 create table postroad.outbox (
     -- Order inside a relay's step. Never used to find out what is new: a smaller number can commit later.
     seq bigint not null default nextval('postroad.outbox_seq'),
@@ -37,42 +96,10 @@ create table postroad.outbox (
     deliver_at timestamptz,
 
     -- What could not become a message is refused here, so that the producer learns it at once.
-    constraint outbox_topic_is_valid check (
-        octet_length(topic) <= 255 and topic collate "C" ~ '^[A-Za-z0-9_-]+([.][A-Za-z0-9_-]+)*$'
-    ),
-    constraint outbox_payload_is_one check (payload is null or payload_bytes is null),
-    constraint outbox_payload_is_at_most_16_mib check (
-        coalesce(octet_length(payload), 0) <= 16777216 and coalesce(octet_length(payload_bytes), 0) <= 16777216
-    ),
-    constraint outbox_key_is_1_to_512_bytes check (octet_length(key) between 1 and 512),
-    constraint outbox_type_is_1_to_1024_bytes check (octet_length(type) between 1 and 1024),
-    constraint outbox_id_is_1_to_1024_bytes check (octet_length(id) between 1 and 1024),
-    constraint outbox_source_is_1_to_1024_bytes check (octet_length(source) between 1 and 1024),
-    constraint outbox_subject_is_1_to_1024_bytes check (octet_length(subject) between 1 and 1024),
-    constraint outbox_content_type_is_valid check (
-        octet_length(content_type) between 1 and 255 and content_type collate "C" ~ '^[!-~]([ -~]*[!-~])?$'
-    ),
-    constraint outbox_data_schema_is_1_to_1024_bytes check (octet_length(data_schema) between 1 and 1024),
-    constraint outbox_time_has_a_four_digit_year check (
-        time >= timestamptz '0001-01-01 00:00:00+00' and time < timestamptz '10000-01-01 00:00:00+00'
-    ),
-    constraint outbox_expected_version_is_of_a_key check (
-        expected_version is null or (key is not null and expected_version between 0 and 9007199254740991)
-    ),
-    constraint outbox_deliver_at_has_a_four_digit_year check (
-        deliver_at >= timestamptz '0001-01-01 00:00:00+00' and deliver_at < timestamptz '10000-01-01 00:00:00+00'
-    ),
-    constraint outbox_headers_are_extension_attributes check (
-        case when headers is null then true
-            when jsonb_typeof(headers) <> 'object' then false
-            else octet_length(headers::text) <= 65536
-                and not jsonb_path_exists(headers, '$.keyvalue() ? (
-                    !(@.key like_regex "^[a-z0-9]{1,20}$")
-                    || @.key like_regex "^(specversion|id|source|type|subject|time|datacontenttype|dataschema|data|partitionkey|expectedversion|deliverat)$"
-                    || !(@.value.type() == "string" || @.value.type() == "boolean" || @.value.type() == "number")
-                    || (@.value.type() == "number"
-                        && (@.value < -2147483648 || @.value > 2147483647 || @.value.floor() != @.value)))')
-        end
+    constraint outbox_row_is_valid check (
+        postroad.outbox_row_is_valid(
+            topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema, headers, time,
+            expected_version, deliver_at)
     )
 ) partition by list (bucket);
 

@@ -26,6 +26,7 @@ begin
     grant usage on schema postroad to postroad_producer, postroad_relay;
     grant usage on sequence postroad.outbox_seq to postroad_producer;
     grant execute on function
+        postroad.outbox_row_is_valid(text, text, bytea, text, text, text, text, text, text, text, jsonb, timestamptz, bigint, timestamptz),
         postroad.lock_key(text),
         postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
         postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),

@@ -14,7 +14,7 @@ async fn a_row_that_cannot_become_a_message_is_listed_and_can_be_sent_on() {
     let mut owner = origin.owner().await;
     execute(
         &mut owner,
-        "alter table postroad.outbox drop constraint outbox_topic_is_valid;
+        "alter table postroad.outbox drop constraint outbox_row_is_valid;
         insert into postroad.outbox (topic, payload, id) values ('a', '{\"version\": 1}', 'one'), ('b..c', '{\"version\": 2}', 'two'), ('c', '{\"version\": 3}', 'three')",
     )
     .await;
