@@ -5,13 +5,21 @@ use serde_json::json;
 use crate::support::consumer::{items, publish};
 use crate::support::{self, Consumer, Http};
 
+/// Nothing is dropped while it is worked on, however slow that is.
+async fn keep(http: &Http, seconds: u32) {
+    let stream = json!({"topics": ["short.*"], "settled_retention_seconds": seconds, "unsettled_retention_seconds": seconds});
+    http.declare("/v1/streams/short", &stream).await;
+}
+
 async fn all_dropped(http: &Http, last: u64) {
+    keep(http, 1).await;
     support::eventually("retention to drop everything", || async {
         let (_, stream) = http.get("/v1/streams/short").await;
         let offsets = (&stream["first_offset"], &stream["last_offset"]);
         (offsets == (&json!(last + 1), &json!(last))).then_some(())
     })
     .await;
+    keep(http, 3_600).await;
 }
 
 /// The one message that is left comes, as a first delivery, and is acked.
@@ -30,8 +38,7 @@ async fn after_retention_has_dropped_everything_every_queue_gets_the_next_messag
     let database = support::database().await;
     let mut program = support::program(&database.url, &[]).await;
     let http = program.http.clone();
-    let short = json!({"topics": ["short.*"], "settled_retention_seconds": 1, "unsettled_retention_seconds": 1});
-    http.declare("/v1/streams/short", &short).await;
+    keep(&http, 3_600).await;
     let queue = json!({"stream": "short", "topics": ["short.*"]});
     // One keeps up, one never receives, one holds what it received, one has it nacked until later.
     let mut consumers = Vec::new();

@@ -90,9 +90,16 @@ async fn kill_backends_under_load(settings: &'static str) {
         .fetch_one(&mut owner)
         .await
         .unwrap();
-        // One backend that dies so makes the server end all the others and recover.
+        // One backend that dies so makes the server end all the others and recover. Until it has heard of it, it goes on.
+        let mut other = Some(connect(&origin.url).await);
         support::send_signal(pid, rustix::process::Signal::KILL);
         drop(owner);
+        while let Some(connection) = &mut other {
+            let asked = sqlx::query("select 1").execute(connection).await;
+            if asked.is_err() {
+                other = None;
+            }
+        }
         let first: i64 = support::eventually("the server to recover", || async {
             let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&origin.url)
                 .await
