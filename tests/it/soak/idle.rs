@@ -88,8 +88,9 @@ impl Idle {
             commits.0,
             commits.1,
         );
-        // The counts are of a few seconds: a commit more or less is the heartbeat's.
-        assert!(commits.1 <= commits.0 + 10, "{commits:?}");
+        // What an idle broker does in a few seconds, which take longer on a busy machine, varies. If polls cost a commit, it would
+        // be one of each at least.
+        assert!(commits.1 < commits.0 + self.count / 2, "{commits:?}");
         if self.count >= MEASURED_FROM {
             assert!(each < BYTES_MAX, "{each} bytes each");
         }
