@@ -9,7 +9,7 @@ use super::{
     QUEUES, Ring, TTL, check, declare, events, longest_gap, moves, node, number, queue, settled,
     shares, watch,
 };
-use crate::support::consumer::{items, publish};
+use crate::support::consumer::{items, publish, publish_events};
 use crate::support::{self, Consumer};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,6 +124,57 @@ async fn what_is_in_flight_outlives_its_node_ended_in_order_and_long_polls_go_on
     let gap = longest_gap(&events);
     eprintln!("the longest time without an owner: {gap:?}");
     assert!(gap < TTL, "{gap:?}");
+}
+
+/// The next message of key `a` waits for the one in flight, whoever has the queue now.
+async fn waits_for_its_key(consumer: &Consumer, in_flight: &Value, next: u64) -> Value {
+    let answer = consumer.receive(&json!({"wait_seconds": 0})).await;
+    assert_eq!(answer["reason"], "waiting_for_keys", "{answer}");
+    let acks = items(std::slice::from_ref(in_flight), &json!({}));
+    consumer.settle_all("ack", &acks, "acked").await;
+    let taken = consumer.take(1, 120).await;
+    assert_eq!(taken[0]["offset"], next, "{taken:?}");
+    taken[0].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_stay_in_order_over_a_hand_over_and_a_kill() {
+    let db = support::database().await;
+    let (mut one, mut two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    // Enough for both nodes to have some.
+    let ordered = json!({"topics": ["orders.*"], "ordering": "key"});
+    let names = (0..8).map(|number| format!("ordered-{number}"));
+    let names: Vec<String> = names.collect();
+    for name in &names {
+        Consumer::declare(&two.http, name, &ordered).await;
+    }
+    let event = |(number, key): (usize, &&str)| json!({"specversion": "1.0", "id": format!("e{number}"), "source": "/s", "type": "t", "partitionkey": key});
+    let events: Vec<Value> = ["a", "a", "a", "b"].iter().enumerate().map(event).collect();
+    publish_events(&one.http, "orders.created", &events).await;
+    let at = |http: &support::Http, name: &String| Consumer {
+        http: http.clone(),
+        queue: name.clone(),
+    };
+    let mut in_flight = Vec::new();
+    for name in &names {
+        let taken = at(&two.http, name).take(2, 120).await;
+        let offsets: Vec<_> = taken.iter().map(|taken| taken["offset"].clone()).collect();
+        assert_eq!(offsets, [1, 4], "one of each key");
+        in_flight.push(taken[0].clone());
+    }
+    assert!(one.stop().await.success());
+    settled(&two.http, 1).await;
+    for (name, first) in names.iter().zip(&mut in_flight) {
+        *first = waits_for_its_key(&at(&two.http, name), first, 2).await;
+    }
+    one.start().await;
+    settled(&one.http, 2).await;
+    two.kill().await;
+    settled(&one.http, 1).await;
+    for (name, second) in names.iter().zip(&in_flight) {
+        waits_for_its_key(&at(&one.http, name), second, 3).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
