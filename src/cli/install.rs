@@ -43,24 +43,28 @@ struct Side {
     name: &'static str,
     roles: &'static str,
     next: &'static str,
+    script: fn() -> String,
 }
 
 const OUTBOX: Side = Side {
     name: "outbox",
     roles: "postroad_producer and postroad_relay",
     next: "grant your services the role postroad_producer, and the relay's user postroad_relay",
+    script: migrate::origin_sql,
 };
 
 const INBOX: Side = Side {
     name: "inbox",
     roles: "postroad_consumer",
     next: "grant your services the role postroad_consumer",
+    script: migrate::inbox_sql,
 };
 
 const FENCE: Side = Side {
     name: "fence",
     roles: "postroad_fenced",
     next: "grant your services the role postroad_fenced",
+    script: migrate::fence_sql,
 };
 
 impl Install {
@@ -76,16 +80,11 @@ impl Install {
         if let Some(origin) = &self.map {
             return self.map(origin).await;
         }
+        let side = self.side();
         if self.print {
-            let script = match (self.inbox, self.fence) {
-                (true, _) => migrate::inbox_sql(),
-                (false, true) => migrate::fence_sql(),
-                (false, false) => migrate::origin_sql(),
-            };
-            print!("{script}");
+            print!("{}", (side.script)());
             return Ok(());
         }
-        let side = self.side();
         let url = self.database_url.context("--database-url is needed")?;
         let database = Database::new(&url, 2)?;
         let place = database.place();

@@ -136,7 +136,7 @@ pub struct Handle {
 struct Metrics {
     waiters: Gauge,
     acquired: Counter,
-    expired: Counter,
+    lost: Counter,
 }
 
 /// Starts the task that takes locks.
@@ -156,7 +156,7 @@ pub fn start(database: Database, supervisor: &Supervisor, registry: &mut Registr
     registry.register(
         "postroad_lock_renewals_lost",
         "Renewals that came after another had the lock",
-        metrics.expired.clone(),
+        metrics.lost.clone(),
     );
     let (jobs, inbox) = mpsc::channel(JOBS_MAX);
     let task = task::Task::new(database, supervisor.clone(), metrics);

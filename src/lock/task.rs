@@ -206,7 +206,7 @@ impl Task {
             }
             holder => {
                 if let Some(token) = take.token {
-                    self.metrics.expired.inc();
+                    self.metrics.lost.inc();
                     let name = take.name.clone();
                     let _ = asked.reply.send(Err(Error::Lost { name, token }));
                 } else if asked.until <= now {

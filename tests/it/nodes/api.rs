@@ -8,7 +8,7 @@ use sqlx::{Connection as _, PgConnection};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::{QUEUES, assigned, declare, node, number, queue, settled, shares, size};
+use super::{QUEUES, assigned, declare, node, number, queue, settled, shares, size, three_nodes};
 use crate::support::consumer::{items, publish};
 use crate::support::process::{raise_open_files, resident_bytes};
 use crate::support::{self, Consumer, Events, Program};
@@ -92,12 +92,7 @@ async fn any_node_answers_any_request() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_poll_on_the_wrong_node_hears_of_a_message_published_on_a_third() {
     let db = support::database().await;
-    let nodes = [
-        node(&db.url).await,
-        node(&db.url).await,
-        node(&db.url).await,
-    ];
-    settled(&nodes[0].http, 3).await;
+    let nodes = three_nodes(&db.url).await;
     let consumer =
         Consumer::declare(&nodes[0].http, "billing", &json!({"topics": ["orders.*"]})).await;
     let owner = support::eventually("an owner", || async {
@@ -339,12 +334,7 @@ async fn a_configuration_changes_queues_that_another_node_owns() {
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_need_no_owner() {
     let db = support::database().await;
-    let nodes = [
-        node(&db.url).await,
-        node(&db.url).await,
-        node(&db.url).await,
-    ];
-    settled(&nodes[0].http, 3).await;
+    let nodes = three_nodes(&db.url).await;
     let (one, two, three) = (&nodes[0].http, &nodes[1].http, &nodes[2].http);
     one.declare("/v1/streams/shop", &json!({"topics": ["shop.>"]}))
         .await;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     QUEUES, Ring, TTL, check, declare, events, longest_gap, moves, node, number, queue, settled,
-    shares, watch,
+    shares, three_nodes, watch,
 };
 use crate::support::consumer::{items, publish, publish_events};
 use crate::support::{self, Consumer};
@@ -181,12 +181,7 @@ async fn keys_stay_in_order_over_a_hand_over_and_a_kill() {
 async fn a_rolling_restart_redelivers_nothing() {
     let db = support::database().await;
     watch(&db.url).await;
-    let mut nodes = [
-        node(&db.url).await,
-        node(&db.url).await,
-        node(&db.url).await,
-    ];
-    settled(&nodes[0].http, 3).await;
+    let mut nodes = three_nodes(&db.url).await;
     declare(&[&nodes[0], &nodes[1], &nodes[2]]).await;
     publish(&nodes[0].http, "orders.created", 42).await;
     let taken = take_all(&nodes[0].http, 42).await;

@@ -30,6 +30,13 @@ async fn node(url: &str) -> Program {
     support::program(url, &variables).await
 }
 
+/// Three of them, each with its share.
+async fn three_nodes(url: &str) -> [Program; 3] {
+    let nodes = [node(url).await, node(url).await, node(url).await];
+    settled(&nodes[0].http, 3).await;
+    nodes
+}
+
 /// A size from the environment, or the everyday one.
 fn size(variable: &str, everyday: usize) -> usize {
     let given = std::env::var(variable).ok();

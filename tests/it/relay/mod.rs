@@ -172,6 +172,16 @@ pub struct Origin {
     pub layout: shop::Layout,
 }
 
+/// A user of each role, once the roles are there; with settings that the relay must not go by.
+const SHOP_ROLES: &str = "do $$ begin
+    create role shop_relay login in role postroad_relay;
+    alter role shop_relay set default_transaction_isolation = 'serializable';
+    alter role shop_relay set statement_timeout = '50ms';
+    alter role shop_relay set default_transaction_read_only = on;
+    create role shop_producer login in role postroad_producer;
+exception when duplicate_object or unique_violation then null;
+end $$";
+
 impl Origin {
     /// Installs an outbox. The users' session defaults are ones that ruin naive relays.
     pub async fn install(url: &str) -> Self {
@@ -180,18 +190,7 @@ impl Origin {
         assert_eq!(grants, store::migrate::Grants::Given);
         database.close().await;
         let mut owner = connect(url).await;
-        execute(
-            &mut owner,
-            "do $$ begin
-                create role shop_relay login in role postroad_relay;
-                alter role shop_relay set default_transaction_isolation = 'serializable';
-                alter role shop_relay set statement_timeout = '50ms';
-                alter role shop_relay set default_transaction_read_only = on;
-                create role shop_producer login in role postroad_producer;
-            exception when duplicate_object or unique_violation then null;
-            end $$",
-        )
-        .await;
+        execute(&mut owner, SHOP_ROLES).await;
         Self {
             url: url.to_owned(),
             layout: shop::Layout::Own,

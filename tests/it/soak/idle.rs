@@ -61,7 +61,7 @@ impl Idle {
     }
 
     /// Commits of the broker's database in a while, by the server's own count, which it publishes with a delay.
-    async fn commits(&self, during: Duration) -> u64 {
+    async fn commits_per_second(&self, during: Duration) -> f64 {
         async fn read(idle: &Idle) -> i64 {
             // Statistics are flushed by backends at most once a second.
             tokio::time::sleep(Duration::from_millis(1_500)).await;
@@ -73,24 +73,24 @@ impl Idle {
             .unwrap()
         }
         let before = read(self).await;
+        let since = Instant::now();
         tokio::time::sleep(during).await;
-        (read(self).await - before).unsigned_abs()
+        (read(self).await - before) as f64 / since.elapsed().as_secs_f64()
     }
 
     /// Says what was used, and holds it against what is allowed.
-    fn judge(&self, what: &str, before: u64, after: u64, commits: (u64, u64)) {
+    fn judge(&self, what: &str, before: u64, after: u64, commits: (f64, f64)) {
         let each = after.saturating_sub(before) / self.count;
         println!(
-            "{} idle polls over {what}: {each} bytes each ({} MiB resident before, {} MiB with them); commits in the same time: {} without, {} with",
+            "{} idle polls over {what}: {each} bytes each ({} MiB resident before, {} MiB with them); commits per second: {:.1} without, {:.1} with",
             self.count,
             before >> 20,
             after >> 20,
             commits.0,
             commits.1,
         );
-        // What an idle broker does in a few seconds, which take longer on a busy machine, varies. If polls cost a commit, it would
-        // be one of each at least.
-        assert!(commits.1 < commits.0 + self.count / 2, "{commits:?}");
+        // Statistics come a little late, more so on a busy machine: a few commits fall into the wrong second.
+        assert!(commits.1 <= commits.0 * 1.25 + 2.0, "{commits:?}");
         if self.count >= MEASURED_FROM {
             assert!(each < BYTES_MAX, "{each} bytes each");
         }
@@ -137,7 +137,7 @@ async fn idle_polls_over_sockets_of_their_own_cost_memory_only_and_little_of_it(
     let idle = Idle::start().await;
     let (pid, address) = (idle.program.pid(), address(&idle.http));
     let during = Duration::from_secs(5);
-    let without = idle.commits(during).await;
+    let without = idle.commits_per_second(during).await;
     let before = resident_bytes(pid);
     let mut sockets = Vec::new();
     let head = receive_head();
@@ -148,7 +148,7 @@ async fn idle_polls_over_sockets_of_their_own_cost_memory_only_and_little_of_it(
     }
     idle.all_wait().await;
     let after = resident_bytes(pid);
-    let with = idle.commits(during).await;
+    let with = idle.commits_per_second(during).await;
     if idle.count >= 10_000 {
         let request = json!({"wait_seconds": 10});
         let (status, problem) = idle.http.post("/v1/queues/idle/receive", &request).await;
@@ -183,7 +183,7 @@ async fn idle_polls_over_shared_connections_cost_memory_only_and_little_of_it() 
     let idle = Idle::start().await;
     let pid = idle.program.pid();
     let during = Duration::from_secs(5);
-    let without = idle.commits(during).await;
+    let without = idle.commits_per_second(during).await;
     let before = resident_bytes(pid);
     let mut polls = Vec::new();
     // A connection carries 256 requests at most.
@@ -202,7 +202,7 @@ async fn idle_polls_over_shared_connections_cost_memory_only_and_little_of_it() 
     }
     idle.all_wait().await;
     let after = resident_bytes(pid);
-    let with = idle.commits(during).await;
+    let with = idle.commits_per_second(during).await;
     idle.judge(
         "HTTP/2, 250 to a connection",
         before,

@@ -18,7 +18,7 @@ use postroad::store::mapped::install;
 use sqlx::PgConnection;
 
 use super::shop::{self, Layout};
-use super::{Logged, Origin, Rig, Verdict, connect, execute, judge, read_log, rig_of};
+use super::{Logged, Origin, Rig, SHOP_ROLES, Verdict, connect, execute, judge, read_log, rig_of};
 
 /// A mapped table and how it is picked up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,17 +170,10 @@ pub async fn create_roles(owner: &mut PgConnection) {
         do $$ begin
             create role postroad_relay;
         exception when duplicate_object or unique_violation then null;
-        end $$;
-        do $$ begin
-            create role shop_relay login in role postroad_relay;
-            alter role shop_relay set default_transaction_isolation = 'serializable';
-            alter role shop_relay set statement_timeout = '50ms';
-            alter role shop_relay set default_transaction_read_only = on;
-            create role shop_producer login in role postroad_producer;
-        exception when duplicate_object or unique_violation then null;
         end $$",
     )
     .await;
+    execute(owner, SHOP_ROLES).await;
 }
 
 fn origin_name(name: &str) -> OriginName {
