@@ -24,7 +24,7 @@ run: ## Run the broker, on a private local Postgres unless DATABASE_URL is set
 
 .PHONY: test
 test: ## Run all tests
-	@$(WITH_POSTGRES) cargo test $(ARGS)
+	@$(WITH_POSTGRES) cargo test --features failpoints $(ARGS)
 
 .PHONY: soak
 soak: ## Run the long tests at full size on a release build, and print their figures (half an hour or so)

@@ -3,7 +3,7 @@
 //! The layers, each using only what stands above it (`tests/tidy.rs` holds them): [`domain`], [`supervisor`], [`store`]; the
 //! engines [`cluster`], [`stream`], [`topic`], [`lock`], [`relay`], [`queue`]; [`http`]; [`client`], which knows the names of the domain alone; and
 //! the program around them, [`app`], [`cli`], [`config`], [`telemetry`], [`local_postgres`], [`demo`], [`mod@bench`].
-//! [`outbox`] stands beside them: it is for services that publish, and the broker does not use it.
+//! [`mod@failpoint`] is for tests, and nothing in a release. [`outbox`] stands beside them: it is for services that publish, and the broker does not use it.
 
 pub mod app;
 pub mod bench;
@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod config;
 pub mod demo;
 pub mod domain;
+pub mod failpoint;
 pub mod http;
 pub mod local_postgres;
 pub mod lock;

@@ -8,6 +8,7 @@ use super::lead::lead;
 use super::view::{Observer, SLOTS, View};
 use super::{Options, Shared};
 use crate::domain::id::Fence;
+use crate::failpoint;
 use crate::store::cluster::Sign;
 use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
@@ -171,6 +172,7 @@ impl Heartbeat {
                 wants: &wants,
                 is_leaving,
             };
+            failpoint::reach("node.before_renewal");
             let seen = store::cluster::beat(self.connected().await?, sign).await?;
             if seen.is_renewed {
                 self.shared.state().trusted_until = asked + ttl;
@@ -296,6 +298,7 @@ impl Heartbeat {
             return Ok(());
         }
         let incarnation = self.shared.incarnation.load(Ordering::Acquire);
+        failpoint::reach("hand_over.before_release");
         store::cluster::release_leases(self.connected().await?, incarnation, &names).await?;
         tracing::info!(leases = names.join(" "), "leases released");
         let mut state = self.shared.state();
@@ -323,7 +326,9 @@ impl Heartbeat {
         }
         let silent = self.observer.silent(view);
         let connection = self.connected().await?;
+        failpoint::reach("lease.before_take");
         let taken = store::cluster::take_leases(connection, view.own, &names, &silent).await?;
+        failpoint::reach("lease.after_take");
         let is_waiting = taken.len() < missing.len();
         for fence in taken {
             self.show(fence);
@@ -362,6 +367,7 @@ impl Heartbeat {
             names
         };
         self.drop_fences();
+        failpoint::reach("hand_over.before_release");
         let done = async {
             let connection = self.connected().await?;
             store::cluster::release_leases(connection, incarnation, &names).await?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use super::{Config, Declared, Error, Fault, KEYS, Key, fault::unknown, origin};
+use crate::failpoint;
 
 /// The file that is read when none is named.
 const DEFAULT_FILE: &str = "postroad.toml";
@@ -224,6 +225,9 @@ impl Loader<'_> {
             .chain(["POSTROAD_CONFIG".to_owned(), ORIGINS_VARIABLE.to_owned()])
             .collect();
         for name in self.environment.0.keys() {
+            if failpoint::VARIABLES.contains(&name.as_str()) {
+                continue;
+            }
             if name.starts_with("POSTROAD_") && !known.contains(name) && !self.is_origins(name) {
                 let what = unknown(name, known.iter().map(String::as_str));
                 self.config

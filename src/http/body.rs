@@ -17,6 +17,8 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 
+use crate::failpoint;
+
 /// Something that must know whether an answer was written. Dropped without [`OnWritten::written`], it was not.
 pub(in crate::http) trait OnWritten: Send + fmt::Debug {
     /// The answer is in the kernel's hands.
@@ -49,7 +51,11 @@ impl Outgoing {
 
     /// All that hyper had buffered is written.
     pub(in crate::http) fn flushed(&self) {
-        for item in std::mem::take(&mut *self.lock()) {
+        let written = std::mem::take(&mut *self.lock());
+        if !written.is_empty() {
+            failpoint::reach("http.deliveries_written");
+        }
+        for item in written {
             item.written();
         }
     }

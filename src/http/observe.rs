@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::problem::{Kind, Problem};
 use super::state::State;
+use crate::failpoint;
 
 /// The header that carries a request's id, both ways.
 const REQUEST_ID: &str = "x-request-id";
@@ -57,6 +58,7 @@ pub(in crate::http) async fn observe(
     }
     let span = tracing::info_span!("request", id);
     let answered = tracing::Instrument::instrument(next.run(request), span).await;
+    failpoint::reach("http.answer_decided");
     let mut response = finish(answered, &path, &id);
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
 use crate::domain::queue::{Queue, Random, Record, decode};
+use crate::failpoint;
 use crate::store::journal::StatePart;
 use crate::store::queue::QueueRow;
 use crate::store::redrive::RedriveRow;
@@ -53,7 +54,9 @@ pub(in crate::queue) async fn recover(
     slot: Slot,
     rows: &[&QueueRow],
 ) -> Result<Vec<Recovered>, Error> {
+    failpoint::reach("recovery.before_read");
     let state = store::journal::find_queue_state(database, fence, slot).await?;
+    failpoint::reach("recovery.after_read");
     let state = state.ok_or(Error::Fenced)?;
     let positions = state.positions.into_iter();
     let positions: HashMap<(QueueId, Generation), Offset> = positions

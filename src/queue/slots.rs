@@ -12,9 +12,9 @@ use super::engine::Engine;
 use super::recovery;
 use super::task::{Ended, Why};
 use crate::domain::id::{Fence, QueueId, Slot};
-use crate::store;
 use crate::store::queue::QueueRow;
 use crate::supervisor::{OnEnd, Supervisor};
+use crate::{failpoint, store};
 
 /// A slot that could not be recovered is tried again after this.
 const RECOVER_AGAIN: Duration = Duration::from_millis(500);
@@ -52,6 +52,7 @@ impl Engine {
         if is_lost {
             self.yield_slot(slot).await;
         } else {
+            failpoint::reach("recovery.epoch_taken");
             self.drop_slot(slot).await;
             self.recover(slot).await;
         }
@@ -70,6 +71,7 @@ impl Engine {
     fn note_yielded(&self, slot: Slot) {
         let state = self.slots.get(&slot);
         if state.is_some_and(|state| state.fence.is_none() && state.running == 0) {
+            failpoint::reach("hand_over.flushed");
             self.cluster.yielded(&slot.lease_name());
         }
     }

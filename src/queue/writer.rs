@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::metrics::Metrics;
-use crate::cluster;
 use crate::domain::id::{Epoch, Fence, QueueId, Slot};
 use crate::domain::queue::At;
 use crate::store::journal::{Group, GroupPart, GroupSlot, GroupWritten};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::Supervisor;
+use crate::{cluster, failpoint};
 
 /// Most queues in one group.
 const GROUP_MAX_PARTS: usize = 1_000;
@@ -318,6 +318,10 @@ impl Writer {
         }
         let began = Instant::now();
         let incarnation = self.cluster.incarnation();
+        failpoint::reach("settlement.before_call");
+        if group.parts.iter().any(|part| part.checkpoint.is_some()) {
+            failpoint::reach("checkpoint.before_write");
+        }
         let plainly = match session.turn {
             Some(turn) if !is_repeat => {
                 store::journal::write_journal(connection, incarnation, turn, group).await?
@@ -328,6 +332,7 @@ impl Writer {
             Some(written) => written,
             None => store::journal::write_group(connection, incarnation, group).await?,
         };
+        failpoint::reach("settlement.after_commit");
         session.turn = Some(written.turn);
         self.metrics.groups.inc();
         self.metrics

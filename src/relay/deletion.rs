@@ -17,6 +17,7 @@ use super::position::Recheck;
 use super::status::State;
 use super::task::{Run, Stepped, Trouble};
 use super::window::went_back;
+use crate::failpoint;
 
 /// Rows that are looked up in the streams at a time.
 const RECHECK_CHUNK_ROWS: usize = 50_000;
@@ -120,6 +121,7 @@ impl Run<'_> {
 
     async fn take_out(&mut self, keys: &[Vec<String>]) -> Result<(), Trouble> {
         let broker = self.relay.cluster.identity().id;
+        failpoint::reach("relay.before_delete");
         let deleting = self.session.delete_rows(keys, broker, self.number);
         let left = deleting.await.map_err(Trouble::Origin)?;
         if left > 0 {

@@ -10,8 +10,8 @@ use super::position::Position;
 use super::status::Blocked;
 use super::task::{Run, Trouble};
 use crate::domain::mapping::Pickup;
-use crate::store;
 use crate::store::origin::{Emptied, Passed};
+use crate::{failpoint, store};
 
 /// Positions in the journal of an origin at which it is folded.
 const JOURNAL_FOLD_APPENDS: i64 = 2_000;
@@ -122,7 +122,9 @@ impl Run<'_> {
         if self.number - self.rotation.folded_number < appends {
             return Ok(());
         }
+        failpoint::reach("relay.before_fold");
         let folded = store::relay::fold_journal(&self.relay.broker).await;
+        failpoint::reach("relay.after_fold");
         // Held by a reader: at the next turn again.
         if folded.map_err(Trouble::Broker)? {
             self.rotation.folded_number = self.number;

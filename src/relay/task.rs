@@ -24,7 +24,7 @@ use crate::store::relay::Recovered;
 use crate::store::{self, Database, Retry};
 use crate::stream::{self, AppendError, Conditional, Member, Rejected};
 use crate::topic::{self, Rules};
-use crate::{cluster, supervisor};
+use crate::{cluster, failpoint, supervisor};
 
 /// How often folds, history and rotation are looked at.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -417,6 +417,7 @@ impl Run<'_> {
             position: position.to_text(),
             rejected,
         };
+        failpoint::reach("relay.before_append");
         Ok(Prepared {
             member,
             sent: Sent {
@@ -441,6 +442,7 @@ impl Run<'_> {
             rejected,
         } = sent;
         let placed = placed?;
+        failpoint::reach("relay.after_append");
         // What expected another version of its key was listed by the append itself.
         let rejected = rejected + messages.saturating_sub(placed.len());
         self.number = self.next_number();

@@ -10,6 +10,7 @@ use super::position::{NOTHING, Position, Window};
 use super::status::State;
 use super::task::{Prepared, Run, Stepped, Trouble};
 use crate::domain::mapping::Pickup;
+use crate::failpoint;
 use crate::store::origin::{Identity, Place};
 
 /// In a re-relay the ids of a chunk are in memory too, and the streams' log is read once per chunk.
@@ -60,6 +61,7 @@ impl Run<'_> {
         let last = last.to_owned();
         let identity = opened.identity;
         self.check_session(&identity)?;
+        failpoint::reach("relay.window_opened");
         self.relay.status.send_modify(|status| {
             status.step_count += 1;
             status.step_time = started.elapsed();
@@ -128,6 +130,7 @@ impl Run<'_> {
             let mark = Uuid::now_v7();
             let marked = self.session.insert_mark(mark).await;
             marked.map_err(Trouble::Origin)?;
+            failpoint::reach("relay.mark_written");
             self.rotation.mark_count += 1;
             Some(mark)
         };

@@ -11,6 +11,7 @@ use super::{Connection, Database, Error};
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
 use crate::domain::name::Topic;
 use crate::domain::queue::Letter;
+use crate::failpoint;
 
 /// Up to where a queue that keeps up has settled all that it matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +105,7 @@ pub async fn find_queue_state(
             transaction.rollback().await?;
             return Ok(None);
         }
+        failpoint::reach("recovery.lease_locked");
         let parts = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
             .bind(slot.0)
             .fetch_all(&mut *transaction)
@@ -367,10 +369,12 @@ pub async fn turn_journal(
     full_after_seconds: f64,
 ) -> Result<(i64, i32), Error> {
     const DOING: &str = "turning the journal of queues";
+    failpoint::reach("journal.before_truncate");
     let left: i32 = sqlx::query_scalar("select postroad_broker.truncate_queue_journal()")
         .fetch_one(database.pool())
         .await
         .map_err(Error::query(DOING))?;
+    failpoint::reach("journal.before_turn");
     let turn: i64 = sqlx::query_scalar(
         "select postroad_broker.turn_queue_journal($1, make_interval(secs => $2))",
     )

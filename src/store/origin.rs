@@ -19,6 +19,7 @@ pub use super::outbox_row::{OutboxRow, Place};
 use super::outbox_row::{read_place, read_row};
 use super::{Connection, Database, Error};
 use crate::domain::mapping::Mapping;
+use crate::failpoint;
 
 /// The leaves of an outbox, part of its schema.
 pub const LEAF_COUNT: i16 = 8;
@@ -464,6 +465,7 @@ impl Session {
                 let pid = find_blocker(&mut self.connection, leaf).await?;
                 return Ok(Emptied::Blocked(pid));
             }
+            failpoint::reach("outbox.leaf_locked");
             if is_there(&mut transaction, &probe, snapshot).await? {
                 transaction.rollback().await?;
                 return Ok(Emptied::NotYet);
@@ -480,6 +482,7 @@ impl Session {
             sqlx::query(AssertSqlSafe(format!("truncate postroad.outbox_{leaf}")))
                 .execute(&mut *transaction)
                 .await?;
+            failpoint::reach("outbox.leaf_truncated");
             transaction.commit().await?;
             Ok(Emptied::Yes)
         })

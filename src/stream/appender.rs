@@ -20,11 +20,11 @@ use super::keys::{self, Counted};
 use super::plan::{Counts, Layout, Plan};
 use super::scheduled::ScheduledLeaves;
 use super::tail::Appended as TailAppended;
-use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
 use crate::store::stream::{self as sql, AppendOutcome, Appended, GroupKey};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::Supervisor;
+use crate::{cluster, failpoint};
 
 /// The shortest and the longest pause before a call is repeated or a group is laid out anew.
 const REPEAT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -370,12 +370,16 @@ impl Appender {
             sql::extend_scheduled(connection, sql::ScheduledKind::Message, &missing).await?;
             self.scheduled_leaves.add(&missing);
         }
-        sql::append(connection, *key, is_repeat, &plan.append)
-            .await
-            .map_err(|error| Failure {
-                error,
-                was_sent: true,
-            })
+        failpoint::reach("append.before_call");
+        let outcome = sql::append(connection, *key, is_repeat, &plan.append).await;
+        let outcome = outcome.map_err(|error| Failure {
+            error,
+            was_sent: true,
+        })?;
+        if let AppendOutcome::Appended(_) = outcome {
+            failpoint::reach("append.after_commit");
+        }
+        Ok(outcome)
     }
 
     /// Counts the keys that messages of the group expect versions of.

@@ -12,6 +12,7 @@ use super::handle::State;
 use super::limits::Unsettled;
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
+use crate::failpoint;
 use crate::store::stream::{self as sql, Emptied, EmptyLeaf, Leaf, StreamRow};
 use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
@@ -244,6 +245,7 @@ impl Maintenance {
                 watermark,
                 watermark_at,
             };
+            failpoint::reach("log.before_empty");
             let mut emptied = sql::empty_leaf(connection, old).await;
             if matches!(emptied, Ok(Emptied::KeysFirst)) {
                 self.fold(connection, leaf).await?;
@@ -251,6 +253,7 @@ impl Maintenance {
             }
             match emptied {
                 Ok(Emptied::Through(floor)) => {
+                    failpoint::reach("log.after_empty");
                     self.state.raise_floor(stream.id, floor);
                     tracing::info!(
                         stream = stream.name.as_str(),

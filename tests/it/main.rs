@@ -14,6 +14,8 @@ mod cluster;
 mod demo;
 mod end_to_end;
 mod examples;
+#[cfg(feature = "failpoints")]
+mod failpoints;
 mod faults;
 mod golden;
 mod history;

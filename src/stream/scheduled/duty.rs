@@ -11,6 +11,7 @@ use super::recurring::{Acceptance, Recurring};
 use super::{OfStream, ScheduledLeaves};
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
+use crate::failpoint;
 use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled, ScheduledKind};
 use crate::store::{self, Connection, Database, Retry};
 use crate::stream::handle::State;
@@ -179,8 +180,10 @@ impl Duty {
                 None => return Ok(false),
             }
         }
+        failpoint::reach("scheduled.before_publish");
         let published =
             sql::publish_scheduled(connection, stream, last, BATCH_MESSAGES, BATCH_BYTES).await;
+        failpoint::reach("scheduled.after_publish");
         match published {
             Ok(PublishedScheduled::Moved { last: now, count }) => {
                 last = now;

@@ -252,7 +252,8 @@ pub fn launch(variables: &[(String, String)]) -> (Child, Log) {
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("POSTROAD_") {
+        // A planted fault is in this process and in its programs.
+        if name.to_string_lossy().starts_with("POSTROAD_") && name != "POSTROAD_MUTANT" {
             command.env_remove(name);
         }
     }

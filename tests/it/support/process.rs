@@ -31,6 +31,11 @@ fn stat(pid: u32) -> Vec<String> {
     rest.split_whitespace().map(str::to_owned).collect()
 }
 
+/// Whether a process was stopped by a signal and has not gone on.
+pub fn is_stopped(pid: u32) -> bool {
+    stat(pid).first().is_some_and(|state| state == "T")
+}
+
 fn ticks(fields: &[String], places: std::ops::Range<usize>) -> u64 {
     let fields = fields.get(places).unwrap_or_default();
     fields
