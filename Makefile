@@ -26,6 +26,10 @@ run: ## Run the broker, on a private local Postgres unless DATABASE_URL is set
 test: ## Run all tests
 	@$(WITH_POSTGRES) cargo test --features failpoints $(ARGS)
 
+.PHONY: mutants
+mutants: ## Plant each fault of docs/reliability.md and see the test that is to find it fail: make mutants ARGS="order-by-xid"
+	@$(WITH_POSTGRES) scripts/mutants.sh $(ARGS)
+
 .PHONY: soak
 soak: ## Run the long tests at full size on a release build, and print their figures (half an hour or so)
 	@$(WITH_POSTGRES) cargo build --release --quiet; \

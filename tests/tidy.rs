@@ -393,6 +393,30 @@ fn failpoints_are_where_the_list_says() {
     assert_eq!(named(&planted, "failpoint::reach"), ["a"]);
 }
 
+/// The names in the first column of the table of planted faults.
+fn documented_faults(text: &str) -> Vec<String> {
+    let section = text
+        .split("\n## Planted faults\n")
+        .nth(1)
+        .unwrap_or_default();
+    let section = section.split("\n## ").next().unwrap_or_default();
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
+    let mut names: Vec<String> = rows
+        .filter_map(|row| row.split('`').next().map(str::to_owned))
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn every_planted_fault_says_which_test_finds_it() {
+    let path = root().join("docs/reliability.md");
+    let text = std::fs::read_to_string(path).expect("the page is part of the tree");
+    let mut known: Vec<&str> = postroad::failpoint::MUTANTS.to_vec();
+    known.sort_unstable();
+    assert_eq!(documented_faults(&text), known);
+}
+
 #[test]
 fn files_are_short_and_named_for_what_they_hold() {
     check(&shape_faults(&sources()));

@@ -14,6 +14,7 @@ use super::writer::{Submission, Written};
 use crate::domain::id::Offset;
 use crate::domain::message::Entry;
 use crate::domain::queue::{End, Handed, Outcome, Record, encode};
+use crate::failpoint;
 use crate::store::journal::GroupPart;
 use crate::store::redrive::RedriveRow;
 
@@ -67,6 +68,7 @@ impl Task {
         if self.machine.has_batch() {
             self.decided_at.get_or_insert_with(Instant::now);
         }
+        self.answer_early();
         if self.submitted.is_some() {
             return;
         }
@@ -163,6 +165,24 @@ impl Task {
             Some(Written::Refused) => self.ending = Some(Why::Refused),
             None => self.ending = Some(Why::Cut),
         }
+    }
+
+    /// Two planted faults: answers that do not wait for their commit.
+    fn answer_early(&mut self) {
+        if !failpoint::is_mutant("ack-before-commit")
+            && !failpoint::is_mutant("receive-before-journal")
+        {
+            return;
+        }
+        let (early, rest) = std::mem::take(&mut self.answers)
+            .into_iter()
+            .partition(|answer| match answer {
+                Answer::Settle { .. } => failpoint::is_mutant("ack-before-commit"),
+                Answer::Receive { .. } => failpoint::is_mutant("receive-before-journal"),
+                _ => false,
+            });
+        self.answers = rest;
+        self.answer(early);
     }
 
     /// Sends answers whose decisions are committed.

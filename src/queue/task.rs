@@ -31,7 +31,6 @@ use super::redrive::{self, Redrives};
 use super::scans::Scans;
 use super::waiters::Waiters;
 use super::writer::{Contact, Outage, Submission};
-use crate::cluster;
 use crate::domain::id::{Fence, Offset, QueueId, Slot, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::{QueueName, TopicPattern};
@@ -41,6 +40,7 @@ use crate::store;
 use crate::store::redrive::RedriveRow;
 use crate::stream;
 use crate::supervisor::Supervisor;
+use crate::{cluster, failpoint};
 
 /// How often the scan position of a quiet queue is journaled, if it moved far enough to be worth a row.
 const POSITION_EVERY: Duration = Duration::from_secs(30);
@@ -260,7 +260,17 @@ impl Task {
         }
         // In this order: a confirmation after an outage is told after the outage's move of the deadlines.
         let confirmed = self.parts.contact.confirmed();
-        let outage = *self.outage.borrow_and_update();
+        let mut outage = *self.outage.borrow_and_update();
+        let mut confirmed = confirmed;
+        if failpoint::is_mutant("expiry-while-away") {
+            (outage, confirmed) = (
+                Outage {
+                    standing: false,
+                    moved: self.moved,
+                },
+                self.now(),
+            );
+        }
         let moved = outage.moved - self.moved;
         if moved > 0 {
             self.moved = outage.moved;

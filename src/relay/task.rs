@@ -384,9 +384,28 @@ impl Run<'_> {
         position: Position,
         rows: Vec<OutboxRow>,
     ) -> Result<(), Trouble> {
-        let prepared = self.prepare(position, rows).await?;
+        let mut prepared = self.prepare(position, rows).await?;
+        if failpoint::is_mutant("position-apart") {
+            self.append_apart(&mut prepared.member).await?;
+        }
         let placed = self.relay.stream.append(prepared.member).await;
         self.settle(prepared.sent, placed)
+    }
+
+    /// A planted fault: the messages in one commit, and what is left of the member, its position, in another.
+    async fn append_apart(&self, member: &mut Member) -> Result<(), Trouble> {
+        let Member::Relay { messages, .. } = member else {
+            return Ok(());
+        };
+        let apart = Member::Publish {
+            messages: std::mem::take(messages),
+            check_ids: false,
+            as_one: Vec::new(),
+        };
+        if !apart.messages().is_empty() {
+            self.relay.stream.append(apart).await?;
+        }
+        Ok(())
     }
 
     /// The next position's number. Beyond what was emptied, so that a broker restored from a backup goes through a gap once.

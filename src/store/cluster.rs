@@ -336,6 +336,8 @@ pub async fn take_leases(
     silent: &[(i64, DateTime<Utc>)],
 ) -> Result<Vec<Fence>, Error> {
     let (silent, since): (Vec<i64>, Vec<DateTime<Utc>>) = silent.iter().copied().unzip();
+    #[cfg(feature = "failpoints")]
+    super::mutant::read_early(connection, names).await;
     let taken: Vec<(String, i64)> = bounded(
         "taking leases",
         HEARTBEAT,

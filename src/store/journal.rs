@@ -83,6 +83,29 @@ pub struct SlotState {
     pub positions: Vec<Position>,
 }
 
+/// Checkpoints and journal of a slot, and the positions of its queues.
+pub(in crate::store) type Rows = (
+    Vec<(i64, bool, Vec<u8>)>,
+    Option<(Vec<i64>, Vec<i64>, Vec<i64>)>,
+);
+
+pub(in crate::store) async fn read_rows(
+    connection: &mut Connection,
+    slot: Slot,
+) -> Result<Rows, sqlx::Error> {
+    let parts = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
+        .bind(slot.0)
+        .fetch_all(&mut *connection)
+        .await?;
+    let positions = sqlx::query_as(
+        "select queue_ids, generations, throughs from postroad_broker.queue_position where slot = $1",
+    )
+    .bind(slot.0)
+    .fetch_optional(&mut *connection)
+    .await?;
+    Ok((parts, positions))
+}
+
 /// Reads what the queues of a slot recover from. None when the
 /// lease is no longer at the fence's epoch. The lease's row first, in a statement of its own: a group whose outcome is
 /// unknown holds it until it is decided, and the state is read by a later snapshot.
@@ -94,10 +117,6 @@ pub async fn find_queue_state(
     fence: &Fence,
     slot: Slot,
 ) -> Result<Option<SlotState>, Error> {
-    type Rows = (
-        Vec<(i64, bool, Vec<u8>)>,
-        Option<(Vec<i64>, Vec<i64>, Vec<i64>)>,
-    );
     let read = async {
         let mut connection = database.pool().acquire().await?;
         let mut transaction = connection.begin().await?;
@@ -106,18 +125,11 @@ pub async fn find_queue_state(
             return Ok(None);
         }
         failpoint::reach("recovery.lease_locked");
-        let parts = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
-            .bind(slot.0)
-            .fetch_all(&mut *transaction)
-            .await?;
-        let positions = sqlx::query_as(
-            "select queue_ids, generations, throughs from postroad_broker.queue_position where slot = $1",
-        )
-        .bind(slot.0)
-        .fetch_optional(&mut *transaction)
-        .await?;
+        let rows = read_rows(&mut transaction, slot).await?;
         transaction.commit().await?;
-        Ok(Some((parts, positions)))
+        #[cfg(feature = "failpoints")]
+        let rows = super::mutant::early(slot).unwrap_or(rows);
+        Ok(Some(rows))
     };
     let rows: Option<Rows> = read
         .await

@@ -10,6 +10,8 @@ pub mod letter;
 pub mod lock;
 pub mod mapped;
 pub mod migrate;
+#[cfg(feature = "failpoints")]
+mod mutant;
 pub mod origin;
 mod outbox_row;
 pub mod queue;

@@ -194,7 +194,14 @@ impl Session {
     ) -> Result<Opened, Error> {
         const DOING: &str = "opening a window of the outbox";
         self.keep_plans(true).await?;
-        let text = self.text(include_str!("sql/open_outbox_window.sql"));
+        let text = match failpoint::is_mutant("order-by-xid") {
+            false => self.text(include_str!("sql/open_outbox_window.sql")),
+            true => AssertSqlSafe(include_str!("sql/open_outbox_window.sql").replace(
+                "over (order by found.seq)",
+                "over (order by found.xid, found.seq)",
+            ))
+            .into_sql_str(),
+        };
         let reading = sqlx::query(text)
             .bind(last)
             .bind(mark)
@@ -202,7 +209,13 @@ impl Session {
             .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
             .fetch_all(&mut self.connection);
         let found = statement(DOING, reading).await?;
-        read_opened(&found, max_rows).map_err(Error::query(DOING))
+        let opened = read_opened(&found, max_rows);
+        #[cfg(feature = "failpoints")]
+        let opened = opened.map(|mut opened| {
+            super::mutant::drop_late(&mut opened.rows);
+            opened
+        });
+        opened.map_err(Error::query(DOING))
     }
 
     /// The places of a window's first `limit` rows after seq `after`, by seq.

@@ -226,6 +226,39 @@ async fn an_expired_holder_is_marked_dead_and_starts_over_as_a_new_incarnation()
     stop(&one_tasks).await;
 }
 
+/// A call that waited, or that somebody made in a transaction of his own, goes by the moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn lives_are_judged_by_the_clock_and_not_by_when_a_transaction_began() {
+    let db = support::database().await;
+    let (mut early, mut other) = (db.connect().await, db.connect().await);
+    early.execute("begin; select now()").await.unwrap();
+    let (old, ..) = store::cluster::register_node(&mut other, "http://old", "http://old", 0.3)
+        .await
+        .unwrap();
+    let name = ["slot/00".to_owned()];
+    let taken = store::cluster::take_leases(&mut other, old, &name, &[]).await;
+    assert_eq!(taken.unwrap().len(), 1);
+    support::eventually("its time to be over", async || {
+        let over = "select expires_at < clock_timestamp() from postroad_broker.node";
+        let mut connection = db.connect().await;
+        let over = sqlx::query_scalar(over).fetch_one(&mut connection).await;
+        over.unwrap_or(false).then_some(())
+    })
+    .await;
+    let (new, ..) = store::cluster::register_node(&mut early, "http://new", "http://new", 60.0)
+        .await
+        .unwrap();
+    let taken = store::cluster::take_leases(&mut early, new, &name, &[]).await;
+    assert_eq!(taken.unwrap().len(), 1, "a dead holder keeps its lease");
+    early.execute("commit").await.unwrap();
+    let left = "select expires_at > clock_timestamp() + interval '59 s' from postroad_broker.node where dead_at is null";
+    let left: bool = sqlx::query_scalar(left)
+        .fetch_one(&mut other)
+        .await
+        .unwrap();
+    assert!(left, "a new node has all of its time before it");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn racing_takers_never_share_an_epoch() {
     let db = support::database().await;

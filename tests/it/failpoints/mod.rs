@@ -40,3 +40,47 @@ async fn a_process_stops_at_a_point_and_goes_on_and_another_ends_there() {
         "{published} {count}"
     );
 }
+
+/// The rows and the position that says so are one commit: killed right after any commit, the relay goes on behind it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_killed_after_a_commit_of_the_log_relays_nothing_twice() {
+    let database = database().await;
+    let mut program = program(&database.url, &[]).await;
+    let mut connection = database.connect().await;
+    let mut publish = async |ids: &[&str]| {
+        let insert = "insert into postroad.outbox (topic, id, payload) select 'a', id, '{}' from unnest($1::text[]) id";
+        let inserting = sqlx::query(insert).bind(ids).execute(&mut connection);
+        inserting.await.unwrap();
+    };
+    let log = async || {
+        let ids = "select id from postroad_broker.message order by \"offset\"";
+        let reading = sqlx::query_scalar::<_, String>(ids);
+        reading
+            .fetch_all(&mut database.connect().await)
+            .await
+            .unwrap()
+    };
+    let until_last = async |last: &str| {
+        eventually("the relay to catch up", || async {
+            let ids = log().await;
+            ids.iter().any(|id| id == last).then_some(ids)
+        })
+        .await
+    };
+    publish(&["before"]).await;
+    until_last("before").await;
+    program.kill().await;
+    program.set("POSTROAD_FAILPOINTS", "append.after_commit=abort@1");
+    program.start().await;
+    publish(&["one", "two"]).await;
+    assert!(!program.ended().await.success());
+    program.set("POSTROAD_FAILPOINTS", "");
+    program.start().await;
+    publish(&["after"]).await;
+    let ids = until_last("after").await;
+    assert_eq!(
+        ids,
+        ["before", "one", "two", "after"],
+        "each once, in order"
+    );
+}

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use postroad::domain::name::TopicPattern;
+use postroad::domain::policy::{Ordering, Settings};
 use postroad::queue::{self, InFlight, InFlightFilter, Verb, VerbItem};
 
 use super::{Broker, HOUR, at_once, declaration, delayed, items, name};
@@ -75,6 +76,31 @@ async fn a_kill_forgets_no_deadline_attempt_or_delay() {
         1,
         "after a stop in order too"
     );
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lies_between_deliveries_is_not_in_flight_after_a_kill() {
+    let database = support::database().await;
+    let ordered = Settings {
+        ordering: Ordering::Key,
+        ..at_once(16)
+    };
+    let broker = Broker::with(&database, ordered).await;
+    let keys = [Some("a"), Some("a"), Some("b"), None];
+    broker.publish_keyed("orders.created", &keys).await;
+    broker.take(3, HOUR).await;
+    let offsets =
+        |all: Vec<InFlight>| -> Vec<i64> { all.iter().map(|delivery| delivery.offset.0).collect() };
+    assert_eq!(offsets(in_flight(&broker).await), [1, 3, 4]);
+    broker.kill();
+    let broker = Broker::on(&database).await;
+    assert_eq!(
+        offsets(in_flight(&broker).await),
+        [1, 3, 4],
+        "after the kill"
+    );
+    assert_eq!(broker.status().await.waiting, 1);
     broker.stop().await;
 }
 

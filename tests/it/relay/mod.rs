@@ -6,6 +6,7 @@ mod faults;
 mod install;
 mod large;
 mod mapped;
+mod order;
 mod race;
 mod rejected;
 mod rotation;

@@ -288,6 +288,17 @@ impl Program {
         self.child.wait().await.unwrap()
     }
 
+    /// Sets a variable for the next start.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.variables.retain(|(known, _)| known != name);
+        self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Resolves when it has ended by itself.
+    pub async fn ended(&mut self) -> std::process::ExitStatus {
+        self.child.wait().await.unwrap()
+    }
+
     /// Starts it again at its port, and waits until it is ready.
     pub async fn start(&mut self) {
         let (child, base) = start(&self.variables).await;

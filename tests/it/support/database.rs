@@ -141,6 +141,7 @@ impl Shared {
 async fn migrate(database: &Database) {
     store::migrate::broker(database).await.unwrap();
     store::migrate::origin(database).await.unwrap();
+    super::mutant::plant(database).await;
 }
 
 /// The shared server. It lives as long as the process, and so on the background runtime.

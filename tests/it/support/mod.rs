@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod consumer;
 pub mod database;
 pub mod events;
+pub mod mutant;
 pub mod process;
 pub mod proxy;
 

@@ -1,0 +1,164 @@
+//! What stands between an answer, its commit and the next owner, with the commit held up in the database: the journal is locked by
+//! somebody else, so that a call has read the epoch and has not written.
+
+use postroad::queue::{InFlightFilter, ReceiveRequest, Verb};
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use super::{Broker, HOUR, at_once, items, name};
+use crate::support::{self, TestDatabase};
+
+/// Nothing is journaled until it ends.
+async fn hold_journal(database: &TestDatabase) -> PgConnection {
+    let mut holder = database.connect().await;
+    run(
+        &mut holder,
+        "begin; lock table postroad_broker.queue_journal in share mode",
+    )
+    .await;
+    holder
+}
+
+async fn run(connection: &mut PgConnection, text: &str) {
+    let text = AssertSqlSafe(text.to_owned());
+    sqlx::raw_sql(text).execute(connection).await.unwrap();
+}
+
+/// Backends in a call of this function that wait for a lock.
+async fn waiting(database: &TestDatabase, function: &str) -> Vec<i32> {
+    sqlx::query_scalar(
+        "select pid from pg_stat_activity
+         where datname = current_database() and wait_event_type = 'Lock' and strpos(query, $1) > 0",
+    )
+    .bind(function)
+    .fetch_all(&mut database.connect().await)
+    .await
+    .unwrap()
+}
+
+/// Waits until a group is in the database and cannot be written.
+async fn held_up(database: &TestDatabase) -> i32 {
+    support::eventually("a group to be held up", || async {
+        waiting(database, "write_queue_").await.first().copied()
+    })
+    .await
+}
+
+/// The offsets in flight, by broker and database, once the queue answers.
+async fn in_flight(broker: &Broker) -> Vec<i64> {
+    let listed = support::eventually("the in-flight list", || async {
+        let filter = InFlightFilter {
+            limit: 100,
+            ..InFlightFilter::default()
+        };
+        broker.queue.in_flight(&name(), filter).await.ok()
+    })
+    .await;
+    listed.iter().map(|delivery| delivery.offset.0).collect()
+}
+
+/// The connection of a group is gone for good, and what it was about to write with it.
+async fn end_backend(database: &TestDatabase, pid: i32) {
+    let text = format!("select pg_terminate_backend({pid})");
+    run(&mut database.connect().await, &text).await;
+    support::eventually("the backend to end", || async {
+        waiting(database, "write_queue_")
+            .await
+            .is_empty()
+            .then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_former_owner_still_commits_is_known_to_the_next() {
+    let database = support::database().await;
+    let broker = Broker::with(&database, at_once(16)).await;
+    broker.publish("orders.created", 2).await;
+    let taken = broker.take(2, HOUR).await;
+    let mut holder = hold_journal(&database).await;
+    let (queue, ack) = (broker.queue.clone(), items(&taken[..1]));
+    let settling = tokio::spawn(async move { queue.settle(&name(), Verb::Ack, ack).await });
+    held_up(&database).await;
+    broker.kill();
+    assert!(settling.await.unwrap().is_err(), "nobody is left to answer");
+    // At the same address, so that it need not wait for the end of the former one's time.
+    let next = Broker::on(&database).await;
+    support::eventually("the next owner to take the slot", || async {
+        let has_recovered = async || {
+            let described = next.queue.describe(&name()).await;
+            described.is_ok_and(|described| described.status.is_some())
+        };
+        let is_waiting = !waiting(&database, "take_leases").await.is_empty();
+        (is_waiting || has_recovered().await).then_some(())
+    })
+    .await;
+    run(&mut holder, "rollback").await;
+    support::eventually("the former owner's group to commit", || async {
+        let busy = waiting(&database, "write_queue_").await;
+        busy.is_empty().then_some(())
+    })
+    .await;
+    assert_eq!(
+        in_flight(&next).await,
+        [2],
+        "an ack that was committed is not known"
+    );
+    next.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ack_is_not_answered_before_it_is_committed() {
+    let database = support::database().await;
+    let broker = Broker::with(&database, at_once(16)).await;
+    broker.publish("orders.created", 1).await;
+    let taken = broker.take(1, HOUR).await;
+    let mut holder = hold_journal(&database).await;
+    let (queue, ack) = (broker.queue.clone(), items(&taken));
+    let settling = tokio::spawn(async move { queue.settle(&name(), Verb::Ack, ack).await });
+    let pid = held_up(&database).await;
+    broker.kill();
+    end_backend(&database, pid).await;
+    run(&mut holder, "rollback").await;
+    let answered = settling.await.unwrap();
+    let next = Broker::on(&database).await;
+    assert_eq!(in_flight(&next).await, [1], "it was never written");
+    assert!(
+        answered.is_err(),
+        "acknowledged, and in flight again: {answered:?}"
+    );
+    next.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delivery_is_not_answered_before_its_row_is_committed() {
+    let database = support::database().await;
+    let broker = Broker::with(&database, at_once(16)).await;
+    broker.publish("orders.created", 1).await;
+    let mut holder = hold_journal(&database).await;
+    let queue = broker.queue.clone();
+    let receiving = tokio::spawn(async move {
+        let wait = std::time::Duration::from_secs(10);
+        let request = ReceiveRequest {
+            wait,
+            ..ReceiveRequest::default()
+        };
+        let received = queue.receive(&name(), request).await;
+        received.map(|received| {
+            received.handout.written();
+            received.deliveries.len()
+        })
+    });
+    let pid = held_up(&database).await;
+    broker.kill();
+    end_backend(&database, pid).await;
+    run(&mut holder, "rollback").await;
+    let answered = receiving.await.unwrap();
+    let next = Broker::on(&database).await;
+    let again = next.take(1, HOUR).await;
+    assert_eq!(again[0].delivery, 1, "no delivery of it was ever written");
+    assert!(
+        answered.is_err(),
+        "two deliveries have one number: {answered:?}"
+    );
+    next.stop().await;
+}
