@@ -40,6 +40,14 @@ soak: ## Run the long tests at full size on a release build, and print their fig
 	POSTROAD_SOAK_HISTORY=100000 POSTROAD_SOAK_STUCK=2000000 POSTROAD_SOAK_KEYED=10000000 POSTROAD_SOAK_KEYED_BATCHES=250 POSTROAD_SOAK_DUE=100000 POSTROAD_SOAK_INSTANT=1000000 \
 	cargo test --test it soak:: -- --nocapture --test-threads 1
 
+.PHONY: torture
+torture: ## Run nodes, producers and consumers under faults drawn by a seed, and judge what came of it: make torture ARGS=torture::kills
+	@$(WITH_POSTGRES) \
+	export POSTROAD_TORTURE_SECONDS=$${POSTROAD_TORTURE_SECONDS:-300} POSTROAD_TORTURE_KILLS=$${POSTROAD_TORTURE_KILLS:-200} \
+	POSTROAD_TORTURE_PAUSES=$${POSTROAD_TORTURE_PAUSES:-100} POSTROAD_TORTURE_POINTS=$${POSTROAD_TORTURE_POINTS:-1000} \
+	POSTROAD_TORTURE_DISKS=$${POSTROAD_TORTURE_DISKS:-9} POSTROAD_TORTURE_CLOCKS=$${POSTROAD_TORTURE_CLOCKS:-20}; \
+	cargo test --features failpoints --test it $(if $(strip $(ARGS)),$(ARGS),torture::) -- --nocapture --test-threads 1
+
 .PHONY: bench
 bench: ## Measure the broker on a private Postgres, beside a queue made from a table: make bench ARGS="latency"
 	@$(WITH_POSTGRES) cargo run --release --quiet -- bench $(if $(strip $(ARGS)),$(ARGS),outbox --batch 100 --baseline)

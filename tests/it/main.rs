@@ -32,3 +32,4 @@ mod relay;
 mod soak;
 mod stream;
 mod support;
+mod torture;

@@ -6,11 +6,14 @@
 //! answer, or one that says that the outcome is not known, may have been carried out or not: `told` is None.
 //!
 //! `log` judges the way from a transaction into the stream (I1 to I7), `queue` deliveries, settlements and attempts (I8, I9),
-//! `order` keys (I10), `letters` dead letters and redrives. Each has tests that plant the faults that it exists for.
+//! `order` keys (I10), `owners` leases and what was written under them (I11, I12), `liveness` that all is done once faults stop
+//! (I13), `letters` dead letters and redrives. Each has tests that plant the faults that it exists for.
 
 pub mod letters;
+pub mod liveness;
 pub mod log;
 pub mod order;
+pub mod owners;
 mod pauses;
 pub mod queue;
 #[cfg(test)]
@@ -223,6 +226,9 @@ pub struct History {
     pub done: Vec<Done>,
     /// In the order of the commits.
     pub journaled: Vec<Journaled>,
+    /// By generation and offset: what the journal has as acknowledged. Where a node passes requests on, it repeats one that another
+    /// was killed over, and its client is told `already_settled` of its own ack.
+    pub acked: BTreeSet<(u64, u64)>,
     /// By message, in the order of the commits.
     pub letters: BTreeMap<u64, Vec<Seen>>,
     pub rules: Rules,
@@ -245,6 +251,7 @@ impl History {
             settled: Vec::new(),
             done: Vec::new(),
             journaled: Vec::new(),
+            acked: BTreeSet::new(),
             letters: BTreeMap::new(),
             rules,
         }

@@ -76,17 +76,30 @@ fn check_losses(history: &History, parts: &BTreeMap<Place, Part<'_>>, faults: &m
     let (generation, start) = last.map_or((1, 1), |(_, generation, start)| (generation, start));
     for &offset in history.published.range(start..).map(|(offset, _)| offset) {
         let part = parts.get(&(generation, offset));
+        let is_journaled = history.acked.contains(&(generation, offset));
         let is_acked = part.is_some_and(|part| {
-            let mut settled = part.settled.iter();
-            settled.any(|s| s.is_told("acked") || s.told.is_none() && s.verb == Verb::Ack)
+            let mut acks = part.settled.iter().filter(|s| s.verb == Verb::Ack);
+            acks.any(|ack| match &ack.told {
+                None => true,
+                Some(told) => {
+                    told.result == "acked" || is_journaled && told.result == "already_settled"
+                }
+            })
         });
+        if is_journaled && !is_acked {
+            faults.push(format!("{offset} was acknowledged, and nobody asked for that"));
+        }
         let by_hand = history.done.iter().any(|done| match &done.act {
             Act::Deleted(other) => *other == offset,
             Act::LetterRemoved { offset: other, .. } => *other == offset,
             _ => false,
         });
         if !is_acked && !by_hand && !history.has_letter(offset) {
-            faults.push(format!("{offset} is lost: nobody settled it"));
+            let asked = part.map(|part| &part.settled[..]).unwrap_or_default();
+            let journaled = part.map(|part| part.journaled.keys().collect::<Vec<_>>());
+            faults.push(format!(
+                "{offset} is lost: nobody settled it; deliveries {journaled:?}, asked for {asked:?}"
+            ));
         }
     }
 }
@@ -440,13 +453,20 @@ mod tests {
                 .done
                 .retain(|done| !matches!(done.act, Act::Renewed { .. }))
         };
-        finds("6 is lost", |history| {
-            let acked = history
-                .settled
-                .iter_mut()
-                .find(|s| s.generation == 2)
-                .unwrap();
-            acked.told.as_mut().unwrap().result = "already_settled".to_owned();
+        finds("3 was acknowledged, and nobody asked", |history| {
+            restart(history);
+            history.settled.retain(|settled| settled.offset != 3);
+            history.acked.insert((1, 3));
+        });
+        // A node asked twice for its client: told so, it counts as far as the journal has it.
+        let told_later = |history: &mut History| {
+            let mut of_last = history.settled.iter_mut().filter(|s| s.generation == 2);
+            of_last.next().unwrap().told.as_mut().unwrap().result = "already_settled".to_owned();
+        };
+        finds("6 is lost", told_later);
+        finds_nothing(|history| {
+            told_later(history);
+            history.acked.insert((2, 6));
         });
         finds("3 is lost", |history| {
             restart(history);

@@ -6,9 +6,10 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{
-    QUEUES, Ring, TTL, check, declare, events, longest_gap, moves, node, number, queue, settled,
-    shares, three_nodes, watch,
+    QUEUES, Ring, TTL, declare, moves, node, number, queue, settled, shares, three_nodes,
 };
+use crate::history::owners::{check, longest_gap};
+use crate::support::leases::{events, watch};
 use crate::support::consumer::{items, publish, publish_events};
 use crate::support::{self, Consumer};
 

@@ -10,7 +10,9 @@ use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{Ring, TTL, check, declare, events, longest_gap, node, queue, settled, size, watch};
+use super::{Ring, TTL, declare, node, queue, settled, size};
+use crate::history::owners::{check, longest_gap};
+use crate::support::leases::{events, watch};
 use crate::history::log::{self, Fate, LogHistory, Read, Sent, Transaction};
 use crate::support::consumer::{items, stream_ids};
 use crate::support::{self, Consumer};

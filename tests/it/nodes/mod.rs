@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
-use sqlx::{Connection as _, PgConnection};
 
 use crate::support::{self, Http, Program};
 
@@ -89,7 +88,7 @@ fn is_settled(cluster: &Value) -> bool {
 }
 
 /// Waits until a node sees so many nodes, all that is wanted in the right hands; gives who is to hold each slot.
-async fn settled(http: &Http, nodes: usize) -> BTreeMap<i64, i64> {
+pub async fn settled(http: &Http, nodes: usize) -> BTreeMap<i64, i64> {
     support::eventually(&format!("{nodes} nodes, everything in place"), || async {
         let (_, cluster) = http.get("/v1/cluster").await;
         let live = cluster["nodes"].as_array()?.iter();
@@ -149,157 +148,4 @@ impl Ring {
     async fn post(&self, path: &str, body: &Value) -> Value {
         self.ask(Method::POST, path, Some(body)).await
     }
-}
-
-const TRIGGERS: &str = r#"
-create schema history;
-create table history.event (
-    number bigserial primary key, at timestamptz not null default clock_timestamp(),
-    lease text, epoch bigint, holder bigint, is_write boolean);
-create function history.see_lease() returns trigger language plpgsql as $$
-begin
-    insert into history.event (lease, epoch, holder, is_write) values (new.name, new.epoch, new.holder, false);
-    return null;
-end $$;
-create function history.see_journal() returns trigger language plpgsql as $$
-begin
-    insert into history.event (lease, epoch, is_write)
-    values ('slot/' || lpad(new.slot::text, 2, '0'), new.epoch, true);
-    return null;
-end $$;
-create trigger history after insert or update on postroad_broker.lease for each row execute function history.see_lease();
-create trigger history after insert on postroad_broker.queue_journal for each row execute function history.see_journal();
-"#;
-
-/// A change of a lease, or a write under it, in the order of the commits: both hold the lease's row until they commit.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Event {
-    at: chrono::DateTime<chrono::Utc>,
-    lease: String,
-    epoch: i64,
-    holder: Option<i64>,
-    is_write: bool,
-}
-
-async fn watch(url: &str) {
-    let mut connection = PgConnection::connect(url).await.unwrap();
-    sqlx::raw_sql(TRIGGERS)
-        .execute(&mut connection)
-        .await
-        .unwrap();
-}
-
-async fn events(url: &str) -> Vec<Event> {
-    let mut connection = PgConnection::connect(url).await.unwrap();
-    let rows: Vec<(
-        chrono::DateTime<chrono::Utc>,
-        String,
-        i64,
-        Option<i64>,
-        bool,
-    )> = sqlx::query_as(
-        "select at, lease, epoch, holder, is_write from history.event order by number",
-    )
-    .fetch_all(&mut connection)
-    .await
-    .unwrap();
-    let rows = rows.into_iter();
-    rows.map(|(at, lease, epoch, holder, is_write)| Event {
-        at,
-        lease,
-        epoch,
-        holder,
-        is_write,
-    })
-    .collect()
-}
-
-/// I11: no write under an epoch after one of a later epoch was begun. I12: an epoch has one owner, and epochs only rise. Faults,
-/// each a line.
-fn check(events: &[Event]) -> Vec<String> {
-    let mut faults = Vec::new();
-    let mut now: BTreeMap<&str, (i64, Option<i64>)> = BTreeMap::new();
-    let mut owners: BTreeMap<(&str, i64), i64> = BTreeMap::new();
-    for event in events {
-        let lease = event.lease.as_str();
-        let (epoch, holder) = now.get(lease).copied().unwrap_or((0, None));
-        if event.is_write {
-            if event.epoch != epoch || holder.is_none() {
-                faults.push(format!(
-                    "{lease}: a write under epoch {} while {holder:?} had it at {epoch}",
-                    event.epoch
-                ));
-            }
-            continue;
-        }
-        if event.epoch < epoch {
-            faults.push(format!("{lease}: epoch {} after {epoch}", event.epoch));
-        }
-        if let Some(holder) = event.holder {
-            let owner = *owners.entry((lease, event.epoch)).or_insert(holder);
-            if owner != holder {
-                let epoch = event.epoch;
-                faults.push(format!("{lease}: {owner} and {holder} had epoch {epoch}"));
-            }
-        }
-        now.insert(lease, (event.epoch, event.holder));
-    }
-    faults
-}
-
-/// The longest time that a lease was given back and not taken, of those that somebody took.
-fn longest_gap(events: &[Event]) -> Duration {
-    let mut free: BTreeMap<&str, chrono::DateTime<chrono::Utc>> = BTreeMap::new();
-    let mut longest = Duration::ZERO;
-    for event in events
-        .iter()
-        .filter(|event| !event.is_write && event.epoch > 0)
-    {
-        match event.holder {
-            None => {
-                free.insert(&event.lease, event.at);
-            }
-            Some(_) => {
-                if let Some(since) = free.remove(event.lease.as_str()) {
-                    longest = longest.max((event.at - since).to_std().unwrap_or_default());
-                }
-            }
-        }
-    }
-    longest
-}
-
-#[test]
-fn the_checker_finds_planted_faults() {
-    let event = |epoch, holder, is_write| Event {
-        at: chrono::DateTime::UNIX_EPOCH,
-        lease: "slot/00".to_owned(),
-        epoch,
-        holder,
-        is_write,
-    };
-    let sound = [
-        event(0, None, false),
-        event(1, Some(1), false),
-        event(1, None, true),
-        event(1, None, false),
-        event(2, Some(2), false),
-        event(2, None, true),
-    ];
-    assert_eq!(check(&sound), Vec::<String>::new());
-    let finds = |plant: Event, fault: &str| {
-        let mut events = sound.to_vec();
-        events.push(plant);
-        let faults = check(&events);
-        assert!(
-            faults.iter().any(|found| found.contains(fault)),
-            "{faults:?}"
-        );
-    };
-    finds(
-        event(1, None, true),
-        "a write under epoch 1 while Some(2) had it at 2",
-    );
-    finds(event(2, Some(1), false), "2 and 1 had epoch 2");
-    finds(event(1, Some(1), false), "epoch 1 after 2");
 }

@@ -11,7 +11,7 @@ mod race;
 mod rejected;
 mod rotation;
 mod scheduled;
-mod shop;
+pub mod shop;
 mod time_travel;
 mod wrong;
 

@@ -10,6 +10,7 @@ use sqlx::{Connection as _, PgConnection};
 use tokio::task::JoinHandle;
 
 use super::{Origin, connect, execute};
+use crate::history::log::{Fate, Sent, Transaction};
 
 /// The keys are few and hot.
 pub const KEYS: i64 = 5;
@@ -114,7 +115,7 @@ impl Layout {
 }
 
 /// A version of a key: the row lock first, then the message.
-pub async fn sell(connection: &mut PgConnection, key: i64) -> Result<(), sqlx::Error> {
+pub async fn sell(connection: &mut PgConnection, key: i64) -> Result<Sent, sqlx::Error> {
     sell_in(Layout::Own, connection, key).await
 }
 
@@ -122,7 +123,7 @@ pub async fn sell_in(
     layout: Layout,
     connection: &mut PgConnection,
     key: i64,
-) -> Result<(), sqlx::Error> {
+) -> Result<Sent, sqlx::Error> {
     sqlx::query(
         "with locked as (update item set version = version + 1 where key = 'k' || $1::bigint returning key, version)
         select from locked",
@@ -132,35 +133,59 @@ pub async fn sell_in(
     .await?;
     let text = format!(
         "with message (id) as ({})
-        insert into ledger (id, key, version) select message.id, item.key, item.version from message, item where item.key = 'k' || $1::bigint",
+        insert into ledger (id, key, version) select message.id, item.key, item.version from message, item where item.key = 'k' || $1::bigint
+        returning id, key, version",
         layout.sold()
     );
-    let selling = sqlx::query(sqlx::AssertSqlSafe(text)).bind(key);
-    selling.execute(&mut *connection).await?;
-    Ok(())
+    let selling = sqlx::query_as(sqlx::AssertSqlSafe(text)).bind(key);
+    let (id, key, version): (String, String, i64) = selling.fetch_one(&mut *connection).await?;
+    Ok(Sent {
+        id,
+        version: Some((key, version.unsigned_abs())),
+        offset: None,
+    })
 }
 
 /// A message without a key: no lock stands in the way of its commit order.
-pub async fn note(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+pub async fn note(connection: &mut PgConnection) -> Result<Sent, sqlx::Error> {
     note_in(Layout::Own, connection).await
 }
 
-pub async fn note_in(layout: Layout, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+pub async fn note_in(layout: Layout, connection: &mut PgConnection) -> Result<Sent, sqlx::Error> {
     let text = format!(
-        "with message (id) as ({}) insert into ledger (id) select id from message",
+        "with message (id) as ({}) insert into ledger (id) select id from message returning id",
         layout.noted()
     );
-    sqlx::query(sqlx::AssertSqlSafe(text))
-        .execute(connection)
-        .await?;
-    Ok(())
+    let noting = sqlx::query_as(sqlx::AssertSqlSafe(text));
+    let (id,): (String,) = noting.fetch_one(connection).await?;
+    Ok(Sent {
+        id,
+        version: None,
+        offset: None,
+    })
 }
 
-/// One transaction of a producer, whichever it rolls.
+/// One transaction of a producer, whichever it rolls. What it was told of it goes into the history, also when it fails.
 async fn transact(
     layout: Layout,
     connection: &mut PgConnection,
     dice: &mut Dice,
+    history: &mut Vec<Transaction>,
+) -> Result<(), sqlx::Error> {
+    let (mut sent, mut fate) = (Vec::new(), Fate::Failed);
+    let work = write(layout, connection, dice, &mut sent, &mut fate, history).await;
+    history.push(Transaction { fate, sent });
+    work
+}
+
+/// Sets the fate to unknown while the commit is under way.
+async fn write(
+    layout: Layout,
+    connection: &mut PgConnection,
+    dice: &mut Dice,
+    sent: &mut Vec<Sent>,
+    fate: &mut Fate,
+    history: &mut Vec<Transaction>,
 ) -> Result<(), sqlx::Error> {
     let mut transaction = connection.begin().await?;
     let kind = dice.roll(40);
@@ -168,43 +193,61 @@ async fn transact(
         // More subtransactions than a backend lists in shared memory (64), each with rows of its own.
         for _ in 0..70 {
             let mut savepoint = transaction.begin().await?;
-            note_in(layout, &mut savepoint).await?;
+            sent.push(note_in(layout, &mut savepoint).await?);
             savepoint.commit().await?;
         }
     }
     if kind < 8 {
-        note_in(layout, &mut transaction).await?;
+        sent.push(note_in(layout, &mut transaction).await?);
         // Late: others overtake it.
         tokio::time::sleep(Duration::from_millis(dice.roll(20))).await;
     }
     let mut savepoint = transaction.begin().await?;
-    sell_in(layout, &mut savepoint, 1 + dice.roll(KEYS as u64) as i64).await?;
+    let sold = sell_in(layout, &mut savepoint, 1 + dice.roll(KEYS as u64) as i64).await?;
     if dice.roll(6) == 0 {
+        let (fate, sent) = (Fate::Failed, vec![sold]);
+        history.push(Transaction { fate, sent });
         savepoint.rollback().await?;
     } else {
+        sent.push(sold);
         savepoint.commit().await?;
     }
     if dice.roll(6) == 0 {
         return transaction.rollback().await;
     }
-    transaction.commit().await
+    *fate = Fate::Unknown;
+    transaction.commit().await?;
+    *fate = Fate::Committed;
+    Ok(())
 }
 
 /// Producers at work until told to stop. They reconnect when the server restarts under them.
 pub struct Producers {
     stop: Arc<AtomicBool>,
-    tasks: Vec<JoinHandle<()>>,
+    tasks: Vec<JoinHandle<Vec<Transaction>>>,
 }
 
 impl Producers {
     pub fn start(origin: &Origin, count: u64, settings: &'static str) -> Self {
+        Self::start_slow(origin, count, settings, 0, Duration::ZERO)
+    }
+
+    /// Producers that roll by a seed and rest between two transactions.
+    pub fn start_slow(
+        origin: &Origin,
+        count: u64,
+        settings: &'static str,
+        seed: u64,
+        rest: Duration,
+    ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let layout = origin.layout;
         let tasks = (0..count).map(|number| {
             let url = origin.producer_url();
             let stop = Arc::clone(&stop);
             tokio::spawn(async move {
-                let mut dice = Dice::new(number + 1);
+                let mut dice = Dice::new(seed.wrapping_add(number + 1));
+                let mut history = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(mut connection) = PgConnection::connect(&url).await else {
                         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -218,11 +261,17 @@ impl Producers {
                         continue;
                     }
                     while !stop.load(Ordering::Relaxed) {
-                        if transact(layout, &mut connection, &mut dice).await.is_err() {
+                        let transaction =
+                            transact(layout, &mut connection, &mut dice, &mut history);
+                        if transaction.await.is_err() {
                             break;
+                        }
+                        if !rest.is_zero() {
+                            tokio::time::sleep(rest).await;
                         }
                     }
                 }
+                history
             })
         });
         Self {
@@ -231,11 +280,14 @@ impl Producers {
         }
     }
 
-    pub async fn finish(self) {
+    /// Gives what they did and were told of it.
+    pub async fn finish(self) -> Vec<Transaction> {
         self.stop.store(true, Ordering::Relaxed);
+        let mut history = Vec::new();
         for task in self.tasks {
-            task.await.unwrap();
+            history.extend(task.await.unwrap());
         }
+        history
     }
 }
 

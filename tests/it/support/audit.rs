@@ -1,10 +1,10 @@
 //! What a broker's database was seen to commit of its queues, by triggers of the test's own: every row of the journal, and every
 //! change of a dead letter. The journal is folded and letters are removed; here all of it stays.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
-use postroad::domain::queue::{End, Record, decode};
+use postroad::domain::queue::{End, Record, SettledAs, decode};
 use serde_json::Value;
 use sqlx::{Connection as _, PgConnection};
 
@@ -46,16 +46,40 @@ pub async fn install(url: &str) {
     connection.close().await.unwrap();
 }
 
-/// The deliveries of a queue that were journaled, in the order of the commits.
-pub async fn journaled(connection: &mut PgConnection, queue: &str) -> Vec<Journaled> {
-    let rows: Vec<(i64, Vec<u8>)> = sqlx::query_as(
+/// What was journaled of a queue, in the order of the commits: generations and entries.
+async fn rows(connection: &mut PgConnection, queue: &str) -> Vec<(i64, Vec<u8>)> {
+    sqlx::query_as(
         "select j.generation, j.entries from audit.journal j join postroad_broker.queue q on q.id = j.queue_id
          where q.name = $1 order by j.number",
     )
     .bind(queue)
     .fetch_all(connection)
     .await
-    .unwrap();
+    .unwrap()
+}
+
+/// The messages of a queue that were journaled as acknowledged, by generation and offset.
+pub async fn acked(connection: &mut PgConnection, queue: &str) -> BTreeSet<(u64, u64)> {
+    let mut acked = BTreeSet::new();
+    for (generation, entries) in rows(connection, queue).await {
+        for record in decode(&entries).unwrap() {
+            if let Record::Settled {
+                kind: SettledAs::Acked,
+                ranges,
+            } = record
+            {
+                let offsets = ranges.into_iter().flat_map(|(from, through)| from..=through);
+                let of_this = |offset: i64| (generation.unsigned_abs(), offset.unsigned_abs());
+                acked.extend(offsets.map(of_this));
+            }
+        }
+    }
+    acked
+}
+
+/// The deliveries of a queue that were journaled, in the order of the commits.
+pub async fn journaled(connection: &mut PgConnection, queue: &str) -> Vec<Journaled> {
+    let rows = rows(connection, queue).await;
     let mut journaled: Vec<Journaled> = Vec::new();
     let mut last: BTreeMap<(i64, i64), usize> = BTreeMap::new();
     let mut batch = 0;

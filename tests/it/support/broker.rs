@@ -1,5 +1,7 @@
 //! Whole brokers: inside the test's process, or the real program as a child that can be killed.
 
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -159,23 +161,37 @@ pub struct Program {
     /// Its API. The port stays over restarts.
     pub http: Http,
     variables: Vec<(String, String)>,
+    /// Where its log goes; its warnings go to the test's output without.
+    log_file: Option<PathBuf>,
     child: Child,
 }
 
 /// Starts the program on a database, with further `POSTROAD_*` variables, and waits until it is ready.
 pub async fn program(database_url: &str, variables: &[(&str, &str)]) -> Program {
+    program_with_log(database_url, variables, None).await
+}
+
+/// The same, with its log in a file.
+pub async fn program_with_log(
+    database_url: &str,
+    variables: &[(&str, &str)],
+    log_file: Option<PathBuf>,
+) -> Program {
     let mut all = self::variables(database_url);
     all.extend(
         variables
             .iter()
             .map(|&(name, value)| (name.to_owned(), value.to_owned())),
     );
-    let (child, base) = start(&all).await;
+    let (child, base) = start(&all, log_file.clone())
+        .await
+        .unwrap_or_else(|log| panic!("the program ended:\n{log}"));
     let address = base.trim_start_matches("http://").to_owned();
     all.push(("POSTROAD_BIND".to_owned(), address));
     Program {
         http: Http::new(&base),
         variables: all,
+        log_file,
         child,
     }
 }
@@ -193,13 +209,18 @@ pub fn variables(database_url: &str) -> Vec<(String, String)> {
     .to_vec()
 }
 
-/// Starts the program and gives the URL of its log line "postroad is ready".
-async fn start(variables: &[(String, String)]) -> (Child, String) {
+/// Starts the program and gives the URL of its log line "postroad is ready", or what it logged when it ended before.
+async fn start(
+    variables: &[(String, String)],
+    log_file: Option<PathBuf>,
+) -> Result<(Child, String), String> {
     let (child, mut log) = launch(variables);
-    let entry = log.wait_for("postroad is ready").await;
+    let Some(entry) = log.find("postroad is ready").await else {
+        return Err(log.seen.join("\n"));
+    };
     let url = entry["fields"]["url"].as_str().unwrap().to_owned();
-    log.read_on();
-    (child, url)
+    log.read_on(log_file);
+    Ok((child, url))
 }
 
 /// The log of a program, as it is written.
@@ -215,23 +236,32 @@ impl Log {
     /// # Panics
     /// With what was logged, if the program ends first.
     pub async fn wait_for(&mut self, message: &str) -> Value {
+        let found = self.find(message).await;
+        found.unwrap_or_else(|| panic!("the program ended:\n{}", self.seen.join("\n")))
+    }
+
+    /// Reads until a line has this message, and gives the line; None when the program ends first.
+    async fn find(&mut self, message: &str) -> Option<Value> {
         loop {
-            let line = self.lines.next_line().await.unwrap();
-            let line =
-                line.unwrap_or_else(|| panic!("the program ended:\n{}", self.seen.join("\n")));
+            let line = self.lines.next_line().await.unwrap()?;
             let entry: Value = serde_json::from_str(&line).unwrap_or_default();
             if entry["fields"]["message"] == message {
-                return entry;
+                return Some(entry);
             }
             self.seen.push(line);
         }
     }
 
-    /// Reads on without end, or the program would wait for room in the pipe. Warnings go to the test's output.
-    pub fn read_on(mut self) {
+    /// Reads on without end, or the program would wait for room in the pipe. All goes to the file, or warnings to the test's
+    /// output.
+    pub fn read_on(mut self, file: Option<PathBuf>) {
+        let open = |path| std::fs::File::options().create(true).append(true).open(path);
+        let mut file = file.map(|path| open(path).unwrap());
         tokio::spawn(async move {
             while let Ok(Some(line)) = self.lines.next_line().await {
-                if !line.contains("\"INFO\"") && !line.contains("\"DEBUG\"") {
+                if let Some(file) = &mut file {
+                    writeln!(file, "{line}").unwrap();
+                } else if !line.contains("\"INFO\"") && !line.contains("\"DEBUG\"") {
                     eprintln!("{line}");
                 }
             }
@@ -277,6 +307,11 @@ impl Program {
         self.child.kill().await.unwrap();
     }
 
+    /// Whether its process has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
         super::send_signal(i32::try_from(self.pid()).unwrap(), signal);
@@ -301,8 +336,28 @@ impl Program {
 
     /// Starts it again at its port, and waits until it is ready.
     pub async fn start(&mut self) {
-        let (child, base) = start(&self.variables).await;
+        if let Err(log) = self.try_start().await {
+            panic!("the program ended:\n{log}");
+        }
+    }
+
+    /// The same; what it logged if it ends first.
+    pub async fn try_start(&mut self) -> Result<(), String> {
+        let (child, base) = start(&self.variables, self.log_file.clone()).await?;
         assert_eq!(base, self.http.base);
+        self.child = child;
+        Ok(())
+    }
+
+    /// Starts it again at its port with further variables for this time, and does not wait.
+    pub fn launch_with(&mut self, more: &[(&str, &str)]) {
+        let mut variables = self.variables.clone();
+        let more = more
+            .iter()
+            .map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        variables.extend(more);
+        let (child, log) = launch(&variables);
+        log.read_on(self.log_file.clone());
         self.child = child;
     }
 }

@@ -22,6 +22,8 @@ if [ -n "$pid" ]; then
     tries=0
     while kill -0 "$pid" 2>/dev/null && [ "$tries" -lt 100 ]; do sleep 0.1; tries=$((tries + 1)); done
 fi
+rm -rf "$1"/* 2>/dev/null
+if mountpoint -q "$1" 2>/dev/null; then umount -l "$1"; fi
 rm -rf "$1"
 "#;
 
@@ -63,7 +65,11 @@ pub async fn cluster() -> Cluster {
 
 /// Starts a private server with further (or other) parameters than the fast ones.
 pub async fn cluster_with(parameters: &[(&str, &str)]) -> Cluster {
-    let folder = Folder::new();
+    cluster_in(Folder::new(), parameters).await
+}
+
+/// The same in a folder.
+pub async fn cluster_in(folder: Folder, parameters: &[(&str, &str)]) -> Cluster {
     let mut settings = folder.settings();
     for &(name, value) in parameters {
         settings
@@ -188,6 +194,11 @@ impl Cluster {
     /// The folder of the socket, for `psql -h`.
     pub fn socket_dir(&self) -> &Path {
         self.handle().socket_dir()
+    }
+
+    /// The server's folder.
+    pub fn folder(&self) -> &Path {
+        &self.settings.data_dir
     }
 
     /// The postmaster's process id.

@@ -13,17 +13,21 @@ pub mod cluster;
 pub mod consumer;
 pub mod database;
 pub mod events;
+pub mod leases;
 pub mod mutant;
 pub mod process;
 pub mod proxy;
+pub mod worker;
 
 use std::future::Future;
 use std::sync::OnceLock;
 
 use tokio::runtime::Runtime;
 
-pub use broker::{Http, Program, TestBroker, broker, broker_with, program};
-pub use cluster::{Cluster, cluster, cluster_of_copy, cluster_with, copy_folder, standby_of};
+pub use broker::{Http, Program, TestBroker, broker, broker_with, program, program_with_log};
+pub use cluster::{
+    Cluster, cluster, cluster_in, cluster_of_copy, cluster_with, copy_folder, standby_of,
+};
 pub use consumer::Consumer;
 pub use database::{TestDatabase, database, empty_database};
 pub use events::Events;

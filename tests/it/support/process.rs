@@ -36,6 +36,14 @@ pub fn is_stopped(pid: u32) -> bool {
     stat(pid).first().is_some_and(|state| state == "T")
 }
 
+/// The children of a process.
+pub fn children(pid: u32) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok());
+    let parent = |child: &u32| stat(*child).get(1).and_then(|parent| parent.parse().ok());
+    pids.filter(|child| parent(child) == Some(pid)).collect()
+}
+
 fn ticks(fields: &[String], places: std::ops::Range<usize>) -> u64 {
     let fields = fields.get(places).unwrap_or_default();
     fields

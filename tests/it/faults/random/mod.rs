@@ -6,7 +6,6 @@
 //! they meet. POSTROAD_TEST_RANDOM_SECONDS sets the length.
 
 mod person;
-mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,11 +16,11 @@ use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use self::person::Person;
-use self::worker::{Dice, Worker};
 use super::size;
 use crate::history::log::{self, Fate, LogHistory, Read, Sent, Transaction};
 use crate::history::{self, Act, Done, History, Order, Published, Recorder, Rules};
 use crate::support::consumer::{publish_events, stream_ids};
+use crate::support::worker::{Dice, Worker};
 use crate::support::{self, Cluster, Http, Program, audit};
 
 const WORKERS: u64 = 5;
@@ -210,7 +209,7 @@ async fn run(plan: Plan) {
     let workers: Vec<_> = (0..WORKERS)
         .map(|number| {
             let worker = Worker::new(
-                program.http.clone(),
+                vec![program.http.clone()],
                 QUEUE,
                 format!("worker-{number}"),
                 Arc::clone(&recorder),

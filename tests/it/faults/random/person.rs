@@ -9,7 +9,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::WORKERS;
-use super::worker::Dice;
+use crate::support::worker::Dice;
 use crate::history::{Act, Asked, Done, Order, Recorder, Redrive, Whose};
 use crate::support::Http;
 use crate::support::consumer::time;

@@ -10,8 +10,8 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::history::{Asked, Delivered, Recorder, Settled, Time, Told, Verb};
-use crate::support::Http;
-use crate::support::consumer::time;
+use super::Http;
+use super::consumer::time;
 
 /// Deliveries that a consumer remembers; older ones it has forgotten, as one that died would.
 const HELD_MAX: usize = 60;
@@ -54,7 +54,8 @@ struct Unanswered {
 }
 
 pub struct Worker {
-    pub http: Http,
+    /// The brokers that it asks in turn, as one behind a balancer does.
+    pub nodes: Vec<Http>,
     pub queue: String,
     pub name: String,
     pub recorder: Arc<Recorder>,
@@ -64,6 +65,16 @@ pub struct Worker {
     receives: u64,
     reasons: u64,
     last: Option<(Verb, Vec<Held>)>,
+    asked: usize,
+}
+
+/// What became of a request.
+enum Answer {
+    Told(Value),
+    /// Nobody knows whether it was carried out.
+    Unknown,
+    /// It never left.
+    Unsent,
 }
 
 /// The generation in a receipt: it is the second of the numbers behind its version.
@@ -85,9 +96,15 @@ fn generation(receipt: &str) -> u64 {
 }
 
 impl Worker {
-    pub fn new(http: Http, queue: &str, name: String, recorder: Arc<Recorder>, seed: u64) -> Self {
+    pub fn new(
+        nodes: Vec<Http>,
+        queue: &str,
+        name: String,
+        recorder: Arc<Recorder>,
+        seed: u64,
+    ) -> Self {
         Self {
-            http,
+            nodes,
             queue: queue.to_owned(),
             name,
             recorder,
@@ -97,6 +114,7 @@ impl Worker {
             receives: 0,
             reasons: 0,
             last: None,
+            asked: 0,
         }
     }
 
@@ -195,15 +213,17 @@ impl Worker {
         chosen
     }
 
-    /// The answer, with its times; None when nobody knows whether it was carried out.
-    async fn ask(&self, path: &str, body: &Value) -> (Asked, Option<Value>) {
+    /// The answer, with its times.
+    async fn ask(&mut self, path: &str, body: &Value) -> (Asked, Answer) {
+        let http = &self.nodes[self.asked % self.nodes.len()];
+        self.asked += 1;
         let at = Utc::now();
         let path = format!("/v1/queues/{}/{path}", self.queue);
-        let answer = self.http.call(Method::POST, &path, Some(body)).await;
+        let answer = http.call(Method::POST, &path, Some(body)).await;
         let answered = Utc::now();
         let asked = Asked { at, answered };
-        match answer {
-            Ok((status, answer)) if status.is_success() => (asked, Some(answer)),
+        let answer = match answer {
+            Ok((status, answer)) if status.is_success() => return (asked, Answer::Told(answer)),
             Ok((status, answer)) => {
                 // As many are in flight as may be: what the answer would have said of its acks is not known.
                 let may_be = [
@@ -211,28 +231,25 @@ impl Worker {
                     StatusCode::TOO_MANY_REQUESTS,
                 ];
                 assert!(may_be.contains(&status), "{path} {body}: {status} {answer}");
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-                (asked, None)
+                Answer::Unknown
             }
-            Err(_) => {
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-                (asked, None)
-            }
-        }
+            Err(error) if error.is_connect() => Answer::Unsent,
+            Err(_) => Answer::Unknown,
+        };
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        (asked, answer)
     }
 
     /// `first_at`: when the receive was asked for first, if it is a repeat.
     async fn receive(&mut self, body: Value, acks: Vec<Held>, first_at: Option<Time>) {
         let (asked, answer) = self.ask("receive", &body).await;
-        self.record(
-            asked,
-            Verb::Ack,
-            &acks,
-            &[],
-            answer.as_ref().map(|a| &a["ack"]),
-        );
         let first_at = first_at.unwrap_or(asked.at);
-        let Some(answer) = answer else {
+        match &answer {
+            Answer::Told(answer) => self.record(asked, Verb::Ack, &acks, &[], Some(&answer["ack"])),
+            Answer::Unknown => self.record(asked, Verb::Ack, &acks, &[], None),
+            Answer::Unsent => {}
+        }
+        let Answer::Told(answer) = answer else {
             if body.get("receive_id").is_some() {
                 self.unanswered = Some(Unanswered {
                     body,
@@ -301,7 +318,11 @@ impl Worker {
         let (asked, answer) = self
             .ask(verb.path(), &json!({"deliveries": deliveries}))
             .await;
-        self.record(asked, verb, &items, &reasons, answer.as_ref());
+        match &answer {
+            Answer::Told(answer) => self.record(asked, verb, &items, &reasons, Some(answer)),
+            Answer::Unknown => self.record(asked, verb, &items, &reasons, None),
+            Answer::Unsent => {}
+        }
     }
 
     fn record(

@@ -1,0 +1,225 @@
+//! `make torture`: several nodes of the real program, origins on Postgres servers of their own, producers, publishers, readers and
+//! consumers, under faults that are drawn by a seed; then nothing is done any more, all must come to rest, and checkers that know only
+//! the promises judge what was told and what was committed (`crate::history`). See `docs/reliability.md`.
+//!
+//! Without the variables the same tests run for a few seconds each.
+
+mod faults;
+mod judge;
+mod load;
+mod postgres;
+mod tools;
+mod world;
+
+use std::time::{Duration, Instant};
+
+use chrono::Utc;
+use uuid::Uuid;
+
+use self::faults::{Done, Fault, act, millis};
+use self::judge::Run;
+use self::load::Load;
+use self::world::{Ground, World};
+use crate::support::worker::Dice;
+
+/// How much is done.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    pub seed: u64,
+    pub nodes: usize,
+    pub origins: usize,
+}
+
+fn size(name: &str, everyday: usize) -> usize {
+    let given = std::env::var(format!("POSTROAD_TORTURE_{name}")).ok();
+    given.and_then(|text| text.parse().ok()).unwrap_or(everyday)
+}
+
+impl Sizes {
+    fn given() -> Self {
+        let seed = std::env::var("POSTROAD_TORTURE_SEED").ok();
+        let seed = seed.and_then(|text| text.parse().ok());
+        Self {
+            seed: seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0),
+            nodes: size("NODES", 3).max(2),
+            origins: size("ORIGINS", 2).max(1),
+        }
+    }
+}
+
+/// When a run has seen enough.
+#[derive(Debug, Clone, Copy)]
+enum Until {
+    Seconds(usize),
+    Faults(usize),
+}
+
+/// A test: which faults, on what.
+struct Plan {
+    test: &'static str,
+    /// The variable that says how much, and what it says.
+    variable: &'static str,
+    until: Until,
+    /// Drawn from; one that is there twice comes twice as often.
+    deck: Vec<Fault>,
+    ground: Ground,
+}
+
+async fn run(plan: Plan) {
+    let sizes = Sizes::given();
+    let (Until::Seconds(amount) | Until::Faults(amount)) = plan.until;
+    let repeat = format!(
+        "POSTROAD_TORTURE_SEED={} POSTROAD_TORTURE_{}={amount} POSTROAD_TORTURE_NODES={} POSTROAD_TORTURE_ORIGINS={} \
+         make torture ARGS=torture::{}",
+        sizes.seed, plan.variable, sizes.nodes, sizes.origins, plan.test
+    );
+    println!("{}: seed {}; again: {repeat}", plan.test, sizes.seed);
+    let mut dice = Dice::new(sizes.seed);
+    let mut world = World::open(&sizes, plan.ground).await;
+    let mut load = Load::start(&world, sizes.seed);
+    let (began, mut done) = (Instant::now(), Done::default());
+    let mut drawn = 0;
+    loop {
+        let is_enough = match plan.until {
+            Until::Seconds(seconds) => began.elapsed() >= Duration::from_secs(seconds as u64),
+            Until::Faults(count) => drawn >= count,
+        };
+        if is_enough {
+            break;
+        }
+        tokio::time::sleep(millis(&mut dice, 100..900)).await;
+        let fault = plan.deck[dice.below(plan.deck.len())];
+        act(&mut world, fault, &mut dice, &mut done).await;
+        drawn += 1;
+        if drawn % 20 == 0 {
+            println!("{}: {drawn} faults in {:?}", plan.test, began.elapsed());
+        }
+    }
+    if plan.ground.has_clocks {
+        crate::support::clock::set(&world.url, "0").await;
+    }
+    let transactions = load.end_sending().await;
+    let run = Run {
+        test: plan.test,
+        seed: sizes.seed,
+        repeat,
+        took: began.elapsed(),
+        stopped_at: Utc::now(),
+        is_timed: !plan.ground.has_clocks,
+        done,
+        transactions,
+    };
+    run.judge(world, load).await;
+}
+
+/// Kills of nodes, at random.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills() {
+    run(Plan {
+        test: "kills",
+        variable: "KILLS",
+        until: Until::Faults(size("KILLS", 3)),
+        deck: vec![Fault::Kill],
+        ground: Ground::default(),
+    })
+    .await;
+}
+
+/// Nodes that sleep for longer than they may, at random and in the middle of a statement.
+#[tokio::test(flavor = "multi_thread")]
+async fn pauses() {
+    run(Plan {
+        test: "pauses",
+        variable: "PAUSES",
+        until: Until::Faults(size("PAUSES", 1)),
+        deck: vec![
+            Fault::Pause,
+            Fault::Pause,
+            Fault::PauseInStatement,
+            Fault::PauseInAppend,
+        ],
+        ground: Ground::default(),
+    })
+    .await;
+}
+
+/// Nodes that die or sleep at failpoints.
+#[tokio::test(flavor = "multi_thread")]
+async fn points() {
+    run(Plan {
+        test: "points",
+        variable: "POINTS",
+        until: Until::Faults(size("POINTS", 2)),
+        deck: vec![Fault::Point],
+        ground: Ground::default(),
+    })
+    .await;
+}
+
+/// Everything, but what needs a disk or clocks of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn mixed() {
+    run(Plan {
+        test: "mixed",
+        variable: "SECONDS",
+        until: Until::Seconds(size("SECONDS", 8)),
+        deck: vec![
+            Fault::Kill,
+            Fault::Kill,
+            Fault::Restart,
+            Fault::Pause,
+            Fault::PauseInStatement,
+            Fault::PauseInAppend,
+            Fault::Point,
+            Fault::Partition,
+            Fault::Cut,
+            Fault::Cut,
+            Fault::Slow,
+            Fault::Vanish,
+            Fault::KillPostgres,
+            Fault::StopPostgres,
+            Fault::TerminateBackends,
+            Fault::KillOrigin,
+            Fault::StopOrigin,
+            Fault::CutOrigin,
+            Fault::TerminateOrigin,
+            Fault::OpenTransaction,
+            Fault::PreparedTransaction,
+            Fault::PinnedXmin,
+        ],
+        ground: Ground::default(),
+    })
+    .await;
+}
+
+/// Flushes that are slow or fail, and a disk that is full.
+#[tokio::test(flavor = "multi_thread")]
+async fn disk() {
+    run(Plan {
+        test: "disk",
+        variable: "DISKS",
+        until: Until::Faults(size("DISKS", 1)),
+        deck: vec![Fault::SlowFlush, Fault::FailingFlush, Fault::FullDisk],
+        ground: Ground {
+            has_disk: true,
+            has_clocks: false,
+        },
+    })
+    .await;
+}
+
+/// Clocks of nodes and of the database that jump an hour, while nodes are killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn clocks() {
+    run(Plan {
+        test: "clocks",
+        variable: "CLOCKS",
+        until: Until::Faults(size("CLOCKS", 2)),
+        deck: vec![Fault::NodeClock, Fault::DatabaseClock, Fault::Kill],
+        ground: Ground {
+            has_disk: false,
+            has_clocks: true,
+        },
+    })
+    .await;
+}
