@@ -87,7 +87,9 @@ fn check_losses(history: &History, parts: &BTreeMap<Place, Part<'_>>, faults: &m
             })
         });
         if is_journaled && !is_acked {
-            faults.push(format!("{offset} was acknowledged, and nobody asked for that"));
+            faults.push(format!(
+                "{offset} was acknowledged, and nobody asked for that"
+            ));
         }
         let by_hand = history.done.iter().any(|done| match &done.act {
             Act::Deleted(other) => *other == offset,

@@ -5,12 +5,10 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{
-    QUEUES, Ring, TTL, declare, moves, node, number, queue, settled, shares, three_nodes,
-};
+use super::{QUEUES, Ring, TTL, declare, moves, node, number, queue, settled, shares, three_nodes};
 use crate::history::owners::{check, longest_gap};
-use crate::support::leases::{events, watch};
 use crate::support::consumer::{items, publish, publish_events};
+use crate::support::leases::{events, watch};
 use crate::support::{self, Consumer};
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,10 +11,10 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{Ring, TTL, declare, node, queue, settled, size};
-use crate::history::owners::{check, longest_gap};
-use crate::support::leases::{events, watch};
 use crate::history::log::{self, Fate, LogHistory, Read, Sent, Transaction};
+use crate::history::owners::{check, longest_gap};
 use crate::support::consumer::{items, stream_ids};
+use crate::support::leases::{events, watch};
 use crate::support::{self, Consumer};
 
 /// The queues that are consumed.

@@ -68,7 +68,9 @@ pub async fn acked(connection: &mut PgConnection, queue: &str) -> BTreeSet<(u64,
                 ranges,
             } = record
             {
-                let offsets = ranges.into_iter().flat_map(|(from, through)| from..=through);
+                let offsets = ranges
+                    .into_iter()
+                    .flat_map(|(from, through)| from..=through);
                 let of_this = |offset: i64| (generation.unsigned_abs(), offset.unsigned_abs());
                 acked.extend(offsets.map(of_this));
             }

@@ -255,7 +255,12 @@ impl Log {
     /// Reads on without end, or the program would wait for room in the pipe. All goes to the file, or warnings to the test's
     /// output.
     pub fn read_on(mut self, file: Option<PathBuf>) {
-        let open = |path| std::fs::File::options().create(true).append(true).open(path);
+        let open = |path| {
+            std::fs::File::options()
+                .create(true)
+                .append(true)
+                .open(path)
+        };
         let mut file = file.map(|path| open(path).unwrap());
         tokio::spawn(async move {
             while let Ok(Some(line)) = self.lines.next_line().await {

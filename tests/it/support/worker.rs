@@ -9,9 +9,9 @@ use postroad::domain::queue::Random;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::history::{Asked, Delivered, Recorder, Settled, Time, Told, Verb};
 use super::Http;
 use super::consumer::time;
+use crate::history::{Asked, Delivered, Recorder, Settled, Time, Told, Verb};
 
 /// Deliveries that a consumer remembers; older ones it has forgotten, as one that died would.
 const HELD_MAX: usize = 60;

@@ -230,13 +230,7 @@ async fn pause_in_append(world: &World, dice: &mut Dice, done: &mut Done) {
 }
 
 /// A node dies or sleeps at a point.
-pub async fn point(
-    world: &mut World,
-    node: usize,
-    name: &str,
-    dice: &mut Dice,
-    done: &mut Done,
-) {
+pub async fn point(world: &mut World, node: usize, name: &str, dice: &mut Dice, done: &mut Done) {
     if !cfg!(feature = "failpoints") {
         let why = "Point: built without the feature failpoints".to_owned();
         done.skipped.insert(why);

@@ -150,7 +150,12 @@ impl Run {
 
     /// What was done, and what went through.
     fn figures(&self, log: &LogHistory) -> String {
-        let mut text = format!("seed {}, {} faults in {:?}:", self.seed, self.done.total(), self.took);
+        let mut text = format!(
+            "seed {}, {} faults in {:?}:",
+            self.seed,
+            self.done.total(),
+            self.took
+        );
         for (fault, count) in &self.done.counts {
             let _ = write!(text, " {fault:?} {count}");
         }

@@ -164,11 +164,7 @@ async fn work(mut worker: Worker, is_over: Arc<AtomicBool>, is_done: Arc<AtomicB
 }
 
 /// Publishes a few messages together, all or none of them, again and again.
-async fn publish(
-    nodes: Vec<Http>,
-    mut dice: Dice,
-    is_over: Arc<AtomicBool>,
-) -> Vec<Transaction> {
+async fn publish(nodes: Vec<Http>, mut dice: Dice, is_over: Arc<AtomicBool>) -> Vec<Transaction> {
     let (mut transactions, mut number) = (Vec::new(), 0);
     while !is_over.load(Ordering::Relaxed) {
         let mut ids = Vec::new();
@@ -183,7 +179,10 @@ async fn publish(
         });
         let body = json!({"messages": messages.collect::<Vec<_>>()});
         let placed = publish_once(&nodes, &mut dice, &body).await;
-        let offsets = placed.iter().flatten().map(|placed| placed["offset"].as_u64());
+        let offsets = placed
+            .iter()
+            .flatten()
+            .map(|placed| placed["offset"].as_u64());
         let offsets = offsets.chain(std::iter::repeat(None));
         let sent = ids.into_iter().zip(offsets).map(|(id, offset)| Sent {
             id,
@@ -276,7 +275,8 @@ pub async fn sample(world: &World, nodes: &[Http], queues: &[String]) -> Sample 
     }
     let relayed = "select count(*) from postroad_broker.message where id not like 'web-%'";
     let relayed = count(&world.url, relayed).await;
-    let last = "select coalesce(max(\"offset\"), 0) from postroad_broker.message where id like 'web-%'";
+    let last =
+        "select coalesce(max(\"offset\"), 0) from postroad_broker.message where id like 'web-%'";
     let last = count(&world.url, last).await;
     let mut depth = last.map(|_| 0);
     for (number, queue) in queues.iter().enumerate() {

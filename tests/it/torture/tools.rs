@@ -39,7 +39,14 @@ pub async fn inject(postmaster: i32, flush: Flush) -> Result<Injection, String> 
         Flush::Fails => "inject=fdatasync,fsync:error=EIO",
     };
     let mut command = Command::new("strace");
-    command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync,fsync"]);
+    command.args([
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=fdatasync,fsync",
+    ]);
     command.args(["-e", fault]);
     for pid in children(postmaster).into_iter().chain([postmaster]) {
         command.args(["-p", &pid.to_string()]);

@@ -9,10 +9,10 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::WORKERS;
-use crate::support::worker::Dice;
 use crate::history::{Act, Asked, Done, Order, Recorder, Redrive, Whose};
 use crate::support::Http;
 use crate::support::consumer::time;
+use crate::support::worker::Dice;
 
 /// Redrives that run at a time.
 const REDRIVES_MAX: usize = 3;
