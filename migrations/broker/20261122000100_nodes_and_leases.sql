@@ -28,6 +28,8 @@ create table postroad_broker.node (
     wants text[] not null default '{}',
     -- It is about to end, and hands over what it holds.
     is_leaving boolean not null default false,
+    -- The number of its last heartbeat. A process that finds a lower one than it has written looks at an older copy of this database.
+    beat bigint not null default 0,
     dead_at timestamptz
 );
 

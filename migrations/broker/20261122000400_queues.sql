@@ -97,6 +97,16 @@ create table postroad_broker.queue_position (
         cardinality(queue_ids) = cardinality(generations) and cardinality(queue_ids) = cardinality(throughs))
 );
 
+-- The message at the place up to which a queue had settled everything, noted now and then: a log that was restored without its
+-- queues, and has grown again since, has another one there. True whoever writes it, since a message never changes its place.
+create table postroad_broker.queue_mark (
+    queue_id bigint primary key references postroad_broker.queue (id) on delete cascade,
+    generation bigint not null,
+    "offset" bigint not null,
+    source text not null,
+    id text not null
+) with (fillfactor = 50);
+
 -- Which segment is written. Changed when it is full.
 create table postroad_broker.queue_journal_turn (
     singleton boolean primary key default true,

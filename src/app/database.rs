@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
 use super::Error;
+use crate::store::history::{self, Present};
 use crate::store::migrate::{self, Grants};
 use crate::store::{Database, Retry, server};
 
@@ -13,14 +15,15 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How often a wait that goes on is mentioned.
 const MENTION_EVERY: Duration = Duration::from_secs(60);
 
-/// Waits until the database answers, checks it, and brings its schemas up to date.
-pub(super) async fn prepare(database: &Database) -> Result<(), Error> {
+/// Waits until the database answers, checks it, brings its schemas up to date, and finds out which history it is in: another one
+/// than `void`. Gives what that is known by.
+pub(super) async fn prepare(database: &Database, void: Option<Uuid>) -> Result<Uuid, Error> {
     wait_until_up(database).await?;
     // The server can still go away in between; what was done is done again then.
     let mut pause = FIRST_PAUSE;
     loop {
-        match migrate_all(database).await {
-            Ok(grants) => {
+        match migrate_all(database, void).await {
+            Ok((grants, present)) => {
                 if grants == Grants::Skipped {
                     tracing::warn!(
                         database = %database.place(),
@@ -28,7 +31,7 @@ pub(super) async fn prepare(database: &Database) -> Result<(), Error> {
                          services that use other roles cannot write to the outbox"
                     );
                 }
-                return Ok(());
+                return Ok(present.salt);
             }
             Err(error) if error.retry() == Retry::Never || error.is_login_refused() => {
                 return Err(error.into());
@@ -43,9 +46,22 @@ pub(super) async fn prepare(database: &Database) -> Result<(), Error> {
     }
 }
 
-async fn migrate_all(database: &Database) -> Result<Grants, crate::store::Error> {
+async fn migrate_all(
+    database: &Database,
+    void: Option<Uuid>,
+) -> Result<(Grants, Present), crate::store::Error> {
     migrate::broker(database).await?;
-    migrate::origin(database).await
+    let grants = migrate::origin(database).await?;
+    let present = history::begin(database, void).await?;
+    if present.is_begun {
+        tracing::error!(
+            era = present.era,
+            database = %database.place(),
+            "the broker's database is in another history than before: it was failed over or restored. What was answered and is not in \
+             it is lost; relays read again what outboxes still hold. GET /v1/cluster has the histories"
+        );
+    }
+    Ok((grants, present))
 }
 
 async fn wait_until_up(database: &Database) -> Result<(), Error> {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
+use uuid::Uuid;
 
 use crate::config::Config;
 use crate::domain::cloudevents::Limits;
@@ -21,6 +22,8 @@ use crate::store::{self, Database};
 use crate::supervisor::Supervisor;
 use crate::{cluster, http, local_postgres, lock, queue, relay, stream, telemetry, topic};
 
+/// How long parts have to end whose work is void.
+const ABANDON: Duration = Duration::from_secs(1);
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
 
@@ -163,6 +166,8 @@ pub struct Broker {
     pub address: SocketAddr,
     url: String,
     database: Database,
+    /// The database's history is known by it.
+    history: Uuid,
     shutdown: Duration,
     steps: Steps,
     held: Held,
@@ -174,13 +179,22 @@ impl Broker {
     /// # Errors
     /// See [`Error`]. What was started before is stopped again.
     pub async fn start(config: Config) -> Result<Self, Error> {
+        Self::start_anew(config, None).await
+    }
+
+    /// As [`Broker::start`], after [`Broker::history_changed`] made that history of the database void.
+    ///
+    /// # Errors
+    /// As [`Broker::start`].
+    pub async fn start_anew(config: Config, void: Option<Uuid>) -> Result<Self, Error> {
         let steps = Steps::new();
         let mut held = Held::default();
-        match Box::pin(assemble(&config, &steps, &mut held)).await {
+        match Box::pin(assemble(&config, void, &steps, &mut held)).await {
             Ok(parts) => Ok(Self {
                 address: parts.address,
                 url: parts.url,
                 database: parts.database,
+                history: parts.history,
                 shutdown: config.shutdown,
                 steps,
                 held,
@@ -197,6 +211,19 @@ impl Broker {
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Resolves when the database has another history than the one that this broker was started in: a failover, a restore. Says
+    /// which. All that this broker knows is void, and it writes nothing any more: [`Broker::abandon`] it, and start another. Cancel-safe.
+    pub async fn history_changed(&self) -> String {
+        self.database.history_changed().await
+    }
+
+    /// Stops without finishing anything, within a second and what the private Postgres needs. Tasks that cannot end are left
+    /// behind, waiting for a database that they will not get: drop their runtime. Gives what the history is known by that is void now.
+    pub async fn abandon(self) -> Uuid {
+        let _ = self.steps.stop(None, ABANDON).await;
+        self.history
     }
 
     /// Resolves when a part failed, so that the process must stop. Cancel-safe.
@@ -233,6 +260,7 @@ struct Parts {
     address: SocketAddr,
     url: String,
     database: Database,
+    history: Uuid,
 }
 
 /// The address that the node's row has when none is advertised. A node takes over at once what is held under its own address,
@@ -256,7 +284,12 @@ fn node_url(listening: SocketAddr) -> String {
     }
 }
 
-async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Parts, Error> {
+async fn assemble(
+    config: &Config,
+    void: Option<Uuid>,
+    steps: &Steps,
+    held: &mut Held,
+) -> Result<Parts, Error> {
     let listener = TcpListener::bind(config.bind)
         .await
         .and_then(|listener| Ok((listener.local_addr()?, listener)))
@@ -267,7 +300,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
     let (address, listener) = listener?;
     let url = format!("http://{address}");
     let database = open_database(config, steps).await?;
-    database::prepare(&database).await?;
+    let history = database::prepare(&database, void).await?;
     let mut registry = Registry::default();
     telemetry::register(&mut registry);
     let cluster = cluster::start(
@@ -344,6 +377,7 @@ async fn assemble(config: &Config, steps: &Steps, held: &mut Held) -> Result<Par
         address,
         url,
         database,
+        history,
     })
 }
 

@@ -56,6 +56,14 @@ enum ConfigCommand {
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    match cli.command {
+        Command::Serve(flags) => serve::main(&flags),
+        command => on_runtime(run(command)),
+    }
+}
+
+/// Runs to the end on a runtime of its own.
+fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build();
@@ -66,7 +74,7 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let code = runtime.block_on(run(cli.command));
+    let code = runtime.block_on(work);
     // A task that outlived its deadline must not keep the process.
     runtime.shutdown_background();
     code
@@ -74,7 +82,7 @@ pub fn main() -> ExitCode {
 
 async fn run(command: Command) -> ExitCode {
     match command {
-        Command::Serve(flags) => with_config(&flags, serve::run).await,
+        Command::Serve(flags) => serve::main(&flags),
         Command::Demo(options) => match demo::run(options).await {
             Ok(report) if report.is_clean() => ExitCode::SUCCESS,
             Ok(_) => ExitCode::FAILURE,

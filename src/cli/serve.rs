@@ -1,12 +1,27 @@
 //! `postroad serve`: runs the broker until a signal, or until one of its parts fails.
+//!
+//! When the database turns out to have another history (a failover, a restore), all that the process has in memory is void. It then
+//! begins anew, on a runtime of its own, so that nothing of the former one is left; clients see what they see of a restart.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use uuid::Uuid;
 
+use super::flags::ConfigFlags;
+use super::{ended, print_error};
 use crate::app::Broker;
-use crate::config::Config;
+use crate::config::{self, Config, Environment};
+use crate::telemetry;
 
-/// SIGTERM and SIGINT.
+/// How long what runs on threads of its own may take when a runtime ends.
+const RUNTIME_END: Duration = Duration::from_secs(5);
+
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -21,7 +36,7 @@ impl Signals {
         })
     }
 
-    /// The next one's name. Cancel-safe.
+    /// Cancel-safe.
     async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
@@ -30,17 +45,59 @@ impl Signals {
     }
 }
 
-pub(super) async fn run(config: Config) -> anyhow::Result<()> {
+/// How a run came to its end.
+enum Ended {
+    Stopped,
+    /// The database has another history, and this one is void. The next run listens where this one did.
+    Anew(SocketAddr, Uuid),
+}
+
+/// Runs the broker until it stops; more than once if the database's history changes.
+pub(super) fn main(flags: &ConfigFlags) -> ExitCode {
+    let mut config = match config::load(&flags.0, &Environment::of_process()) {
+        Ok(config) => config,
+        Err(error) => {
+            print_error(&error.into());
+            return ExitCode::from(2);
+        }
+    };
+    telemetry::start(&config);
+    let mut void = None;
+    loop {
+        match on_own_runtime(run(config.clone(), void)) {
+            Ok(Ended::Stopped) => return ExitCode::SUCCESS,
+            Ok(Ended::Anew(address, history)) => {
+                config.bind = address;
+                void = Some(history);
+            }
+            Err(error) => return ended(Err(error)),
+        }
+    }
+}
+
+fn on_own_runtime(work: impl Future<Output = anyhow::Result<Ended>>) -> anyhow::Result<Ended> {
+    let runtime = Runtime::new().context("starting the runtime failed")?;
+    let ended = runtime.block_on(work);
+    match ended {
+        // Whatever is left ends here: nothing of it may write.
+        Ok(Ended::Anew(..)) => runtime.shutdown_timeout(RUNTIME_END),
+        // A task that outlived its deadline must not keep the process.
+        _ => runtime.shutdown_background(),
+    }
+    ended
+}
+
+async fn run(config: Config, void: Option<Uuid>) -> anyhow::Result<Ended> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
     let mut signals = Signals::listen()?;
-    let starting = Broker::start(config);
+    let starting = Broker::start_anew(config, void);
     let broker = tokio::select! {
         // Nothing was promised to anybody yet: the process may end here, and what it began is undone by the database.
         name = signals.next() => {
             tracing::info!("stopping on {name}, before the start was done");
-            return Ok(());
+            return Ok(Ended::Stopped);
         }
         started = starting => started?,
     };
@@ -51,6 +108,11 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
             false
         }
         () = broker.failed() => true,
+        why = broker.history_changed() => {
+            tracing::error!(why, "the broker's database has another history than before: starting anew");
+            let address = broker.address;
+            return Ok(Ended::Anew(address, broker.abandon().await));
+        }
     };
     let tasks = broker.tasks();
     tokio::select! {
@@ -63,5 +125,5 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
         bail!("a part of the broker failed; the log says which");
     }
     tracing::info!("stopped");
-    Ok(())
+    Ok(Ended::Stopped)
 }

@@ -123,6 +123,7 @@ kinds! {
     StreamHasQueues = "stream-has-queues",
     QueueStreamFixed = "queue-stream-fixed",
     TooManyQueues = "too-many-queues",
+    LogBehindQueue = "log-behind-queue",
     PayloadTooLarge = "payload-too-large",
     MessageTooLarge = "message-too-large",
     UnsupportedMediaType = "unsupported-media-type",

@@ -29,6 +29,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::domain::id::Fence;
 use crate::store::cluster::BrokerIdentity;
+use crate::store::history::History;
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 use metrics::Metrics;
@@ -94,6 +95,7 @@ pub struct Handle {
 struct Shared {
     incarnation: AtomicI64,
     identity: BrokerIdentity,
+    histories: Vec<History>,
     /// The database's clock and this process's, read together.
     started: (DateTime<Utc>, Instant),
     ttl: Duration,
@@ -163,6 +165,7 @@ pub async fn start(
         );
     }
     let identity = store::cluster::broker_identity(&db).await?;
+    let histories = store::history::list(&db).await?;
     let metrics = Metrics::new(registry);
     let asked = Instant::now();
     let ttl_seconds = options.ttl.as_secs_f64();
@@ -173,13 +176,18 @@ pub async fn start(
     // The clock was read after `asked`: now() lags by the round trip at most, and never runs ahead.
     let started = (now, Instant::now());
     store::cluster::delete_old_nodes(&mut connection).await?;
+    let beat = db.next_beat();
     let sign = store::cluster::Sign {
         incarnation,
         ttl_millis: task::millis(options.ttl),
         wants: &inherited,
         is_leaving: false,
+        beat,
     };
     let seen = store::cluster::beat(&mut connection, sign).await?;
+    if seen.is_renewed {
+        db.note_beat(incarnation, beat);
+    }
     let mut observer = view::Observer::new(options.heartbeat);
     let view = observer.view(asked, incarnation, seen);
     metrics.incarnations.inc();
@@ -189,6 +197,7 @@ pub async fn start(
         shared: Arc::new(Shared {
             incarnation: AtomicI64::new(incarnation),
             identity,
+            histories,
             started,
             ttl: options.ttl,
             state: Mutex::new(State {
@@ -227,6 +236,12 @@ impl Handle {
     #[must_use]
     pub fn identity(&self) -> &BrokerIdentity {
         &self.shared.identity
+    }
+
+    /// The histories of the database, by number. The last one is the present one: when another begins, the process begins anew.
+    #[must_use]
+    pub fn histories(&self) -> &[History] {
+        &self.shared.histories
     }
 
     /// The database's clock, read once, plus the monotonic time since. Never steps back, whatever either clock does.

@@ -166,15 +166,18 @@ impl Heartbeat {
             let incarnation = self.shared.incarnation.load(Ordering::Acquire);
             let (wants, is_leaving) = self.signs();
             let asked = Instant::now();
+            let beat = self.db.next_beat();
             let sign = Sign {
                 incarnation,
                 ttl_millis: millis(ttl),
                 wants: &wants,
                 is_leaving,
+                beat,
             };
             failpoint::reach("node.before_renewal");
             let seen = store::cluster::beat(self.connected().await?, sign).await?;
             if seen.is_renewed {
+                self.db.note_beat(incarnation, beat);
                 self.shared.state().trusted_until = asked + ttl;
                 let mut view = self.observer.view(asked, incarnation, seen);
                 // The row was read as it was before.

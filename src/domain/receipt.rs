@@ -1,12 +1,14 @@
 //! Receipts: what a consumer settles a delivery by. A receipt names (queue, generation, offset, delivery) and carries a
 //! MAC, so that it holds across owners and restarts without a table of receipts, and cannot be guessed.
 
+use std::collections::HashMap;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-use super::id::{Generation, Offset, QueueId};
+use super::id::{Generation, Offset, QueueId, StreamId};
 
 /// The form of the text. A later form gets another first byte, and this one stays readable.
 const VERSION: u8 = 1;
@@ -93,6 +95,80 @@ impl Key {
     }
 }
 
+/// The keys of a broker's receipts: one for the messages of each history of its database. After a failover or a restore other
+/// messages can stand where some were lost, and a receipt of those must not settle these.
+#[derive(Debug, Clone)]
+pub struct Keys {
+    first: Key,
+    /// By stream, in order: from which offset on a later history's key holds.
+    later: HashMap<StreamId, Vec<(Offset, Key)>>,
+}
+
+/// What a text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opened {
+    /// No receipt of this broker's.
+    Unknown,
+    /// A receipt.
+    Valid(Receipt),
+    /// A receipt of a message that was lost with the end of a former history. Another message is at its offset, or will be.
+    Lost(Receipt),
+}
+
+impl Keys {
+    /// The keys, derived from the broker's one by the salt of each later history of a stream: stream, first offset, salt; of each
+    /// stream in order.
+    pub fn new<'s>(
+        bytes: &[u8],
+        histories: impl Iterator<Item = (StreamId, Offset, &'s [u8])>,
+    ) -> Self {
+        let first = Key::new(bytes);
+        let mut later: HashMap<StreamId, Vec<(Offset, Key)>> = HashMap::new();
+        for (stream, from, salt) in histories {
+            let derived = first.0.clone().chain_update(salt).finalize().into_bytes();
+            let keys = later.entry(stream).or_default();
+            keys.push((from, Key::new(&derived)));
+        }
+        Self { first, later }
+    }
+
+    /// The place among the stream's keys of the one for an offset: 0 is the first.
+    fn place(&self, stream: StreamId, offset: Offset) -> usize {
+        let later = self.later.get(&stream).map_or(&[][..], Vec::as_slice);
+        // A history can have begun before the end of the one before it.
+        later
+            .iter()
+            .rposition(|(from, _)| *from <= offset)
+            .map_or(0, |place| place + 1)
+    }
+
+    fn of(&self, stream: StreamId) -> impl Iterator<Item = &Key> {
+        let later = self.later.get(&stream).into_iter().flatten();
+        std::iter::once(&self.first).chain(later.map(|(_, key)| key))
+    }
+
+    /// The receipt of a delivery of a stream's message, as text.
+    #[must_use]
+    pub fn seal(&self, stream: StreamId, receipt: &Receipt) -> String {
+        let key = self.of(stream).nth(self.place(stream, receipt.offset));
+        key.unwrap_or(&self.first).seal(receipt)
+    }
+
+    /// What a text is to a queue of the stream.
+    #[must_use]
+    pub fn open(&self, stream: StreamId, text: &str) -> Opened {
+        for (place, key) in self.of(stream).enumerate() {
+            if let Some(receipt) = key.open(text) {
+                return match place == self.place(stream, receipt.offset) {
+                    true => Opened::Valid(receipt),
+                    false => Opened::Lost(receipt),
+                };
+            }
+        }
+        Opened::Unknown
+    }
+}
+
 /// Appends an unsigned LEB128 number.
 pub(crate) fn write_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
@@ -150,6 +226,41 @@ mod tests {
         for text in ["", "A", "é", "AAAAAAAAAAAAAAAAAAAAAAAAAAAA"] {
             assert_eq!(key.open(text), None);
         }
+    }
+
+    #[test]
+    fn a_receipt_of_what_was_lost_is_told_from_that_of_what_came_in_its_place() {
+        let at = |offset| Receipt {
+            queue: QueueId(7),
+            generation: Generation(1),
+            offset: Offset(offset),
+            delivery: 1,
+        };
+        let (stream, other) = (StreamId(1), StreamId(2));
+        let first = Keys::new(b"k", std::iter::empty());
+        let second = Keys::new(b"k", [(stream, Offset(11), &b"s"[..])].into_iter());
+        // The third history goes back behind the second one's beginning.
+        let third = [
+            (stream, Offset(11), &b"s"[..]),
+            (stream, Offset(6), &b"t"[..]),
+        ];
+        let third = Keys::new(b"k", third.into_iter());
+        for (keys, offset, later, opened) in [
+            (&first, 10, &second, Opened::Valid(at(10))),
+            (&first, 11, &second, Opened::Lost(at(11))),
+            (&second, 10, &second, Opened::Valid(at(10))),
+            (&second, 11, &second, Opened::Valid(at(11))),
+            (&first, 5, &third, Opened::Valid(at(5))),
+            (&first, 6, &third, Opened::Lost(at(6))),
+            (&second, 11, &third, Opened::Lost(at(11))),
+            (&third, 11, &third, Opened::Valid(at(11))),
+        ] {
+            let text = keys.seal(stream, &at(offset));
+            assert_eq!(later.open(stream, &text), opened, "{offset}");
+        }
+        let text = first.seal(other, &at(11));
+        assert_eq!(third.open(other, &text), Opened::Valid(at(11)));
+        assert_eq!(third.open(stream, "AAAA"), Opened::Unknown);
     }
 
     proptest! {

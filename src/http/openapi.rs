@@ -106,11 +106,11 @@ problem_sets! {
     /// No such stream.
     NoStream = StreamNotFound;
     /// No such queue.
-    NoQueue = QueueNotFound;
+    NoQueue = QueueNotFound LogBehindQueue;
     /// No such queue, or message of it.
-    NoMessage = QueueNotFound QueueMessageNotFound;
+    NoMessage = QueueNotFound QueueMessageNotFound LogBehindQueue;
     /// Conflicts of beginning a generation.
-    QueueMoved = GenerationMoved;
+    QueueMoved = GenerationMoved LogBehindQueue;
     /// Conflicts of declaring a stream.
     StreamConflicts = StreamOverlap StreamKeyedFixed;
     /// Of the routes of keys.
@@ -122,7 +122,7 @@ problem_sets! {
     /// Conflicts of deleting a stream.
     StreamStays = StreamHasQueues StreamIsKept;
     /// Conflicts of declaring a queue.
-    QueueConflicts = QueueStreamFixed TooManyQueues;
+    QueueConflicts = QueueStreamFixed TooManyQueues LogBehindQueue;
     /// No such queue or dead letter.
     NoLetter = QueueNotFound DeadLetterNotFound;
     /// No such queue or redrive.

@@ -100,6 +100,8 @@ kinds! {
     QueueStreamFixed = "queue-stream-fixed", 409, "The stream of a queue cannot be changed";
     /// A seek or purge counts on another generation.
     GenerationMoved = "generation-moved", 409, "The queue is in another generation";
+    /// The log was restored without the queue.
+    LogBehindQueue = "log-behind-queue", 409, "The log was restored without the queue";
     /// As many queues as there can be.
     TooManyQueues = "too-many-queues", 409, "There are as many queues as there can be";
     /// As many patterns with settings as there can be.

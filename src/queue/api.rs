@@ -67,6 +67,8 @@ pub struct Description {
     pub created_at: DateTime<Utc>,
     /// Its numbers now; None while its state is being recovered.
     pub status: Option<Status>,
+    /// The queue is not served, since its log was restored without it.
+    pub log_behind: Option<LogBehind>,
 }
 
 /// The numbers of a queue at one moment.
@@ -248,6 +250,24 @@ pub struct InFlight {
     pub visible_until: DateTime<Utc>,
 }
 
+/// A log that lacks what its queue knows, or has other messages there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogBehind {
+    /// The queue has looked at everything up to here.
+    pub through: Offset,
+    /// The log's last offset.
+    pub end: Offset,
+}
+
+impl LogBehind {
+    pub(in crate::queue) fn error(self, queue: &QueueName) -> Error {
+        Error::LogBehind {
+            queue: queue.clone(),
+            behind: self,
+        }
+    }
+}
+
 /// Why a request to a queue was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -286,6 +306,17 @@ pub enum Error {
     TooManyQueues {
         /// The bound.
         limit: usize,
+    },
+    /// The log was restored from before what the queue knows, without it. Answer 409.
+    #[error(
+        "the queue `{queue}` has looked at its log up to offset {}, and the log that there is ends at {} or has other messages there: it was restored without the queue",
+        behind.through, behind.end
+    )]
+    LogBehind {
+        /// The queue.
+        queue: QueueName,
+        /// What each knows.
+        behind: LogBehind,
     },
     /// A value of the declaration or of the request is out of its range.
     #[error(transparent)]

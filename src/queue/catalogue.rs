@@ -115,6 +115,7 @@ impl Engine {
 
     /// Forgets a queue that is deleted.
     pub(in crate::queue) async fn forget(&mut self, id: QueueId) {
+        self.forget_behind(id);
         let Some(owned) = self.queues.remove(&id) else {
             return;
         };

@@ -10,7 +10,7 @@ use super::hold::{Held, Hold};
 use super::message::{Act, Acted, Expire, MessageStatus};
 use super::part::Answer;
 use super::redrive::{DryRun, NewRedrive};
-use super::renewal::{Renewal, Renewed};
+use super::renewal::{OnLoss, Renewal, Renewed};
 use super::task::{Task, Why};
 use crate::domain::id::{Generation, Offset, Slot};
 use crate::domain::letter::LetterId;
@@ -134,6 +134,7 @@ pub(in crate::queue) enum Job {
         name: QueueName,
         renewal: Renewal,
         expected_generation: Option<Generation>,
+        on_loss: OnLoss,
         reply: Reply<Renewed>,
     },
     Pause {

@@ -365,5 +365,6 @@ pub(in crate::queue) fn describe(row: &QueueRow) -> Description {
         is_paused: row.is_paused,
         created_at: row.created_at,
         status: None,
+        log_behind: None,
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
 use super::Options;
+use super::behind::Behind;
 use super::catalogue::Catalogue;
 use super::command::{Command, Job};
 use super::declare::describe;
@@ -50,6 +51,8 @@ pub(in crate::queue) struct Owned {
     /// The database refused its journal so many times in a row: it is recovered alone, later each time.
     pub(in crate::queue) refusals: u32,
     pub(in crate::queue) refused_at: Option<Instant>,
+    /// The place that was noted last.
+    pub(in crate::queue) marked: Option<(Generation, Offset)>,
     /// The task's mailbox, while it runs.
     pub(in crate::queue) mailbox: Option<mpsc::Sender<Command>>,
 }
@@ -90,6 +93,8 @@ pub(in crate::queue) struct Engine {
     scans: Scans,
     /// Queues to be recovered alone, and when.
     pub(in crate::queue) alone: HashMap<QueueId, Instant>,
+    /// Queues that are not served, since their log is behind them.
+    pub(in crate::queue) behind: HashMap<QueueId, Behind>,
     /// What is known of the catalogue of queues.
     pub(in crate::queue) catalogue: Catalogue,
     /// What other nodes say of their slots.
@@ -135,6 +140,7 @@ impl Engine {
             reads: Arc::new(Semaphore::new(READS)),
             scans: given.scans,
             alone: HashMap::new(),
+            behind: HashMap::new(),
             catalogue: given.catalogue,
             told: Told::default(),
             ended: mpsc::channel(1_024),
@@ -177,7 +183,10 @@ impl Engine {
                 _ = watermarks.tick() => self.tell_watermarks().await,
                 _ = turn.tick() => self.turn_journal().await,
                 _ = trim.tick() => self.trim_letters().await,
-                _ = positions.tick() => self.write_positions().await,
+                _ = positions.tick() => {
+                    self.write_positions().await;
+                    self.write_marks().await;
+                }
                 () = supervisor.stopping() => {}
             }
         }
@@ -214,6 +223,7 @@ impl Engine {
                 position: None,
                 refusals: 0,
                 refused_at: None,
+                marked: None,
                 mailbox: None,
             },
         );
@@ -257,15 +267,21 @@ impl Engine {
         let patterns = owned.row.patterns.clone().into();
         owned.dispatch.subscribe(id, patterns);
         if let Some(known) = self.write_known().get_mut(&owned.row.name) {
+            let log_behind = known.description.log_behind;
             known.description = describe(&owned.row);
+            known.description.log_behind = log_behind;
         }
     }
 
     pub(in crate::queue) fn start_task(&mut self, recovered: Recovered, fence: &Fence) {
+        if let Some(end) = recovered.log_end {
+            return self.note_behind(recovered, end);
+        }
         let Recovered {
             machine,
             unfolded,
             redrives,
+            ..
         } = recovered;
         let Some(owned) = self.queues.get_mut(&machine.id()) else {
             return;
@@ -329,9 +345,11 @@ impl Engine {
                 name,
                 renewal,
                 expected_generation,
+                on_loss,
                 reply,
             } => {
-                let _ = reply.send(self.renew(&name, renewal, expected_generation).await);
+                let renewed = self.renew(&name, renewal, expected_generation, on_loss);
+                let _ = reply.send(renewed.await);
             }
             Job::Pause {
                 name,

@@ -16,12 +16,13 @@ use super::metrics::Metrics;
 use super::task::Progress;
 use crate::cluster::{self, Owner};
 use crate::domain::id::Slot;
+use crate::domain::id::{Generation, StreamId};
 use crate::domain::name::QueueName;
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,
 };
 use crate::domain::queue::{EmptyReason, Item, Outcome, Verb};
-use crate::domain::receipt::Key;
+use crate::domain::receipt::{Keys, Opened, Receipt};
 
 /// The queues of this process. Cheap to clone. Every future can be dropped at any time.
 #[derive(Debug, Clone)]
@@ -47,7 +48,7 @@ pub(in crate::queue) struct Shared {
     pub(in crate::queue) queues: RwLock<HashMap<QueueName, Known>>,
     pub(in crate::queue) jobs: mpsc::Sender<Job>,
     pub(in crate::queue) cluster: cluster::Handle,
-    pub(in crate::queue) key: Key,
+    pub(in crate::queue) keys: Keys,
     pub(in crate::queue) outcome_wait: Duration,
     pub(in crate::queue) metrics: Metrics,
     /// Reads for people.
@@ -64,6 +65,32 @@ impl Shared {
         queues.get(queue).cloned().ok_or_else(|| Error::NotFound {
             queue: queue.clone(),
         })
+    }
+
+    /// The receipt that a text is. One of a message that was lost with a former history of the database is given as of a generation
+    /// that never was, so that it is `gone`.
+    pub(in crate::queue) fn receipt(&self, stream: StreamId, text: &str) -> Option<Receipt> {
+        match self.keys.open(stream, text) {
+            Opened::Unknown => None,
+            Opened::Valid(receipt) => Some(receipt),
+            Opened::Lost(receipt) => {
+                self.metrics.incidents.inc();
+                tracing::warn!(
+                    ?receipt,
+                    "a receipt of a message that was lost when the database went back in time"
+                );
+                Some(Receipt {
+                    generation: Generation(0),
+                    ..receipt
+                })
+            }
+        }
+    }
+
+    /// The stream of a queue, if there is one of this name.
+    fn stream_of(&self, queue: &QueueName) -> Option<StreamId> {
+        let known = self.find(queue).ok()?;
+        Some(known.description.stream_id)
     }
 
     /// Refuses what another node has to answer.
@@ -88,6 +115,9 @@ impl Shared {
                 return Ok(mailbox);
             }
             self.check_owned(queue, Slot::of(known.description.id))?;
+            if let Some(behind) = known.description.log_behind {
+                return Err(behind.error(queue));
+            }
             if tokio::time::Instant::now() >= until {
                 return Err(Error::Unavailable {
                     why: "its state is being recovered",
@@ -193,7 +223,7 @@ impl Handle {
         check_receive(&request)?;
         self.shared.metrics.receives.inc();
         let until = request.wait + self.shared.outcome_wait;
-        let (acks, acked) = self.acks(std::mem::take(&mut request.ack));
+        let (acks, acked) = self.acks(queue, std::mem::take(&mut request.ack));
         let mailbox = self.shared.mailbox(queue).await?;
         let (reply, answer) = oneshot::channel();
         let sent = mailbox.send(Command::Receive {
@@ -221,6 +251,7 @@ impl Handle {
 
     fn acks(
         &self,
+        queue: &QueueName,
         receipts: Vec<String>,
     ) -> (
         Option<Acks>,
@@ -230,8 +261,9 @@ impl Handle {
             return (None, None);
         }
         let (reply, acked) = oneshot::channel();
+        let stream = self.shared.stream_of(queue);
         let items = receipts.iter().map(|receipt| Item {
-            receipt: self.shared.key.open(receipt),
+            receipt: stream.and_then(|stream| self.shared.receipt(stream, receipt)),
             delay: None,
             extend_by: None,
             reason: None,
@@ -253,10 +285,11 @@ impl Handle {
         items: Vec<VerbItem>,
     ) -> Result<Vec<Outcome>, Error> {
         check_items(&items)?;
+        let stream = self.shared.stream_of(queue);
         let items = items
             .into_iter()
             .map(|item| Item {
-                receipt: self.shared.key.open(&item.receipt),
+                receipt: stream.and_then(|stream| self.shared.receipt(stream, &item.receipt)),
                 delay: item.delay,
                 extend_by: item.extend_by,
                 reason: item.reason,

@@ -38,6 +38,7 @@ pub(in crate::queue) struct Metrics {
     pub(in crate::queue) scans_answered: Counter,
     pub(in crate::queue) queues: Gauge,
     pub(in crate::queue) standing: Gauge,
+    pub(in crate::queue) behind: Gauge,
 }
 
 impl Metrics {
@@ -64,6 +65,7 @@ impl Metrics {
             scans_answered: Counter::default(),
             queues: Gauge::default(),
             standing: Gauge::default(),
+            behind: Gauge::default(),
         };
         metrics.register(registry);
         metrics
@@ -172,6 +174,11 @@ impl Metrics {
             "postroad_queues_standing_still",
             "1 while the queues stand still since Postgres cannot be reached",
             self.standing.clone(),
+        );
+        registry.register(
+            "postroad_queues_log_behind",
+            "Queues that are not served since their log was restored without them",
+            self.behind.clone(),
         );
     }
 }

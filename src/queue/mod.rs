@@ -7,6 +7,7 @@
 
 mod ahead;
 mod api;
+mod behind;
 mod catalogue;
 mod command;
 mod declare;
@@ -44,7 +45,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::{Notify, mpsc};
 
 use crate::domain::queue::At;
-use crate::domain::receipt::Key;
+use crate::domain::receipt::Keys;
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 use crate::{cluster, stream};
@@ -52,15 +53,15 @@ use crate::{cluster, stream};
 pub use crate::domain::queue::Whose;
 pub use api::{
     BATCH_MAX, BATCH_WAIT_MAX, BlockedBy, BlockedKey, Declaration, Declared, Delivery, Description,
-    Error, InFlight, InFlightFilter, Outcome, ReceiveRequest, Received, Status, Verb, VerbItem,
-    WAIT_MAX,
+    Error, InFlight, InFlightFilter, LogBehind, Outcome, ReceiveRequest, Received, Status, Verb,
+    VerbItem, WAIT_MAX,
 };
 pub use handle::{Handle, Receiving};
 pub use handout::Handout;
 pub use letters::{LETTERS_MAX, LetterFilter, LetterPage};
 pub use message::{Act, Acted, Expire, INSPECT_MAX, MessageState, MessageStatus};
 pub use redrive::{DryRun, NewRedrive};
-pub use renewal::{Renewal, Renewed};
+pub use renewal::{OnLoss, Renewal, Renewed};
 
 pub use crate::store::letter::{Stored as DeadLetter, Summary as LetterSummary};
 pub use crate::store::redrive::RedriveRow as Redrive;
@@ -121,6 +122,10 @@ pub async fn start(
         had_peers: cluster.view().has_peers(),
     };
     let rows = store::queue::find_queues(&database).await?;
+    let histories = store::history::find_streams(&database).await?;
+    let histories = histories.iter();
+    let histories = histories.map(|of| (of.stream, of.first_offset, &of.salt.as_bytes()[..]));
+    let keys = Keys::new(&cluster.identity().receipt_key.0, histories);
     let (jobs_in, jobs) = mpsc::channel(256);
     // A part and a probe of every queue there can be: sending to the writer never has to wait.
     let (writer_in, submissions) = mpsc::channel(2 * QUEUES_MAX + 1);
@@ -136,7 +141,7 @@ pub async fn start(
         queues: RwLock::new(HashMap::new()),
         jobs: jobs_in,
         cluster: cluster.clone(),
-        key: Key::new(&cluster.identity().receipt_key.0),
+        keys,
         outcome_wait: options.outcome_wait,
         metrics: metrics.clone(),
     });

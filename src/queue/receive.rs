@@ -217,7 +217,8 @@ impl Task {
         let deliveries: Vec<Delivery> = handed
             .into_iter()
             .map(|(handed, entry)| Delivery {
-                receipt: self.parts.shared.key.seal(&self.receipt(&handed)),
+                receipt: (self.parts.shared.keys)
+                    .seal(self.parts.stream_id, &self.receipt(&handed)),
                 delivery: handed.delivery,
                 attempt: handed.attempt,
                 entry,

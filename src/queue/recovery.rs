@@ -8,6 +8,7 @@ use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
 use crate::domain::queue::{Queue, Random, Record, decode};
 use crate::failpoint;
 use crate::store::journal::StatePart;
+use crate::store::mark::Place;
 use crate::store::queue::QueueRow;
 use crate::store::redrive::RedriveRow;
 use crate::store::{self, Database};
@@ -34,6 +35,8 @@ pub(in crate::queue) struct Recovered {
     pub(in crate::queue) unfolded: bool,
     /// The redrives that run.
     pub(in crate::queue) redrives: Vec<RedriveRow>,
+    /// The end of the log, if that lacks what the queue knows.
+    pub(in crate::queue) log_end: Option<Offset>,
 }
 
 impl Recovered {
@@ -43,6 +46,7 @@ impl Recovered {
             machine,
             unfolded: false,
             redrives: Vec::new(),
+            log_end: None,
         }
     }
 }
@@ -89,9 +93,40 @@ pub(in crate::queue) async fn recover(
             machine,
             unfolded: parts.iter().any(|part| part.is_journal),
             redrives: redrives.remove(&row.id).unwrap_or_default(),
+            log_end: None,
         });
     }
+    compare_with_logs(database, rows, &mut machines).await?;
     Ok(machines)
+}
+
+/// Looks whether the logs have what the queues know.
+async fn compare_with_logs(
+    database: &Database,
+    rows: &[&QueueRow],
+    machines: &mut [Recovered],
+) -> Result<(), store::Error> {
+    let mut places = Vec::with_capacity(machines.len());
+    for (row, recovered) in rows.iter().zip(machines.iter()) {
+        let through = recovered.machine.journaled_through();
+        // One that was declared to start behind the end has looked at nothing yet.
+        if through >= row.start_offset {
+            places.push(Place {
+                queue: row.id,
+                stream: row.stream_id,
+                generation: row.generation,
+                through,
+            });
+        }
+    }
+    let behind = store::mark::find_logs_behind(database, &places).await?;
+    for (queue, end) in behind {
+        let mut machines = machines.iter_mut();
+        if let Some(recovered) = machines.find(|recovered| recovered.machine.id() == queue) {
+            recovered.log_end = Some(end);
+        }
+    }
+    Ok(())
 }
 
 fn rebuild(row: &QueueRow, parts: &[StatePart]) -> Result<Queue, crate::domain::queue::Decode> {

@@ -35,6 +35,15 @@ pub struct Renewed {
     pub at_floor: bool,
 }
 
+/// Whether a queue whose log was restored without it may go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnLoss {
+    /// It stays as it is: [`Error::LogBehind`].
+    Refuse,
+    /// It begins its next generation: what the log lacks is lost to it.
+    Accept,
+}
+
 impl Handle {
     /// Begins the queue's next generation: at another place (seek), or after all there is (purge). Receipts of before are
     /// `gone`, dead letters stay, long polls go on.
@@ -43,7 +52,7 @@ impl Handle {
     /// does it again.
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::GenerationMoved`], [`Error::Unavailable`], [`Error::OutcomeUnknown`],
+    /// [`Error::NotFound`], [`Error::GenerationMoved`], [`Error::LogBehind`], [`Error::Unavailable`], [`Error::OutcomeUnknown`],
     /// [`Error::Stopping`], or the database's.
     pub async fn renew(
         &self,
@@ -51,13 +60,32 @@ impl Handle {
         renewal: Renewal,
         expected_generation: Option<Generation>,
     ) -> Result<Renewed, Error> {
+        self.renew_with(name, renewal, expected_generation, OnLoss::Refuse)
+            .await
+    }
+
+    /// As [`Handle::renew`], also of a queue whose log was restored without it.
+    ///
+    /// # Errors
+    /// As [`Handle::renew`].
+    pub async fn renew_with(
+        &self,
+        name: &QueueName,
+        renewal: Renewal,
+        expected_generation: Option<Generation>,
+        on_loss: OnLoss,
+    ) -> Result<Renewed, Error> {
         // Waits while the queue is being recovered.
-        drop(self.shared.mailbox(name).await?);
+        match self.shared.mailbox(name).await {
+            Err(Error::LogBehind { .. }) if on_loss == OnLoss::Accept => {}
+            mailbox => drop(mailbox?),
+        }
         let name = name.clone();
         self.ask(|reply| Job::Renew {
             name,
             renewal,
             expected_generation,
+            on_loss,
             reply,
         })
         .await
@@ -85,6 +113,7 @@ impl Engine {
         name: &QueueName,
         renewal: Renewal,
         expected: Option<Generation>,
+        on_loss: OnLoss,
     ) -> Result<Renewed, Error> {
         let id = self.find(name).ok_or_else(|| Error::NotFound {
             queue: name.clone(),
@@ -97,6 +126,17 @@ impl Engine {
         if let Some(expected) = expected.filter(|expected| *expected != row.generation) {
             return repeated(&row, renewal, expected);
         }
+        let log_behind = self.shared.find(name)?.description.log_behind;
+        if let Some(behind) = log_behind.filter(|_| on_loss == OnLoss::Refuse) {
+            return Err(behind.error(name));
+        }
+        let before_start = match renewal {
+            Renewal::Seek(Start::Time(at)) => self.offset_at(row.stream_id, at).await?,
+            _ => Offset(0),
+        };
+        if log_behind.is_some() {
+            return self.renew_behind(&row, renewal, before_start).await;
+        }
         let state = self.slots.get(&row.slot);
         let fence = state.and_then(|state| state.fence.clone());
         let (Some(mailbox), Some(fence)) = (mailbox, fence) else {
@@ -107,10 +147,6 @@ impl Engine {
                 why: "Postgres cannot be reached",
             });
         }
-        let before_start = match renewal {
-            Renewal::Seek(Start::Time(at)) => self.offset_at(row.stream_id, at).await?,
-            _ => Offset(0),
-        };
         let keeps_redriven = matches!(renewal, Renewal::Seek(_));
         let held = match hold(&mailbox, keeps_redriven, self.shared.outcome_wait).await {
             Ok(held) => held,
@@ -130,14 +166,15 @@ impl Engine {
             state: &held.carried,
         };
         let outcome = store::renewal::renew_queue(&self.database, renew).await;
-        self.conclude(&row, renewal, held, outcome).await
+        self.conclude(&row, renewal, Some(held), outcome).await
     }
 
-    async fn conclude(
+    /// Tells the task that was held, if one runs, and the caller.
+    pub(in crate::queue) async fn conclude(
         &mut self,
         row: &QueueRow,
         renewal: Renewal,
-        held: Held,
+        held: Option<Held>,
         outcome: Result<RenewOutcome, store::Error>,
     ) -> Result<Renewed, Error> {
         match outcome {
@@ -147,10 +184,12 @@ impl Engine {
                 at_floor,
             }) => {
                 self.begin_generation(row.id, renewal, (generation, start_offset, at_floor));
-                let _ = held.go_on.send(Verdict::Renewed {
-                    generation,
-                    start_offset,
-                });
+                if let Some(held) = held {
+                    let _ = held.go_on.send(Verdict::Renewed {
+                        generation,
+                        start_offset,
+                    });
+                }
                 self.shared.metrics.renewals.inc();
                 tracing::info!(
                     queue = %row.name, ?renewal, generation = %generation, start_offset = %start_offset,
@@ -242,7 +281,7 @@ impl Engine {
     }
 }
 
-const RECOVERING: Error = Error::Unavailable {
+pub(in crate::queue) const RECOVERING: Error = Error::Unavailable {
     why: "its state is being recovered",
 };
 

@@ -88,6 +88,7 @@ impl Engine {
         if let Some(state) = self.slots.get_mut(&slot) {
             state.is_recovered = false;
         }
+        self.forget_behind_of(slot);
         let of_slot = self
             .queues
             .values_mut()

@@ -23,7 +23,7 @@ pub(in crate::queue) struct Told {
 
 impl Owned {
     /// Up to where the queue has settled all that it matches, as far as this process knows.
-    fn settled_through(&self) -> Offset {
+    pub(in crate::queue) fn settled_through(&self) -> Offset {
         // Not recovered: nothing is known of it but where it began.
         if self.mailbox.is_none() {
             return Offset(self.row.start_offset.0 - 1);

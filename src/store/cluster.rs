@@ -145,6 +145,8 @@ pub struct Sign<'a> {
     pub wants: &'a [String],
     /// It is about to end.
     pub is_leaving: bool,
+    /// The heartbeat's number, from [`Database::next_beat`].
+    pub beat: i64,
 }
 
 /// A node that nobody has marked dead.
@@ -212,6 +214,7 @@ pub async fn beat(connection: &mut Connection, sign: Sign<'_>) -> Result<Seen, E
             .bind(Duration::from_millis(sign.ttl_millis).as_secs_f64())
             .bind(sign.wants)
             .bind(sign.is_leaving)
+            .bind(sign.beat)
             .fetch_one(connection),
     )
     .await?;

@@ -38,6 +38,7 @@ const BROKER: &[File] = &[
     file!("broker", 20261122000350, "schedules"),
     file!("broker", 20261122000360, "topic_settings"),
     file!("broker", 20261122000380, "user_locks"),
+    file!("broker", 20261122000390, "histories"),
     file!("broker", 20261122000400, "queues"),
     file!("broker", 20261122000410, "redrives"),
 ];
@@ -65,6 +66,9 @@ const INBOX_GRANTS: &str = include_str!("../../migrations/inbox/grants.sql");
 const FENCE_GRANTS: &str = include_str!("../../migrations/fence/grants.sql");
 /// The same beside mapped tables.
 const MAPPED_GRANTS: &str = include_str!("../../migrations/mapped/grants.sql");
+
+/// Held while rights are granted: `grants` in ASCII.
+const GRANT_LOCK: i64 = 0x6772_616e_7473;
 
 fn migrator(files: &[File], schema: &'static str) -> Migrator {
     let migrations = files
@@ -169,7 +173,10 @@ async fn install(
         .await
         .map_err(Error::Migrate)?;
     let mut connection = database.connect().await?;
-    sqlx::raw_sql(grants)
+    // Sent as one message, it is one transaction. One at a time: two that grant at once update the same rows of the catalogue, which
+    // Postgres refuses.
+    let alone = format!("select pg_advisory_xact_lock({GRANT_LOCK});{grants}");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(alone))
         .execute(&mut connection)
         .await
         .map_err(Error::query("granting the installed roles their rights"))?;

@@ -4,11 +4,14 @@ pub mod bench;
 mod bounded;
 pub mod cluster;
 mod error;
+mod guard;
 pub mod hint;
+pub mod history;
 pub mod journal;
 pub mod letter;
 pub mod lock;
 pub mod mapped;
+pub mod mark;
 pub mod migrate;
 #[cfg(feature = "failpoints")]
 mod mutant;
@@ -23,12 +26,14 @@ pub mod shop;
 pub mod stream;
 pub mod topic;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _};
 
 pub use error::{Error, Retry};
+use guard::Guard;
 
 /// A connection of its own, for what must not share one: a relay's session, a heartbeat, an appender.
 pub type Connection = sqlx::PgConnection;
@@ -50,6 +55,7 @@ const SESSION: [(&str, &str); 6] = [
 pub struct Database {
     options: PgConnectOptions,
     pool: PgPool,
+    guard: Arc<Guard>,
 }
 
 impl Database {
@@ -63,19 +69,52 @@ impl Database {
             .map_err(Error::url)?
             .options(SESSION)
             .disable_statement_logging();
+        let guard = Arc::new(Guard::new());
+        let of_pool = Arc::clone(&guard);
         let pool = PgPoolOptions::new()
             .max_connections(pool_size)
             .acquire_timeout(Duration::from_secs(10))
+            .after_connect(move |connection, _| {
+                let guard = Arc::clone(&of_pool);
+                Box::pin(async move { guard.check(connection).await })
+            })
             .connect_lazy_with(options.clone());
-        Ok(Self { options, pool })
+        Ok(Self {
+            options,
+            pool,
+            guard,
+        })
     }
 
     /// A connection outside the pool.
     ///
     /// # Errors
-    /// The server cannot be reached within 10 s or refuses.
+    /// The server cannot be reached within 10 s or refuses, or has another history than before ([`Database::history_changed`]).
     pub async fn connect(&self) -> Result<Connection, Error> {
-        bounded::connecting(Connection::connect_with(&self.options)).await
+        bounded::connecting(async {
+            let mut connection = Connection::connect_with(&self.options).await?;
+            self.guard.check(&mut connection).await?;
+            Ok(connection)
+        })
+        .await
+    }
+
+    /// The number of the next heartbeat.
+    #[must_use]
+    pub fn next_beat(&self) -> i64 {
+        self.guard.next_beat()
+    }
+
+    /// The heartbeat of that number is committed, in the row of this incarnation.
+    pub fn note_beat(&self, incarnation: i64, beat: i64) {
+        self.guard.note_beat(incarnation, beat);
+    }
+
+    /// Resolves when a new connection has met another history than the one that [`history::begin`] found: another server, another
+    /// timeline, or an older copy. Says which. No connection is made any more, and what this process has in memory of the database
+    /// is void. Cancel-safe.
+    pub async fn history_changed(&self) -> String {
+        self.guard.changed().await
     }
 
     /// The pool. Statements on it must run in tasks that are never aborted: see DESIGN.md on `Pool::begin`.

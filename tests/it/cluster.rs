@@ -201,6 +201,7 @@ async fn an_expired_holder_is_marked_dead_and_starts_over_as_a_new_incarnation()
         ttl_millis: 60_000,
         wants: &[],
         is_leaving: false,
+        beat: 1,
     };
     let seen = store::cluster::beat(&mut other, sign).await.unwrap();
     assert!(!seen.is_renewed);

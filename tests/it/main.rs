@@ -14,6 +14,7 @@ mod cluster;
 mod demo;
 mod end_to_end;
 mod examples;
+mod failover;
 #[cfg(feature = "failpoints")]
 mod failpoints;
 mod faults;

@@ -1,5 +1,7 @@
 //! The nodes of the broker, and which of them holds what.
 
+use std::collections::BTreeMap;
+
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -29,6 +31,26 @@ struct Cluster {
     slots: Vec<SlotNow>,
     /// What else is held: the relays of the origins, and duties, by name.
     leases: Vec<Lease>,
+    /// The histories of the broker's database, by number: another one begins when the database is found promoted, or restored into
+    /// another server. The last one is the present one.
+    histories: Vec<HistoryNow>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = History)]
+struct HistoryNow {
+    #[schema(minimum = 1)]
+    era: i64,
+    /// The server's, as `pg_control_system()` gives it.
+    system_identifier: String,
+    /// Of the server's log.
+    timeline: i32,
+    /// When a node first found it.
+    #[schema(format = DateTime)]
+    began_at: String,
+    /// By stream, the first offset of the messages that were appended in it. What a reader had from there on before is lost, and
+    /// other messages are in its place. Empty for the first history.
+    first_offsets: BTreeMap<String, i64>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -96,8 +118,8 @@ impl Held {
     }
 }
 
-impl From<&View> for Cluster {
-    fn from(view: &View) -> Self {
+impl Cluster {
+    fn new(view: &View, histories: Vec<HistoryNow>) -> Self {
         let slots_of = |node: i64| {
             let slots = view.assigned.iter();
             slots
@@ -134,6 +156,7 @@ impl From<&View> for Cluster {
                     held: Held::of(view, name),
                 })
                 .collect(),
+            histories,
         }
     }
 }
@@ -150,5 +173,16 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 async fn describe(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
     query.finish()?;
     let view = state.parts.cluster.refresh().await;
-    Ok(wire::json(StatusCode::OK, &Cluster::from(&*view)))
+    let histories = state.parts.cluster.histories().iter();
+    let histories = histories.map(|history| HistoryNow {
+        era: history.era,
+        system_identifier: history.system_identifier.clone(),
+        timeline: history.timeline,
+        began_at: wire::time(history.began_at),
+        first_offsets: (history.first_offsets.iter())
+            .map(|(stream, offset)| (stream.clone(), offset.0))
+            .collect(),
+    });
+    let cluster = Cluster::new(&view, histories.collect());
+    Ok(wire::json(StatusCode::OK, &cluster))
 }

@@ -161,6 +161,18 @@ struct Queue {
     paused: bool,
     /// Its numbers now; null while its state is being recovered.
     status: Option<Numbers>,
+    /// The queue is not served: its log was restored without it. Null otherwise.
+    log_behind: Option<LogBehindNow>,
+}
+
+/// A log that lacks what its queue knows, or has other messages there.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = LogBehind)]
+struct LogBehindNow {
+    /// The queue has looked at everything up to here.
+    through_offset: i64,
+    /// The log's last offset when the queue's state was read.
+    end_offset: i64,
 }
 
 /// A queue's numbers at one moment.
@@ -338,6 +350,10 @@ impl From<Description> for Queue {
             created_at: wire::time(queue.created_at),
             paused: queue.is_paused,
             status: queue.status.map(Numbers::from),
+            log_behind: queue.log_behind.map(|behind| LogBehindNow {
+                through_offset: behind.through.0,
+                end_offset: behind.end.0,
+            }),
         }
     }
 }

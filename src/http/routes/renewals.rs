@@ -17,7 +17,7 @@ use crate::http::extract::{Check, Json, Named, Query};
 use crate::http::openapi::{NoQueue, QueueMoved, Reads, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
-use crate::queue::{Renewal, Renewed};
+use crate::queue::{OnLoss, Renewal, Renewed};
 
 /// Where the queue goes on.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -25,6 +25,10 @@ use crate::queue::{Renewal, Renewed};
 #[schema(as = Seek, example = json!({"to": {"offset": 1}}))]
 struct SeekBody {
     to: StartAt,
+    /// Of a queue whose log was restored without it: go on all the same. What the log lacks is lost to the queue, and what is there
+    /// from the new place on is delivered, whether the queue had it before or not.
+    #[serde(default)]
+    accept_loss: bool,
     /// The generation that the request counts on: 409 when the queue is in another one. A repeat of a request that was carried
     /// out gets its answer, and does nothing.
     #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64)]
@@ -102,7 +106,12 @@ async fn seek(
     let expected = expected(&mut check, body.expected_generation);
     check.finish()?;
     let renewal = Renewal::Seek(to.expect("a place that does not parse is a fault"));
-    let renewed = state.parts.queue.renew(&name, renewal, expected).await?;
+    let on_loss = match body.accept_loss {
+        true => OnLoss::Accept,
+        false => OnLoss::Refuse,
+    };
+    let queue = &state.parts.queue;
+    let renewed = queue.renew_with(&name, renewal, expected, on_loss).await?;
     Ok(answer(renewed))
 }
 

@@ -268,6 +268,9 @@ impl From<queue::Error> for Problem {
             Error::GenerationMoved { found, .. } => {
                 Self::new(Kind::GenerationMoved, error.to_string()).with("generation", found.0)
             }
+            Error::LogBehind { behind, .. } => Self::new(Kind::LogBehindQueue, error.to_string())
+                .with("through_offset", behind.through.0)
+                .with("end_offset", behind.end.0),
             Error::LetterNotFound { .. } => Self::new(Kind::DeadLetterNotFound, error.to_string()),
             Error::LetterRedriven { .. } => Self::new(Kind::DeadLetterRedriven, error.to_string()),
             Error::RedriveNotFound { .. } => Self::new(Kind::RedriveNotFound, error.to_string()),

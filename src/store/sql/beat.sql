@@ -2,7 +2,9 @@
 -- node lives is what the renewal says. Plain reads: nobody is waited for but whoever judges this very row.
 with renewed as (
     update postroad_broker.node n
-    set expires_at = clock_timestamp() + make_interval(secs => $2), wants = $3, is_leaving = $4
+    set expires_at = clock_timestamp() + make_interval(secs => $2), wants = $3, is_leaving = $4,
+        -- One that was given up may come later than its successor.
+        beat = greatest(n.beat, $5)
     where n.incarnation = $1 and n.dead_at is null
     returning n.incarnation
 )

@@ -1,6 +1,7 @@
 //! Private Postgres servers. A watchdog process, waiting on a pipe whose other end the test process holds, stops the
 //! server and removes its folder when the test process ends, however it ends.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -112,21 +113,62 @@ pub async fn cluster_of_copy(
 
 /// Starts a standby of a server, on a copy of its data folder. The server is stopped for it, and started again.
 pub async fn standby_of(primary: &mut Cluster) -> Cluster {
-    let conninfo = format!(
-        "primary_conninfo = 'host={} user=postgres'\n",
-        primary.socket_dir().display()
-    );
+    let socket = primary.socket_dir().to_owned();
     primary.stop().await;
-    let follow = [("wal_retrieve_retry_interval", "100ms")];
-    let standby = cluster_of_copy(&primary.data_dir(), &follow, |copy| {
-        std::fs::write(copy.join("standby.signal"), "").unwrap();
-        let conf = copy.join("postgresql.auto.conf");
-        let text = std::fs::read_to_string(&conf).unwrap_or_default();
-        std::fs::write(&conf, text + &conninfo).unwrap();
-    })
-    .await;
+    let standby = cluster_of_copy(&primary.data_dir(), &FOLLOW, |copy| follow(copy, &socket)).await;
     primary.start().await;
     standby
+}
+
+/// Standbys connect again soon.
+const FOLLOW: [(&str, &str); 1] = [("wal_retrieve_retry_interval", "100ms")];
+
+/// Has the server of a data folder follow the one at a socket.
+fn follow(data_dir: &Path, socket: &Path) {
+    std::fs::write(data_dir.join("standby.signal"), "").unwrap();
+    let conf = data_dir.join("postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf).unwrap_or_default();
+    let conninfo = format!(
+        "primary_conninfo = 'host={} user=postgres'\n",
+        socket.display()
+    );
+    std::fs::write(&conf, text + &conninfo).unwrap();
+}
+
+/// Starts a standby of a server that goes on meanwhile, by `pg_basebackup`.
+pub async fn backup_of(primary: &Cluster) -> Cluster {
+    let folder = Folder::new();
+    let backup = folder.path.join("backup");
+    let mut command = Command::new(primary.bin_dir().join("pg_basebackup"));
+    command
+        .args([
+            "-U",
+            "postgres",
+            "-X",
+            "stream",
+            "-c",
+            "fast",
+            "--no-sync",
+            "-h",
+        ])
+        .arg(primary.socket_dir())
+        .arg("-D")
+        .arg(&backup);
+    // It can take a moment, and the server's keeper runs here.
+    let output = tokio::task::spawn_blocking(move || command.output());
+    let output = output.await.unwrap().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let owner = std::fs::metadata(primary.data_dir()).unwrap();
+    let owner = format!("{}:{}", owner.uid(), owner.gid());
+    let given = Command::new("chown")
+        .arg("-R")
+        .arg(owner)
+        .arg(&backup)
+        .status();
+    assert!(given.unwrap().success());
+    let socket = primary.socket_dir().to_owned();
+    cluster_of_copy(&backup, &FOLLOW, |copy| follow(copy, &socket)).await
 }
 
 /// Copies a folder with owners and modes; the target must not be there.
@@ -281,13 +323,17 @@ impl Cluster {
         self.start().await;
     }
 
+    /// The client programs are where the server's are; else on PATH.
+    fn bin_dir(&self) -> PathBuf {
+        let server = std::fs::read_link(format!("/proc/{}/exe", self.pid().unwrap()));
+        server
+            .map(|path| path.parent().unwrap().to_owned())
+            .unwrap_or_default()
+    }
+
     /// Loads what `pg_dump` with these arguments gives into a database of this server.
     pub fn load_dump(&self, arguments: &[&str], database: &str) {
-        // The client programs are where the server's are; else on PATH.
-        let server = std::fs::read_link(format!("/proc/{}/exe", self.pid().unwrap()));
-        let bin_dir = server
-            .map(|path| path.parent().unwrap().to_owned())
-            .unwrap_or_default();
+        let bin_dir = self.bin_dir();
         let file = self.data_dir().with_extension("sql");
         let run = |command: &mut Command| {
             let output = command.output().unwrap();

@@ -26,7 +26,7 @@ use tokio::runtime::Runtime;
 
 pub use broker::{Http, Program, TestBroker, broker, broker_with, program, program_with_log};
 pub use cluster::{
-    Cluster, cluster, cluster_in, cluster_of_copy, cluster_with, copy_folder, standby_of,
+    Cluster, backup_of, cluster, cluster_in, cluster_of_copy, cluster_with, copy_folder, standby_of,
 };
 pub use consumer::Consumer;
 pub use database::{TestDatabase, database, empty_database};

@@ -48,8 +48,18 @@ enum Target {
     Unix(PathBuf),
 }
 
+impl Target {
+    fn of(database_url: &str) -> Self {
+        let options: PgConnectOptions = database_url.parse().unwrap();
+        match options.get_socket() {
+            Some(folder) => Self::Unix(folder.join(format!(".s.PGSQL.{}", options.get_port()))),
+            None => Self::Tcp(format!("{}:{}", options.get_host(), options.get_port())),
+        }
+    }
+}
+
 struct Shared {
-    target: Target,
+    target: Mutex<Target>,
     filter: Mutex<Option<Filter>>,
     delay: watch::Sender<Duration>,
     mode: watch::Sender<Mode>,
@@ -69,11 +79,7 @@ pub struct Proxy {
 
 /// A proxy before the server of a database URL.
 pub async fn proxy(database_url: &str) -> Proxy {
-    let options: PgConnectOptions = database_url.parse().unwrap();
-    let target = match options.get_socket() {
-        Some(folder) => Target::Unix(folder.join(format!(".s.PGSQL.{}", options.get_port()))),
-        None => Target::Tcp(format!("{}:{}", options.get_host(), options.get_port())),
-    };
+    let target = Mutex::new(Target::of(database_url));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let shared = Arc::new(Shared {
@@ -116,6 +122,11 @@ impl Proxy {
             self.address,
             query.join("&")
         )
+    }
+
+    /// New connections lead to another server, as an address does after a failover.
+    pub fn lead_to(&self, database_url: &str) {
+        *self.shared.target.lock().unwrap() = Target::of(database_url);
     }
 
     /// Ends all connections, and closes new ones at once, until [`Proxy::open`].
@@ -251,8 +262,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 async fn serve(client: TcpStream, number: usize, shared: Arc<Shared>) {
     client.set_nodelay(true).unwrap();
     let mut generation = shared.generation.subscribe();
+    let target = shared.target.lock().unwrap().clone();
     let work = async {
-        match &shared.target {
+        match &target {
             Target::Tcp(address) => {
                 if let Ok(server) = TcpStream::connect(address).await {
                     join(client, server, number, &shared).await;

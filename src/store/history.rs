@@ -1,0 +1,140 @@
+//! The histories of the broker's database: which one it is in, and where the streams went on in each.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::bounded::{STATEMENT, bounded};
+use super::{Database, Error, guard};
+use crate::domain::id::{Offset, StreamId};
+
+/// A history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// Its number, from 1.
+    pub era: i64,
+    /// The cluster that it was found in.
+    pub system_identifier: String,
+    /// The timeline of that cluster's log.
+    pub timeline: i32,
+    /// When it was found.
+    pub began_at: DateTime<Utc>,
+    /// By the streams' names: the first offset that was given in it. Empty for the first.
+    pub first_offsets: BTreeMap<String, Offset>,
+}
+
+/// Where a stream went on in a history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamHistory {
+    /// The stream.
+    pub stream: StreamId,
+    /// The history's number.
+    pub era: i64,
+    /// The first offset that was given in it.
+    pub first_offset: Offset,
+    /// What receipts of its messages are made with.
+    pub salt: Uuid,
+}
+
+/// The history that the database is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Present {
+    /// Its number.
+    pub era: i64,
+    /// What it is known by.
+    pub salt: Uuid,
+    /// It was begun just now.
+    pub is_begun: bool,
+}
+
+/// Begins another history of the database, if it is in another one than the last that was noted, or that one is `void`, and has all later connections
+/// refused that lead to yet another. To be called after the migrations,
+/// and before anything else is read. Safe to call from several processes at once.
+///
+/// # Errors
+/// The database's; it is a standby.
+pub async fn begin(database: &Database, void: Option<Uuid>) -> Result<Present, Error> {
+    const DOING: &str = "finding out which history the database is in";
+    let mut connection = database.connect().await?;
+    let beginning = async {
+        let (era, salt, is_begun): (i64, Uuid, bool) = sqlx::query_as(
+            "select found_era, found_salt, is_begun from postroad_broker.begin_history($1)",
+        )
+        .bind(void)
+        .fetch_one(&mut connection)
+        .await?;
+        let identity = guard::identity(&mut connection).await?;
+        let present = Present {
+            era,
+            salt,
+            is_begun,
+        };
+        Ok((present, identity))
+    };
+    let (present, identity) = bounded(DOING, STATEMENT, beginning).await?;
+    let identity = identity.ok_or_else(|| {
+        let standby = "the server is a standby".to_owned();
+        Error::query(DOING)(sqlx::Error::Protocol(standby))
+    })?;
+    database.guard.expect(identity);
+    Ok(present)
+}
+
+/// All histories, by number.
+///
+/// # Errors
+/// The statement failed.
+pub async fn list(database: &Database) -> Result<Vec<History>, Error> {
+    type Row = (i64, String, i32, DateTime<Utc>, Vec<String>, Vec<i64>);
+    let rows: Vec<Row> = sqlx::query_as(
+        "select h.era, h.system_identifier, h.timeline, h.began_at, coalesce(f.streams, '{}'), coalesce(f.offsets, '{}') \
+         from postroad_broker.history h \
+         left join lateral ( \
+            select array_agg(s.name order by s.id) as streams, array_agg(o.first_offset order by s.id) as offsets \
+            from postroad_broker.stream_history o join postroad_broker.stream s on s.id = o.stream_id where o.era = h.era \
+         ) f on true \
+         order by h.era",
+    )
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query("reading the histories"))?;
+    let rows = rows.into_iter();
+    Ok(rows
+        .map(
+            |(era, system_identifier, timeline, began_at, streams, offsets)| History {
+                era,
+                system_identifier,
+                timeline,
+                began_at,
+                first_offsets: streams
+                    .into_iter()
+                    .zip(offsets.into_iter().map(Offset))
+                    .collect(),
+            },
+        )
+        .collect())
+}
+
+/// Where the streams went on in each history but the first, by stream and number.
+///
+/// # Errors
+/// The statement failed.
+pub async fn find_streams(database: &Database) -> Result<Vec<StreamHistory>, Error> {
+    let rows: Vec<(i32, i64, i64, Uuid)> = sqlx::query_as(
+        "select s.stream_id, s.era, s.first_offset, h.salt from postroad_broker.stream_history s \
+         join postroad_broker.history h on h.era = s.era order by s.stream_id, s.era",
+    )
+    .fetch_all(database.pool())
+    .await
+    .map_err(Error::query("reading the histories of streams"))?;
+    let rows = rows.into_iter();
+    Ok(rows
+        .map(|(stream, era, first_offset, salt)| StreamHistory {
+            stream: StreamId(stream),
+            era,
+            first_offset: Offset(first_offset),
+            salt,
+        })
+        .collect())
+}
