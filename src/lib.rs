@@ -20,6 +20,8 @@ pub mod lock;
 pub mod outbox;
 pub mod queue;
 pub mod relay;
+#[cfg(test)]
+mod simulation;
 pub mod store;
 pub mod stream;
 pub mod supervisor;

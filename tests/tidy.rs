@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 const EDGES: &[(&str, &[&str])] = &[
     ("domain", &[]),
     ("supervisor", &[]),
-    // For tests; nothing in a release.
+    // For tests, and known to all; nothing in a release.
     ("failpoint", &[]),
+    ("simulation", &[]),
     ("client", &["domain"]),
     // For producing services. It uses nothing of the broker, and nothing of the broker uses it.
     ("outbox", &[]),
@@ -253,7 +254,10 @@ fn edge_faults(sources: &[Source]) -> Vec<String> {
             continue;
         };
         for used in source.uses() {
-            if used != module && used != "failpoint" && !allowed.contains(&used.as_str()) {
+            if used != module
+                && !["failpoint", "simulation"].contains(&used.as_str())
+                && !allowed.contains(&used.as_str())
+            {
                 faults.push(format!("{}: {module} may not use {used}", source.path));
             }
         }

@@ -1,12 +1,70 @@
 //! What the node that leads does: it says who is to hold what, whenever the nodes or what they can hold are others than
 //! before. It keeps no state but what is stored, so that any node can go on from there.
 
-use crate::domain::assignment::assign;
+use std::collections::BTreeMap;
+
+use crate::domain::assignment::{Node, assign};
 use crate::domain::id::Fence;
 use crate::store::{self, Connection};
 
 use super::Shared;
 use super::view::{LEADER, Observer, View};
+
+/// Who is to lead, as a node sees it.
+pub(super) enum Lead {
+    /// It, at this epoch.
+    Held(Fence),
+    /// It, if it takes the lease.
+    Free,
+    /// Somebody else.
+    Others,
+}
+
+impl Lead {
+    pub(super) fn of(view: &View, is_leaving: bool) -> Self {
+        let leading = view.leases.get(LEADER);
+        match leading.filter(|lease| lease.holder == Some(view.own)) {
+            Some(lease) => Self::Held(Fence {
+                lease: LEADER.to_owned(),
+                epoch: lease.epoch,
+            }),
+            None if view.is_free(LEADER) && !is_leaving => Self::Free,
+            None => Self::Others,
+        }
+    }
+}
+
+/// An assignment that is another than before.
+pub(super) struct Anew {
+    /// All of it.
+    pub(super) next: BTreeMap<String, Node>,
+    /// What is another node's.
+    pub(super) changed: Vec<(String, Node)>,
+    /// What is nobody's any more.
+    pub(super) gone: Vec<String>,
+}
+
+impl Anew {
+    /// None when nothing is to change.
+    pub(super) fn of(view: &View) -> Option<Self> {
+        let next = assign(&view.items(), &view.assigned);
+        let changed = next
+            .iter()
+            .filter(|(name, node)| view.assigned.get(*name) != Some(node));
+        let changed: Vec<(String, Node)> =
+            changed.map(|(name, &node)| (name.clone(), node)).collect();
+        let gone = view
+            .assigned
+            .keys()
+            .filter(|name| !next.contains_key(*name));
+        let gone: Vec<String> = gone.cloned().collect();
+        (!changed.is_empty() || !gone.is_empty()).then_some(Self {
+            next,
+            changed,
+            gone,
+        })
+    }
+}
 
 /// Leads, if this node does or can; gives what is assigned then in the view.
 pub(super) async fn lead(
@@ -15,14 +73,10 @@ pub(super) async fn lead(
     observer: &Observer,
     view: &mut View,
 ) -> Result<(), store::Error> {
-    let leading = view.leases.get(LEADER);
-    let held = leading.filter(|lease| lease.holder == Some(view.own));
-    let fence = match held {
-        Some(lease) => Fence {
-            lease: LEADER.to_owned(),
-            epoch: lease.epoch,
-        },
-        None if view.is_free(LEADER) && !shared.state().is_leaving => {
+    let is_leaving = shared.state().is_leaving;
+    let fence = match Lead::of(view, is_leaving) {
+        Lead::Held(fence) => fence,
+        Lead::Free => {
             let silent = observer.silent(view);
             let names = [LEADER.to_owned()];
             let taken = store::cluster::take_leases(connection, view.own, &names, &silent).await?;
@@ -34,22 +88,17 @@ pub(super) async fn lead(
                 None => return not_leading(shared),
             }
         }
-        None => return not_leading(shared),
+        Lead::Others => return not_leading(shared),
     };
     shared.metrics.leads.set(1);
-    let next = assign(&view.items(), &view.assigned);
-    let changed = next
-        .iter()
-        .filter(|(name, node)| view.assigned.get(*name) != Some(node));
-    let changed: Vec<(String, i64)> = changed.map(|(name, &node)| (name.clone(), node)).collect();
-    let gone = view
-        .assigned
-        .keys()
-        .filter(|name| !next.contains_key(*name));
-    let gone: Vec<String> = gone.cloned().collect();
-    if changed.is_empty() && gone.is_empty() {
+    let Some(Anew {
+        next,
+        changed,
+        gone,
+    }) = Anew::of(view)
+    else {
         return Ok(());
-    }
+    };
     let moved = changed
         .iter()
         .filter(|(name, _)| view.assigned.contains_key(name));

@@ -15,10 +15,12 @@
 
 mod lead;
 mod metrics;
+#[cfg(test)]
+mod simulation;
 mod task;
+mod tenure;
 mod view;
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -33,6 +35,7 @@ use crate::store::history::History;
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 use metrics::Metrics;
+use tenure::{State, Wanted};
 pub use view::{Member, Owner, Standing, View};
 
 /// How a node takes part.
@@ -105,29 +108,6 @@ struct Shared {
     metrics: Metrics,
 }
 
-#[derive(Debug)]
-struct State {
-    wanted: BTreeMap<String, Wanted>,
-    /// Leases to give back.
-    to_release: Vec<String>,
-    /// Slots are served here: they are shared out to this node.
-    serves_slots: bool,
-    /// What the former process at this address wanted: what it held stays here while this one starts, or so long.
-    inherited: Option<(Vec<String>, Instant)>,
-    is_leaving: bool,
-    /// What the next heartbeat says or brings is waited for.
-    is_beat_wanted: bool,
-    trusted_until: Instant,
-}
-
-/// A lease that an engine wants.
-#[derive(Debug)]
-struct Wanted {
-    fence: watch::Sender<Option<Fence>>,
-    /// It is to be another's, and still held at this epoch until the engine has finished, or so long.
-    yielding: Option<(Fence, Instant)>,
-}
-
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -189,7 +169,7 @@ pub async fn start(
         db.note_beat(incarnation, beat);
     }
     let mut observer = view::Observer::new(options.heartbeat);
-    let view = observer.view(asked, incarnation, seen);
+    let view = observer.view((asked, Instant::now()), incarnation, seen);
     metrics.incarnations.inc();
     metrics.trusted.set(1);
     tracing::info!(incarnation, address = options.address, "node registered");
@@ -200,15 +180,7 @@ pub async fn start(
             histories,
             started,
             ttl: options.ttl,
-            state: Mutex::new(State {
-                wanted: BTreeMap::new(),
-                to_release: Vec::new(),
-                serves_slots: false,
-                inherited: Some((inherited, asked + options.ttl)),
-                is_leaving: false,
-                is_beat_wanted: true,
-                trusted_until: asked + options.ttl,
-            }),
+            state: Mutex::new(State::new(inherited, asked + options.ttl)),
             view: watch::Sender::new(Arc::new(view)),
             wake: Notify::new(),
             metrics,
@@ -326,21 +298,7 @@ impl Handle {
     #[must_use]
     pub fn hold(&self, lease: String) -> watch::Receiver<Option<Fence>> {
         let mut state = self.shared.state();
-        state.to_release.retain(|name| *name != lease);
-        let is_slot = lease.starts_with("slot/");
-        let receiver = match state.wanted.get(&lease) {
-            Some(wanted) => wanted.fence.subscribe(),
-            None => {
-                // Others are assigned once it is known that they are wanted; slots are already.
-                state.is_beat_wanted |= !is_slot || !state.serves_slots;
-                state.serves_slots |= is_slot;
-                let fence = watch::Sender::new(None);
-                let receiver = fence.subscribe();
-                let yielding = None;
-                state.wanted.insert(lease, Wanted { fence, yielding });
-                receiver
-            }
-        };
+        let receiver = state.hold(lease);
         drop(state);
         self.shared.wake.notify_one();
         receiver
@@ -348,24 +306,15 @@ impl Handle {
 
     /// Nothing is under way any more under the last fence that the lease's watchers saw: if it is to be another's, it can go.
     pub fn yielded(&self, lease: &str) {
-        let mut state = self.shared.state();
-        let wanted = state.wanted.get_mut(lease);
-        let is_yielded = wanted.is_some_and(|wanted| wanted.yielding.take().is_some());
+        let is_yielded = self.shared.state().yielded(lease);
         if is_yielded {
-            state.to_release.push(lease.to_owned());
-            drop(state);
             self.shared.wake.notify_one();
         }
     }
 
     /// Wants the lease no more. Its watchers see `None`, then the end of the channel.
     pub fn release(&self, lease: &str) {
-        let mut state = self.shared.state();
-        if let Some(wanted) = state.wanted.remove(lease) {
-            wanted.fence.send_replace(None);
-            state.to_release.push(lease.to_owned());
-        }
-        drop(state);
+        self.shared.state().release(lease);
         self.shared.wake.notify_one();
     }
 
@@ -420,17 +369,7 @@ impl Handle {
 
     /// A write under this fence was refused: forgets the epoch and tries to take the lease again.
     pub fn fenced(&self, fence: &Fence) {
-        let state = self.shared.state();
-        let forgotten = state.wanted.get(&fence.lease).is_some_and(|wanted| {
-            wanted.fence.send_if_modified(|held| {
-                let is_same = held.as_ref() == Some(fence);
-                if is_same {
-                    *held = None;
-                }
-                is_same
-            })
-        });
-        drop(state);
+        let forgotten = self.shared.state().fenced(fence);
         if forgotten {
             tracing::warn!(lease = fence.lease, epoch = fence.epoch.0, "lease lost");
             self.shared.metrics.leases_fenced.inc();

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::lead::lead;
-use super::view::{Observer, SLOTS, View};
+use super::tenure::State;
+use super::view::{Observer, View};
 use super::{Options, Shared};
 use crate::domain::id::Fence;
 use crate::failpoint;
@@ -150,11 +151,7 @@ impl Heartbeat {
             wait = wait.min(expired_at.saturating_duration_since(Instant::now()));
         }
         let state = self.shared.state();
-        let is_yielding = state
-            .wanted
-            .values()
-            .any(|wanted| wanted.yielding.is_some());
-        if is_waiting || is_yielding || (state.is_leaving && view.has_staying_peers()) {
+        if is_waiting || state.is_yielding() || (state.is_leaving && view.has_staying_peers()) {
             wait = wait.min(HAND_OVER);
         }
         wait
@@ -164,7 +161,7 @@ impl Heartbeat {
         let ttl = self.options.ttl;
         loop {
             let incarnation = self.shared.incarnation.load(Ordering::Acquire);
-            let (wants, is_leaving) = self.signs();
+            let (wants, is_leaving) = self.shared.state().signs(Instant::now());
             let asked = Instant::now();
             let beat = self.db.next_beat();
             let sign = Sign {
@@ -179,18 +176,10 @@ impl Heartbeat {
             if seen.is_renewed {
                 self.db.note_beat(incarnation, beat);
                 self.shared.state().trusted_until = asked + ttl;
-                let mut view = self.observer.view(asked, incarnation, seen);
-                // The row was read as it was before.
-                for member in &mut view.nodes {
-                    if member.row.incarnation == incarnation {
-                        member.row.wants.clone_from(&wants);
-                        member.row.is_leaving = is_leaving;
-                        member.standing = match is_leaving {
-                            true => super::Standing::Leaving,
-                            false => super::Standing::Live,
-                        };
-                    }
-                }
+                let mut view = self
+                    .observer
+                    .view((asked, Instant::now()), incarnation, seen);
+                view.note_own(&wants, is_leaving);
                 return Ok(view);
             }
             tracing::warn!(
@@ -213,86 +202,34 @@ impl Heartbeat {
         }
     }
 
-    /// What the heartbeat says.
-    fn signs(&self) -> (Vec<String>, bool) {
-        let mut state = self.shared.state();
-        state.is_beat_wanted = false;
-        let names = state.wanted.keys();
-        let mut wants: Vec<String> = names
-            .filter(|name| !name.starts_with("slot/"))
-            .cloned()
-            .collect();
-        if state.serves_slots {
-            wants.push(SLOTS.to_owned());
-        }
-        state
-            .inherited
-            .take_if(|(_, until)| *until <= Instant::now());
-        let inherited = state.inherited.iter().flat_map(|(names, _)| names);
-        wants.extend(inherited.cloned());
-        wants.sort_unstable();
-        wants.dedup();
-        (wants, state.is_leaving)
-    }
-
     fn drop_fences(&self) {
-        let mut state = self.shared.state();
-        for wanted in state.wanted.values_mut() {
-            wanted.yielding = None;
-            wanted.fence.send_if_modified(|held| held.take().is_some());
-        }
+        self.shared.state().drop_fences();
         self.shared.metrics.leases_held.set(0);
     }
 
-    /// Stops showing leases that are to be another's, or are another's already, and has those released whose engines have
-    /// not finished in time.
     fn give_up(&self, view: &View) {
-        let now = Instant::now();
         let mut state = self.shared.state();
-        let mut late = Vec::new();
-        for (name, wanted) in &mut state.wanted {
-            if wanted
-                .yielding
-                .as_ref()
-                .is_some_and(|(_, until)| now >= *until)
-            {
-                tracing::warn!(
-                    lease = name,
-                    "the lease is given back, and work under it cut short"
-                );
-                wanted.yielding = None;
-                late.push(name.clone());
-            }
-            let Some(fence) = wanted.fence.borrow().clone() else {
-                continue;
-            };
-            let row = view.leases.get(name);
-            // Taken before this view was asked for, so that it has it.
-            if row.is_some_and(|row| row.holder != Some(view.own) || row.epoch != fence.epoch) {
-                tracing::warn!(
-                    lease = name,
-                    epoch = fence.epoch.0,
-                    "the lease was taken over"
-                );
-                self.shared.metrics.leases_fenced.inc();
-                wanted.fence.send_replace(None);
-                continue;
-            }
-            let assigned = view.assigned.get(name);
-            if assigned.is_some_and(|&node| node != view.own && view.is_live(node)) {
-                tracing::info!(
-                    lease = name,
-                    epoch = fence.epoch.0,
-                    to = assigned,
-                    "lease to be handed over"
-                );
-                self.shared.metrics.leases_yielded.inc();
-                wanted.yielding = Some((fence, now + self.options.ttl / 2));
-                wanted.fence.send_replace(None);
-            }
-        }
-        state.to_release.extend(late);
+        let given_up = state.give_up(view, Instant::now(), self.options.ttl / 2);
         self.count_held(&state);
+        drop(state);
+        let metrics = &self.shared.metrics;
+        for lease in given_up.late {
+            tracing::warn!(
+                lease,
+                "the lease is given back, and work under it cut short"
+            );
+        }
+        for lease in given_up.unknown {
+            tracing::info!(lease, "a lease that was taken unawares is given back");
+        }
+        for Fence { lease, epoch } in given_up.taken_over {
+            tracing::warn!(lease, epoch = epoch.0, "the lease was taken over");
+            metrics.leases_fenced.inc();
+        }
+        for (Fence { lease, epoch }, to) in given_up.yielding {
+            tracing::info!(lease, epoch = epoch.0, to, "lease to be handed over");
+            metrics.leases_yielded.inc();
+        }
     }
 
     async fn give_back(&mut self) -> Result<(), store::Error> {
@@ -305,23 +242,14 @@ impl Heartbeat {
         store::cluster::release_leases(self.connected().await?, incarnation, &names).await?;
         tracing::info!(leases = names.join(" "), "leases released");
         let mut state = self.shared.state();
-        state.to_release.retain(|name| !names.contains(name));
+        state.released(&names);
         self.count_held(&state);
         Ok(())
     }
 
     /// Takes what is wanted, assigned to this node and free. Gives whether some of it is not free yet.
     async fn take(&mut self, view: &View) -> Result<bool, store::Error> {
-        let missing: Vec<String> = {
-            let state = self.shared.state();
-            let missing = state.wanted.iter().filter(|(name, wanted)| {
-                wanted.fence.borrow().is_none()
-                    && wanted.yielding.is_none()
-                    && view.assigned.get(*name) == Some(&view.own)
-                    && !state.to_release.contains(name)
-            });
-            missing.map(|(name, _)| name.clone()).collect()
-        };
+        let missing = self.shared.state().missing(view);
         let free = missing.iter().filter(|name| view.is_free(name));
         let names: Vec<String> = free.cloned().collect();
         if names.is_empty() {
@@ -343,20 +271,14 @@ impl Heartbeat {
     fn show(&self, fence: Fence) {
         tracing::info!(lease = fence.lease, epoch = fence.epoch.0, "lease taken");
         self.shared.metrics.leases_taken.inc();
-        let mut state = self.shared.state();
-        match state.wanted.get(&fence.lease) {
-            Some(wanted) => {
-                wanted.fence.send_replace(Some(fence));
-            }
-            // Released while it was being taken.
-            None => state.to_release.push(fence.lease),
-        }
+        self.shared.state().show(fence);
     }
 
-    fn count_held(&self, state: &super::State) {
-        let wanted = state.wanted.values();
-        let held = wanted.filter(|wanted| wanted.fence.borrow().is_some());
-        self.shared.metrics.leases_held.set(held.count() as i64);
+    fn count_held(&self, state: &State) {
+        self.shared
+            .metrics
+            .leases_held
+            .set(state.held_count() as i64);
     }
 
     /// The orderly end: what this node held is free at once.

@@ -72,6 +72,20 @@ pub enum Owner {
 }
 
 impl View {
+    /// What this node's heartbeat said: its row was read as it was before.
+    pub(super) fn note_own(&mut self, wants: &[String], is_leaving: bool) {
+        let own = self.own;
+        let nodes = self.nodes.iter_mut();
+        for member in nodes.filter(|member| member.row.incarnation == own) {
+            member.row.wants = wants.to_vec();
+            member.row.is_leaving = is_leaving;
+            member.standing = match is_leaving {
+                true => Standing::Leaving,
+                false => Standing::Live,
+            };
+        }
+    }
+
     /// The node of a number, if it is not dead.
     #[must_use]
     pub fn node(&self, node: Node) -> Option<&Member> {
@@ -205,11 +219,16 @@ impl Observer {
         })
     }
 
-    /// Takes in what a heartbeat brought that was sent at `asked`.
-    pub(super) fn view(&mut self, asked: Instant, own: Node, seen: Seen) -> View {
+    /// Takes in what a heartbeat brought that was sent at the first moment and answered at the second.
+    pub(super) fn view(
+        &mut self,
+        (asked, answered): (Instant, Instant),
+        own: Node,
+        seen: Seen,
+    ) -> View {
         let before = self.last_asked.replace(asked);
         if before.is_some_and(|before| asked.saturating_duration_since(before) > self.blind_after) {
-            self.back_since = Some(Instant::now().max(asked));
+            self.back_since = Some(answered);
             self.rows.clear();
         }
         let is_lenient = !self.lenience(asked).is_zero();
@@ -218,7 +237,7 @@ impl Observer {
             let since = match self.rows.get(&row.incarnation) {
                 Some(&(expires_at, since)) if expires_at == row.expires_at => since,
                 // Since the answer to the question at the earliest.
-                _ => Instant::now().max(asked),
+                _ => answered,
             };
             rows.insert(row.incarnation, (row.expires_at, since));
             let is_own = row.incarnation == own;
@@ -322,7 +341,7 @@ mod tests {
         let mut observer = Observer::new(Duration::from_secs(60));
         let asked = Instant::now();
         let nodes = || vec![row(1, at(110), &[SLOTS]), row(2, at(109), &[SLOTS])];
-        let view = observer.view(asked, 1, seen(at(100), nodes()));
+        let view = observer.view((asked, asked), 1, seen(at(100), nodes()));
         assert!(view.is_live(2) && view.has_peers() && !view.is_free("slot/00"));
         assert_eq!(view.owner("slot/01"), Owner::This);
         assert!(matches!(
@@ -337,18 +356,22 @@ mod tests {
         assert!(observer.until_expiry(&view).unwrap() <= Duration::from_secs(9));
         assert!(observer.silent(&view).is_empty());
         // An hour back: its row lies in the future, and says nothing new.
-        let before = observer.view(asked + Duration::from_secs(9), 1, seen(at(-3_000), nodes()));
-        assert!(before.is_live(2));
-        let later = observer.view(
-            asked + Duration::from_secs(11),
+        let before = observer.view(
+            (
+                asked + Duration::from_secs(9),
+                asked + Duration::from_secs(9),
+            ),
             1,
-            seen(at(-2_998), nodes()),
+            seen(at(-3_000), nodes()),
         );
+        assert!(before.is_live(2));
+        let eleven = asked + Duration::from_secs(11);
+        let later = observer.view((eleven, eleven), 1, seen(at(-2_998), nodes()));
         assert!(!later.is_live(2) && later.is_free("slot/00") && !later.has_peers());
         assert_eq!(later.owner("slot/00"), Owner::Nobody);
         assert_eq!(observer.silent(&later), [(2, at(109))]);
         // By the clock.
-        let expired = observer.view(asked, 1, seen(at(120), nodes()));
+        let expired = observer.view((asked, asked), 1, seen(at(120), nodes()));
         assert!(
             !expired.is_live(2) && expired.is_live(1),
             "this node lives: it asks"
@@ -362,18 +385,30 @@ mod tests {
         let mut observer = Observer::new(after(1));
         let asked = Instant::now();
         let nodes = || vec![row(1, at(110), &[SLOTS]), row(2, at(109), &[SLOTS])];
-        observer.view(asked, 1, seen(at(100), nodes()));
-        let back = observer.view(asked + after(30), 1, seen(at(130), nodes()));
+        observer.view((asked, asked), 1, seen(at(100), nodes()));
+        let back = observer.view(
+            (asked + after(30), asked + after(30)),
+            1,
+            seen(at(130), nodes()),
+        );
         assert!(back.is_live(2), "it cannot have been heard");
         assert!(observer.silent(&back).is_empty());
         let left = observer.until_expiry(&back).unwrap();
         assert!(left > after(1) && left <= BACK, "{left:?}");
-        let later = observer.view(asked + after(31), 1, seen(at(131), nodes()));
+        let later = observer.view(
+            (asked + after(31), asked + after(31)),
+            1,
+            seen(at(131), nodes()),
+        );
         assert!(later.is_live(2));
-        let judged = observer.view(asked + after(33), 1, seen(at(133), nodes()));
+        let judged = observer.view(
+            (asked + after(33), asked + after(33)),
+            1,
+            seen(at(133), nodes()),
+        );
         assert!(!judged.is_live(2));
         // The first look of a process judges at once: what is out of date then has been for longer than it lives.
-        let first = Observer::new(after(1)).view(asked, 1, seen(at(130), nodes()));
+        let first = Observer::new(after(1)).view((asked, asked), 1, seen(at(130), nodes()));
         assert!(!first.is_live(2));
     }
 
@@ -383,7 +418,8 @@ mod tests {
         let mut leaving = row(2, at(200), &[SLOTS, "relay/1", "relay/2"]);
         leaving.is_leaving = true;
         let nodes = vec![row(1, at(200), &[SLOTS, "relay/1"]), leaving];
-        let view = Observer::default().view(Instant::now(), 1, seen(at(100), nodes));
+        let now = Instant::now();
+        let view = Observer::default().view((now, now), 1, seen(at(100), nodes));
         let items = view.items();
         let of = |name: &str| items.iter().find(|item| item.name == name).unwrap();
         assert_eq!(items.len(), 66);
