@@ -4,6 +4,7 @@
 
 use std::time::Instant;
 
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::position::{NOTHING, Position, Window};
@@ -40,6 +41,10 @@ impl Run<'_> {
         let options = &self.relay.options;
         let now = self.relay.cluster.now();
         let started = Instant::now();
+        if self.is_unchanged().await? {
+            self.note_relayed_through(now);
+            return Ok(Stepped { rows: 0 });
+        }
         let (last, mark, is_between_windows) = match &self.position {
             Some(position) => (
                 self.cursor.as_deref().unwrap_or(&position.snapshot),
@@ -102,11 +107,24 @@ impl Run<'_> {
                 }
             }
         };
+        self.note_relayed_through(now);
+        Ok(Stepped { rows })
+    }
+
+    fn note_relayed_through(&self, now: DateTime<Utc>) {
         self.relay.status.send_modify(|status| {
             status.lag_rows = 0;
             status.relayed_through = Some(now);
         });
-        Ok(Stepped { rows })
+    }
+
+    /// Whether nothing can be new since a window of this session that had nothing: what it read, and all that it looked at, is as it was.
+    async fn is_unchanged(&mut self) -> Result<bool, Trouble> {
+        let (Some(cursor), Some(backend_pid)) = (&self.cursor, self.backend_pid) else {
+            return Ok(false);
+        };
+        let asking = self.session.is_unchanged(cursor, backend_pid);
+        asking.await.map_err(Trouble::Origin)
     }
 
     /// What must hold whatever the position is.

@@ -31,6 +31,7 @@ const BROKER: &[File] = &[
     file!("broker", 20261122000200, "streams_and_log"),
     file!("broker", 20261122000250, "origins"),
     file!("broker", 20261122000300, "append"),
+    file!("broker", 20261122000305, "append_next"),
     file!("broker", 20261122000310, "take_leases"),
     file!("broker", 20261122000320, "leaves"),
     file!("broker", 20261122000330, "keys"),

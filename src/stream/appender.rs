@@ -21,7 +21,7 @@ use super::plan::{Counts, Layout, Plan};
 use super::scheduled::ScheduledLeaves;
 use super::tail::Appended as TailAppended;
 use crate::domain::id::{Offset, StreamId};
-use crate::store::stream::{self as sql, AppendOutcome, Appended, GroupKey};
+use crate::store::stream::{self as sql, Append, AppendOutcome, Appended, GroupKey, Previous};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::Supervisor;
 use crate::{cluster, failpoint};
@@ -41,6 +41,8 @@ pub(super) struct Appender {
     router: Router,
     /// The last offset of each stream that this node knows to be committed: where the look for the top starts.
     lasts: HashMap<StreamId, Offset>,
+    /// This appender's latest group in each stream.
+    previous: HashMap<StreamId, Previous>,
     /// Up to where each log has leaves, as far as known.
     ends: HashMap<StreamId, Offset>,
     /// The leaves of scheduled messages that are there, as far as known.
@@ -107,6 +109,7 @@ impl Appender {
             connection: None,
             router: Router::default(),
             lasts,
+            previous: HashMap::new(),
             ends: HashMap::new(),
             scheduled_leaves: ScheduledLeaves::default(),
             carried: None,
@@ -192,7 +195,7 @@ impl Appender {
                         .metrics
                         .append_seconds
                         .observe(started.elapsed().as_secs_f64());
-                    return self.finish(group, &layout, &appended).await;
+                    return self.finish(group, key, &layout, &appended).await;
                 }
                 Ok(AppendOutcome::Stale) => {
                     plan = None;
@@ -370,16 +373,50 @@ impl Appender {
             sql::extend_scheduled(connection, sql::ScheduledKind::Message, &missing).await?;
             self.scheduled_leaves.add(&missing);
         }
+        self.send(&plan.append, *key, is_repeat)
+            .await
+            .map_err(|error| Failure {
+                error,
+                was_sent: true,
+            })
+    }
+
+    /// Sends what is laid out, the quick way if it can go there.
+    async fn send(
+        &mut self,
+        append: &Append<'_>,
+        key: GroupKey,
+        is_repeat: bool,
+    ) -> Result<AppendOutcome, store::Error> {
+        let next = append.plain_stream().filter(|_| !is_repeat);
+        let next = next.and_then(|stream| Some((stream, self.previous_in(stream)?)));
+        let connection = self.connection.as_mut().expect("connected before");
         failpoint::reach("append.before_call");
-        let outcome = sql::append(connection, *key, is_repeat, &plan.append).await;
-        let outcome = outcome.map_err(|error| Failure {
-            error,
-            was_sent: true,
-        })?;
+        let quick = match next {
+            Some((_, previous)) => sql::append_next(connection, key, previous, append).await?,
+            None => None,
+        };
+        let outcome = match (quick, next) {
+            (Some(appended), _) => AppendOutcome::Appended(appended),
+            (None, next) => {
+                if let Some((stream, _)) = next {
+                    self.previous.remove(&stream);
+                }
+                sql::append(connection, key, is_repeat, append).await?
+            }
+        };
         if let AppendOutcome::Appended(_) = outcome {
             failpoint::reach("append.after_commit");
         }
         Ok(outcome)
+    }
+
+    /// This appender's latest group in a stream, if nobody else appends there, as far as it is known. Whoever does, the quick way
+    /// is right; but it would be tried in vain.
+    fn previous_in(&self, stream: StreamId) -> Option<Previous> {
+        let previous = *self.previous.get(&stream)?;
+        let is_alone = !self.cluster.view().has_peers();
+        (is_alone && self.state.tails.last(stream) <= previous.last).then_some(previous)
     }
 
     /// Counts the keys that messages of the group expect versions of.
@@ -426,7 +463,13 @@ impl Appender {
         Ok(counts)
     }
 
-    async fn finish(&mut self, group: Group, layout: &Layout, appended: &Appended) {
+    async fn finish(
+        &mut self,
+        group: Group,
+        key: GroupKey,
+        layout: &Layout,
+        appended: &Appended,
+    ) {
         let metrics = &self.state.metrics;
         metrics.group_messages.observe(group.message_count as f64);
         let settled = group.settle(layout, appended);
@@ -441,6 +484,13 @@ impl Appender {
         for tail in &settled.tails {
             let last = Offset(tail.first.0 + tail.messages.len() as i64 - 1);
             self.lasts.insert(tail.stream, last);
+            let previous = Previous {
+                number: key.number,
+                born_at: key.born_at,
+                last,
+                last_at: tail.at,
+            };
+            self.previous.insert(tail.stream, previous);
             self.state.tails.commit(tail.stream, last);
         }
         for (reply, answer) in settled.answers {

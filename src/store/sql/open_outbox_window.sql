@@ -12,10 +12,10 @@
 --    rows when it is read again later by its two snapshots.
 --  * The range is cut into spans around the ids that are in progress, the oldest 64 of them: a million rows of an open
 --    transaction are not even looked at. `stragglers` were in progress in $1 and have ended; those known to be aborted are left out
---    for the same reason.
+--    for the same reason. Each is a span of its own, below those of the new ids, so that the leaves are opened once for all of them.
 --
 -- Its plan is kept, since making it takes five times as long as an ordinary window does. It is the same for leaves of any size:
--- `offset 0` leaves the planner no way to the rows but their index, with the ids of a span or a straggler at hand.
+-- `offset 0` leaves the planner no way to the rows but their index, with the ids of a span at hand.
 with step as materialized (
     select pg_current_snapshot() as now, $1::text::pg_snapshot as last
 ),
@@ -36,23 +36,18 @@ spans as materialized (
         union all
         select pg_snapshot_xmax(step.now) from step
     ) as bounds
-),
-stragglers as materialized (
-    select x as xid
+    union all
+    -- The stragglers.
+    select (x::text::bigint - 1)::text::xid8, (x::text::bigint + 1)::text::xid8
     from step, pg_snapshot_xip(step.last) as x
     where case when pg_visible_in_snapshot(x, step.now) then pg_xact_status(x) is distinct from 'aborted' else false end
 ),
 found as materialized (
-    select * from (
-        select o.*
-        from step, spans, lateral (
-            select * from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high offset 0
-        ) as o
-        where pg_visible_in_snapshot(o.xid, step.now)
-        union all
-        select o.*
-        from stragglers, lateral (select * from postroad.outbox where outbox.xid = stragglers.xid offset 0) as o
-    ) as either
+    select o.*
+    from step, spans, lateral (
+        select * from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high offset 0
+    ) as o
+    where pg_visible_in_snapshot(o.xid, step.now)
     limit $3::bigint + 1
 ),
 numbered as (

@@ -11,35 +11,35 @@ use crate::store::{Connection, Error};
 /// One group commit, column by column, as the function `append` in `migrations/broker` takes it.
 #[derive(Debug, Default)]
 pub struct Append<'a> {
-    streams: Vec<i32>,
-    hints: Vec<i64>,
-    counts: Vec<i32>,
-    relays: Relays<'a>,
-    members: Vec<i32>,
-    message_streams: Vec<i32>,
-    ranks: Vec<i32>,
-    topics: Vec<i32>,
-    key_hashes: Vec<Option<i64>>,
-    keys: Vec<Option<&'a str>>,
-    ids: Vec<&'a str>,
-    sources: Vec<&'a str>,
-    types: Vec<Option<&'a str>>,
-    subjects: Vec<Option<&'a str>>,
-    times: Vec<Option<DateTime<Utc>>>,
-    content_types: Vec<Option<&'a str>>,
-    schemas: Vec<Option<&'a str>>,
-    extensions: Vec<Option<String>>,
-    kinds: Vec<i16>,
-    priorities: Vec<i16>,
-    data: Vec<Option<&'a [u8]>>,
-    origins: Vec<Option<i32>>,
-    identities: Vec<Option<Uuid>>,
-    contents: Vec<Option<Uuid>>,
+    pub(super) streams: Vec<i32>,
+    pub(super) hints: Vec<i64>,
+    pub(super) counts: Vec<i32>,
+    pub(super) relays: Relays<'a>,
+    pub(super) members: Vec<i32>,
+    pub(super) message_streams: Vec<i32>,
+    pub(super) ranks: Vec<i32>,
+    pub(super) topics: Vec<i32>,
+    pub(super) key_hashes: Vec<Option<i64>>,
+    pub(super) keys: Vec<Option<&'a str>>,
+    pub(super) ids: Vec<&'a str>,
+    pub(super) sources: Vec<&'a str>,
+    pub(super) types: Vec<Option<&'a str>>,
+    pub(super) subjects: Vec<Option<&'a str>>,
+    pub(super) times: Vec<Option<DateTime<Utc>>>,
+    pub(super) content_types: Vec<Option<&'a str>>,
+    pub(super) schemas: Vec<Option<&'a str>>,
+    pub(super) extensions: Vec<Option<String>>,
+    pub(super) kinds: Vec<i16>,
+    pub(super) priorities: Vec<i16>,
+    pub(super) data: Vec<Option<&'a [u8]>>,
+    pub(super) origins: Vec<Option<i32>>,
+    pub(super) identities: Vec<Option<Uuid>>,
+    pub(super) contents: Vec<Option<Uuid>>,
     /// Empty unless a message is to come later.
-    dues: Vec<Option<DateTime<Utc>>>,
-    checks_ids: bool,
-    bases: Vec<i64>,
-    counted: Vec<i64>,
+    pub(super) dues: Vec<Option<DateTime<Utc>>>,
+    pub(super) checks_ids: bool,
+    pub(super) bases: Vec<i64>,
+    pub(super) counted: Vec<i64>,
     expected_keys: ExpectedKeys<'a>,
     expectations: Expectations<'a>,
 }
@@ -63,21 +63,21 @@ struct Expectations<'a> {
 }
 
 /// What stands for nothing in arrays of numbers: an element of an array with nulls is not found by its place alone.
-const NONE: i64 = -1;
+pub(super) const NONE: i64 = -1;
 
 #[derive(Debug, Default)]
-struct Relays<'a> {
-    members: Vec<i32>,
-    leases: Vec<&'a str>,
-    epochs: Vec<i64>,
-    origins: Vec<i32>,
-    from: Vec<i64>,
-    to: Vec<i64>,
-    positions: Vec<&'a str>,
-    rejected_relays: Vec<i32>,
-    rejected_seqs: Vec<i64>,
-    rejected_reasons: Vec<&'a str>,
-    rejected_rows: Vec<&'a str>,
+pub(super) struct Relays<'a> {
+    pub(super) members: Vec<i32>,
+    pub(super) leases: Vec<&'a str>,
+    pub(super) epochs: Vec<i64>,
+    pub(super) origins: Vec<i32>,
+    pub(super) from: Vec<i64>,
+    pub(super) to: Vec<i64>,
+    pub(super) positions: Vec<&'a str>,
+    pub(super) rejected_relays: Vec<i32>,
+    pub(super) rejected_seqs: Vec<i64>,
+    pub(super) rejected_reasons: Vec<&'a str>,
+    pub(super) rejected_rows: Vec<&'a str>,
 }
 
 /// A message of a group commit.

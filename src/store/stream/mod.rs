@@ -1,6 +1,7 @@
 //! Streams, their log, and the append.
 
 mod append;
+mod append_next;
 mod catalogue;
 mod keys;
 mod leaf;
@@ -12,6 +13,7 @@ pub use append::{
     Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, Seen, append,
     intern_topics,
 };
+pub use append_next::{Previous, append_next};
 pub use catalogue::{
     Catalogue, DeclareOutcome, StreamRow, create_main, declare, delete, load_catalogue,
     read_leaf_sizes, read_sizes,
