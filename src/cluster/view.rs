@@ -171,12 +171,14 @@ impl View {
         let slots = (0..SLOT_COUNT).map(|slot| Item {
             name: Slot(slot).lease_name(),
             nodes: of_slots.clone(),
+            weight: 0,
         });
         let names = live.iter().flat_map(|member| &member.row.wants);
         let names: BTreeSet<&String> = names.filter(|name| *name != SLOTS).collect();
         let others = names.into_iter().map(|name| Item {
             name: name.clone(),
             nodes: wanting(name),
+            weight: 0,
         });
         slots.chain(others).collect()
     }

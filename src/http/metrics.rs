@@ -34,6 +34,8 @@ pub struct Metrics {
     pub(in crate::http) in_flight: Gauge,
     /// Requests passed on to other nodes.
     pub(in crate::http) forwarded: Counter,
+    /// Long polls for queues of other nodes that wait here and not there.
+    pub(in crate::http) polls_in_line: Gauge,
     pub(in crate::http) readers: follow::Metrics,
 }
 
@@ -51,6 +53,7 @@ impl Metrics {
             connections: Gauge::default(),
             in_flight: Gauge::default(),
             forwarded: Counter::default(),
+            polls_in_line: Gauge::default(),
             readers: follow::Metrics::new(registry),
         };
         registry.register(
@@ -78,6 +81,11 @@ impl Metrics {
             "postroad_http_requests_forwarded",
             "Requests passed on to the nodes that own their queues, repeats included",
             metrics.forwarded.clone(),
+        );
+        registry.register(
+            "postroad_http_polls_in_line",
+            "Long polls for queues of other nodes that wait here; a few for each queue wait there",
+            metrics.polls_in_line.clone(),
         );
         metrics
     }

@@ -10,7 +10,7 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 use super::follow::Readers;
-use super::forward::{Peers, Secret};
+use super::forward::{Lines, Peers, Secret};
 use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
@@ -104,6 +104,7 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) supervisor: Supervisor,
     /// The way to other nodes.
     pub(in crate::http) peers: Peers,
+    pub(in crate::http) lines: Arc<Lines>,
     pub(in crate::http) secret: Secret,
     /// What this node shows to others.
     pub(in crate::http) tag: HeaderValue,
@@ -123,6 +124,7 @@ impl State {
         Self(Arc::new(Inner {
             supervisor: supervisor.clone(),
             peers: Peers::default(),
+            lines: Arc::default(),
             secret,
             tag,
             readers: Readers::new(supervisor, options.readers_max),

@@ -188,12 +188,11 @@ impl Session {
     /// The statement failed.
     pub async fn is_unchanged(&mut self, snapshot: &str, backend_pid: i32) -> Result<bool, Error> {
         self.keep_plans(true).await?;
-        let asking = sqlx::query_scalar(
-            "select pg_current_snapshot()::text = $1 and pg_backend_pid() = $2",
-        )
-        .bind(snapshot)
-        .bind(backend_pid)
-        .fetch_one(&mut self.connection);
+        let asking =
+            sqlx::query_scalar("select pg_current_snapshot()::text = $1 and pg_backend_pid() = $2")
+                .bind(snapshot)
+                .bind(backend_pid)
+                .fetch_one(&mut self.connection);
         statement("asking for the origin's snapshot", asking).await
     }
 

@@ -463,13 +463,7 @@ impl Appender {
         Ok(counts)
     }
 
-    async fn finish(
-        &mut self,
-        group: Group,
-        key: GroupKey,
-        layout: &Layout,
-        appended: &Appended,
-    ) {
+    async fn finish(&mut self, group: Group, key: GroupKey, layout: &Layout, appended: &Appended) {
         let metrics = &self.state.metrics;
         metrics.group_messages.observe(group.message_count as f64);
         let settled = group.settle(layout, appended);

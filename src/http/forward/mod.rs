@@ -7,7 +7,9 @@
 //!
 //! Without other nodes nothing of this happens, and the body is not even looked at.
 
+mod line;
 mod peers;
+mod poll;
 mod secret;
 mod unwritten;
 
@@ -26,7 +28,7 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::body::Outgoing;
+use self::poll::Poll;
 use super::extract::Whole;
 use super::problem::{Kind, Problem};
 use super::state::State;
@@ -35,7 +37,9 @@ use crate::domain::id::{Epoch, Slot};
 use crate::domain::name::QueueName;
 use crate::queue;
 
+pub(in crate::http) use line::Lines;
 pub(in crate::http) use peers::Peers;
+pub(in crate::http) use poll::Acked;
 pub(in crate::http) use secret::Secret;
 
 /// The slot that a node passes a request on for.
@@ -69,6 +73,12 @@ struct Kept {
     parts: Parts,
     body: Bytes,
     since: Instant,
+    /// It waits in line, if its queue is another node's.
+    poll: Option<Poll>,
+    /// The owner was asked before it did.
+    has_asked: bool,
+    /// What it brought along is acknowledged, and not in its body any more.
+    acked: Option<Acked>,
 }
 
 /// What passing a request on came to.
@@ -186,7 +196,7 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
         Err(problem) => return problem.into_response(),
     };
     let since = Instant::now();
-    let kept = Kept { parts, body, since };
+    let mut kept = Kept::new(parts, body, since);
     let cluster = &state.parts.cluster;
     let mut gap_until = None;
     let mut is_known = true;
@@ -205,7 +215,8 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
             }
             Ok((slot, Owner::Other { node, url, epoch })) => {
                 let to = (node, url.as_str(), epoch);
-                match pass_on(state, &kept, (queue, slot), to).await {
+                // Boxed: a poll whose queue is this node's after all has no need of its place.
+                match Box::pin(pass_on(state, &mut kept, (queue, slot), to)).await {
                     Passed::Answered(answer) => return answer,
                     Passed::Elsewhere => is_known = false,
                     Passed::Unknown => {
@@ -239,11 +250,28 @@ async fn look_up(state: &State, queue: &QueueName) -> Result<(Slot, Owner), queu
 }
 
 impl Kept {
+    fn new(parts: Parts, body: Bytes, since: Instant) -> Self {
+        let mut kept = Self {
+            parts,
+            body,
+            since,
+            poll: None,
+            has_asked: false,
+            acked: None,
+        };
+        if kept.is_receive() {
+            kept.poll = Poll::parse(&kept.body);
+        }
+        kept
+    }
+
     fn request(&self) -> Request {
         let mut request = Request::from_parts(self.parts.clone(), Body::from(self.body.clone()));
-        request
-            .extensions_mut()
-            .insert(Waited(self.since.elapsed()));
+        let extensions = request.extensions_mut();
+        extensions.insert(Waited(self.since.elapsed()));
+        if let Some(acked) = &self.acked {
+            extensions.insert(acked.clone());
+        }
         request
     }
 
@@ -263,29 +291,46 @@ impl Kept {
     }
 }
 
-/// Sends the request to a node and waits for its answer, for as long as the node lives.
+/// Sends the request to a node, and gives its answer.
 async fn pass_on(
     state: &State,
-    kept: &Kept,
+    kept: &mut Kept,
     (queue, slot): (&QueueName, Slot),
-    (node, url, epoch): (i64, &str, Epoch),
+    to: (i64, &str, Epoch),
 ) -> Passed {
+    if kept.is_receive() {
+        return poll::pass_on(state, kept, (queue, slot), to).await;
+    }
+    match ask(state, kept, slot, to, Duration::ZERO).await {
+        Ok(answer) => Passed::Answered(copy(answer)),
+        Err(passed) => passed,
+    }
+}
+
+/// Sends the request to a node and waits for its answer, for as long as the node lives. `waited`: how long it is to have waited
+/// already, at least.
+async fn ask(
+    state: &State,
+    kept: &Kept,
+    slot: Slot,
+    (node, url, epoch): (i64, &str, Epoch),
+    waited: Duration,
+) -> Result<reqwest::Response, Passed> {
     let view = state.parts.cluster.view();
     let is_there = |url: &str| view.nodes.iter().any(|member| member.row.url == url);
     let Ok(place) = state.peers.place(url, is_there) else {
-        return Passed::Elsewhere;
+        return Err(Passed::Elsewhere);
     };
     state.parts.metrics.forwarded.inc();
     let path = kept.parts.uri.path_and_query();
     let path = path.map_or("/", |path| path.as_str());
+    let waited = kept.since.elapsed().max(waited);
+    let waited = i64::try_from(waited.as_millis()).unwrap_or(i64::MAX);
     let mut headers = end_to_end(&kept.parts.headers);
     for (name, number) in [
         (SLOT, i64::from(slot.0)),
         (EPOCH, epoch.0),
-        (
-            WAITED,
-            i64::try_from(kept.since.elapsed().as_millis()).unwrap_or(i64::MAX),
-        ),
+        (WAITED, waited),
     ] {
         headers.insert(name, HeaderValue::from(number));
     }
@@ -301,30 +346,18 @@ async fn pass_on(
     let answer = tokio::select! {
         biased;
         answer = request => answer,
-        _ = gone => return kept.unanswered(),
-        // Taken away there, the poll hands out nothing.
-        () = state.stopping.cancelled(), if kept.is_receive() => {
-            return Passed::Answered(Problem::new(Kind::Stopping, "the broker is stopping").into_response());
-        }
+        _ = gone => return Err(kept.unanswered()),
     };
     match answer {
-        Ok(answer) if answer.status() == StatusCode::MISDIRECTED_REQUEST => Passed::Elsewhere,
-        Ok(answer) if kept.is_receive() => {
-            let outgoing = kept.parts.extensions.get::<Outgoing>();
-            let outgoing = outgoing.cloned().unwrap_or_default();
-            match unwritten::hand_on(state, queue, outgoing, answer).await {
-                Ok(answer) => Passed::Answered(answer),
-                Err(_) => kept.unanswered(),
-            }
-        }
-        Ok(answer) => Passed::Answered(copy(answer)),
+        Ok(answer) if answer.status() == StatusCode::MISDIRECTED_REQUEST => Err(Passed::Elsewhere),
+        Ok(answer) => Ok(answer),
         Err(error) if error.is_connect() => {
             tracing::debug!(%error, url, "a node cannot be reached");
-            Passed::Elsewhere
+            Err(Passed::Elsewhere)
         }
         Err(error) => {
             tracing::debug!(%error, url, "a node did not answer");
-            kept.unanswered()
+            Err(kept.unanswered())
         }
     }
 }

@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::response::Response;
+use axum::http::StatusCode;
 use bytes::Bytes;
 use serde::Deserialize;
 
-use super::{EPOCH, NODE, end_to_end};
+use super::{EPOCH, NODE};
 use crate::cluster::Owner;
 use crate::domain::name::QueueName;
 use crate::http::body::{Handed, OnWritten, Outgoing};
@@ -69,26 +69,20 @@ impl Drop for OnTheWay {
     }
 }
 
-/// The owner's answer to a receive as this node's.
-pub(super) async fn hand_on(
+/// The body of an owner's answer to a receive, as this node's.
+pub(super) fn handed(
     state: &State,
     queue: &QueueName,
     outgoing: Outgoing,
-    answer: reqwest::Response,
-) -> Result<Response, reqwest::Error> {
-    let (status, headers) = (answer.status(), end_to_end(answer.headers()));
-    // Until all of it is here the owner takes it back if the client goes.
-    let answer = answer.bytes().await?;
+    status: StatusCode,
+    body: Bytes,
+) -> Body {
     let on_the_way = OnTheWay {
         state: state.clone(),
         queue: queue.clone(),
-        answer: status.is_success().then(|| answer.clone()),
+        answer: status.is_success().then(|| body.clone()),
     };
-    let handed = Handed::new(answer, Box::new(on_the_way), outgoing);
-    let mut response = Response::new(Body::new(handed));
-    *response.status_mut() = status;
-    *response.headers_mut() = headers;
-    Ok(response)
+    Body::new(Handed::new(body, Box::new(on_the_way), outgoing))
 }
 
 async fn give_back(state: &State, queue: &QueueName, receipts: Vec<String>) {

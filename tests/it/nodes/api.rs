@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use super::{QUEUES, assigned, declare, node, number, queue, settled, shares, size, three_nodes};
 use crate::support::consumer::{items, publish};
 use crate::support::process::{raise_open_files, resident_bytes};
-use crate::support::{self, Consumer, Events, Program};
+use crate::support::{self, Consumer, Events, Http, Program};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn any_node_answers_any_request() {
@@ -198,8 +198,11 @@ async fn more_polls_wait_on_the_wrong_node_than_a_connection_between_nodes_takes
         queue: owned_by_two,
     };
     let began = Instant::now();
-    support::eventually("all polls to wait at the owner", || async {
-        (consumer.status().await["waiters"] == count).then_some(())
+    // One with the owner, the others where they came in.
+    support::eventually("all polls to wait", || async {
+        let in_line = gauge(&one.http, "postroad_http_polls_in_line").await;
+        let is_so = in_line == count as u64 - 1 && consumer.status().await["waiters"] == 1;
+        is_so.then_some(())
     })
     .await;
     let each = |before: u64, after: u64| after.saturating_sub(before) / count as u64;
@@ -220,6 +223,76 @@ async fn more_polls_wait_on_the_wrong_node_than_a_connection_between_nodes_takes
         );
     }
     assert_eq!(offsets.len(), count);
+    assert_eq!(gauge(&one.http, "postroad_http_polls_in_line").await, 0);
+}
+
+async fn gauge(http: &Http, name: &str) -> u64 {
+    let (_, text) = http.get("/metrics").await;
+    let line = text.as_str().unwrap().lines().find_map(|line| line.strip_prefix(name));
+    line.map_or(0, |value| value.trim().parse().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn polls_in_line_are_told_what_is_wrong_and_what_they_acknowledged() {
+    let db = support::database().await;
+    let (one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    let queue = owned_by(&db.url, &one, &two).await;
+    let consumer = Consumer {
+        http: one.http.clone(),
+        queue: queue.clone(),
+    };
+    publish(&one.http, "orders.created", 2).await;
+    let path = format!("/v1/queues/{queue}/receive");
+    let named = json!({"receive_id": "named", "max_messages": 1, "visibility_timeout_seconds": 60});
+    let first = consumer.receive(&named).await;
+    let second = consumer.take(1, 60).await;
+    // From now on one waits at the owner, and whoever comes later is behind it.
+    let waiting = consumer.clone();
+    let waiting = tokio::spawn(async move { waiting.take(1, 60).await });
+    support::eventually("the poll to wait", || async {
+        (consumer.status().await["waiters"] == 1).then_some(())
+    })
+    .await;
+    let wrong = one.http.post(&path, &json!({"max_messages": 0})).await;
+    assert_eq!(wrong.0.as_u16(), 422, "{}", wrong.1);
+    assert_eq!(
+        consumer.receive(&named).await,
+        first,
+        "its deliveries are live"
+    );
+    let began = Instant::now();
+    let nothing = json!({"wait_seconds": 1, "ack": items(&second, &json!({}))});
+    let nothing = consumer.receive(&nothing).await;
+    assert_eq!(nothing["reason"], "empty", "{nothing}");
+    assert_eq!(
+        nothing["ack"]["deliveries"][0]["result"], "acked",
+        "{nothing}"
+    );
+    assert!(began.elapsed() >= Duration::from_secs(1), "it waited");
+    assert_eq!(consumer.status().await["in_flight"], 1, "acknowledged");
+    // Acknowledged while it waits, and answered with what comes.
+    let named = first["deliveries"].as_array().unwrap().clone();
+    let (poll, ack) = (consumer.clone(), items(&named, &json!({})));
+    let behind = tokio::spawn(async move {
+        poll.receive(&json!({"wait_seconds": 40, "max_messages": 1, "ack": ack}))
+            .await
+    });
+    support::eventually("the acknowledgement", || async {
+        (consumer.status().await["in_flight"] == 0).then_some(())
+    })
+    .await;
+    assert!(!behind.is_finished() && !waiting.is_finished());
+    publish(&one.http, "orders.created", 2).await;
+    let mut offsets = vec![waiting.await.unwrap()[0]["offset"].as_u64().unwrap()];
+    let behind = behind.await.unwrap();
+    assert_eq!(
+        behind["ack"]["deliveries"][0]["result"], "acked",
+        "{behind}"
+    );
+    offsets.push(behind["deliveries"][0]["offset"].as_u64().unwrap());
+    offsets.sort_unstable();
+    assert_eq!(offsets, [3, 4]);
 }
 
 /// Declares queues until one is the second node's, and gives its name.

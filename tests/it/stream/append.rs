@@ -11,6 +11,59 @@ use sqlx::Executor as _;
 use super::{message, node, node_with, offsets, quick, read};
 use crate::support;
 
+/// The quick way behind one's own group is not for a log that others have written to, or that is an older copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_appender_goes_by_the_log_and_not_by_what_it_last_did() {
+    let db = support::database().await;
+    let node = node(&db).await;
+    let main = node.main().await;
+    let mut other = db.connect().await;
+    let mut next = 1;
+    for round in 0..20 {
+        for n in 0..2 {
+            let one = vec![message("orders", &format!("{round}-{n}"), "1")];
+            let placed = node.publish(one, n == 0).await.unwrap();
+            assert_eq!(offsets(&placed), [next]);
+            next += 1;
+        }
+        // Somebody whom this node knows nothing of.
+        let copy = format!(
+            "insert into postroad_broker.message (stream_id, \"offset\", topic_id, appended_at, id, source, data_kind)
+            select stream_id, \"offset\" + 1, topic_id, appended_at, 'other', source, 0
+            from postroad_broker.message where stream_id = {} and \"offset\" = {}",
+            main.0,
+            next - 1
+        );
+        other.execute(sqlx::AssertSqlSafe(copy)).await.unwrap();
+        next += 1;
+    }
+    // The latest two groups are gone, as in a copy from before them.
+    let older = format!(
+        "begin;
+        delete from postroad_broker.message where stream_id = {} and \"offset\" > {};
+        delete from postroad_broker.append_journal where number >=
+            (select max(number) - 1 from postroad_broker.append_journal);
+        commit",
+        main.0,
+        next - 4
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(older))
+        .execute(&mut other)
+        .await
+        .unwrap();
+    let placed = node
+        .publish(vec![message("orders", "again", "1")], false)
+        .await
+        .unwrap();
+    assert_eq!(offsets(&placed), [next - 3], "behind what there is");
+    let placed = node
+        .publish(vec![message("orders", "next", "1")], false)
+        .await
+        .unwrap();
+    assert_eq!(offsets(&placed), [next - 2]);
+    node.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_appenders_give_dense_offsets_and_every_tail_sees_all_in_order() {
     let db = support::database().await;

@@ -18,7 +18,7 @@ use crate::domain::policy::CONSUMER_MAX_BYTES;
 use crate::domain::queue::EmptyReason;
 use crate::http::body::{Handed, OnWritten, Outgoing};
 use crate::http::extract::{Check, Json, Named, Query};
-use crate::http::forward::{self, Waited};
+use crate::http::forward::{self, Acked, Waited};
 use crate::http::openapi::{NoQueue, QueueBounds, Writes};
 use crate::http::problem::Problem;
 use crate::http::routes::queues::TWELVE_HOURS;
@@ -168,7 +168,11 @@ async fn receive(
     Extract(state): Extract<State>,
     Named(name): Named<QueueName>,
     query: Query,
-    (outgoing, waited): (Option<Extension<Outgoing>>, Option<Extension<Waited>>),
+    (outgoing, waited, acked): (
+        Option<Extension<Outgoing>>,
+        Option<Extension<Waited>>,
+        Option<Extension<Acked>>,
+    ),
     Json(receive): Json<Receive>,
 ) -> Result<Response, Problem> {
     query.finish()?;
@@ -181,7 +185,12 @@ async fn receive(
     }
     let receipts = request.ack.clone();
     let received = received(&state, &name, request).await?;
-    let body = print(&received, receipts);
+    let acked = match acked {
+        Some(Extension(Acked(acked))) => Some(acked.get().to_owned()),
+        None if receipts.is_empty() => None,
+        None => serde_json::to_string(&WireSettled::new(receipts, &received.acked)).ok(),
+    };
+    let body = print(&received, acked.as_deref());
     if received.deliveries.is_empty() {
         return Ok(wire::json_bytes(StatusCode::OK, body.into()));
     }
@@ -217,8 +226,8 @@ async fn received(
     }
 }
 
-/// Events are spliced in as they are.
-fn print(received: &Received, receipts: Vec<String>) -> Vec<u8> {
+/// Events are spliced in as they are, and so is what became of deliveries to acknowledge.
+fn print(received: &Received, acked: Option<&str>) -> Vec<u8> {
     let bytes: usize = received
         .deliveries
         .iter()
@@ -226,9 +235,9 @@ fn print(received: &Received, receipts: Vec<String>) -> Vec<u8> {
         .sum();
     let mut out = Vec::with_capacity(bytes + 128);
     out.push(b'{');
-    if !receipts.is_empty() {
+    if let Some(acked) = acked {
         out.extend_from_slice(b"\"ack\":");
-        wire::put(&mut out, &WireSettled::new(receipts, &received.acked));
+        out.extend_from_slice(acked.as_bytes());
         out.push(b',');
     }
     out.extend_from_slice(b"\"deliveries\":[");
