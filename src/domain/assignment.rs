@@ -68,7 +68,9 @@ fn assign_kind(
         let total = totals.get(&node).copied().unwrap_or_default();
         (count, load, total, node)
     };
-    let free = items.iter().filter(|item| !assigned.contains_key(&item.name));
+    let free = items
+        .iter()
+        .filter(|item| !assigned.contains_key(&item.name));
     let mut free: Vec<&&Item> = free.collect();
     // The heaviest first, since the others can make up for it.
     free.sort_by_key(|item| std::cmp::Reverse(item.weight));
@@ -129,7 +131,11 @@ fn next_move<'a>(
     // The largest gap first; of one node's items the one that leaves the loads most even, or else the last, so that low slots
     // stay where they are.
     moves.max_by_key(|(item, from, to)| {
-        let left = gap_after(share(shares, *from).load, share(shares, *to).load, item.weight);
+        let left = gap_after(
+            share(shares, *from).load,
+            share(shares, *to).load,
+            item.weight,
+        );
         (
             count(*from) - count(*to),
             *from,

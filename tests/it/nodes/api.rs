@@ -228,7 +228,11 @@ async fn more_polls_wait_on_the_wrong_node_than_a_connection_between_nodes_takes
 
 async fn gauge(http: &Http, name: &str) -> u64 {
     let (_, text) = http.get("/metrics").await;
-    let line = text.as_str().unwrap().lines().find_map(|line| line.strip_prefix(name));
+    let line = text
+        .as_str()
+        .unwrap()
+        .lines()
+        .find_map(|line| line.strip_prefix(name));
     line.map_or(0, |value| value.trim().parse().unwrap())
 }
 
