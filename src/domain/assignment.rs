@@ -152,8 +152,7 @@ fn gap_after(from: u64, to: u64, weight: u64) -> u64 {
 
 /// Exchanges slots between the node that has most to do and the one that has least, one for one, while they are further apart than
 /// half of a fair share: so that what is even in number is about even in load. A few at a time, and only exchanges that bring
-/// them nearer by a quarter of the gap: a slot that is heavier than all others stays where it is. To be asked for now and
-/// then, with weights of minutes: each exchange hands two slots over.
+/// them nearer: a slot that is heavier than all others stays where it is. To be asked for now and then, with weights of minutes: each exchange hands two slots over.
 #[must_use]
 pub fn even_out(items: &[Item], assigned: &BTreeMap<String, Node>) -> BTreeMap<String, Node> {
     let mut assigned = assigned.clone();
@@ -193,7 +192,7 @@ fn next_exchange<'a>(
     });
     let left = |(one, other): &(&Item, &Item)| gap_after(high, low, one.weight - other.weight);
     let best = pairs.min_by_key(|pair| (left(pair), &pair.0.name, &pair.1.name))?;
-    (left(&best) <= gap - gap / 4).then_some(best)
+    (left(&best) + EVEN <= gap).then_some(best)
 }
 
 #[cfg(test)]

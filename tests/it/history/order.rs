@@ -107,8 +107,10 @@ impl<'a> Message<'a> {
             .iter()
             .filter(|s| is_meant(s.generation, s.offset))
         {
-            let may_settle =
-                settled.is_told("acked") || settled.told.is_none() && settled.verb == Verb::Ack;
+            // A node that repeats an ack to the next owner, since the former one did not answer, may be told that it is settled.
+            let may_settle = settled.is_told("acked")
+                || settled.verb == Verb::Ack
+                    && (settled.told.is_none() || settled.is_told("already_settled"));
             if may_settle {
                 let until = settled
                     .told
