@@ -8,7 +8,8 @@
 -- Locks in the order that all of Postroad follows: node rows by incarnation, then leases by name. The holder's row is locked
 -- and looked at again before it is marked dead, so a holder whose heartbeat came first keeps all that it has; and a dead
 -- incarnation is never renewed, so it cannot come back between. A write under the old epoch holds the lease's row until it
--- has committed: the new epoch starts after it. Every taking raises the epoch, also of a lease that this incarnation held:
+-- has committed: the new epoch starts after it. A row that is locked is passed over, and asked for again in a moment: a node that
+-- stopped within a transaction must not hold up the taking of other leases, nor the heartbeat behind it. Every taking raises the epoch, also of a lease that this incarnation held:
 -- it asks only when it does not know at which epoch.
 create function postroad_broker.take_leases(
     p_incarnation bigint, p_names text[], p_silent bigint[], p_silent_since timestamptz[])
@@ -73,7 +74,7 @@ begin
                 )
             )
         order by l.name
-        for no key update of l
+        for no key update of l skip locked
     ) f;
 
     return query

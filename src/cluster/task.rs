@@ -239,10 +239,15 @@ impl Heartbeat {
         }
         let incarnation = self.shared.incarnation.load(Ordering::Acquire);
         failpoint::reach("hand_over.before_release");
-        store::cluster::release_leases(self.connected().await?, incarnation, &names).await?;
-        tracing::info!(leases = names.join(" "), "leases released");
+        let connection = self.connected().await?;
+        let left = store::cluster::release_leases(connection, incarnation, &names).await?;
+        let released: Vec<String> = names
+            .into_iter()
+            .filter(|name| !left.contains(name))
+            .collect();
+        tracing::info!(leases = released.join(" "), "leases released");
         let mut state = self.shared.state();
-        state.released(&names);
+        state.released(&released);
         self.count_held(&state);
         Ok(())
     }

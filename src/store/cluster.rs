@@ -363,7 +363,8 @@ pub async fn take_leases(
         .collect())
 }
 
-/// Gives leases back: free for the next taker, at whose taking the epoch rises.
+/// Gives leases back: free for the next taker, at whose taking the epoch rises. Gives those that it still holds, since a write
+/// under way has their rows locked: nobody's heartbeat waits for that.
 ///
 /// # Errors
 /// The database's.
@@ -371,22 +372,25 @@ pub async fn release_leases(
     connection: &mut Connection,
     incarnation: i64,
     names: &[String],
-) -> Result<(), Error> {
+) -> Result<Vec<String>, Error> {
     bounded(
         "releasing leases",
         HEARTBEAT,
-        sqlx::query(
+        sqlx::query_scalar(
             "with locked as ( \
              select name from postroad_broker.lease where name = any ($2) and holder = $1 \
-             order by name for no key update) \
-         update postroad_broker.lease l set holder = null from locked where l.name = locked.name",
+             order by name for no key update skip locked), \
+         released as ( \
+             update postroad_broker.lease l set holder = null from locked where l.name = locked.name \
+             returning l.name) \
+         select l.name from postroad_broker.lease l \
+         where l.name = any ($2) and l.holder = $1 and l.name not in (select r.name from released r)",
         )
         .bind(incarnation)
         .bind(names)
-        .execute(connection),
+        .fetch_all(connection),
     )
-    .await?;
-    Ok(())
+    .await
 }
 
 /// Locks a lease's row in a transaction. Whether the fence is still its own: what is read or written after that is nobody else's before

@@ -40,11 +40,13 @@ pub type Connection = sqlx::PgConnection;
 
 /// Settings of every session (DESIGN.md, rules that hold everywhere): a role's default of repeatable read gave two
 /// appends one offset. Compiling a plan takes far longer than any of these short statements: with `jit` on, the planner's
-/// penalty for scans that the hot functions forbid had the appender's and the writer's sessions compile in every group.
+/// penalty for scans that the hot functions forbid had the appender's and the writer's sessions compile in every group. A process that
+/// is stopped within a transaction holds the rows of leases: for no longer than the shortest time to live, after which others
+/// are to have them.
 const SESSION: [(&str, &str); 6] = [
     ("default_transaction_isolation", "read committed"),
     ("synchronous_commit", "on"),
-    ("idle_in_transaction_session_timeout", "60s"),
+    ("idle_in_transaction_session_timeout", "2s"),
     ("timezone", "UTC"),
     ("jit", "off"),
     ("application_name", "postroad"),

@@ -345,3 +345,27 @@ async fn a_host_that_vanishes_without_a_word_costs_no_more_than_half_a_ttl() {
     assert_eq!(one.incarnation(), incarnation, "renewed in time");
     stop(&tasks).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_somebody_has_locked_holds_up_no_other() {
+    let db = support::database().await;
+    let (one, one_tasks) = node(&db, "http://one", LONG).await;
+    let mut a = one.hold("a".to_owned());
+    a.wait_for(Option::is_some).await.unwrap();
+    // As a process has it that was stopped within a transaction.
+    let mut stuck = db.connect().await;
+    stuck
+        .execute("begin; select from postroad_broker.lease where name = 'a' for no key update")
+        .await
+        .unwrap();
+    let (two, two_tasks) = node(&db, "http://two", LONG).await;
+    let mut taken = two.hold("a".to_owned());
+    let mut other = two.hold("b".to_owned());
+    // It cannot give the locked one back, and goes on living.
+    stop(&one_tasks).await;
+    other.wait_for(Option::is_some).await.unwrap();
+    assert!(taken.borrow().is_none(), "it is locked");
+    stuck.execute("commit").await.unwrap();
+    taken.wait_for(Option::is_some).await.unwrap();
+    stop(&two_tasks).await;
+}

@@ -70,7 +70,7 @@ pub fn longest_gap(events: &[Event]) -> Duration {
     longest
 }
 
-/// How long after a moment the last of the leases that a node had then was another's. None while one is not.
+/// How long after a moment the last of the leases that a node had then was another's: zero if it had none, None while one is not.
 pub fn taken_over(events: &[Event], holder: i64, since: Time) -> Option<Duration> {
     let changes = || events.iter().filter(|event| !event.is_write);
     let mut had: BTreeMap<&str, bool> = BTreeMap::new();

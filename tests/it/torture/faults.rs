@@ -30,6 +30,8 @@ pub enum Fault {
     PauseInAppend,
     /// A node dies at a failpoint, or sleeps there for longer than it may.
     Point,
+    /// The same, with all points in turn, and both ways.
+    NextPoint,
     /// A node hears nothing of the database for longer than it may, and goes on.
     Partition,
     /// Its connections to the database end, before or after some bytes.
@@ -88,8 +90,15 @@ pub async fn act(world: &mut World, fault: Fault, dice: &mut Dice, done: &mut Do
         }
         Fault::PauseInAppend => pause_in_append(world, dice, done).await,
         Fault::Point => {
-            let name = failpoint::NAMES[dice.below(failpoint::NAMES.len())];
-            point(world, node, name, dice, done).await;
+            let points = common_points();
+            let name = points[dice.below(points.len())];
+            let act = ["abort", "stop"][dice.below(2)];
+            point(world, (name, act), dice, done).await;
+        }
+        Fault::NextPoint => {
+            let (turn, names) = (done.total(), failpoint::NAMES);
+            let act = ["abort", "stop"][turn / names.len() % 2];
+            point(world, (names[turn % names.len()], act), dice, done).await;
         }
         Fault::Partition => {
             let proxy = &world.nodes[node].proxy;
@@ -229,15 +238,61 @@ async fn pause_in_append(world: &World, dice: &mut Dice, done: &mut Done) {
     victim.go_on();
 }
 
-/// A node dies or sleeps at a point.
-pub async fn point(world: &mut World, node: usize, name: &str, dice: &mut Dice, done: &mut Done) {
+/// The points that all work comes by. Others need that something is emptied, or due later, or mapped.
+fn common_points() -> Vec<&'static str> {
+    let families = ["settlement.", "append.", "node.", "lease.", "recovery.", "http."];
+    let of_relay = [
+        "relay.window_opened",
+        "relay.mark_written",
+        "relay.before_append",
+        "relay.after_append",
+    ];
+    let names = failpoint::NAMES.iter().copied();
+    let is_common = |name: &&str| {
+        families.iter().any(|family| name.starts_with(family)) || of_relay.contains(name)
+    };
+    names.filter(is_common).collect()
+}
+
+/// The node that comes by a point: any, but for what only the holder of a lease does.
+async fn who_passes(world: &World, name: &str, dice: &mut Dice) -> usize {
+    let lease = match name.split_once('.').map_or(name, |(family, _)| family) {
+        "relay" | "outbox" => "relay/%",
+        "scheduled" => "duty/scheduled",
+        "log" => "duty/streams",
+        _ => "",
+    };
+    let text = "select n.url from postroad_broker.lease l
+        join postroad_broker.node n on n.incarnation = l.holder where l.name like $1 order by random() limit 1";
+    if let Some(mut connection) = world.connect().await {
+        let holder = sqlx::query_scalar::<_, String>(text).bind(lease);
+        if let Ok(Some(url)) = holder.fetch_optional(&mut connection).await {
+            let mut nodes = world.nodes.iter();
+            if let Some(node) = nodes.position(|node| node.program.http.base == url) {
+                return node;
+            }
+        }
+    }
+    dice.below(world.nodes.len())
+}
+
+/// A node dies (`abort`) or sleeps (`stop`) at a point.
+pub async fn point(
+    world: &mut World,
+    (name, act): (&str, &str),
+    dice: &mut Dice,
+    done: &mut Done,
+) {
     if !cfg!(feature = "failpoints") {
         let why = "Point: built without the feature failpoints".to_owned();
         done.skipped.insert(why);
         return;
     }
-    let (act, at) = (["abort", "stop"][dice.below(2)], 1 + dice.below(4));
-    let armed = format!("{name}={act}@{at}");
+    let node = who_passes(world, name, dice).await;
+    let armed = match common_points().contains(&name) {
+        true => format!("{name}={act}@{}", 1 + dice.below(4)),
+        false => format!("{name}={act}@1"),
+    };
     world.nodes[node].kill().await;
     let variable = [("POSTROAD_FAILPOINTS", armed.as_str())];
     world.nodes[node].program.launch_with(&variable);

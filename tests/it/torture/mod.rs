@@ -14,6 +14,7 @@ mod world;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
+use postroad::failpoint;
 use uuid::Uuid;
 
 use self::faults::{Done, Fault, act, millis};
@@ -42,7 +43,7 @@ impl Sizes {
         Self {
             seed: seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0),
             nodes: size("NODES", 3).max(2),
-            origins: size("ORIGINS", 2).max(1),
+            origins: size("ORIGINS", 1).max(1),
         }
     }
 }
@@ -143,14 +144,19 @@ async fn pauses() {
     .await;
 }
 
-/// Nodes that die or sleep at failpoints.
+/// Nodes that die or sleep at failpoints: two of all that there are, or so many, one after the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn points() {
+    let all = 2 * failpoint::NAMES.len();
+    let count = size("POINTS", 2).min(all);
     run(Plan {
         test: "points",
         variable: "POINTS",
-        until: Until::Faults(size("POINTS", 2)),
-        deck: vec![Fault::Point],
+        until: Until::Faults(count),
+        deck: match count {
+            2 => vec![Fault::Point],
+            _ => vec![Fault::NextPoint],
+        },
         ground: Ground::default(),
     })
     .await;

@@ -59,6 +59,8 @@ pub struct World {
 
 impl World {
     pub async fn open(sizes: &Sizes, ground: Ground) -> Self {
+        let others = (0..sizes.origins).map(|number| tokio::spawn(origin(number)));
+        let others: Vec<_> = others.collect();
         let (server, is_small) = server(ground).await;
         let url = server.create_database("broker").await;
         let database = Database::new(&url, 2).unwrap();
@@ -77,17 +79,8 @@ impl World {
             server: None,
             proxy: None,
         }];
-        for number in 0..sizes.origins {
-            let server = support::cluster().await;
-            let origin = Origin::install(&server.create_database("shop").await).await;
-            shop::open(&origin).await;
-            let proxy = support::proxy(&origin.url).await;
-            shops.push(Shop {
-                name: format!("shop-{number}"),
-                origin,
-                server: Some(server),
-                proxy: Some(proxy),
-            });
+        for other in others {
+            shops.push(other.await.unwrap());
         }
         let folder = tempfile::tempdir().unwrap();
         let mut world = Self {
@@ -98,10 +91,8 @@ impl World {
             is_small,
             folder,
         };
-        for number in 0..sizes.nodes {
-            let node = world.node(number, ground).await;
-            world.nodes.push(node);
-        }
+        let nodes = (0..sizes.nodes).map(|number| world.node(number, ground));
+        world.nodes = futures_util::future::join_all(nodes).await;
         world.declare().await;
         world.settled().await;
         world
@@ -227,6 +218,20 @@ impl Node {
 
     pub fn go_on(&self) {
         self.program.signal(Signal::CONT);
+    }
+}
+
+/// An origin on a server of its own.
+async fn origin(number: usize) -> Shop {
+    let server = support::cluster().await;
+    let origin = Origin::install(&server.create_database("shop").await).await;
+    shop::open(&origin).await;
+    let proxy = support::proxy(&origin.url).await;
+    Shop {
+        name: format!("shop-{number}"),
+        origin,
+        server: Some(server),
+        proxy: Some(proxy),
     }
 }
 
