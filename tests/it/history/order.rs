@@ -108,8 +108,8 @@ impl<'a> Message<'a> {
             .filter(|s| is_meant(s.generation, s.offset))
         {
             // A node that repeats an ack to the next owner, since the former one did not answer, may be told that it is settled.
-            let is_repeated = history.acked.contains(&(generation, offset))
-                && settled.is_told("already_settled");
+            let is_repeated =
+                history.acked.contains(&(generation, offset)) && settled.is_told("already_settled");
             let is_of_ack = settled.told.is_none() || is_repeated;
             let may_settle = settled.is_told("acked") || is_of_ack && settled.verb == Verb::Ack;
             if may_settle {

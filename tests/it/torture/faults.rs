@@ -240,7 +240,14 @@ async fn pause_in_append(world: &World, dice: &mut Dice, done: &mut Done) {
 
 /// The points that all work comes by. Others need that something is emptied, or due later, or mapped.
 fn common_points() -> Vec<&'static str> {
-    let families = ["settlement.", "append.", "node.", "lease.", "recovery.", "http."];
+    let families = [
+        "settlement.",
+        "append.",
+        "node.",
+        "lease.",
+        "recovery.",
+        "http.",
+    ];
     let of_relay = [
         "relay.window_opened",
         "relay.mark_written",
@@ -277,12 +284,7 @@ async fn who_passes(world: &World, name: &str, dice: &mut Dice) -> usize {
 }
 
 /// A node dies (`abort`) or sleeps (`stop`) at a point.
-pub async fn point(
-    world: &mut World,
-    (name, act): (&str, &str),
-    dice: &mut Dice,
-    done: &mut Done,
-) {
+pub async fn point(world: &mut World, (name, act): (&str, &str), dice: &mut Dice, done: &mut Done) {
     if !cfg!(feature = "failpoints") {
         let why = "Point: built without the feature failpoints".to_owned();
         done.skipped.insert(why);
