@@ -30,6 +30,8 @@ create table postroad_broker.node (
     is_leaving boolean not null default false,
     -- The number of its last heartbeat. A process that finds a lower one than it has written looks at an older copy of this database.
     beat bigint not null default 0,
+    -- Deliveries in a second out of each slot, about: 64 numbers, 0 for those that others hold. Empty when it is alone.
+    slot_loads integer[] not null default '{}',
     dead_at timestamptz
 );
 

@@ -2,13 +2,17 @@
 //! before. It keeps no state but what is stored, so that any node can go on from there.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use crate::domain::assignment::{Node, assign};
+use crate::domain::assignment::{Node, assign, even_out};
 use crate::domain::id::Fence;
 use crate::store::{self, Connection};
 
 use super::Shared;
 use super::view::{LEADER, Observer, View};
+
+/// How often loads are looked at: nodes tell them every few seconds, and each is of about a minute.
+pub(super) const EVEN_OUT_EVERY: Duration = Duration::from_secs(60);
 
 /// Who is to lead, as a node sees it.
 pub(super) enum Lead {
@@ -45,9 +49,13 @@ pub(super) struct Anew {
 }
 
 impl Anew {
-    /// None when nothing is to change.
-    pub(super) fn of(view: &View) -> Option<Self> {
-        let next = assign(&view.items(), &view.assigned);
+    /// None when nothing is to change. `evens_out`: slots may be exchanged for their loads, too.
+    pub(super) fn of(view: &View, evens_out: bool) -> Option<Self> {
+        let items = view.items();
+        let mut next = assign(&items, &view.assigned);
+        if evens_out && next == view.assigned {
+            next = even_out(&items, &next);
+        }
         let changed = next
             .iter()
             .filter(|(name, node)| view.assigned.get(*name) != Some(node));
@@ -95,7 +103,7 @@ pub(super) async fn lead(
         next,
         changed,
         gone,
-    }) = Anew::of(view)
+    }) = Anew::of(view, shared.is_evening_out())
     else {
         return Ok(());
     };

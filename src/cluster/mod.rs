@@ -106,11 +106,26 @@ struct Shared {
     view: watch::Sender<Arc<View>>,
     wake: Notify,
     metrics: Metrics,
+    /// When the one that leads last looked at the loads.
+    evened_at: Mutex<Instant>,
 }
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is time to look at the loads of slots; then it is noted that it was done.
+    fn is_evening_out(&self) -> bool {
+        let mut at = self
+            .evened_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let is_time = at.elapsed() >= lead::EVEN_OUT_EVERY;
+        if is_time {
+            *at = Instant::now();
+        }
+        is_time
     }
 }
 
@@ -184,6 +199,7 @@ pub async fn start(
             view: watch::Sender::new(Arc::new(view)),
             wake: Notify::new(),
             metrics,
+            evened_at: Mutex::new(asked),
         }),
     };
     let task = task::Heartbeat::new(

@@ -51,6 +51,8 @@ pub struct View {
     pub leases: BTreeMap<String, LeaseRow>,
     /// Which node is to hold which lease.
     pub assigned: BTreeMap<String, Node>,
+    /// Deliveries in a second out of each slot, about; empty when no node has said.
+    pub loads: Vec<u64>,
 }
 
 /// Who answers for a lease.
@@ -171,7 +173,7 @@ impl View {
         let slots = (0..SLOT_COUNT).map(|slot| Item {
             name: Slot(slot).lease_name(),
             nodes: of_slots.clone(),
-            weight: 0,
+            weight: self.loads.get(slot as usize).copied().unwrap_or_default(),
         });
         let names = live.iter().flat_map(|member| &member.row.wants);
         let names: BTreeSet<&String> = names.filter(|name| *name != SLOTS).collect();
@@ -264,6 +266,7 @@ impl Observer {
             nodes,
             leases: leases.map(|lease| (lease.name.clone(), lease)).collect(),
             assigned: seen.assigned.into_iter().collect(),
+            loads: seen.loads,
         }
     }
 
@@ -334,6 +337,7 @@ mod tests {
                 acquired_at: None,
             }],
             assigned: vec![("slot/00".to_owned(), 2), ("slot/01".to_owned(), 1)],
+            loads: Vec::new(),
         }
     }
 
@@ -421,8 +425,12 @@ mod tests {
         leaving.is_leaving = true;
         let nodes = vec![row(1, at(200), &[SLOTS, "relay/1"]), leaving];
         let now = Instant::now();
-        let view = Observer::default().view((now, now), 1, seen(at(100), nodes));
+        let mut seen = seen(at(100), nodes);
+        seen.loads = vec![0, 7];
+        let view = Observer::default().view((now, now), 1, seen);
         let items = view.items();
+        let weight = |slot: usize| items[slot].weight;
+        assert_eq!((weight(0), weight(1), weight(2)), (0, 7, 0));
         let of = |name: &str| items.iter().find(|item| item.name == name).unwrap();
         assert_eq!(items.len(), 66);
         assert_eq!(of("slot/63").nodes, BTreeSet::from([1]));

@@ -1,6 +1,7 @@
 //! A queue's receives: those that wait, what they are handed, and those that are repeated under their id.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -127,6 +128,8 @@ impl Task {
                 .metrics
                 .deliveries
                 .inc_by(handed.len() as u64);
+            let delivered = &self.parts.progress.delivered;
+            delivered.fetch_add(handed.len() as u64, Ordering::Relaxed);
             if let Some(waiter) = self.waiters.remove(number) {
                 let promise = self.promise(&handed, waiter.request.receive_id);
                 self.answers.push(Answer::Receive {

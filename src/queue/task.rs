@@ -59,6 +59,8 @@ pub(in crate::queue) struct Progress {
     pub(in crate::queue) dead: AtomicU64,
     pub(in crate::queue) waiters: AtomicU64,
     pub(in crate::queue) is_paused: AtomicBool,
+    /// Deliveries, ever since.
+    pub(in crate::queue) delivered: AtomicU64,
 }
 
 /// Why a task ended.

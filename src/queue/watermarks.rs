@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::engine::{Engine, Owned};
-use crate::domain::id::{Offset, Slot, StreamId};
+use crate::domain::id::{Offset, SLOT_COUNT, Slot, StreamId};
 use crate::store;
 
 /// How often nodes tell each other.
@@ -19,6 +19,36 @@ pub(in crate::queue) struct Told {
     shared_at: Option<Instant>,
     /// By slot and stream: as of when, and up to where.
     told: HashMap<(Slot, StreamId), (Instant, Offset)>,
+    loads: Loads,
+}
+
+/// Deliveries in a second out of each slot, smoothed over a minute or so.
+#[derive(Debug, Default)]
+struct Loads {
+    /// By slot: how many there were, when last counted.
+    counted: BTreeMap<Slot, u64>,
+    rates: BTreeMap<Slot, f64>,
+}
+
+/// How much of the latest count is in a rate.
+const LATEST: f64 = 0.1;
+
+impl Loads {
+    /// Takes in how many deliveries there were by now out of each slot that is held, and gives the rates by slot.
+    fn count(&mut self, counted: BTreeMap<Slot, u64>, over: Duration) -> Vec<i32> {
+        let mut rates = BTreeMap::new();
+        for (&slot, &count) in &counted {
+            // A task that began anew counts from 0; a slot that has just come is counted from now on.
+            let before = self.counted.get(&slot).copied().unwrap_or(count);
+            let now = count.saturating_sub(before) as f64 / over.as_secs_f64().max(0.001);
+            let rate = self.rates.get(&slot).copied().unwrap_or(now);
+            rates.insert(slot, rate + LATEST * (now - rate));
+        }
+        (self.counted, self.rates) = (counted, rates);
+        let slots = (0..SLOT_COUNT).map(Slot);
+        let rates = slots.map(|slot| self.rates.get(&slot).copied().unwrap_or_default());
+        rates.map(|rate| rate.round() as i32).collect()
+    }
 }
 
 impl Owned {
@@ -44,8 +74,9 @@ impl Engine {
                 .shared_at
                 .is_none_or(|at| now.duration_since(at) >= SHARE_EVERY)
         {
-            self.told.shared_at = Some(now);
-            if let Err(error) = self.share_watermarks().await {
+            let last = self.told.shared_at.replace(now);
+            let over = last.map_or(SHARE_EVERY, |last| now.duration_since(last));
+            if let Err(error) = self.share_watermarks(over).await {
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
                     "telling other nodes how far queues are failed; trying again"
@@ -84,11 +115,14 @@ impl Engine {
             .is_some_and(|state| state.fence.is_some())
     }
 
-    async fn share_watermarks(&mut self) -> Result<(), store::Error> {
+    async fn share_watermarks(&mut self, over: Duration) -> Result<(), store::Error> {
+        let mut delivered: BTreeMap<Slot, u64> = BTreeMap::new();
         let mut own: BTreeMap<(Slot, StreamId), Offset> = BTreeMap::new();
         for owned in self.queues.values() {
             let slot = owned.row.slot;
             if self.is_held(slot) {
+                *delivered.entry(slot).or_default() +=
+                    owned.progress.delivered.load(Ordering::Relaxed);
                 let through = owned.settled_through();
                 let lowest = own.entry((slot, owned.row.stream_id)).or_insert(through);
                 *lowest = through.min(*lowest);
@@ -100,6 +134,8 @@ impl Engine {
             .collect();
         let incarnation = self.cluster.incarnation();
         let age = self.catalogue.as_of.elapsed();
+        let loads = self.told.loads.count(delivered, over);
+        store::cluster::note_loads(&self.database, incarnation, &loads).await?;
         store::queue::write_watermarks(&self.database, incarnation, age, &own).await?;
         let asked = Instant::now();
         let told = store::queue::find_watermarks(&self.database, incarnation).await?;
@@ -113,5 +149,34 @@ impl Engine {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loads_are_counted_by_slot() {
+        let mut loads = Loads::default();
+        let ten = Duration::from_secs(10);
+        let counted = |one, two| BTreeMap::from([(Slot(1), one), (Slot(2), two)]);
+        assert_eq!(
+            loads.count(counted(5_000, 0), ten)[1],
+            0,
+            "not what was before"
+        );
+        for round in 1..100 {
+            loads.count(counted(5_000 + round * 1_000, round * 10), ten);
+        }
+        let rates = loads.count(counted(105_000, 1_000), ten);
+        assert_eq!((rates.len(), rates[0], rates[1], rates[2]), (64, 0, 100, 1));
+        let rates = loads.count(counted(0, 1_010), ten);
+        assert_eq!((rates[1], rates[2]), (90, 1), "a task that began anew");
+        let rates = loads.count(BTreeMap::new(), ten);
+        assert!(
+            rates.iter().all(|rate| *rate == 0),
+            "nothing of what others hold"
+        );
     }
 }

@@ -198,6 +198,8 @@ pub struct Seen {
     pub leases: Vec<LeaseRow>,
     /// Which node is to hold which lease.
     pub assigned: Vec<(String, i64)>,
+    /// Deliveries in a second out of each slot, about; empty when no node has said.
+    pub loads: Vec<u64>,
 }
 
 /// Renews a node row and reads all nodes, leases and assignments, in one statement.
@@ -236,6 +238,7 @@ fn read_seen(row: &PgRow) -> Result<Seen, sqlx::Error> {
     let acquired_ats: Vec<Option<DateTime<Utc>>> = row.try_get(14)?;
     let assigned_names: Vec<String> = row.try_get(15)?;
     let assigned_nodes: Vec<i64> = row.try_get(16)?;
+    let loads: Vec<String> = row.try_get(17)?;
     let nodes = incarnations
         .into_iter()
         .zip(addresses)
@@ -277,7 +280,40 @@ fn read_seen(row: &PgRow) -> Result<Seen, sqlx::Error> {
         nodes: nodes.collect(),
         leases: leases.collect(),
         assigned: assigned_names.into_iter().zip(assigned_nodes).collect(),
+        loads: sum_loads(&loads),
     })
+}
+
+/// What all nodes say of the slots, added up.
+fn sum_loads(nodes: &[String]) -> Vec<u64> {
+    let mut sums: Vec<u64> = Vec::new();
+    for node in nodes {
+        let loads = node.split_whitespace();
+        let loads = loads.map(|load| load.parse().unwrap_or_default());
+        for (slot, load) in loads.enumerate() {
+            match sums.get_mut(slot) {
+                Some(sum) => *sum += load,
+                None => sums.push(load),
+            }
+        }
+    }
+    sums
+}
+
+/// Says what a node has to do with its slots, for whoever shares them out.
+///
+/// # Errors
+/// The database's.
+pub async fn note_loads(database: &Database, incarnation: i64, loads: &[i32]) -> Result<(), Error> {
+    let noting =
+        sqlx::query("update postroad_broker.node set slot_loads = $2 where incarnation = $1")
+            .bind(incarnation)
+            .bind(loads)
+            .execute(database.pool());
+    noting
+        .await
+        .map_err(Error::query("noting the loads of slots"))?;
+    Ok(())
 }
 
 /// Writes who is to hold what: `assigned`, and nobody what is in `gone`. `false`: the caller does not lead any more, and

@@ -163,6 +163,30 @@ async fn a_process_takes_over_at_once_what_its_own_address_held() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_nodes_say_of_the_loads_of_slots_is_added_up() {
+    let db = support::database().await;
+    let mut connection = db.database.connect().await.unwrap();
+    let mut nodes = Vec::new();
+    for (address, loads) in [("http://one", [1, 0, 300]), ("http://two", [0, 20, 5])] {
+        let registering =
+            store::cluster::register_node(&mut connection, address, address, 60.0).await;
+        let (node, ..) = registering.unwrap();
+        let noting = store::cluster::note_loads(&db.database, node, &loads);
+        noting.await.unwrap();
+        nodes.push(node);
+    }
+    let sign = store::cluster::Sign {
+        incarnation: nodes[0],
+        ttl_millis: 60_000,
+        wants: &[],
+        is_leaving: false,
+        beat: 1,
+    };
+    let seen = store::cluster::beat(&mut connection, sign).await.unwrap();
+    assert_eq!(seen.loads, [1, 20, 305]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_expired_holder_is_marked_dead_and_starts_over_as_a_new_incarnation() {
     let db = support::database().await;
     let (one, one_tasks) = node(&db, "http://one", LONG).await;

@@ -225,6 +225,7 @@ impl Database {
             nodes,
             leases: leases.collect(),
             assigned: self.assigned.clone().into_iter().collect(),
+            loads: Vec::new(),
         }
     }
 

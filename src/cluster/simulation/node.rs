@@ -339,7 +339,7 @@ impl Node {
     }
 
     fn assign(&mut self, fence: &Fence, now: i64, base: Instant) -> Result<Option<Call>, Fault> {
-        let anew = self.view.as_ref().and_then(Anew::of);
+        let anew = self.view.as_ref().and_then(|view| Anew::of(view, false));
         let Some(anew) = anew else {
             return self.look(now, base);
         };

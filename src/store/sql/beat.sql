@@ -14,7 +14,8 @@ select
     (select c.version from postroad_broker.queue_catalogue c),
     n.incarnations, n.addresses, n.urls, n.started_ats, n.expires_ats, n.ttls, n.wants, n.are_leaving,
     l.names, l.epochs, l.holders, l.acquired_ats,
-    a.names, a.nodes
+    a.names, a.nodes,
+    n.loads
 from (
     select
         coalesce(array_agg(n.incarnation order by n.incarnation), '{}') as incarnations,
@@ -24,7 +25,8 @@ from (
         coalesce(array_agg(n.expires_at order by n.incarnation), '{}') as expires_ats,
         coalesce(array_agg(n.ttl_seconds order by n.incarnation), '{}') as ttls,
         coalesce(array_agg(array_to_string(n.wants, ' ') order by n.incarnation), '{}') as wants,
-        coalesce(array_agg(n.is_leaving order by n.incarnation), '{}') as are_leaving
+        coalesce(array_agg(n.is_leaving order by n.incarnation), '{}') as are_leaving,
+        coalesce(array_agg(array_to_string(n.slot_loads, ' ') order by n.incarnation), '{}') as loads
     from postroad_broker.node n
     where n.dead_at is null
 ) n,
