@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::at_once;
+use super::{at_once, size};
 use crate::support::consumer::{items, publish};
 use crate::support::{self, Consumer, Program, TestDatabase};
 
@@ -170,4 +170,56 @@ async fn what_was_never_handed_out_is_not_charged_by_a_kill() {
     }
     let charged: BTreeSet<u64> = handed.iter().map(|(offset, _)| *offset).collect();
     assert!(!charged.is_empty() && charged.len() < 200);
+}
+
+/// Many at a time, each of which kills whoever takes it, the broker now and then; as many innocents beside them.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_poison_messages_die_in_exactly_their_attempts() {
+    let count = size("POSTROAD_TEST_POISON", 10);
+    let database = support::database().await;
+    let mut program = support::program(&database.url, &[]).await;
+    let consumer = Consumer::declare(&program.http, "billing", &at_once(ATTEMPTS)).await;
+    publish(&program.http, "orders.created", count * 2).await;
+    let number = |delivery: &Value, member: &str| delivery[member].as_u64().unwrap();
+    let mut attempts: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+    let body = json!({"wait_seconds": 1, "max_messages": 5, "visibility_timeout_seconds": 1});
+    let mut receives = 0;
+    let is_done = async |consumer: &Consumer| {
+        let numbers = consumer.status().await;
+        numbers["depth"] == 0 && numbers["dead_letters"] == count
+    };
+    while !is_done(&consumer).await {
+        let answer = consumer.receive(&body).await;
+        let deliveries = answer["deliveries"].as_array().unwrap();
+        let is_poison = |delivery: &&Value| number(delivery, "offset").is_multiple_of(2);
+        for delivery in deliveries.iter().filter(is_poison) {
+            let seen = attempts.entry(number(delivery, "offset")).or_default();
+            seen.push(number(delivery, "attempt"));
+        }
+        let others = deliveries.iter().filter(|delivery| !is_poison(delivery));
+        let others: Vec<Value> = others.cloned().collect();
+        let acks = items(&others, &json!({}));
+        consumer.settle_all("ack", &acks, "acked").await;
+        receives += 1;
+        if receives % 40 == 0 {
+            program.kill().await;
+            program.start().await;
+        }
+    }
+    let exactly: Vec<u64> = (1..=u64::from(ATTEMPTS)).collect();
+    let inexact = attempts
+        .iter()
+        .filter(|(_, attempts)| **attempts != exactly);
+    assert_eq!(inexact.collect::<Vec<_>>(), []);
+    assert_eq!(attempts.len(), count);
+    let letters: Vec<(i64, i32, String)> =
+        sqlx::query_as("select \"offset\", attempts, cause from postroad_broker.dead_letter")
+            .fetch_all(&mut database.connect().await)
+            .await
+            .unwrap();
+    let is_exact = |(offset, attempts, cause): &&(i64, i32, String)| {
+        offset % 2 == 0 && *attempts == ATTEMPTS as i32 && cause == "out_of_attempts"
+    };
+    assert_eq!(letters.iter().filter(is_exact).count(), count);
+    println!("{count} poison messages: dead after exactly {ATTEMPTS} attempts each");
 }

@@ -4,6 +4,7 @@
 mod api;
 mod hand_over;
 mod load;
+mod many;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -48,7 +49,11 @@ fn queue(number: usize) -> String {
 
 /// Declares queues on nodes in turn, all of one stream.
 async fn declare(nodes: &[&Program]) {
-    for number in 0..QUEUES {
+    declare_queues(nodes, QUEUES).await;
+}
+
+async fn declare_queues(nodes: &[&Program], count: usize) {
+    for number in 0..count {
         let http = &nodes[number % nodes.len()].http;
         let path = format!("/v1/queues/{}", queue(number));
         http.declare(&path, &json!({"topics": ["orders.*"]})).await;

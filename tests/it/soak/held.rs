@@ -138,9 +138,10 @@ async fn load_with(held: Held) {
 
     let part = Duration::from_secs((seconds / 6).clamp(1, 10));
     println!(
-        "{held:?} held, {seconds} s at {per_second}/s: first {part:?} {}; last {}",
+        "{held:?} held, {seconds} s at {per_second}/s: first {part:?} {}; last {}; in all {}",
         stretch(&received, started, started + part),
         stretch(&received, ended - part, ended),
+        stretch(&received, started, ended),
     );
     for (table, dead, bytes) in &after {
         let old = before.iter().find(|(name, ..)| name == table);

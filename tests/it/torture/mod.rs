@@ -163,36 +163,43 @@ async fn points() {
 }
 
 /// Everything, but what needs a disk or clocks of its own.
+const MIXED: [Fault; 21] = [
+    Fault::Kill,
+    Fault::Kill,
+    Fault::Restart,
+    Fault::Pause,
+    Fault::PauseInStatement,
+    Fault::PauseInAppend,
+    Fault::Point,
+    Fault::Partition,
+    Fault::Cut,
+    Fault::Cut,
+    Fault::Slow,
+    Fault::KillPostgres,
+    Fault::StopPostgres,
+    Fault::TerminateBackends,
+    Fault::KillOrigin,
+    Fault::StopOrigin,
+    Fault::CutOrigin,
+    Fault::TerminateOrigin,
+    Fault::OpenTransaction,
+    Fault::PreparedTransaction,
+    Fault::PinnedXmin,
+];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn mixed() {
+    let seconds = size("SECONDS", 6);
+    let mut deck = MIXED.to_vec();
+    // What is dead without a word is noticed after a minute.
+    if seconds >= 60 {
+        deck.push(Fault::Vanish);
+    }
     run(Plan {
         test: "mixed",
         variable: "SECONDS",
-        until: Until::Seconds(size("SECONDS", 8)),
-        deck: vec![
-            Fault::Kill,
-            Fault::Kill,
-            Fault::Restart,
-            Fault::Pause,
-            Fault::PauseInStatement,
-            Fault::PauseInAppend,
-            Fault::Point,
-            Fault::Partition,
-            Fault::Cut,
-            Fault::Cut,
-            Fault::Slow,
-            Fault::Vanish,
-            Fault::KillPostgres,
-            Fault::StopPostgres,
-            Fault::TerminateBackends,
-            Fault::KillOrigin,
-            Fault::StopOrigin,
-            Fault::CutOrigin,
-            Fault::TerminateOrigin,
-            Fault::OpenTransaction,
-            Fault::PreparedTransaction,
-            Fault::PinnedXmin,
-        ],
+        until: Until::Seconds(seconds),
+        deck,
         ground: Ground::default(),
     })
     .await;
