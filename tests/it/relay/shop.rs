@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use sqlx::{Connection as _, PgConnection};
@@ -229,22 +229,22 @@ pub struct Producers {
 
 impl Producers {
     pub fn start(origin: &Origin, count: u64, settings: &'static str) -> Self {
-        Self::start_slow(origin, count, settings, 0, Duration::ZERO)
+        Self::start_slow(origin, count, settings, 0, Arc::default())
     }
 
-    /// Producers that roll by a seed and rest between two transactions.
+    /// Producers that roll by a seed, and rest for so many milliseconds between two transactions.
     pub fn start_slow(
         origin: &Origin,
         count: u64,
         settings: &'static str,
         seed: u64,
-        rest: Duration,
+        rest: Arc<AtomicU64>,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let layout = origin.layout;
         let tasks = (0..count).map(|number| {
             let url = origin.producer_url();
-            let stop = Arc::clone(&stop);
+            let (stop, rest) = (Arc::clone(&stop), Arc::clone(&rest));
             tokio::spawn(async move {
                 let mut dice = Dice::new(seed.wrapping_add(number + 1));
                 let mut history = Vec::new();
@@ -266,8 +266,9 @@ impl Producers {
                         if transaction.await.is_err() {
                             break;
                         }
-                        if !rest.is_zero() {
-                            tokio::time::sleep(rest).await;
+                        let millis = rest.load(Ordering::Relaxed);
+                        if millis > 0 {
+                            tokio::time::sleep(Duration::from_millis(millis)).await;
                         }
                     }
                 }

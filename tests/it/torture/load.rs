@@ -2,7 +2,7 @@
 //! on what is left to do.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use chrono::Utc;
@@ -65,12 +65,20 @@ pub fn rules(queue: &str) -> Rules {
     }
 }
 
+/// How long whoever sends rests between two transactions; longer while the consumers are behind, so that a busy machine has no more
+/// to do than it can.
+const REST_MILLIS: u64 = 150;
+const BEHIND_REST_MILLIS: u64 = 2_000;
+/// Messages in all queues with which the consumers are behind.
+const BEHIND: u64 = 1_500;
+
 /// All that works.
 pub struct Load {
     producers: Vec<(String, Producers)>,
     publisher: JoinHandle<Vec<Transaction>>,
     readers: Vec<JoinHandle<Vec<Read>>>,
     workers: Vec<JoinHandle<()>>,
+    governor: JoinHandle<()>,
     pub recorders: Vec<(String, Arc<Recorder>)>,
     /// No more is sent.
     is_over: Arc<AtomicBool>,
@@ -81,15 +89,18 @@ pub struct Load {
 impl Load {
     pub fn start(world: &World, seed: u64) -> Self {
         let (is_over, is_done): (Arc<AtomicBool>, Arc<AtomicBool>) = Default::default();
+        let rest = Arc::new(AtomicU64::new(REST_MILLIS));
         let producers = world.shops.iter().zip(1..).map(|(shop, number)| {
-            let (seed, rest) = (seed.wrapping_add(number * 1_000), Duration::from_millis(80));
+            let (seed, rest) = (seed.wrapping_add(number * 1_000), Arc::clone(&rest));
             let settings = "set synchronous_commit = on";
             let producers =
                 Producers::start_slow(&shop.origin, PRODUCERS_PER_SHOP, settings, seed, rest);
             (shop.name.clone(), producers)
         });
         let dice = Dice::new(seed.wrapping_add(1));
-        let publisher = publish(world.clients(), dice, Arc::clone(&is_over));
+        let (nodes, over) = (world.clients(), Arc::clone(&is_over));
+        let publisher = publish(nodes, dice, Arc::clone(&rest), over);
+        let governor = govern(world.clients(), Arc::clone(&rest), Arc::clone(&is_over));
         let readers = (0..READERS).map(|number| {
             let is_done = Arc::clone(&is_done);
             tokio::spawn(read(world.clients(), number, is_done))
@@ -106,13 +117,14 @@ impl Load {
                     seed.wrapping_add(100 + workers.len() as u64),
                 );
                 let (over, done) = (Arc::clone(&is_over), Arc::clone(&is_done));
-                workers.push(tokio::spawn(work(worker, over, done)));
+                workers.push(tokio::spawn(work(worker, Arc::clone(&rest), over, done)));
             }
             (name, recorder)
         });
         Self {
             producers: producers.collect(),
             publisher: tokio::spawn(publisher),
+            governor: tokio::spawn(governor),
             recorders: recorders.collect(),
             readers: readers.collect(),
             workers,
@@ -142,6 +154,7 @@ impl Load {
     /// Ends all else; gives what the readers read.
     pub async fn finish(self) -> Vec<Vec<Read>> {
         self.is_done.store(true, Ordering::Relaxed);
+        self.governor.await.unwrap();
         for worker in self.workers {
             worker.await.unwrap();
         }
@@ -153,10 +166,43 @@ impl Load {
     }
 }
 
-/// Acts until nothing more is sent, then empties the queue.
-async fn work(mut worker: Worker, is_over: Arc<AtomicBool>, is_done: Arc<AtomicBool>) {
+/// Messages of all queues that are not settled, as far as their owners answer.
+async fn backlog(nodes: &[Http]) -> u64 {
+    let mut backlog = 0;
+    for (number, (queue, _)) in queues().into_iter().enumerate() {
+        let path = format!("/v1/queues/{queue}");
+        let http = &nodes[number % nodes.len()];
+        if let Ok((_, queue)) = http.call(Method::GET, &path, None).await {
+            backlog += queue["status"]["depth"].as_u64().unwrap_or(0);
+        }
+    }
+    backlog
+}
+
+/// Has those who send rest for longer while the consumers are behind.
+async fn govern(nodes: Vec<Http>, rest: Arc<AtomicU64>, is_over: Arc<AtomicBool>) {
+    while !is_over.load(Ordering::Relaxed) {
+        let millis = match backlog(&nodes).await > BEHIND {
+            true => BEHIND_REST_MILLIS,
+            false => REST_MILLIS,
+        };
+        rest.store(millis, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// Acts until nothing more is sent, with more acks when it is behind; then empties the queue.
+async fn work(
+    mut worker: Worker,
+    rest: Arc<AtomicU64>,
+    is_over: Arc<AtomicBool>,
+    is_done: Arc<AtomicBool>,
+) {
     while !is_over.load(Ordering::Relaxed) {
         worker.step().await;
+        if rest.load(Ordering::Relaxed) > REST_MILLIS {
+            worker.drain().await;
+        }
     }
     while !is_done.load(Ordering::Relaxed) {
         worker.drain().await;
@@ -164,7 +210,12 @@ async fn work(mut worker: Worker, is_over: Arc<AtomicBool>, is_done: Arc<AtomicB
 }
 
 /// Publishes a few messages together, all or none of them, again and again.
-async fn publish(nodes: Vec<Http>, mut dice: Dice, is_over: Arc<AtomicBool>) -> Vec<Transaction> {
+async fn publish(
+    nodes: Vec<Http>,
+    mut dice: Dice,
+    rest: Arc<AtomicU64>,
+    is_over: Arc<AtomicBool>,
+) -> Vec<Transaction> {
     let (mut transactions, mut number) = (Vec::new(), 0);
     while !is_over.load(Ordering::Relaxed) {
         let mut ids = Vec::new();
@@ -195,8 +246,8 @@ async fn publish(nodes: Vec<Http>, mut dice: Dice, is_over: Arc<AtomicBool>) -> 
             None => Fate::Unknown,
         };
         transactions.push(Transaction { fate, sent });
-        let rest = Duration::from_millis(40 + dice.below(120) as u64);
-        tokio::time::sleep(rest).await;
+        let millis = rest.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(millis)).await;
     }
     transactions
 }
