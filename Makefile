@@ -60,6 +60,10 @@ check-api: ## Run schemathesis over the API of a broker of its own (needs python
 check-clients: ## Run the official CloudEvents SDKs and the examples in other languages (needs python3 and node; packages are fetched)
 	@$(WITH_POSTGRES) scripts/check-clients.sh
 
+.PHONY: check-upgrade
+check-upgrade: ## Run another revision's program beside the present one, under load: make check-upgrade ARGS=v0.1.0 (HEAD~1 without)
+	@$(WITH_POSTGRES) scripts/upgrade-test.sh $(ARGS)
+
 .PHONY: check
 check: ## Run what has to pass before a change lands: format, lints, docs, tests, drift, dependencies
 	cargo fmt --all --check

@@ -2,6 +2,16 @@
 -- the outbox's, in this database and in every other origin.
 create schema if not exists postroad_broker;
 
+-- What a program must know to run on this schema: the migration that it must have. Programs go on with migrations that they do not
+-- know, since those only add. One that takes something away, once no program uses it any more, says here which migration brought
+-- what is used in its place; older programs then refuse to start.
+create table postroad_broker.schema_needs (
+    singleton boolean primary key default true,
+    version bigint not null default 0,
+    constraint schema_needs_is_one_row check (singleton)
+);
+insert into postroad_broker.schema_needs default values;
+
 -- What makes this broker this broker: one row, written once.
 create table postroad_broker.broker (
     singleton boolean primary key default true,

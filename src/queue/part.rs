@@ -52,6 +52,21 @@ pub(in crate::queue) enum Answer {
     },
 }
 
+impl Answer {
+    /// Answers that nothing was done.
+    fn refuse(self, error: Error) {
+        match self {
+            Self::Receive { reply, .. } => drop(reply.send(Err(error))),
+            Self::Pin { reply } | Self::Done { reply } => drop(reply.send(Err(error))),
+            Self::Begun { .. } => {}
+            Self::Redrive { reply, .. } => drop(reply.send(Err(error))),
+            Self::Settle { reply, .. } => drop(reply.send(Err(error))),
+            Self::Act { reply, .. } => drop(reply.send(Err(error))),
+            Self::Expired { reply, .. } => drop(reply.send(Err(error))),
+        }
+    }
+}
+
 /// What is with the writer.
 pub(in crate::queue) struct Submitted {
     decided_at: Instant,
@@ -161,7 +176,17 @@ impl Task {
                 }
                 self.answer(part.answers);
             }
-            Some(Written::Fenced) => self.ending = Some(Why::Fenced),
+            Some(Written::Fenced) => {
+                // Nothing is written: whoever has the slot now decides.
+                for answer in part.answers {
+                    answer.refuse(Error::NotOwner {
+                        queue: self.parts.name.clone(),
+                    });
+                }
+                self.ending = Some(Why::Fenced);
+            }
+            // The answers are dropped, which says so.
+            Some(Written::Unknown) => self.ending = Some(Why::Fenced),
             Some(Written::Refused) => self.ending = Some(Why::Refused),
             None => self.ending = Some(Why::Cut),
         }

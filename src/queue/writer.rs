@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::metrics::Metrics;
 use crate::domain::id::{Epoch, Fence, QueueId, Slot};
 use crate::domain::queue::At;
-use crate::store::journal::{Group, GroupPart, GroupSlot, GroupWritten};
+use crate::store::journal::{Group, GroupFate, GroupPart, GroupSlot, GroupWritten};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::Supervisor;
 use crate::{cluster, failpoint};
@@ -37,6 +37,8 @@ pub(in crate::queue) enum Written {
     Committed { turn: i64 },
     /// The slot was taken over: nothing is written.
     Fenced,
+    /// The slot was taken over, and the connection was lost before: nobody can say whether it is written.
+    Unknown,
     /// The database refuses it: nothing is written.
     Refused,
 }
@@ -124,6 +126,32 @@ fn number(numbers: &mut Numbers, slot: Slot, fence: Fence) -> GroupSlot {
     }
 }
 
+/// Of slots that were taken over while the outcome of a group was not known: what became of it. The lease is another's, and its row was
+/// locked since, so that nothing of the group is under way any more.
+async fn resolve(
+    session: &mut Session,
+    group: &Group,
+    written: &mut GroupWritten,
+) -> Result<(), store::Error> {
+    let Some(connection) = session.connection.as_mut() else {
+        return Ok(());
+    };
+    let mut committed = Vec::new();
+    for slot in group
+        .slots
+        .iter()
+        .filter(|of| written.fenced.contains(&of.slot))
+    {
+        match store::journal::find_group(connection, slot).await? {
+            GroupFate::Written => committed.push(slot.slot),
+            GroupFate::NotWritten => {}
+            GroupFate::Unknown => written.unknown.push(slot.slot),
+        }
+    }
+    written.fenced.retain(|slot| !committed.contains(slot));
+    Ok(())
+}
+
 impl Writer {
     /// Runs until every sender is gone.
     pub(in crate::queue) async fn run(mut self) {
@@ -153,6 +181,7 @@ impl Writer {
             };
             for (queue, slot, done) in waiting {
                 let written = match &answers {
+                    Ok(written) if written.unknown.contains(&slot) => Written::Unknown,
                     Ok(written) if written.fenced.contains(&slot) => Written::Fenced,
                     Ok(written) => Written::Committed { turn: written.turn },
                     Err(each) => each.get(&queue).copied().unwrap_or(Written::Refused),
@@ -252,7 +281,8 @@ impl Writer {
                 Ok(written) if written.fenced.is_empty() => {
                     Written::Committed { turn: written.turn }
                 }
-                Ok(_) => Written::Fenced,
+                Ok(written) if written.unknown.is_empty() => Written::Fenced,
+                Ok(_) => Written::Unknown,
                 Err(error) => {
                     tracing::error!(queue = %part.queue, error = &error as &dyn std::error::Error, "the journal of a queue was refused");
                     Written::Refused
@@ -272,7 +302,13 @@ impl Writer {
         let mut repeats = 0u32;
         loop {
             let began = (At::from(self.cluster.now()), Instant::now());
-            let attempt = self.attempt(session, group, repeats > 0).await;
+            let mut attempt = self.attempt(session, group, repeats > 0).await;
+            if repeats > 0
+                && let Ok(written) = &mut attempt
+                && let Err(error) = resolve(session, group, written).await
+            {
+                attempt = Err(error);
+            }
             match attempt {
                 Ok(written) => {
                     self.confirm(began);
@@ -314,6 +350,7 @@ impl Writer {
             return Ok(GroupWritten {
                 turn: 0,
                 fenced: Vec::new(),
+                unknown: Vec::new(),
             });
         }
         let began = Instant::now();

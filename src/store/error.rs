@@ -9,6 +9,16 @@ pub enum Error {
     /// Migrations did not run.
     #[error("migrating the database failed")]
     Migrate(#[source] sqlx::migrate::MigrateError),
+    /// The schema was changed by a later version in a way that this one cannot run with.
+    #[error(
+        "the database's schema is of a later version of postroad: it needs one that knows migration {needed}, and this one knows {known} at most"
+    )]
+    SchemaTooNew {
+        /// The migration that a program must know.
+        needed: i64,
+        /// The last that this one knows.
+        known: i64,
+    },
     /// No connection came about: the server cannot be reached, does not answer, or refuses this user or database.
     #[error("connecting failed")]
     Connect(#[source] sqlx::Error),
@@ -21,6 +31,9 @@ pub enum Error {
         #[source]
         source: sqlx::Error,
     },
+    /// The write may be carried out or not: the connection was lost, and no other came about in time. A repeat is safe.
+    #[error("it is not known whether it was done")]
+    OutcomeUnknown(#[source] Box<Error>),
     /// A row holds what no version of Postroad has written.
     #[error("{doing} found a value that is not valid: {what}")]
     Corrupt {
@@ -61,6 +74,7 @@ impl Error {
     fn driver(&self) -> Option<&sqlx::Error> {
         match self {
             Self::Query { source, .. } | Self::Connect(source) => Some(source),
+            Self::OutcomeUnknown(error) => error.driver(),
             _ => None,
         }
     }
@@ -91,8 +105,8 @@ impl Error {
     #[must_use]
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Url(_) | Self::Corrupt { .. } => Retry::Never,
-            Self::Migrate(_) | Self::Connect(_) => Retry::Backoff,
+            Self::Url(_) | Self::Corrupt { .. } | Self::SchemaTooNew { .. } => Retry::Never,
+            Self::Migrate(_) | Self::Connect(_) | Self::OutcomeUnknown(_) => Retry::Backoff,
             Self::Query { source, .. } => match source {
                 sqlx::Error::Database(error) => match error.code().as_deref().unwrap_or_default() {
                     "40001" | "40P01" | "55P03" => Retry::Now,
@@ -129,6 +143,9 @@ impl Error {
     /// Whether the connection is lost, so that the outcome of what ran on it is unknown.
     #[must_use]
     pub fn is_connection_lost(&self) -> bool {
+        if matches!(self, Self::OutcomeUnknown(_)) {
+            return true;
+        }
         match self.driver() {
             Some(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();

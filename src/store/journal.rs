@@ -217,6 +217,8 @@ pub struct GroupWritten {
     pub turn: i64,
     /// Slots that were taken over: nothing of theirs is written.
     pub fenced: Vec<Slot>,
+    /// Of these, those of which an earlier try may have been written.
+    pub unknown: Vec<Slot>,
 }
 
 /// Writes a group that has nothing but journal rows, of one slot, in a call that is cheaper than [`write_group`]. Only for the
@@ -261,10 +263,12 @@ pub async fn write_journal(
         "fenced" => Some(GroupWritten {
             turn,
             fenced: vec![slot.slot],
+            unknown: Vec::new(),
         }),
         _ => Some(GroupWritten {
             turn,
             fenced: Vec::new(),
+            unknown: Vec::new(),
         }),
     })
 }
@@ -337,6 +341,7 @@ pub async fn write_group(
     Ok(GroupWritten {
         turn,
         fenced: fenced.into_iter().map(Slot).collect(),
+        unknown: Vec::new(),
     })
 }
 
@@ -354,6 +359,47 @@ fn failures(letter: &Letter) -> String {
         })
         .collect();
     serde_json::Value::Array(failures).to_string()
+}
+
+/// What became of a group of a slot that was taken over since it was first sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupFate {
+    /// It is in the journal.
+    Written,
+    /// It is not, and cannot come any more.
+    NotWritten,
+    /// The new owner has written checkpoints since, and the journal may have been emptied.
+    Unknown,
+}
+
+/// Finds out what became of a group of a slot that was taken over since it was first sent.
+///
+/// # Errors
+/// The database's.
+pub async fn find_group(
+    connection: &mut Connection,
+    group: &GroupSlot,
+) -> Result<GroupFate, Error> {
+    let (is_written, is_folded): (bool, bool) = bounded(
+        "looking for a group of the journal",
+        STATEMENT,
+        sqlx::query_as(
+            "select exists (select from postroad_broker.queue_journal j \
+                where j.slot = $1 and j.epoch = $2 and j.number = $3), \
+             exists (select from postroad_broker.queue_checkpoint c \
+                join postroad_broker.queue q on q.id = c.queue_id where q.slot = $1 and c.epoch > $2)",
+        )
+        .bind(group.slot.0)
+        .bind(group.fence.epoch.0)
+        .bind(group.number)
+        .fetch_one(connection),
+    )
+    .await?;
+    Ok(match (is_written, is_folded) {
+        (true, _) => GroupFate::Written,
+        (false, false) => GroupFate::NotWritten,
+        (false, true) => GroupFate::Unknown,
+    })
 }
 
 /// Asks the server for a sign of life.

@@ -95,12 +95,34 @@ fn migrator(files: &[File], schema: &'static str) -> Migrator {
 /// Brings the broker's schema, `postroad_broker`, up to date. Safe to call from several processes at once.
 ///
 /// # Errors
-/// A migration that failed, or a landed one that was edited.
+/// A migration that failed, or a landed one that was edited; [`Error::SchemaTooNew`].
 pub async fn broker(database: &Database) -> Result<(), Error> {
+    let known = BROKER.last().map_or(0, |file| file.0);
+    if let Some(needed) = needed(database).await?.filter(|needed| *needed > known) {
+        return Err(Error::SchemaTooNew { needed, known });
+    }
     migrator(BROKER, "postroad_broker")
         .run(database.pool())
         .await
         .map_err(Error::Migrate)
+}
+
+/// The migration that a program must know, if the schema is there and says so. Migrations beyond those that this program knows only
+/// add, unless they say otherwise here.
+async fn needed(database: &Database) -> Result<Option<i64>, Error> {
+    const DOING: &str = "looking at the schema's version";
+    let is_there: bool =
+        sqlx::query_scalar("select to_regclass('postroad_broker.schema_needs') is not null")
+            .fetch_one(database.pool())
+            .await
+            .map_err(Error::query(DOING))?;
+    if !is_there {
+        return Ok(None);
+    }
+    sqlx::query_scalar("select version from postroad_broker.schema_needs")
+        .fetch_optional(database.pool())
+        .await
+        .map_err(Error::query(DOING))
 }
 
 /// Whether the roles that an install is for have their rights.

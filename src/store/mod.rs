@@ -21,6 +21,7 @@ pub mod queue;
 pub mod redrive;
 pub mod relay;
 pub mod renewal;
+mod repeat;
 pub mod server;
 pub mod shop;
 pub mod stream;
@@ -34,6 +35,8 @@ use sqlx::{ConnectOptions as _, Connection as _};
 
 pub use error::{Error, Retry};
 use guard::Guard;
+pub use repeat::Patience;
+use repeat::repeated;
 
 /// A connection of its own, for what must not share one: a relay's session, a heartbeat, an appender.
 pub type Connection = sqlx::PgConnection;

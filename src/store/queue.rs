@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::Row as _;
 
 use super::renewal::Renewed;
-use super::{Database, Error};
+use super::{Database, Error, repeated};
 use crate::domain::id::{Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName, TopicPattern};
 use crate::domain::policy::{Settings, Start};
@@ -295,11 +295,35 @@ fn texts(patterns: &[TopicPattern]) -> Vec<String> {
         .collect()
 }
 
-/// Makes a queue, in a transaction of its own under the lock of the stream's head.
+/// Makes a queue, in a transaction of its own under the lock of the stream's head. The number is from [`next_queue`], for this call
+/// alone: a queue that has it was made by an earlier try of this call.
 ///
 /// # Errors
 /// The database's.
 pub async fn insert_queue(
+    database: &Database,
+    id: QueueId,
+    queue: &NewQueue,
+) -> Result<Inserted, Error> {
+    repeated(|is_repeat| async move {
+        let inserted = try_insert_queue(database, id, queue).await?;
+        if inserted != Inserted::NameTaken || !is_repeat {
+            return Ok(inserted);
+        }
+        let found = find_queue(database, &queue.name).await?;
+        Ok(match found.filter(|row| row.id == id) {
+            Some(row) => Inserted::New {
+                id,
+                start_offset: row.start_offset,
+                created_at: row.created_at,
+            },
+            None => Inserted::NameTaken,
+        })
+    })
+    .await
+}
+
+async fn try_insert_queue(
     database: &Database,
     QueueId(id): QueueId,
     queue: &NewQueue,
@@ -373,16 +397,19 @@ pub async fn update_queue(
     patterns: &[TopicPattern],
     settings: &Settings,
 ) -> Result<(), Error> {
-    sqlx::query(
-        "update postroad_broker.queue set patterns = $2, settings = $3::text::jsonb where id = $1",
-    )
-    .bind(id.0)
-    .bind(texts(patterns))
-    .bind(to_json(settings))
-    .execute(database.pool())
+    repeated(|_| async move {
+        sqlx::query(
+            "update postroad_broker.queue set patterns = $2, settings = $3::text::jsonb where id = $1",
+        )
+        .bind(id.0)
+        .bind(texts(patterns))
+        .bind(to_json(settings))
+        .execute(database.pool())
+        .await
+        .map_err(Error::query("changing a queue"))?;
+        Ok(())
+    })
     .await
-    .map_err(Error::query("changing a queue"))?;
-    Ok(())
 }
 
 /// Deletes a queue with its checkpoint and dead letters. Its journal rows go with their segments. That it was there is
@@ -391,10 +418,13 @@ pub async fn update_queue(
 /// # Errors
 /// The database's.
 pub async fn delete_queue(database: &Database, id: QueueId) -> Result<(), Error> {
-    sqlx::query("select postroad_broker.delete_queue($1)")
-        .bind(id.0)
-        .execute(database.pool())
-        .await
-        .map_err(Error::query("deleting a queue"))?;
-    Ok(())
+    repeated(|_| async move {
+        sqlx::query("select postroad_broker.delete_queue($1)")
+            .bind(id.0)
+            .execute(database.pool())
+            .await
+            .map_err(Error::query("deleting a queue"))?;
+        Ok(())
+    })
+    .await
 }

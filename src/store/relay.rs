@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{Connection as _, FromRow as _, Row as _};
 
 use super::cluster::lock_lease;
-use super::{Database, Error};
+use super::{Database, Error, repeated};
 use crate::domain::id::{Fence, OriginId};
 use crate::domain::name::OriginName;
 
@@ -364,17 +364,20 @@ pub async fn find_rejected(
 /// # Errors
 /// The statement failed.
 pub async fn mark_resent(database: &Database, origin: OriginId, id: i64) -> Result<(), Error> {
-    let marking = sqlx::query(
-        "update postroad_broker.rejected_message set resent_at = clock_timestamp()
-        where origin_id = $1 and id = $2 and resent_at is null",
-    )
-    .bind(origin.0)
-    .bind(id)
-    .execute(database.pool());
-    marking
-        .await
-        .map_err(Error::query("marking a rejected row as resent"))?;
-    Ok(())
+    repeated(|_| async move {
+        let marking = sqlx::query(
+            "update postroad_broker.rejected_message set resent_at = clock_timestamp()
+            where origin_id = $1 and id = $2 and resent_at is null",
+        )
+        .bind(origin.0)
+        .bind(id)
+        .execute(database.pool());
+        marking
+            .await
+            .map_err(Error::query("marking a rejected row as resent"))?;
+        Ok(())
+    })
+    .await
 }
 
 /// For each (seq, outbox row), whether it is in the origin's list of rejected rows, sent on or not.

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::{Database, Error};
+use super::{Database, Error, repeated};
 use crate::domain::id::{Fence, Generation, Offset, QueueId};
 use crate::domain::policy::Start;
 
@@ -69,11 +69,16 @@ pub enum RenewOutcome {
     Gone,
 }
 
-/// Begins a queue's next generation, in one autocommit call.
+/// Begins a queue's next generation, in one autocommit call: what begins it is named by the generation that it ends.
 ///
 /// # Errors
-/// The database's. After a lost connection the outcome is unknown.
+/// The database's.
 pub async fn renew_queue(database: &Database, renew: Renew<'_>) -> Result<RenewOutcome, Error> {
+    let renew = &renew;
+    repeated(|_| try_renew_queue(database, renew)).await
+}
+
+async fn try_renew_queue(database: &Database, renew: &Renew<'_>) -> Result<RenewOutcome, Error> {
     const DOING: &str = "beginning a queue's next generation";
     let (kind, at, time): (&str, i64, Option<DateTime<Utc>>) = match renew.renewal {
         Renewal::Purge => ("purge", 0, None),
@@ -127,11 +132,14 @@ pub async fn renew_queue(database: &Database, renew: Renew<'_>) -> Result<RenewO
 /// # Errors
 /// The database's.
 pub async fn set_paused(database: &Database, queue: QueueId, is_paused: bool) -> Result<(), Error> {
-    sqlx::query("update postroad_broker.queue set paused = $2 where id = $1 and paused <> $2")
-        .bind(queue.0)
-        .bind(is_paused)
-        .execute(database.pool())
-        .await
-        .map_err(Error::query("pausing a queue"))?;
-    Ok(())
+    repeated(|_| async move {
+        sqlx::query("update postroad_broker.queue set paused = $2 where id = $1 and paused <> $2")
+            .bind(queue.0)
+            .bind(is_paused)
+            .execute(database.pool())
+            .await
+            .map_err(Error::query("pausing a queue"))?;
+        Ok(())
+    })
+    .await
 }

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use sqlx::Connection as _;
 
-use super::{Database, Error};
+use super::{Database, Error, repeated};
 use crate::domain::name::TopicPattern;
 
 /// What is declared for the topics of a pattern.
@@ -106,6 +106,17 @@ pub async fn declare(
     (max_bytes, rate_per_second, burst): (Option<i64>, Option<f64>, Option<i64>),
     most: i64,
 ) -> Result<Declared, Error> {
+    let numbers = (max_bytes, rate_per_second, burst);
+    repeated(|_| try_declare(database, pattern, schema, numbers, most)).await
+}
+
+async fn try_declare(
+    database: &Database,
+    pattern: &TopicPattern,
+    schema: Option<&str>,
+    (max_bytes, rate_per_second, burst): (Option<i64>, Option<f64>, Option<i64>),
+    most: i64,
+) -> Result<Declared, Error> {
     let write = async {
         let mut connection = database.pool().acquire().await?;
         let mut transaction = connection.begin().await?;
@@ -152,6 +163,14 @@ pub async fn declare(
 /// # Errors
 /// The transaction failed.
 pub async fn delete(database: &Database, pattern: &TopicPattern) -> Result<bool, Error> {
+    repeated(|is_repeat| async move {
+        // What is not there any more was deleted by the first try.
+        Ok(try_delete(database, pattern).await? || is_repeat)
+    })
+    .await
+}
+
+async fn try_delete(database: &Database, pattern: &TopicPattern) -> Result<bool, Error> {
     let delete = async {
         let mut connection = database.pool().acquire().await?;
         let mut transaction = connection.begin().await?;

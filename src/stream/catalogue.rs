@@ -12,7 +12,7 @@ use super::{Error, next_job};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
 use crate::store::stream::{self as sql, DeclareOutcome, NextScheduled};
-use crate::store::{Connection, Database};
+use crate::store::{self, Connection, Database, Patience};
 use crate::supervisor::Supervisor;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
@@ -113,11 +113,20 @@ impl CatalogueTask {
         let _ = reply.send(answer);
     }
 
-    async fn connected(&mut self) -> Result<&mut Connection, Error> {
+    async fn connected(&mut self) -> Result<&mut Connection, store::Error> {
         if self.connection.is_none() {
             self.connection = Some(sql::connect_reader(&self.db).await?);
         }
         Ok(self.connection.as_mut().expect("connected just above"))
+    }
+
+    /// Goes on if a write is to be repeated on another connection, to find out what became of it.
+    async fn repeat(&mut self, patience: &mut Patience, error: store::Error) -> Result<(), Error> {
+        self.connection = None;
+        match patience.allows(&error).await {
+            true => Ok(()),
+            false => Err(patience.told(error).into()),
+        }
     }
 
     async fn declare(
@@ -130,8 +139,20 @@ impl CatalogueTask {
             retention,
             is_keyed,
         } = settings;
-        let connection = self.connected().await?;
-        let outcome = sql::declare(connection, name, patterns, retention, *is_keyed).await?;
+        let mut patience = Patience::default();
+        let outcome = loop {
+            // Done once more it finds what it declared.
+            let declared = match self.connected().await {
+                Ok(connection) => {
+                    sql::declare(connection, name, patterns, retention, *is_keyed).await
+                }
+                Err(error) => Err(error),
+            };
+            match declared {
+                Ok(outcome) => break outcome,
+                Err(error) => self.repeat(&mut patience, error).await?,
+            }
+        };
         let declared = match outcome {
             DeclareOutcome::Created => Declared::Created,
             DeclareOutcome::Unchanged => Declared::Unchanged,
@@ -231,7 +252,19 @@ impl CatalogueTask {
             return Err(Error::MainIsKept);
         }
         let stream = self.describe(name).await?.id;
-        if !sql::delete(self.connected().await?, stream).await? {
+        let mut patience = Patience::default();
+        let is_deleted = loop {
+            // By its number, which no other stream gets.
+            let deleted = match self.connected().await {
+                Ok(connection) => sql::delete(connection, stream).await,
+                Err(error) => Err(error),
+            };
+            match deleted {
+                Ok(is_deleted) => break is_deleted,
+                Err(error) => self.repeat(&mut patience, error).await?,
+            }
+        };
+        if !is_deleted {
             return Err(Error::HasQueues { name: name.clone() });
         }
         tracing::info!(stream = name.as_str(), "stream deleted");

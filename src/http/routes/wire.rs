@@ -89,6 +89,10 @@ pub(in crate::http) fn put(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized))
 }
 
 fn store_problem(error: &store::Error) -> Problem {
+    if matches!(error, store::Error::OutcomeUnknown(_)) {
+        let detail = "the database went away during the write; the same request again is safe";
+        return Problem::new(Kind::OutcomeUnknown, detail);
+    }
     match error.retry() {
         store::Retry::Never if !error.is_connection_lost() => Problem::internal(error),
         _ => Problem::unavailable(error),

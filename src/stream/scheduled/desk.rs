@@ -13,7 +13,7 @@ use crate::domain::id::{Offset, ScheduledId};
 use crate::domain::name::ScheduleName;
 use crate::domain::schedule::Declaration;
 use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, ScheduledSlice};
-use crate::store::{Connection, Database};
+use crate::store::{self, Connection, Database, Patience};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
 use crate::stream::{Declared, Error, next_job};
@@ -116,9 +116,21 @@ impl Desk {
         name: &ScheduleName,
         declaration: &Declaration,
     ) -> Result<(ScheduleDescription, Declared), Error> {
-        let declared = schedules::declare(self.connected().await?, name, declaration).await?;
-        self.state.schedule.note_changed();
-        Ok(declared)
+        let mut patience = Patience::default();
+        loop {
+            // Done once more it finds what it declared.
+            let declared = match self.connected().await {
+                Ok(connection) => schedules::declare(connection, name, declaration).await,
+                Err(error) => Err(error),
+            };
+            match declared {
+                Err(Error::Store(error)) => self.repeat(&mut patience, error).await?,
+                declared => {
+                    self.state.schedule.note_changed();
+                    return declared;
+                }
+            }
+        }
     }
 
     async fn schedule(&mut self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
@@ -130,7 +142,22 @@ impl Desk {
     }
 
     async fn delete(&mut self, name: &ScheduleName) -> Result<(), Error> {
-        schedules::delete(self.connected().await?, name).await?;
+        let mut patience = Patience::default();
+        loop {
+            let deleted = match self.connected().await {
+                Ok(connection) => schedules::delete(connection, name).await,
+                Err(error) => Err(error),
+            };
+            match deleted {
+                Err(Error::Store(error)) => self.repeat(&mut patience, error).await?,
+                // What is not there any more was deleted by the first try.
+                Err(Error::ScheduleNotFound { .. }) if patience.is_repeat() => break,
+                deleted => {
+                    deleted?;
+                    break;
+                }
+            }
+        }
         self.state.schedule.note_changed();
         Ok(())
     }
@@ -147,6 +174,15 @@ impl Desk {
             self.connection = Some(sql::connect_reader(&self.db).await?);
         }
         Ok(self.connection.as_mut().expect("connected just above"))
+    }
+
+    /// Goes on if a write is to be repeated on another connection, to find out what became of it.
+    async fn repeat(&mut self, patience: &mut Patience, error: store::Error) -> Result<(), Error> {
+        self.connection = None;
+        match patience.allows(&error).await {
+            true => Ok(()),
+            false => Err(patience.told(error).into()),
+        }
     }
 
     /// Walks over the leaves from the query's place on, as far as the bounds allow.
@@ -231,8 +267,19 @@ impl Desk {
     }
 
     async fn cancel(&mut self, id: ScheduledId) -> Result<Cancelled, Error> {
-        let connection = self.connected().await?;
-        Ok(match sql::cancel_scheduled(connection, id).await? {
+        let mut patience = Patience::default();
+        let cancelled = loop {
+            let cancelled = match self.connected().await {
+                Ok(connection) => sql::cancel_scheduled(connection, id).await,
+                Err(Error::Store(error)) => Err(error),
+                Err(error) => return Err(error),
+            };
+            match cancelled {
+                Ok(cancelled) => break cancelled,
+                Err(error) => self.repeat(&mut patience, error).await?,
+            }
+        };
+        Ok(match cancelled {
             CancelledScheduled::Cancelled { is_new } => {
                 if is_new {
                     self.state.metrics.scheduled_cancelled.inc();

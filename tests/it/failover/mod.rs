@@ -4,6 +4,7 @@
 mod broker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -24,6 +25,11 @@ const HOUR: u32 = 3_600;
 
 /// A node on the broker's database, with an origin in another server.
 async fn node(url: &str, origin: &Origin) -> Program {
+    node_of(None, url, origin).await
+}
+
+/// The same, of another program than the one under test.
+pub async fn node_of(file: Option<OsString>, url: &str, origin: &Origin) -> Program {
     let relay = origin.relay_url();
     let variables = [
         ("POSTROAD_NODE_TTL_SECONDS", "2"),
@@ -32,11 +38,14 @@ async fn node(url: &str, origin: &Origin) -> Program {
         ("POSTROAD_ORIGINS", r#"{"shop": {"url_env": "SHOP_URL"}}"#),
         ("SHOP_URL", relay.as_str()),
     ];
-    support::program(url, &variables).await
+    match file {
+        Some(file) => support::broker::program_of(file, url, &variables).await,
+        None => support::program(url, &variables).await,
+    }
 }
 
 /// An origin with the shop's tables, in a server of its own.
-async fn shop_origin() -> (Cluster, Origin) {
+pub async fn shop_origin() -> (Cluster, Origin) {
     let server = support::cluster().await;
     let origin = Origin::install(&server.create_database("shop").await).await;
     shop::open(&origin).await;
@@ -44,7 +53,7 @@ async fn shop_origin() -> (Cluster, Origin) {
 }
 
 /// The queues.
-async fn declare(http: &Http) -> Vec<Consumer> {
+pub async fn declare(http: &Http) -> Vec<Consumer> {
     let mut consumers = Vec::new();
     let all = json!({"topics": ["web.*", "orders.*"]});
     for number in 0..QUEUES {
@@ -56,17 +65,17 @@ async fn declare(http: &Http) -> Vec<Consumer> {
 
 /// What one queue's consumer was given and told.
 #[derive(Debug, Default)]
-struct Seen {
+pub struct Seen {
     /// Offset and id of each delivery.
     delivered: BTreeSet<(u64, String)>,
     /// Offsets whose ack was answered, with the delivery's number.
     acked: BTreeMap<u64, u64>,
     /// Deliveries after their ack was answered.
-    again: Vec<String>,
+    pub again: Vec<String>,
 }
 
 /// Publishers, producers and consumers at work.
-struct Load {
+pub struct Load {
     is_over: Arc<AtomicBool>,
     publishers: Vec<JoinHandle<Vec<(String, u64)>>>,
     producers: shop::Producers,
@@ -75,10 +84,10 @@ struct Load {
 }
 
 /// What a load came to.
-struct Outcome {
+pub struct Outcome {
     /// Ids that were answered 2xx, with the offsets of the answers.
-    published: Vec<(String, u64)>,
-    seen: Vec<Seen>,
+    pub published: Vec<(String, u64)>,
+    pub seen: Vec<Seen>,
 }
 
 async fn publish(http: Http, name: usize, is_over: Arc<AtomicBool>) -> Vec<(String, u64)> {
@@ -136,7 +145,7 @@ async fn consume(consumer: Consumer, seen: Arc<Mutex<Seen>>, is_over: Arc<Atomic
 }
 
 impl Load {
-    fn start(http: &Http, origin: &Origin, consumers: &[Consumer]) -> Self {
+    pub fn start(http: &Http, origin: &Origin, consumers: &[Consumer]) -> Self {
         let is_over = Arc::new(AtomicBool::new(false));
         let over = || Arc::clone(&is_over);
         let publishers = (0..2).map(|name| tokio::spawn(publish(http.clone(), name, over())));
@@ -159,7 +168,7 @@ impl Load {
     }
 
     /// Ends it, once all that is committed is relayed and consumed.
-    async fn finish(self, http: &Http, broker_url: &str, origin: &Origin) -> Outcome {
+    pub async fn finish(self, http: &Http, broker_url: &str, origin: &Origin) -> Outcome {
         self.producers.finish().await;
         let committed = shop::committed(origin).await;
         support::eventually("everything to be relayed", || async {
@@ -208,7 +217,7 @@ async fn history(http: &Http, count: usize) -> u64 {
 }
 
 /// Publishes messages for the held queue and takes them for an hour.
-async fn take_held(http: &Http, prefix: &str, count: usize) -> Vec<Value> {
+pub async fn take_held(http: &Http, prefix: &str, count: usize) -> Vec<Value> {
     let ids: Vec<String> = (0..count).map(|n| format!("held-{prefix}-{n}")).collect();
     publish_ids(http, "web.held", &ids).await;
     let held = Consumer {
@@ -233,7 +242,7 @@ async fn take_held(http: &Http, prefix: &str, count: usize) -> Vec<Value> {
 
 /// What is kept is where it was, what is lost is none of what was answered before the new history's first offset, and every queue has
 /// seen what the log has. Gives how many answered publishes are lost.
-async fn check(http: &Http, outcome: &Outcome, first_offset: u64) -> usize {
+pub async fn check(http: &Http, outcome: &Outcome, first_offset: u64) -> usize {
     let log = stream_ids(http, "main").await;
     let by_offset: BTreeMap<u64, &str> = log.iter().map(|(o, id)| (*o, id.as_str())).collect();
     let ids: BTreeSet<&str> = log.iter().map(|(_, id)| id.as_str()).collect();
@@ -268,7 +277,7 @@ async fn check(http: &Http, outcome: &Outcome, first_offset: u64) -> usize {
 
 /// Receipts of deliveries that are kept settle them. Those that were handed out in the part that is lost settle nothing, whether their
 /// messages are kept or others stand at their offsets: all that was not settled is delivered.
-async fn check_held(http: &Http, kept: &[Value], lost: &[Value]) {
+pub async fn check_held(http: &Http, kept: &[Value], lost: &[Value]) {
     let held = Consumer {
         http: http.clone(),
         queue: HELD.to_owned(),

@@ -1,6 +1,7 @@
 //! What breaks, end to end: the real program and real clients over HTTP, killed, cut off and left without Postgres at the
 //! wrong moment. The engines' own tests are in `queue`, `stream` and `relay`; here is what a client sees.
 
+mod ambiguous;
 mod cut;
 mod disconnect;
 mod killed;

@@ -152,9 +152,11 @@ impl Broker {
         loop {
             match self.queue.receive(&queue, request.clone()).await {
                 Ok(received) => return received,
-                Err(queue::Error::Unavailable { .. } | queue::Error::OutcomeUnknown)
-                    if tries < 200 =>
-                {
+                Err(
+                    queue::Error::Unavailable { .. }
+                    | queue::Error::OutcomeUnknown
+                    | queue::Error::NotOwner { .. },
+                ) if tries < 200 => {
                     tries += 1;
                     tokio::time::sleep(Duration::from_millis(25)).await;
                 }
@@ -203,9 +205,11 @@ impl Broker {
         loop {
             match self.queue.settle(&name(), verb, items.clone()).await {
                 Ok(outcomes) => return outcomes,
-                Err(queue::Error::Unavailable { .. } | queue::Error::OutcomeUnknown)
-                    if tries < 200 =>
-                {
+                Err(
+                    queue::Error::Unavailable { .. }
+                    | queue::Error::OutcomeUnknown
+                    | queue::Error::NotOwner { .. },
+                ) if tries < 200 => {
                     tries += 1;
                     tokio::time::sleep(Duration::from_millis(25)).await;
                 }

@@ -123,7 +123,7 @@ async fn a_fenced_owner_drops_its_work_and_takes_the_queue_again() {
     let before = rows().await;
     let refused = broker.queue.settle(&name(), Verb::Ack, items(&taken)).await;
     assert!(
-        matches!(refused, Err(queue::Error::OutcomeUnknown)),
+        matches!(refused, Err(queue::Error::NotOwner { .. })),
         "{refused:?}"
     );
     assert_eq!(

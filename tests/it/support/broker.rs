@@ -1,5 +1,6 @@
 //! Whole brokers: inside the test's process, or the real program as a child that can be killed.
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -160,6 +161,8 @@ impl TestBroker {
 pub struct Program {
     /// Its API. The port stays over restarts.
     pub http: Http,
+    /// Another program than the one under test.
+    file: Option<OsString>,
     variables: Vec<(String, String)>,
     /// Where its log goes; its warnings go to the test's output without.
     log_file: Option<PathBuf>,
@@ -183,13 +186,35 @@ pub async fn program_with_log(
             .iter()
             .map(|&(name, value)| (name.to_owned(), value.to_owned())),
     );
-    let (child, base) = start(&all, log_file.clone())
+    run(None, all, log_file).await
+}
+
+/// The previous version of the program: `POSTROAD_TEST_OLD_PROGRAM`.
+pub fn old_program_file() -> Option<OsString> {
+    std::env::var_os("POSTROAD_TEST_OLD_PROGRAM")
+}
+
+/// Starts another program than the one under test.
+pub async fn program_of(file: OsString, database_url: &str, variables: &[(&str, &str)]) -> Program {
+    let mut all = self::variables(database_url);
+    let own = variables.iter();
+    all.extend(own.map(|&(name, value)| (name.to_owned(), value.to_owned())));
+    run(Some(file), all, None).await
+}
+
+async fn run(
+    file: Option<OsString>,
+    mut all: Vec<(String, String)>,
+    log_file: Option<PathBuf>,
+) -> Program {
+    let (child, base) = start(file.as_ref(), &all, log_file.clone())
         .await
         .unwrap_or_else(|log| panic!("the program ended:\n{log}"));
     let address = base.trim_start_matches("http://").to_owned();
     all.push(("POSTROAD_BIND".to_owned(), address));
     Program {
         http: Http::new(&base),
+        file,
         variables: all,
         log_file,
         child,
@@ -211,10 +236,11 @@ pub fn variables(database_url: &str) -> Vec<(String, String)> {
 
 /// Starts the program and gives the URL of its log line "postroad is ready", or what it logged when it ended before.
 async fn start(
+    file: Option<&OsString>,
     variables: &[(String, String)],
     log_file: Option<PathBuf>,
 ) -> Result<(Child, String), String> {
-    let (child, mut log) = launch(variables);
+    let (child, mut log) = launch_of(file, variables);
     let Some(entry) = log.find("postroad is ready").await else {
         return Err(log.seen.join("\n"));
     };
@@ -276,8 +302,13 @@ impl Log {
 
 /// Starts the program with these variables and no other `POSTROAD_*` ones, and does not wait.
 pub fn launch(variables: &[(String, String)]) -> (Child, Log) {
+    launch_of(None, variables)
+}
+
+fn launch_of(file: Option<&OsString>, variables: &[(String, String)]) -> (Child, Log) {
     // A release build, say: the figures of a soak are of the program that users run.
-    let program = std::env::var_os("POSTROAD_TEST_PROGRAM");
+    let program = file.cloned();
+    let program = program.or_else(|| std::env::var_os("POSTROAD_TEST_PROGRAM"));
     let mut command = Command::new(program.unwrap_or(env!("CARGO_BIN_EXE_postroad").into()));
     command
         .arg("serve")
@@ -302,6 +333,11 @@ pub fn launch(variables: &[(String, String)]) -> (Child, Log) {
 }
 
 impl Program {
+    /// The next start is of the program under test, whatever this one was.
+    pub fn upgrade(&mut self) {
+        self.file = None;
+    }
+
     /// The process's id.
     pub fn pid(&self) -> u32 {
         self.child.id().expect("the program runs")
@@ -348,7 +384,8 @@ impl Program {
 
     /// The same; what it logged if it ends first.
     pub async fn try_start(&mut self) -> Result<(), String> {
-        let (child, base) = start(&self.variables, self.log_file.clone()).await?;
+        let (child, base) =
+            start(self.file.as_ref(), &self.variables, self.log_file.clone()).await?;
         assert_eq!(base, self.http.base);
         self.child = child;
         Ok(())
