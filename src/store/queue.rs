@@ -356,7 +356,10 @@ async fn try_insert_queue(
             start_offset: Offset(offset),
             created_at,
         }),
-        Err(error) if error.constraint() == Some("queue_name_key") => Ok(Inserted::NameTaken),
+        // Of its own number by an earlier try alone.
+        Err(error) if matches!(error.constraint(), Some("queue_name_key" | "queue_pkey")) => {
+            Ok(Inserted::NameTaken)
+        }
         // No head row, or the stream went between the lock and the insert.
         Err(error)
             if error.sqlstate().as_deref() == Some("P0002")

@@ -124,7 +124,10 @@ async fn replay(
         From::After(after) if after.next() < found.first_offset => {
             return Err(lost(found.first_offset));
         }
-        From::After(after) => (after, true),
+        From::After(after) => {
+            check_history(&state, &name, after).await?;
+            (after, true)
+        }
         From::Time(at) => (stream.offset_at(found.id, at).await?, false),
     };
     if is_live {
@@ -151,6 +154,23 @@ async fn replay(
         Some(floor) if is_resumed => Err(lost(floor.next())),
         _ => Ok(wire::json_bytes(StatusCode::OK, print(&page, after).into())),
     }
+}
+
+/// Refuses a reader that has read what the stream does not have any more, since the broker's database went back in time: it would wait
+/// for the offset that it knows, and pass over what comes before.
+async fn check_history(state: &State, name: &StreamName, after: Offset) -> Result<(), Problem> {
+    let last = state.parts.cluster.histories().last();
+    let begun = last.and_then(|history| history.first_offsets.get(name.as_str()));
+    let Some(&first_offset) = begun.filter(|first| after >= **first) else {
+        return Ok(());
+    };
+    if after <= state.parts.stream.describe(name).await?.last_offset {
+        return Ok(());
+    }
+    let detail = format!(
+        "the broker's database went back in time: what was read from offset {first_offset} on is lost, and other messages come there"
+    );
+    Err(Problem::new(Kind::OffsetGone, detail).with("first_offset", first_offset.0))
 }
 
 fn lost(first_offset: Offset) -> Problem {

@@ -77,6 +77,7 @@ pub struct Seen {
 /// Publishers, producers and consumers at work.
 pub struct Load {
     is_over: Arc<AtomicBool>,
+    is_relayed: Arc<AtomicBool>,
     publishers: Vec<JoinHandle<Vec<(String, u64)>>>,
     producers: shop::Producers,
     consumers: Vec<JoinHandle<()>>,
@@ -102,7 +103,7 @@ async fn publish(http: Http, name: usize, is_over: Arc<AtomicBool>) -> Vec<(Stri
             .iter()
             .map(|placed| placed["offset"].as_u64().unwrap());
         published.extend(ids.iter().cloned().zip(offsets));
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(std::time::Duration::from_millis(25)).await;
     }
     published
 }
@@ -147,8 +148,9 @@ async fn consume(consumer: Consumer, seen: Arc<Mutex<Seen>>, is_over: Arc<Atomic
 impl Load {
     pub fn start(http: &Http, origin: &Origin, consumers: &[Consumer]) -> Self {
         let is_over = Arc::new(AtomicBool::new(false));
-        let over = || Arc::clone(&is_over);
-        let publishers = (0..2).map(|name| tokio::spawn(publish(http.clone(), name, over())));
+        let is_relayed = Arc::new(AtomicBool::new(false));
+        let publishers =
+            (0..2).map(|name| tokio::spawn(publish(http.clone(), name, Arc::clone(&is_over))));
         let seen: Vec<Arc<Mutex<Seen>>> = consumers.iter().map(|_| Arc::default()).collect();
         let consumers = consumers.iter().zip(&seen);
         let consumers = consumers.map(|(consumer, seen)| {
@@ -156,20 +158,26 @@ impl Load {
                 http: http.clone(),
                 queue: consumer.queue.clone(),
             };
-            tokio::spawn(consume(consumer, Arc::clone(seen), over()))
+            tokio::spawn(consume(consumer, Arc::clone(seen), Arc::clone(&is_relayed)))
         });
         Self {
             publishers: publishers.collect(),
-            producers: shop::Producers::start(origin, 3, "select 1"),
+            producers: shop::Producers::start(origin, 1, "select 1"),
             consumers: consumers.collect(),
             seen,
             is_over,
+            is_relayed,
         }
     }
 
     /// Ends it, once all that is committed is relayed and consumed.
     pub async fn finish(self, http: &Http, broker_url: &str, origin: &Origin) -> Outcome {
         self.producers.finish().await;
+        self.is_over.store(true, Ordering::Relaxed);
+        let mut published = Vec::new();
+        for publisher in self.publishers {
+            published.extend(publisher.await.unwrap());
+        }
         let committed = shop::committed(origin).await;
         support::eventually("everything to be relayed", || async {
             let log = stream_ids(http, "main").await;
@@ -177,11 +185,7 @@ impl Load {
             (there >= committed.len()).then_some(())
         })
         .await;
-        self.is_over.store(true, Ordering::Relaxed);
-        let mut published = Vec::new();
-        for publisher in self.publishers {
-            published.extend(publisher.await.unwrap());
-        }
+        self.is_relayed.store(true, Ordering::Relaxed);
         for consumer in self.consumers {
             consumer.await.unwrap();
         }
@@ -224,18 +228,17 @@ pub async fn take_held(http: &Http, prefix: &str, count: usize) -> Vec<Value> {
         http: http.clone(),
         queue: HELD.to_owned(),
     };
-    let mut taken = Vec::new();
+    let mut taken: Vec<Value> = Vec::new();
+    let is_own = |taken: &&Value| {
+        let id = taken["event"]["id"].as_str().unwrap();
+        id.starts_with(&format!("held-{prefix}-"))
+    };
     // Whatever else is published comes along.
-    while taken
-        .iter()
-        .filter(|taken: &&Value| {
-            let id = taken["event"]["id"].as_str().unwrap();
-            id.starts_with(&format!("held-{prefix}-"))
-        })
-        .count()
-        < count
-    {
-        taken.extend(held.take(1, HOUR).await);
+    while taken.iter().filter(is_own).count() < count {
+        let body =
+            json!({"wait_seconds": 5, "max_messages": 500, "visibility_timeout_seconds": HOUR});
+        let answer = held.receive(&body).await;
+        taken.extend(answer["deliveries"].as_array().unwrap().iter().cloned());
     }
     taken
 }
@@ -257,6 +260,15 @@ pub async fn check(http: &Http, outcome: &Outcome, first_offset: u64) -> usize {
         );
         assert!(!ids.contains(id.as_str()), "{id} moved from {offset}");
         lost += 1;
+    }
+    if first_offset < u64::MAX {
+        // A reader that has more than the stream has is told so.
+        let last = log.last().unwrap().0;
+        for (after, status) in [(last, 200), (last + 1, 410)] {
+            let path = format!("/v1/streams/main/messages?after={after}");
+            let (found, answer) = http.get(&path).await;
+            assert_eq!(found.as_u16(), status, "after {after}: {answer}");
+        }
     }
     for (number, seen) in outcome.seen.iter().enumerate() {
         for (offset, id) in &log {
