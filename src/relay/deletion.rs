@@ -13,10 +13,10 @@
 
 use std::time::Instant;
 
+use super::decide::went_back;
 use super::position::Recheck;
 use super::status::State;
 use super::task::{Run, Stepped, Trouble};
-use super::window::went_back;
 use crate::failpoint;
 
 /// Rows that are looked up in the streams at a time.

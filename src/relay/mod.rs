@@ -5,6 +5,7 @@
 //! loop around them. The failure story is the same everywhere: a step that did not end well drops its session with the
 //! origin and everything it knew, and the next one begins from the position that the broker's database holds.
 
+mod decide;
 mod deletion;
 mod handle;
 mod metrics;
@@ -13,6 +14,8 @@ mod rejected;
 mod rerelay;
 mod rotation;
 mod row;
+#[cfg(test)]
+mod simulation;
 mod status;
 mod task;
 mod window;

@@ -10,6 +10,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::decide::next_number;
 use super::position::Position;
 use super::rotation::Rotation;
 use super::status::{State, Status};
@@ -408,9 +409,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The next position's number. Beyond what was emptied, so that a broker restored from a backup goes through a gap once.
     fn next_number(&self) -> i64 {
-        self.number.max(self.emptied) + 1
+        next_number(self.number, self.emptied)
     }
 
     /// Turns rows into a member that follows the stored position.

@@ -7,7 +7,8 @@ use std::time::Instant;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::position::{NOTHING, Position, Window};
+use super::decide::{Next, Since, leave_last_seq, passed_through};
+use super::position::{Position, Window};
 use super::status::State;
 use super::task::{Prepared, Run, Stepped, Trouble};
 use crate::domain::mapping::Pickup;
@@ -45,25 +46,16 @@ impl Run<'_> {
             self.note_relayed_through(now);
             return Ok(Stepped { rows: 0 });
         }
-        let (last, mark, is_between_windows) = match &self.position {
-            Some(position) => (
-                self.cursor.as_deref().unwrap_or(&position.snapshot),
-                position.mark,
-                position.window.is_none(),
-            ),
-            None => (NOTHING, None, false),
+        let since = Since::of(self.position.as_ref(), self.cursor.as_deref());
+        let max_rows = match since.reads_rows {
+            true => options.page_rows,
+            false => 0,
         };
-        // The rows after a window that is not finished, or of an origin not seen before, are read below.
-        let max_rows = if is_between_windows {
-            options.page_rows
-        } else {
-            0
-        };
-        let opening = self
-            .session
-            .open_window(last, mark, max_rows, options.page_bytes);
+        let opening =
+            self.session
+                .open_window(since.snapshot, since.mark, max_rows, options.page_bytes);
         let opened = opening.await.map_err(Trouble::Origin)?;
-        let last = last.to_owned();
+        let last = since.snapshot.to_owned();
         let identity = opened.identity;
         self.check_session(&identity)?;
         failpoint::reach("relay.window_opened");
@@ -71,40 +63,41 @@ impl Run<'_> {
             status.step_count += 1;
             status.step_time = started.elapsed();
         });
-        let rows = match self.position.clone() {
-            _ if self.number < self.emptied => {
+        let found = (opened.rows.len(), opened.is_whole);
+        let numbers = (self.number, self.emptied);
+        let rows = match Next::of(self.position.as_ref(), numbers, &identity, found) {
+            Next::Gap => {
                 self.note_gap();
                 self.rerelay("the broker's database went back in time")
                     .await?
             }
-            None => self.rerelay("its outbox was never relayed").await?,
-            Some(position) if went_back(&position, &identity).is_some() => {
-                let why = went_back(&position, &identity).unwrap_or_default();
-                self.rerelay(why).await?
-            }
-            Some(position) if position.window.is_some() => self.relay_window(position).await?,
-            Some(_) if opened.rows.is_empty() => {
+            Next::Rerelay(why) => self.rerelay(why).await?,
+            Next::Resume => match self.position.clone() {
+                Some(position) => self.relay_window(position).await?,
+                None => 0,
+            },
+            Next::Rest => {
                 self.cursor = Some(identity.snapshot);
                 0
             }
-            Some(_) => {
+            Next::Append => {
                 let count = opened.rows.len();
+                let position = self.mark(identity).await?;
+                self.relay
+                    .status
+                    .send_modify(|status| status.lag_rows = count as u64);
+                self.append(position, opened.rows).await?;
+                count
+            }
+            Next::Large => {
+                drop(opened.rows);
                 let mut position = self.mark(identity).await?;
-                if opened.is_whole {
-                    self.relay
-                        .status
-                        .send_modify(|status| status.lag_rows = count as u64);
-                    self.append(position, opened.rows).await?;
-                    count
-                } else {
-                    drop(opened.rows);
-                    position.window = Some(Window {
-                        since: last,
-                        after_seq: i64::MIN,
-                        is_rerelay: false,
-                    });
-                    self.relay_window(position).await?
-                }
+                position.window = Some(Window {
+                    since: last,
+                    after_seq: i64::MIN,
+                    is_rerelay: false,
+                });
+                self.relay_window(position).await?
             }
         };
         self.note_relayed_through(now);
@@ -279,11 +272,7 @@ impl Run<'_> {
             }
             let is_end = index + 1 == pages.len();
             let last = page.last().map_or(chunk.through, |place| place.seq);
-            let passed = match (is_end, chunk.is_last) {
-                (true, true) => None,
-                (true, false) => Some(chunk.through),
-                (false, _) => Some(last),
-            };
+            let passed = passed_through(last, is_end, chunk.through, chunk.is_last);
             in_flight = Some(self.prepare(position.passed(passed), rows).await?);
         }
         if let Some(prepared) = in_flight {
@@ -298,34 +287,8 @@ impl Run<'_> {
     }
 }
 
-/// Why the position is not one of this origin's past, if it is not.
-pub(super) fn went_back(position: &Position, identity: &Identity) -> Option<&'static str> {
-    if position.system_identifier != identity.system_identifier {
-        Some("it is another cluster than before")
-    } else if !identity.has_mark {
-        Some("it has lost the mark of the last position")
-    } else if identity.is_ahead {
-        Some("the last position is from its future")
-    } else {
-        None
-    }
-}
-
-/// Takes the last seq off a full chunk: a row with the same one (nobody may write it, but nothing forbids it) can lie
-/// beyond the limit, and the position inside a window is a seq.
-fn leave_last_seq<T>(chunk: &mut Vec<T>, seq: impl Fn(&T) -> i64) {
-    let Some(last) = chunk.last().map(&seq) else {
-        return;
-    };
-    let kept = chunk.partition_point(|item| seq(item) < last);
-    // All of one seq: cutting it is the only way on.
-    if kept > 0 {
-        chunk.truncate(kept);
-    }
-}
-
 /// Cuts places into pages, bounded by rows and by bytes, never between equal seqs.
-fn cut(places: &[Place], max_rows: usize, max_bytes: usize) -> Vec<&[Place]> {
+pub(super) fn cut(places: &[Place], max_rows: usize, max_bytes: usize) -> Vec<&[Place]> {
     let mut pages = Vec::new();
     let mut rest = places;
     while !rest.is_empty() {
@@ -372,18 +335,5 @@ mod tests {
         check(&[(1, 60), (2, 60), (3, 500), (4, 40)], &[1, 1, 1, 1]);
         check(&[(1, 40), (2, 60), (3, 1)], &[2, 1]);
         check(&[(1, 0), (2, 0), (3, 0), (3, 0), (3, 0), (4, 0)], &[5, 1]);
-    }
-
-    #[test]
-    fn a_full_chunk_leaves_its_last_seq() {
-        let check = |seqs: &[i64], left: &[i64]| {
-            let mut chunk = seqs.to_vec();
-            leave_last_seq(&mut chunk, |seq| *seq);
-            assert_eq!(chunk, left);
-        };
-        check(&[], &[]);
-        check(&[1, 2, 3], &[1, 2]);
-        check(&[1, 2, 3, 3], &[1, 2]);
-        check(&[3, 3], &[3, 3]);
     }
 }
