@@ -81,6 +81,7 @@ struct Run {
     origin: Origin,
     copy: Option<Origin>,
     has_gone_back: bool,
+    moves: u32,
     broker: Broker,
     drivers: [Driver; 2],
     sent: Vec<Sent>,
@@ -94,6 +95,7 @@ impl Run {
             origin: Origin::new(wrong),
             copy: None,
             has_gone_back: false,
+            moves: 0,
             broker: Broker::default(),
             drivers: [Driver::new(1, wrong), Driver::new(2, wrong)],
             sent: Vec::new(),
@@ -192,7 +194,9 @@ impl Run {
                     self.origin.put_back(copy);
                 }
             }
-            12 if self.dice.once_in(4) => {
+            // Each time there are more rows of one number: at most as many as a chunk of the manifest can tell apart.
+            12 if self.dice.once_in(4) && self.moves < 2 => {
+                self.moves += 1;
                 self.has_gone_back = true;
                 self.copy = None;
                 self.origin.move_to_new_cluster();

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::super::*;
 use super::faults::Fault;
-use super::reference::{Dead, Message, Plain, Reference};
+use super::reference::{Dead, Message, Plain, Reference, SECOND};
 use super::{Mode, Plan, Published, Step};
 use crate::domain::policy::{Ordering, RetryPolicy};
 use crate::domain::receipt::Receipt;
@@ -356,6 +356,30 @@ impl Rig {
         self.learn_order();
         self.pass();
         self.agree()
+    }
+
+    /// Liveness: once nothing goes wrong any more, all that is left is handed out and acknowledged in bounded steps.
+    pub(super) fn come_to_rest(&mut self) -> Result<(), TestCaseError> {
+        // What a dead letter holds would wait for a person.
+        self.step(&Step::Hold(false))?;
+        let mut rounds = 0;
+        loop {
+            let counts = self.machine.counts();
+            let left = counts.fresh + counts.again + counts.live + counts.delayed;
+            if left == 0 {
+                return Ok(());
+            }
+            rounds += 1;
+            prop_assert!(rounds < 400, "{left} are left: {counts:?}");
+            // Whatever is delayed or in flight is over.
+            self.step(&Step::Wait(60 * SECOND))?;
+            let known = self.issued.len();
+            self.receive(8, 10 * SECOND)?;
+            self.commit();
+            let receipts = self.issued[known..].to_vec();
+            self.settle(Verb::Ack, &receipts, None)?;
+            self.step(&Step::Commit)?;
+        }
     }
 
     /// What people do.
