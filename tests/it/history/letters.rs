@@ -96,7 +96,12 @@ fn may_be_removed(history: &History, offset: u64) -> bool {
         .iter()
         .filter(|settled| settled.offset == offset);
     let mut done = history.done.iter();
-    settled.any(|s| s.is_told("acked") || s.verb == Verb::Ack && s.told.is_none())
+    // Told of its own ack by a node that asked twice.
+    let is_repeated = |s: &Settled| {
+        s.is_told("already_settled") && history.acked.contains(&(s.generation, offset))
+    };
+    let is_ack = |s: &Settled| s.verb == Verb::Ack && (s.told.is_none() || is_repeated(s));
+    settled.any(|s| s.is_told("acked") || is_ack(s))
         || done.any(|done| match &done.act {
             Act::Deleted(other) => *other == offset,
             Act::LetterRemoved { offset: other, .. } => *other == offset,
@@ -283,6 +288,15 @@ mod tests {
         });
         finds("5: its dead letter is gone", |history| {
             history.settled.retain(|settled| settled.offset != 5);
+        });
+        let told_later = |history: &mut History| {
+            let mut acks = history.settled.iter_mut().filter(|s| s.offset == 5);
+            acks.next().unwrap().told.as_mut().unwrap().result = "already_settled".to_owned();
+        };
+        finds("5: its dead letter is gone", told_later);
+        finds_nothing(|history| {
+            told_later(history);
+            history.acked.insert((1, 5));
         });
         finds_nothing(|history| {
             history.settled.retain(|settled| settled.offset != 5);

@@ -226,7 +226,7 @@ pub struct History {
     pub done: Vec<Done>,
     /// In the order of the commits.
     pub journaled: Vec<Journaled>,
-    /// By generation and offset: what the journal has as acknowledged. Where a node passes requests on, it repeats one that another
+    /// By generation and offset: what the journal has as acknowledged, or as a dead letter that was removed. Where a node passes requests on, it repeats one that another
     /// was killed over, and its client is told `already_settled` of its own ack.
     pub acked: BTreeSet<(u64, u64)>,
     /// By message, in the order of the commits.

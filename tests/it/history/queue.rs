@@ -86,16 +86,16 @@ fn check_losses(history: &History, parts: &BTreeMap<Place, Part<'_>>, faults: &m
                 }
             })
         });
-        if is_journaled && !is_acked {
-            faults.push(format!(
-                "{offset} was acknowledged, and nobody asked for that"
-            ));
-        }
         let by_hand = history.done.iter().any(|done| match &done.act {
             Act::Deleted(other) => *other == offset,
             Act::LetterRemoved { offset: other, .. } => *other == offset,
             _ => false,
         });
+        if is_journaled && !is_acked && !by_hand {
+            faults.push(format!(
+                "{offset} was acknowledged, and nobody asked for that"
+            ));
+        }
         if !is_acked && !by_hand && !history.has_letter(offset) {
             let asked = part.map(|part| &part.settled[..]).unwrap_or_default();
             let journaled = part.map(|part| part.journaled.keys().collect::<Vec<_>>());

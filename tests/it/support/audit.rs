@@ -58,22 +58,24 @@ async fn rows(connection: &mut PgConnection, queue: &str) -> Vec<(i64, Vec<u8>)>
     .unwrap()
 }
 
-/// The messages of a queue that were journaled as acknowledged, by generation and offset.
+/// The messages of a queue that were journaled as acknowledged, also as dead letters, which removes those; by generation and offset.
 pub async fn acked(connection: &mut PgConnection, queue: &str) -> BTreeSet<(u64, u64)> {
     let mut acked = BTreeSet::new();
     for (generation, entries) in rows(connection, queue).await {
         for record in decode(&entries).unwrap() {
-            if let Record::Settled {
-                kind: SettledAs::Acked,
-                ranges,
-            } = record
-            {
-                let offsets = ranges
-                    .into_iter()
-                    .flat_map(|(from, through)| from..=through);
-                let of_this = |offset: i64| (generation.unsigned_abs(), offset.unsigned_abs());
-                acked.extend(offsets.map(of_this));
-            }
+            let ranges = match record {
+                Record::Settled {
+                    kind: SettledAs::Acked,
+                    ranges,
+                } => ranges,
+                Record::LetterRemoved { offset } => vec![(offset, offset)],
+                _ => continue,
+            };
+            let offsets = ranges
+                .into_iter()
+                .flat_map(|(from, through)| from..=through);
+            let of_this = |offset: i64| (generation.unsigned_abs(), offset.unsigned_abs());
+            acked.extend(offsets.map(of_this));
         }
     }
     acked
