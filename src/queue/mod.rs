@@ -102,6 +102,17 @@ impl Default for Options {
     }
 }
 
+/// What receipts are made with: a key for each history that streams have been through.
+async fn receipt_keys(
+    database: &Database,
+    cluster: &cluster::Handle,
+) -> Result<Keys, store::Error> {
+    let histories = store::history::find_streams(database).await?;
+    let histories = histories.iter();
+    let histories = histories.map(|of| (of.stream, of.first_offset, &of.salt.as_bytes()[..]));
+    Ok(Keys::new(&cluster.identity().receipt_key.0, histories))
+}
+
 /// Reads which queues there are and starts their tasks. A queue answers once its slot's lease is taken and its state is
 /// recovered. To stop, stop the supervisor: the queues flush, then the leases go back.
 ///
@@ -122,10 +133,7 @@ pub async fn start(
         had_peers: cluster.view().has_peers(),
     };
     let rows = store::queue::find_queues(&database).await?;
-    let histories = store::history::find_streams(&database).await?;
-    let histories = histories.iter();
-    let histories = histories.map(|of| (of.stream, of.first_offset, &of.salt.as_bytes()[..]));
-    let keys = Keys::new(&cluster.identity().receipt_key.0, histories);
+    let keys = receipt_keys(&database, &cluster).await?;
     let (jobs_in, jobs) = mpsc::channel(256);
     // A part and a probe of every queue there can be: sending to the writer never has to wait.
     let (writer_in, submissions) = mpsc::channel(2 * QUEUES_MAX + 1);

@@ -114,10 +114,7 @@ async fn a_stopping_program_says_so_serves_on_and_finishes_what_it_has() {
     for id in answered.iter().map(String::as_str).chain(["first", "late"]) {
         assert!(ids.iter().any(|(_, there)| there == id), "{id}");
     }
-    let last = followed
-        .lines()
-        .filter(|line| line.starts_with("id:"))
-        .next_back();
+    let last = followed.lines().rfind(|line| line.starts_with("id:"));
     assert!(last.is_some(), "{followed}");
     let left = other.status().await;
     assert_eq!(left["in_flight"], 0, "{left}");
