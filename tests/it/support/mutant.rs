@@ -25,6 +25,12 @@ const TEXTS: &[(&str, &str, &str, &str)] = &[
         "true",
     ),
     (
+        "no-epoch-check",
+        "append_next",
+        "and l.epoch = r_epoch and l.holder = p_incarnation",
+        "",
+    ),
+    (
         "epoch-read-without-lock",
         "write_queue_group",
         "order by l.name for no key update",
@@ -41,6 +47,12 @@ const TEXTS: &[(&str, &str, &str, &str)] = &[
         "append",
         "order by l.name for no key update",
         "order by l.name",
+    ),
+    (
+        "epoch-read-without-lock",
+        "append_next",
+        "l.holder = p_incarnation for no key update",
+        "l.holder = p_incarnation",
     ),
     (
         "offset-from-empty-log",
