@@ -32,7 +32,7 @@ use crate::stream;
 use crate::supervisor::{OnEnd, Supervisor};
 
 /// How often the watermarks are told to the stream.
-const WATERMARK_EVERY: Duration = Duration::from_secs(1);
+const WATERMARK_EVERY: Duration = Duration::from_secs(2);
 /// How often the journal is looked at for a turn.
 const TURN_EVERY: Duration = Duration::from_secs(2);
 /// What a redrive came to can be looked at for so long.

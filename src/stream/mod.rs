@@ -105,7 +105,7 @@ impl Default for Options {
             poll: Duration::from_millis(500),
             readers: 3,
             leaf_offsets: 250_000,
-            maintenance: Duration::from_secs(1),
+            maintenance: Duration::from_secs(2),
             main_retention: Retention::default(),
             acceptance: Acceptance::default(),
         }
@@ -168,6 +168,7 @@ pub async fn start(
     let tail = tail::TailTask {
         options: options.clone(),
         db: db.clone(),
+        cluster: cluster.clone(),
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
         appended,

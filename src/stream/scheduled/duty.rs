@@ -20,7 +20,7 @@ use crate::supervisor::Supervisor;
 /// The lease of the node that publishes.
 pub(in crate::stream) const LEASE: &str = "duty/scheduled";
 /// How often what other nodes accepted is looked for.
-const POLL: Duration = Duration::from_millis(500);
+const POLL: Duration = Duration::from_secs(1);
 /// How far ahead of the clock is looked.
 const AHEAD: Duration = Duration::from_secs(60);
 /// The most messages in one commit: other appends to the stream wait for it.

@@ -20,7 +20,7 @@ use crate::stream::handle::State;
 use crate::stream::request::key_hash;
 
 /// How often the schedules are read again.
-const RELOAD: Duration = Duration::from_millis(500);
+const RELOAD: Duration = Duration::from_secs(1);
 /// How long one that the database refuses waits to be tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
