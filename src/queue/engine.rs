@@ -20,10 +20,11 @@ use super::handle::{Known, Shared};
 use super::recovery::Recovered;
 use super::scans::Scans;
 use super::task::{Ended, Parts, Progress, Task};
+use super::tenancy::SlotState;
 use super::watermarks::Told;
 use super::writer::{Contact, Submission};
 use crate::cluster;
-use crate::domain::id::{Epoch, Fence, Generation, Offset, QueueId, Slot, StreamId};
+use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName};
 use crate::domain::policy::DEAD_LETTER_RETENTION;
 use crate::store::queue::QueueRow;
@@ -55,23 +56,6 @@ pub(in crate::queue) struct Owned {
     pub(in crate::queue) marked: Option<(Generation, Offset)>,
     /// The task's mailbox, while it runs.
     pub(in crate::queue) mailbox: Option<mpsc::Sender<Command>>,
-}
-
-/// A slot that queues hash into.
-#[derive(Debug, Default)]
-pub(in crate::queue) struct SlotState {
-    /// The lease, while it is held.
-    pub(in crate::queue) fence: Option<Fence>,
-    /// Its queues' state is at hand under this fence.
-    pub(in crate::queue) is_recovered: bool,
-    /// Its queues' rows may be others than known: after a change without a known outcome, or another node's time with the slot.
-    /// They are read again with their state.
-    pub(in crate::queue) are_rows_stale: bool,
-    /// Tasks that run. A slot is recovered only when none does.
-    pub(in crate::queue) running: usize,
-    pub(in crate::queue) recover_at: Option<Instant>,
-    /// The epoch at which it was held last.
-    pub(in crate::queue) last_epoch: Option<Epoch>,
 }
 
 pub(in crate::queue) struct Engine {
@@ -317,7 +301,7 @@ impl Engine {
         let task = Task::new(parts, machine, unfolded, redrives);
         let ended = self.ended.0.clone();
         if let Some(state) = self.slots.get_mut(&slot) {
-            state.running += 1;
+            state.task_began();
         }
         self.supervisor
             .spawn(format!("queue {name}"), OnEnd::Ordinary, async move {

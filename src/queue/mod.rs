@@ -31,8 +31,11 @@ mod redrive;
 mod refused;
 mod renewal;
 mod scans;
+#[cfg(test)]
+mod simulation;
 mod slots;
 mod task;
+mod tenancy;
 mod waiters;
 mod watermarks;
 mod writer;

@@ -11,6 +11,7 @@ use super::command::Command;
 use super::engine::Engine;
 use super::recovery;
 use super::task::{Ended, Why};
+use super::tenancy::{Change, SlotState};
 use crate::domain::id::{Fence, QueueId, Slot};
 use crate::store::queue::QueueRow;
 use crate::supervisor::{OnEnd, Supervisor};
@@ -36,25 +37,17 @@ impl Engine {
         let Some(state) = self.slots.get_mut(&slot) else {
             return;
         };
-        if state.fence == fence {
-            return;
-        }
-        let is_lost = fence.is_none();
-        if let Some(fence) = &fence {
-            // Whoever had it in between may have changed its queues.
-            let is_next = state
-                .last_epoch
-                .is_some_and(|last| last.0 + 1 == fence.epoch.0);
-            state.are_rows_stale |= !is_next && self.catalogue.had_peers;
-            state.last_epoch = Some(fence.epoch);
-        }
-        state.fence = fence;
-        if is_lost {
-            self.yield_slot(slot).await;
-        } else {
-            failpoint::reach("recovery.epoch_taken");
-            self.drop_slot(slot).await;
-            self.recover(slot).await;
+        match state.change(fence) {
+            // Or it came and is to go before it was heard of here.
+            Change::Nothing => self.note_yielded(slot),
+            Change::Yield => self.yield_slot(slot).await,
+            Change::Recover { is_next } => {
+                // Whoever had it in between may have changed its queues.
+                state.are_rows_stale |= !is_next && self.catalogue.had_peers;
+                failpoint::reach("recovery.epoch_taken");
+                self.drop_slot(slot).await;
+                self.recover(slot).await;
+            }
         }
     }
 
@@ -70,7 +63,7 @@ impl Engine {
     /// Lets the lease go once nothing runs under it any more.
     fn note_yielded(&self, slot: Slot) {
         let state = self.slots.get(&slot);
-        if state.is_some_and(|state| state.fence.is_none() && state.running == 0) {
+        if state.is_some_and(SlotState::is_vacant) {
             failpoint::reach("hand_over.flushed");
             self.cluster.yielded(&slot.lease_name());
         }
@@ -126,8 +119,7 @@ impl Engine {
         let Some(state) = self.slots.get_mut(&slot) else {
             return;
         };
-        if state.fence.as_ref() == Some(fence) {
-            state.fence = None;
+        if state.forget(fence) {
             self.drop_slot(slot).await;
         }
     }
@@ -143,7 +135,7 @@ impl Engine {
 
     pub(in crate::queue) fn forget_task(&mut self, ended: &Ended) {
         if let Some(slot) = self.slots.get_mut(&ended.slot) {
-            slot.running = slot.running.saturating_sub(1);
+            slot.task_ended();
         }
     }
 
@@ -166,10 +158,10 @@ impl Engine {
             return;
         };
         state.recover_at = None;
-        let Some(fence) = state.fence.clone() else {
+        let Some(fence) = state.recovers().cloned() else {
             return;
         };
-        if state.is_recovered || state.running > 0 || self.supervisor.is_stopping() {
+        if self.supervisor.is_stopping() {
             return;
         }
         let recovered = match self.freshen_rows(slot).await {
@@ -183,7 +175,7 @@ impl Engine {
         match recovered {
             Ok(machines) => {
                 if let Some(state) = self.slots.get_mut(&slot) {
-                    state.is_recovered = true;
+                    state.recovered();
                 }
                 for recovered in machines {
                     self.start_task(recovered, &fence);

@@ -1,0 +1,96 @@
+//! What an engine does with a slot as its lease comes and goes, decided without I/O: `slots` does it, and `simulation` runs it by
+//! seed.
+//!
+//! A slot's queues are read once the lease is shown and no task of a former time runs: a task's state runs ahead of the journal,
+//! and what it still writes must not come behind the read. The lease goes when nothing runs any more.
+
+use tokio::time::Instant;
+
+use crate::domain::id::{Epoch, Fence};
+
+/// A slot that queues hash into, as this process has it.
+#[derive(Debug, Default)]
+pub(in crate::queue) struct SlotState {
+    /// The lease, while it is held.
+    pub(in crate::queue) fence: Option<Fence>,
+    /// Its queues' state is at hand under this fence.
+    pub(in crate::queue) is_recovered: bool,
+    /// Its queues' rows may be others than known: after a change without a known outcome, or another node's time with the slot.
+    /// They are read again with their state.
+    pub(in crate::queue) are_rows_stale: bool,
+    /// Tasks that run. A slot is recovered only when none does.
+    pub(in crate::queue) running: usize,
+    pub(in crate::queue) recover_at: Option<Instant>,
+    /// The epoch at which it was held last.
+    last_epoch: Option<Epoch>,
+}
+
+/// What a change of the lease asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::queue) enum Change {
+    /// It is as it was.
+    Nothing,
+    /// It is to go: tasks write what they have decided, then the lease is free.
+    Yield,
+    /// It is there: tasks of a former time are dropped, then the state is read.
+    Recover {
+        /// Nobody had it since this process did.
+        is_next: bool,
+    },
+}
+
+impl SlotState {
+    /// The lease's watch shows something.
+    pub(in crate::queue) fn change(&mut self, fence: Option<Fence>) -> Change {
+        if self.fence == fence {
+            return Change::Nothing;
+        }
+        let change = match &fence {
+            None => Change::Yield,
+            Some(fence) => {
+                let last = self.last_epoch.replace(fence.epoch);
+                Change::Recover {
+                    is_next: last.is_some_and(|last| last.0 + 1 == fence.epoch.0),
+                }
+            }
+        };
+        self.fence = fence;
+        self.is_recovered = false;
+        change
+    }
+
+    /// Whether the lease can go: it is to, and nothing runs under it.
+    pub(in crate::queue) fn is_vacant(&self) -> bool {
+        self.fence.is_none() && self.running == 0
+    }
+
+    /// The fence to recover under, if it is time to.
+    pub(in crate::queue) fn recovers(&self) -> Option<&Fence> {
+        let is_time = !self.is_recovered && self.running == 0;
+        self.fence.as_ref().filter(|_| is_time)
+    }
+
+    /// The state was read, and tasks go by it.
+    pub(in crate::queue) fn recovered(&mut self) {
+        self.is_recovered = true;
+    }
+
+    pub(in crate::queue) fn task_began(&mut self) {
+        self.running += 1;
+    }
+
+    pub(in crate::queue) fn task_ended(&mut self) {
+        self.running = self.running.saturating_sub(1);
+    }
+
+    /// A write or a read under this fence was refused, or its outcome is not known. Whether it was the present one: then its tasks
+    /// are dropped, and nothing is read before a new epoch.
+    pub(in crate::queue) fn forget(&mut self, fence: &Fence) -> bool {
+        let is_present = self.fence.as_ref() == Some(fence);
+        if is_present {
+            self.fence = None;
+            self.is_recovered = false;
+        }
+        is_present
+    }
+}
