@@ -83,13 +83,28 @@ async fn what_a_former_owner_still_commits_is_known_to_the_next() {
     assert!(settling.await.unwrap().is_err(), "nobody is left to answer");
     // At the same address, so that it need not wait for the end of the former one's time.
     let next = Broker::on(&database).await;
-    support::eventually("the next owner to take the slot", || async {
-        let has_recovered = async || {
-            let described = next.queue.describe(&name()).await;
-            described.is_ok_and(|described| described.status.is_some())
-        };
-        let is_waiting = !waiting(&database, "take_leases").await.is_empty();
-        (is_waiting || has_recovered().await).then_some(())
+    support::eventually("the next owner to ask for the slot", || async {
+        let mut connection = database.connect().await;
+        let asked: bool = sqlx::query_scalar(
+            "select exists (select from pg_stat_activity where datname = current_database() and state = 'idle'
+                and strpos(query, 'postroad_broker.take_leases') > 0)",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
+        let taken: bool = sqlx::query_scalar(
+            "select exists (select from postroad_broker.lease where name like 'slot/%' and epoch > 1)",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
+        // A row that is locked is passed over. If it is not, what the next one reads must be seen.
+        let described = next.queue.describe(&name()).await;
+        let has_recovered = described.is_ok_and(|described| described.status.is_some());
+        match taken {
+            true => has_recovered.then_some(()),
+            false => asked.then_some(()),
+        }
     })
     .await;
     run(&mut holder, "rollback").await;
