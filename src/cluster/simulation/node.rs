@@ -380,7 +380,10 @@ impl Node {
         }
         for lease in &self.releasing {
             let engine = &self.engines[lease];
+            let row = view.leases.get(lease);
+            let is_present = row.map(|row| row.epoch) == engine.fence.as_ref().map(|f| f.epoch);
             if engine.writing.is_some()
+                && is_present
                 && engine.shown.borrow().is_none()
                 && !self.late.contains(lease)
             {
