@@ -335,7 +335,9 @@ impl Task {
         let instant = Instant::now();
         let now = self.now();
         let mut wake_at = self.intake.retry_at(instant);
-        if !self.is_quiet() || self.intake.has_loaded() {
+        // Nothing is journaled meanwhile, so its time may be over for long.
+        let has_position = !self.is_quiet() || self.intake.has_loaded();
+        if has_position && !self.is_standing() {
             wake_at = wake_at.min(self.position_at);
         }
         if !self.is_standing()

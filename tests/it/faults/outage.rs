@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::{at_once, size};
 use crate::support::consumer::{items, publish, time};
+use crate::support::process::cpu_time;
 use crate::support::{self, Consumer, Http};
 
 /// A call that must be refused for the moment: 503, with the time after which to ask again.
@@ -53,10 +54,19 @@ async fn a_stopped_postgres_kills_no_message_and_charges_no_attempt() {
     refused(&program.http, "/v1/queues/parcels/receive", &receive(0)).await;
     refused(&program.http, "/v1/queues/parcels/receive", &receive(1)).await;
     let seconds = size("POSTROAD_TEST_OUTAGE_SECONDS", 6) as u64;
+    let (since, busy) = (Instant::now(), cpu_time(program.pid()));
     tokio::time::sleep(Duration::from_secs(seconds).saturating_sub(away_at.elapsed())).await;
     let standing = consumer.http.get("/v1/queues/billing").await;
     assert_eq!(standing.0.as_u16(), 200);
     assert_eq!(standing.1["status"]["standing_still"], true);
+    // What stands still does nothing: half of a second is for the requests, in the long form for little else.
+    let busy = cpu_time(program.pid()).saturating_sub(busy);
+    let allowed = since.elapsed() / 10 + Duration::from_millis(500);
+    assert!(
+        busy < allowed,
+        "{busy:?} of processor time in {:?}",
+        since.elapsed()
+    );
     cluster.start().await;
     let away = away_at.elapsed();
 
