@@ -104,7 +104,15 @@ impl Run {
         run
     }
 
+    /// A relay begins anew: what comes back of its appends is nobody's.
+    fn orphan(&mut self, driver: usize) {
+        for sent in self.sent.iter_mut().filter(|sent| sent.by == Some(driver)) {
+            sent.by = None;
+        }
+    }
+
     fn take_over(&mut self, driver: usize) {
+        self.orphan(driver);
         self.broker.epoch += 1;
         self.drivers[driver].lead(self.broker.epoch);
     }
@@ -186,7 +194,10 @@ impl Run {
         match self.dice.roll(16) {
             0..5 => self.origin.crash(),
             5..8 => self.take_over(driver),
-            8 | 9 => self.drivers[driver].begin(),
+            8 | 9 => {
+                self.orphan(driver);
+                self.drivers[driver].begin();
+            }
             10 => self.copy = Some(self.origin.clone()),
             11 if self.dice.once_in(4) => {
                 if let Some(copy) = &self.copy {
