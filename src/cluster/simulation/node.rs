@@ -288,6 +288,7 @@ impl Node {
                 self.look(now, base)
             }
             (Answer::Released, _) => {
+                self.late.retain(|lease| !self.releasing.contains(lease));
                 if self.wrong != Some(Wrong::ForgetsToRelease) {
                     self.state.released(&self.releasing);
                 }
@@ -393,7 +394,6 @@ impl Node {
                 ));
             }
         }
-        self.late.clear();
         self.waits = Waits::Release;
         let (node, names) = (self.incarnation, self.releasing.clone());
         Ok(Some(Call::Release { node, names }))
