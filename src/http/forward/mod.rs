@@ -301,7 +301,7 @@ async fn pass_on(
     if kept.is_receive() {
         return poll::pass_on(state, kept, (queue, slot), to).await;
     }
-    match ask(state, kept, slot, to, Duration::ZERO).await {
+    match Box::pin(ask(state, kept, slot, to, Duration::ZERO)).await {
         Ok(answer) => Passed::Answered(copy(answer)),
         Err(passed) => passed,
     }

@@ -131,7 +131,9 @@ pub(super) async fn pass_on(
             Err(coming) => {
                 // What is there at once is had at once, and what is wrong with the request is told.
                 if !std::mem::replace(&mut kept.has_asked, true) {
-                    let received = match receive(state, kept, slot, to, WAIT_MAX).await {
+                    // Boxed, here and below: what waits in line has no need of its place.
+                    let asking = Box::pin(receive(state, kept, slot, to, WAIT_MAX));
+                    let received = match asking.await {
                         Ok(received) => received,
                         Err(passed) => return passed,
                     };
@@ -151,7 +153,7 @@ pub(super) async fn pass_on(
             }
         }
     }
-    match receive(state, kept, slot, to, Duration::ZERO).await {
+    match Box::pin(receive(state, kept, slot, to, Duration::ZERO)).await {
         Ok(received) => {
             if let Some(turn) = turn {
                 turn.answered(received.nothing().is_none());
