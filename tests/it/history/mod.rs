@@ -7,8 +7,9 @@
 //!
 //! `log` judges the way from a transaction into the stream (I1 to I7), `queue` deliveries, settlements and attempts (I8, I9),
 //! `order` keys (I10), `owners` leases and what was written under them (I11, I12), `liveness` that all is done once faults stop
-//! (I13), `letters` dead letters and redrives. Each has tests that plant the faults that it exists for.
+//! (I13), `letters` dead letters and redrives, `generations` what a seek leaves behind. Each has tests that plant the faults that it exists for.
 
+mod generations;
 pub mod letters;
 pub mod liveness;
 pub mod log;

@@ -253,19 +253,13 @@ fn live_until(history: &History, message: &Message<'_>, offset: u64, live: &Deli
 #[cfg(test)]
 mod tests {
     use super::super::sample::{
-        asked, at, delivered, done, finds, finds_in, finds_nothing, journal, settled, sound,
+        asked, at, delivered, done, find, finds, finds_in, finds_nothing, journal, settled, sound,
     };
     use super::super::*;
 
     fn of_key(history: &mut History, offset: u64, key: &str) {
         let key = Some(key.to_owned());
         history.published.insert(offset, Published { key });
-    }
-
-    fn find(history: &mut History, offset: u64, delivery: u64) -> &mut Delivered {
-        let mut all = history.delivered.iter_mut();
-        all.find(|d| (d.offset, d.delivery) == (offset, delivery))
-            .unwrap()
     }
 
     #[test]

@@ -178,6 +178,19 @@ pub fn sound() -> History {
     history
 }
 
+/// A delivery of the sound history.
+pub fn find(history: &mut History, offset: u64, delivery: u64) -> &mut Delivered {
+    let mut all = history.delivered.iter_mut();
+    all.find(|d| (d.offset, d.delivery) == (offset, delivery))
+        .unwrap()
+}
+
+/// One more, journaled as the others are.
+pub fn add(history: &mut History, delivered: Delivered) {
+    history.delivered.push(delivered);
+    journal(history);
+}
+
 /// Plants a fault, and the checkers must name it.
 #[track_caller]
 pub fn finds(fault: &str, plant: impl FnOnce(&mut History)) {
