@@ -3,25 +3,26 @@
 //! A run is a function of its seed alone: same seed, same run. Every day a few thousand seeds are run; `POSTROAD_TEST_SEEDS=100000` sets how
 //! many, `POSTROAD_TEST_SEED=17` runs the one. A failure prints its seed and the command that repeats it.
 
+use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-/// A run's random choices (SplitMix64).
+use crate::domain::queue::Random;
+
+/// A run's random choices.
 #[derive(Debug, Clone)]
-pub(crate) struct Dice(u64);
+pub(crate) struct Dice(Random);
 
 impl Dice {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03)
+        // Seeds that follow one another begin far apart.
+        let begin = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
+        Self(Random::new(begin))
     }
 
     /// 0 to `sides` - 1.
     pub(crate) fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (mixed ^ (mixed >> 31)) % sides
+        self.0.next_bits() % sides
     }
 
     /// A place in something of this length.
@@ -65,11 +66,18 @@ pub(crate) fn seeds(name: &str, everyday: u64, run: impl Fn(u64) -> Result<(), F
     println!("{name}: seeds {range:?} in {:?}", began.elapsed());
 }
 
-/// A wrong variant of the machine: one of the first `most` seeds must find it.
-pub(crate) fn is_found(what: &str, most: u64, run: impl Fn(u64) -> Result<(), Fault>) {
-    let found = (0..most).find_map(|seed| Some((seed, judge(seed, &run).err()?)));
-    match found {
-        Some((seed, fault)) => println!("{what}: found by seed {seed}: {fault}"),
-        None => panic!("{what}: not found in {most} seeds"),
+/// Wrong variants of the machine: one of the first `most` seeds must find each.
+pub(crate) fn are_found<W: Copy + Debug>(
+    variants: &[W],
+    most: u64,
+    run: impl Fn(u64, W) -> Result<(), Fault>,
+) {
+    for &wrong in variants {
+        let run = |seed| run(seed, wrong);
+        let found = (0..most).find_map(|seed| Some((seed, judge(seed, &run).err()?)));
+        match found {
+            Some((seed, fault)) => println!("{wrong:?}: found by seed {seed}: {fault}"),
+            None => panic!("{wrong:?}: not found in {most} seeds"),
+        }
     }
 }
