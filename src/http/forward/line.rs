@@ -3,7 +3,7 @@
 //! messages makes room for one more than it took, each without halves the room. So a queue with nothing to hand out is asked by one,
 //! however many wait.
 //!
-//! Pure: `poll` is what goes by it.
+//! Nothing is asked of anybody here: `poll` does that, by its turns.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -28,7 +28,6 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
-use self::poll::Poll;
 use super::extract::Whole;
 use super::problem::{Kind, Problem};
 use super::state::State;
@@ -73,9 +72,7 @@ struct Kept {
     parts: Parts,
     body: Bytes,
     since: Instant,
-    /// It waits in line, if its queue is another node's.
-    poll: Option<Poll>,
-    /// The owner was asked before it did.
+    /// The owner was asked before it waited in line.
     has_asked: bool,
     /// What it brought along is acknowledged, and not in its body any more.
     acked: Option<Acked>,
@@ -251,18 +248,13 @@ async fn look_up(state: &State, queue: &QueueName) -> Result<(Slot, Owner), queu
 
 impl Kept {
     fn new(parts: Parts, body: Bytes, since: Instant) -> Self {
-        let mut kept = Self {
+        Self {
             parts,
             body,
             since,
-            poll: None,
             has_asked: false,
             acked: None,
-        };
-        if kept.is_receive() {
-            kept.poll = Poll::parse(&kept.body);
         }
-        kept
     }
 
     fn request(&self) -> Request {

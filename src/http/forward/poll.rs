@@ -22,48 +22,30 @@ use crate::http::problem::{Kind, Problem};
 use crate::http::state::State;
 use crate::queue::{ReceiveRequest, WAIT_MAX};
 
-/// What a long poll asks for, as far as the line goes by it.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Poll {
-    /// How long it waits for messages.
-    pub(super) wait: Duration,
-    /// Its body without acknowledgements, if it has some: they do not wait.
-    pub(super) without_acks: Option<String>,
-}
-
 #[derive(Deserialize)]
-struct Wire<'a> {
+struct Wire {
     wait_seconds: Option<f64>,
     batch_wait_seconds: Option<f64>,
-    #[serde(borrow)]
-    ack: Option<&'a RawValue>,
 }
 
-impl Poll {
-    /// None for what the line is not for, and for what its owner will refuse.
-    pub(super) fn parse(body: &[u8]) -> Option<Self> {
-        let wire: Wire<'_> = serde_json::from_slice(body).ok()?;
-        let default = ReceiveRequest::default();
-        let seconds = |given: Option<f64>, default| match given {
-            Some(seconds) => Duration::try_from_secs_f64(seconds).ok(),
-            None => Some(default),
-        };
-        let wait = seconds(wire.wait_seconds, default.wait)?;
-        let batch_wait = seconds(wire.batch_wait_seconds, default.batch_wait)?;
-        if wait.is_zero() || !batch_wait.is_zero() {
-            return None;
-        }
-        let without_acks = match wire.ack {
-            None => None,
-            Some(_) => {
-                let mut body: serde_json::Map<String, serde_json::Value> =
-                    serde_json::from_slice(body).ok()?;
-                body.remove("ack");
-                Some(serde_json::Value::Object(body).to_string())
-            }
-        };
-        Some(Self { wait, without_acks })
-    }
+/// How long a receive waits in line for messages. None for what the line is not for, and for what its owner will refuse.
+fn wait_of(body: &[u8]) -> Option<Duration> {
+    let wire: Wire = serde_json::from_slice(body).ok()?;
+    let default = ReceiveRequest::default();
+    let seconds = |given: Option<f64>, default| match given {
+        Some(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+        None => Some(default),
+    };
+    let wait = seconds(wire.wait_seconds, default.wait)?;
+    let batch_wait = seconds(wire.batch_wait_seconds, default.batch_wait)?;
+    (!wait.is_zero() && batch_wait.is_zero()).then_some(wait)
+}
+
+/// A receive's body without what it acknowledges.
+fn without_acks(body: &[u8]) -> Option<Bytes> {
+    let mut body: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(body).ok()?;
+    body.remove("ack");
+    Some(serde_json::Value::Object(body).to_string().into())
 }
 
 /// What became of deliveries that a long poll brought along: answered, while it waits on.
@@ -125,7 +107,7 @@ pub(super) async fn pass_on(
     to: (i64, &str, Epoch),
 ) -> Passed {
     let mut turn = None;
-    if let Some(poll) = kept.poll.clone() {
+    if let Some(time) = wait_of(&kept.body) {
         match state.lines.join(queue) {
             Ok(taken) => turn = Some(taken),
             Err(coming) => {
@@ -140,12 +122,13 @@ pub(super) async fn pass_on(
                     let Some(nothing) = received.nothing() else {
                         return Passed::Answered(hand_on(state, kept, queue, received));
                     };
-                    if let Some(body) = poll.without_acks {
-                        kept.acked = nothing;
-                        kept.body = body.into();
+                    if let Some(acked) = nothing
+                        && let Some(body) = without_acks(&kept.body)
+                    {
+                        (kept.acked, kept.body) = (Some(acked), body);
                     }
                 }
-                match wait(state, kept, slot, to, (poll.wait, coming)).await {
+                match wait(state, kept, slot, to, (time, coming)).await {
                     Waited::Goes(taken) => turn = taken,
                     Waited::Elsewhere => return Passed::Elsewhere,
                     Waited::Stopping => return Passed::Answered(stopping()),
@@ -257,20 +240,12 @@ mod tests {
 
     #[test]
     fn polls_are_read() {
-        let parse = |body: &str| Poll::parse(body.as_bytes());
         let seconds = Duration::from_secs;
-        let poll = |wait, body: Option<&str>| Poll {
-            wait,
-            without_acks: body.map(str::to_owned),
-        };
-        assert_eq!(parse("{}"), Some(poll(seconds(20), None)));
-        assert_eq!(
-            parse(r#"{"wait_seconds": 5, "ack": [{"receipt": "r"}], "consumer": "c"}"#),
-            Some(poll(
-                seconds(5),
-                Some(r#"{"consumer":"c","wait_seconds":5}"#)
-            ))
-        );
+        assert_eq!(wait_of(b"{}"), Some(seconds(20)));
+        let body = br#"{"wait_seconds": 5, "ack": [{"receipt": "r"}], "consumer": "c"}"#;
+        assert_eq!(wait_of(body), Some(seconds(5)));
+        let without = without_acks(body).unwrap();
+        assert_eq!(without, r#"{"consumer":"c","wait_seconds":5}"#);
         for other in [
             r#"{"wait_seconds": 0}"#,
             r#"{"wait_seconds": -1}"#,
@@ -279,7 +254,7 @@ mod tests {
             "[]",
             "",
         ] {
-            assert_eq!(parse(other), None, "{other}");
+            assert_eq!(wait_of(other.as_bytes()), None, "{other}");
         }
     }
 

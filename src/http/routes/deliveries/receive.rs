@@ -185,12 +185,12 @@ async fn receive(
     }
     let receipts = request.ack.clone();
     let received = received(&state, &name, request).await?;
-    let acked = match acked {
-        Some(Extension(Acked(acked))) => Some(acked.get().to_owned()),
-        None if receipts.is_empty() => None,
-        None => serde_json::to_string(&WireSettled::new(receipts, &received.acked)).ok(),
+    let acks = match acked {
+        Some(Extension(acked)) => Acks::Before(acked),
+        None if receipts.is_empty() => Acks::None,
+        None => Acks::Now(WireSettled::new(receipts, &received.acked)),
     };
-    let body = print(&received, acked.as_deref());
+    let body = print(&received, &acks);
     if received.deliveries.is_empty() {
         return Ok(wire::json_bytes(StatusCode::OK, body.into()));
     }
@@ -226,8 +226,16 @@ async fn received(
     }
 }
 
+/// What became of deliveries to acknowledge.
+enum Acks {
+    None,
+    Now(WireSettled),
+    /// They were acknowledged while the receive waited on another node.
+    Before(Acked),
+}
+
 /// Events are spliced in as they are, and so is what became of deliveries to acknowledge.
-fn print(received: &Received, acked: Option<&str>) -> Vec<u8> {
+fn print(received: &Received, acks: &Acks) -> Vec<u8> {
     let bytes: usize = received
         .deliveries
         .iter()
@@ -235,9 +243,13 @@ fn print(received: &Received, acked: Option<&str>) -> Vec<u8> {
         .sum();
     let mut out = Vec::with_capacity(bytes + 128);
     out.push(b'{');
-    if let Some(acked) = acked {
+    if !matches!(acks, Acks::None) {
         out.extend_from_slice(b"\"ack\":");
-        out.extend_from_slice(acked.as_bytes());
+        match acks {
+            Acks::Now(settled) => wire::put(&mut out, settled),
+            Acks::Before(Acked(acked)) => out.extend_from_slice(acked.get().as_bytes()),
+            Acks::None => {}
+        }
         out.push(b',');
     }
     out.extend_from_slice(b"\"deliveries\":[");
