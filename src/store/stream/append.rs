@@ -1,6 +1,9 @@
 //! The call that writes the log.
 
 use chrono::{DateTime, Utc};
+use sqlx::Postgres;
+use sqlx::postgres::PgArguments;
+use sqlx::query::QueryAs;
 use uuid::Uuid;
 
 use crate::domain::id::{Fence, Offset, OriginId, StreamId, TopicId};
@@ -12,34 +15,34 @@ use crate::store::{Connection, Error};
 #[derive(Debug, Default)]
 pub struct Append<'a> {
     pub(super) streams: Vec<i32>,
-    pub(super) hints: Vec<i64>,
-    pub(super) counts: Vec<i32>,
+    hints: Vec<i64>,
+    counts: Vec<i32>,
     pub(super) relays: Relays<'a>,
-    pub(super) members: Vec<i32>,
-    pub(super) message_streams: Vec<i32>,
-    pub(super) ranks: Vec<i32>,
-    pub(super) topics: Vec<i32>,
-    pub(super) key_hashes: Vec<Option<i64>>,
-    pub(super) keys: Vec<Option<&'a str>>,
-    pub(super) ids: Vec<&'a str>,
-    pub(super) sources: Vec<&'a str>,
-    pub(super) types: Vec<Option<&'a str>>,
-    pub(super) subjects: Vec<Option<&'a str>>,
-    pub(super) times: Vec<Option<DateTime<Utc>>>,
-    pub(super) content_types: Vec<Option<&'a str>>,
-    pub(super) schemas: Vec<Option<&'a str>>,
-    pub(super) extensions: Vec<Option<String>>,
-    pub(super) kinds: Vec<i16>,
-    pub(super) priorities: Vec<i16>,
-    pub(super) data: Vec<Option<&'a [u8]>>,
-    pub(super) origins: Vec<Option<i32>>,
-    pub(super) identities: Vec<Option<Uuid>>,
-    pub(super) contents: Vec<Option<Uuid>>,
+    members: Vec<i32>,
+    message_streams: Vec<i32>,
+    ranks: Vec<i32>,
+    topics: Vec<i32>,
+    key_hashes: Vec<Option<i64>>,
+    keys: Vec<Option<&'a str>>,
+    ids: Vec<&'a str>,
+    sources: Vec<&'a str>,
+    types: Vec<Option<&'a str>>,
+    subjects: Vec<Option<&'a str>>,
+    times: Vec<Option<DateTime<Utc>>>,
+    content_types: Vec<Option<&'a str>>,
+    schemas: Vec<Option<&'a str>>,
+    extensions: Vec<Option<String>>,
+    kinds: Vec<i16>,
+    priorities: Vec<i16>,
+    data: Vec<Option<&'a [u8]>>,
+    origins: Vec<Option<i32>>,
+    identities: Vec<Option<Uuid>>,
+    contents: Vec<Option<Uuid>>,
     /// Empty unless a message is to come later.
     pub(super) dues: Vec<Option<DateTime<Utc>>>,
     pub(super) checks_ids: bool,
     pub(super) bases: Vec<i64>,
-    pub(super) counted: Vec<i64>,
+    counted: Vec<i64>,
     expected_keys: ExpectedKeys<'a>,
     expectations: Expectations<'a>,
 }
@@ -75,9 +78,9 @@ pub(super) struct Relays<'a> {
     pub(super) to: Vec<i64>,
     pub(super) positions: Vec<&'a str>,
     pub(super) rejected_relays: Vec<i32>,
-    pub(super) rejected_seqs: Vec<i64>,
-    pub(super) rejected_reasons: Vec<&'a str>,
-    pub(super) rejected_rows: Vec<&'a str>,
+    rejected_seqs: Vec<i64>,
+    rejected_reasons: Vec<&'a str>,
+    rejected_rows: Vec<&'a str>,
 }
 
 /// A message of a group commit.
@@ -332,10 +335,10 @@ pub async fn append(
     Ok(read_outcome(columns))
 }
 
-type Call<'q> = sqlx::query::QueryAs<'q, sqlx::Postgres, Columns, sqlx::postgres::PgArguments>;
+type Call<'q> = QueryAs<'q, Postgres, Columns, PgArguments>;
 
 fn call<'q>(key: GroupKey, is_repeat: bool, group: &'q Append<'_>) -> Call<'q> {
-    sqlx::query_as(include_str!("../sql/append_group.sql"))
+    let call = sqlx::query_as(include_str!("../sql/append_group.sql"))
         .bind(key.incarnation)
         .bind(key.number)
         .bind(key.born_at)
@@ -357,8 +360,27 @@ fn call<'q>(key: GroupKey, is_repeat: bool, group: &'q Append<'_>) -> Call<'q> {
         .bind(&group.relays.rejected_rows)
         .bind(&group.members)
         .bind(&group.message_streams)
-        .bind(&group.ranks)
-        .bind(&group.topics)
+        .bind(&group.ranks);
+    bind_messages(call, group)
+        .bind(&group.bases)
+        .bind(&group.counted)
+        .bind(&group.expected_keys.streams)
+        .bind(&group.expected_keys.keys)
+        .bind(&group.expected_keys.counts)
+        .bind(&group.expectations.messages)
+        .bind(&group.expectations.keys)
+        .bind(&group.expectations.expected)
+        .bind(&group.expectations.seqs)
+        .bind(&group.expectations.rows)
+        .bind(&group.dues)
+}
+
+/// Binds what messages are made of, column by column.
+pub(super) fn bind_messages<'q, O>(
+    call: QueryAs<'q, Postgres, O, PgArguments>,
+    group: &'q Append<'_>,
+) -> QueryAs<'q, Postgres, O, PgArguments> {
+    call.bind(&group.topics)
         .bind(&group.key_hashes)
         .bind(&group.keys)
         .bind(&group.ids)
@@ -375,17 +397,6 @@ fn call<'q>(key: GroupKey, is_repeat: bool, group: &'q Append<'_>) -> Call<'q> {
         .bind(&group.origins)
         .bind(&group.identities)
         .bind(&group.contents)
-        .bind(&group.bases)
-        .bind(&group.counted)
-        .bind(&group.expected_keys.streams)
-        .bind(&group.expected_keys.keys)
-        .bind(&group.expected_keys.counts)
-        .bind(&group.expectations.messages)
-        .bind(&group.expectations.keys)
-        .bind(&group.expectations.expected)
-        .bind(&group.expectations.seqs)
-        .bind(&group.expectations.rows)
-        .bind(&group.dues)
 }
 
 fn read_outcome(columns: Columns) -> AppendOutcome {

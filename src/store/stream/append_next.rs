@@ -1,8 +1,11 @@
 //! The call that writes the log for most groups: see the function `append_next` in `migrations/broker`.
 
 use chrono::{DateTime, Utc};
+use sqlx::Postgres;
+use sqlx::postgres::PgArguments;
+use sqlx::query::QueryAs;
 
-use super::append::{Append, Appended, GroupKey, NONE};
+use super::append::{Append, Appended, GroupKey, NONE, bind_messages};
 use crate::domain::id::{Offset, StreamId};
 use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Error};
@@ -71,11 +74,11 @@ fn is_taken(error: &Error) -> bool {
     error.sqlstate().as_deref() == Some("23505") && error.constraint().is_some_and(of_log)
 }
 
-type Call<'q> = sqlx::query::QueryAs<'q, sqlx::Postgres, Columns, sqlx::postgres::PgArguments>;
+type Call<'q> = QueryAs<'q, Postgres, Columns, PgArguments>;
 
 fn call<'q>(key: GroupKey, previous: Previous, group: &'q Append<'_>) -> Call<'q> {
     let relays = &group.relays;
-    sqlx::query_as(include_str!("../sql/append_next.sql"))
+    let call = sqlx::query_as(include_str!("../sql/append_next.sql"))
         .bind(key.incarnation)
         .bind(key.number)
         .bind(key.born_at)
@@ -91,22 +94,6 @@ fn call<'q>(key: GroupKey, previous: Previous, group: &'q Append<'_>) -> Call<'q
         .bind(relays.origins.first())
         .bind(relays.from.first())
         .bind(relays.to.first())
-        .bind(relays.positions.first())
-        .bind(&group.topics)
-        .bind(&group.key_hashes)
-        .bind(&group.keys)
-        .bind(&group.ids)
-        .bind(&group.sources)
-        .bind(&group.types)
-        .bind(&group.subjects)
-        .bind(&group.times)
-        .bind(&group.content_types)
-        .bind(&group.schemas)
-        .bind(&group.extensions)
-        .bind(&group.kinds)
-        .bind(&group.priorities)
-        .bind(&group.data)
-        .bind(&group.origins)
-        .bind(&group.identities)
-        .bind(&group.contents)
+        .bind(relays.positions.first());
+    bind_messages(call, group)
 }
