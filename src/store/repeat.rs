@@ -39,28 +39,25 @@ impl Patience {
         self.is_unknown
     }
 
-    /// Whether the write is to be repeated after this error. Waits a little if so. The connection is to be dropped.
-    pub async fn allows(&mut self, error: &Error) -> bool {
+    /// Ok if the write is to be repeated after this error, once it has waited a little; else what is to be told in the end. The
+    /// connection is to be dropped.
+    ///
+    /// # Errors
+    /// The error, or [`Error::OutcomeUnknown`] if an earlier try may have been carried out.
+    pub async fn again(&mut self, error: Error) -> Result<(), Error> {
         // What found no connection was never sent.
         let was_sent = !matches!(error, Error::Connect(_));
         self.is_unknown |= was_sent && error.is_connection_lost();
         let is_passing = error.is_connection_lost() || error.retry() != super::Retry::Never;
-        let is_allowed = self.is_unknown && is_passing && Instant::now() < self.until;
-        if is_allowed {
-            tokio::time::sleep(self.pause).await;
-            self.pause = (self.pause * 2).min(PAUSE_MAX);
+        if !self.is_unknown || !is_passing {
+            return Err(error);
         }
-        is_allowed
-    }
-
-    /// The error that is told in the end.
-    #[must_use]
-    pub fn told(&self, error: Error) -> Error {
-        let is_passing = error.is_connection_lost() || error.retry() != super::Retry::Never;
-        match self.is_unknown && is_passing {
-            true => Error::OutcomeUnknown(Box::new(error)),
-            false => error,
+        if Instant::now() >= self.until {
+            return Err(Error::OutcomeUnknown(Box::new(error)));
         }
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        Ok(())
     }
 }
 
@@ -74,11 +71,7 @@ where
     loop {
         match write(patience.is_repeat()).await {
             Ok(done) => return Ok(done),
-            Err(error) => {
-                if !patience.allows(&error).await {
-                    return Err(patience.told(error));
-                }
-            }
+            Err(error) => patience.again(error).await?,
         }
     }
 }

@@ -120,15 +120,6 @@ impl CatalogueTask {
         Ok(self.connection.as_mut().expect("connected just above"))
     }
 
-    /// Goes on if a write is to be repeated on another connection, to find out what became of it.
-    async fn repeat(&mut self, patience: &mut Patience, error: store::Error) -> Result<(), Error> {
-        self.connection = None;
-        match patience.allows(&error).await {
-            true => Ok(()),
-            false => Err(patience.told(error).into()),
-        }
-    }
-
     async fn declare(
         &mut self,
         name: &StreamName,
@@ -150,7 +141,11 @@ impl CatalogueTask {
             };
             match declared {
                 Ok(outcome) => break outcome,
-                Err(error) => self.repeat(&mut patience, error).await?,
+                Err(error) => {
+                    // On another connection.
+                    self.connection = None;
+                    patience.again(error).await?;
+                }
             }
         };
         let declared = match outcome {
@@ -261,7 +256,11 @@ impl CatalogueTask {
             };
             match deleted {
                 Ok(is_deleted) => break is_deleted,
-                Err(error) => self.repeat(&mut patience, error).await?,
+                Err(error) => {
+                    // On another connection.
+                    self.connection = None;
+                    patience.again(error).await?;
+                }
             }
         };
         if !is_deleted {

@@ -13,7 +13,7 @@ use crate::domain::id::{Offset, ScheduledId};
 use crate::domain::name::ScheduleName;
 use crate::domain::schedule::Declaration;
 use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, ScheduledSlice};
-use crate::store::{self, Connection, Database, Patience};
+use crate::store::{Connection, Database, Patience};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
 use crate::stream::{Declared, Error, next_job};
@@ -124,7 +124,11 @@ impl Desk {
                 Err(error) => Err(error),
             };
             match declared {
-                Err(Error::Store(error)) => self.repeat(&mut patience, error).await?,
+                Err(Error::Store(error)) => {
+                    // On another connection.
+                    self.connection = None;
+                    patience.again(error).await?;
+                }
                 declared => {
                     self.state.schedule.note_changed();
                     return declared;
@@ -149,7 +153,11 @@ impl Desk {
                 Err(error) => Err(error),
             };
             match deleted {
-                Err(Error::Store(error)) => self.repeat(&mut patience, error).await?,
+                Err(Error::Store(error)) => {
+                    // On another connection.
+                    self.connection = None;
+                    patience.again(error).await?;
+                }
                 // What is not there any more was deleted by the first try.
                 Err(Error::ScheduleNotFound { .. }) if patience.is_repeat() => break,
                 deleted => {
@@ -174,15 +182,6 @@ impl Desk {
             self.connection = Some(sql::connect_reader(&self.db).await?);
         }
         Ok(self.connection.as_mut().expect("connected just above"))
-    }
-
-    /// Goes on if a write is to be repeated on another connection, to find out what became of it.
-    async fn repeat(&mut self, patience: &mut Patience, error: store::Error) -> Result<(), Error> {
-        self.connection = None;
-        match patience.allows(&error).await {
-            true => Ok(()),
-            false => Err(patience.told(error).into()),
-        }
     }
 
     /// Walks over the leaves from the query's place on, as far as the bounds allow.
@@ -276,7 +275,11 @@ impl Desk {
             };
             match cancelled {
                 Ok(cancelled) => break cancelled,
-                Err(error) => self.repeat(&mut patience, error).await?,
+                Err(error) => {
+                    // On another connection.
+                    self.connection = None;
+                    patience.again(error).await?;
+                }
             }
         };
         Ok(match cancelled {
