@@ -55,10 +55,36 @@ enum ConfigCommand {
 /// Parses the process's arguments, runs the command and gives the exit status.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match cli.command {
+    match Cli::parse().command {
+        // Takes a runtime for each history of the database.
         Command::Serve(flags) => serve::main(&flags),
-        command => on_runtime(run(command)),
+        Command::Demo(options) => on_runtime(async {
+            let report = demo::run(options).await;
+            judged(report.map(|report| report.is_clean()))
+        }),
+        Command::Bench(options) => on_runtime(async {
+            let report = bench::run(*options).await;
+            judged(report.map(|report| report.is_clean()))
+        }),
+        Command::Install(install) => on_runtime(async { ended(install.run().await) }),
+        Command::Healthcheck(healthcheck) => on_runtime(async { ended(healthcheck.run().await) }),
+        Command::Config(ConfigCommand::Check(flags)) => with_config(&flags, |config| {
+            for warning in &config.warnings {
+                println!("warning: {warning}");
+            }
+            println!("the configuration is valid");
+        }),
+        Command::Config(ConfigCommand::Print(flags)) => {
+            with_config(&flags, |config| print!("{}", config::effective(config)))
+        }
+        Command::Openapi => {
+            print!("{}", http::openapi_yaml());
+            ExitCode::SUCCESS
+        }
+        Command::Version => {
+            println!("postroad {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
     }
 }
 
@@ -80,57 +106,21 @@ fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
     code
 }
 
-async fn run(command: Command) -> ExitCode {
-    match command {
-        Command::Serve(flags) => serve::main(&flags),
-        Command::Demo(options) => match demo::run(options).await {
-            Ok(report) if report.is_clean() => ExitCode::SUCCESS,
-            Ok(_) => ExitCode::FAILURE,
-            Err(error) => ended(Err(error.into())),
-        },
-        Command::Bench(options) => match bench::run(*options).await {
-            Ok(report) if report.is_clean() => ExitCode::SUCCESS,
-            Ok(_) => ExitCode::FAILURE,
-            Err(error) => ended(Err(error.into())),
-        },
-        Command::Install(install) => ended(install.run().await),
-        Command::Config(ConfigCommand::Check(flags)) => {
-            with_config(&flags, async |config| {
-                for warning in &config.warnings {
-                    println!("warning: {warning}");
-                }
-                println!("the configuration is valid");
-                Ok(())
-            })
-            .await
-        }
-        Command::Config(ConfigCommand::Print(flags)) => {
-            with_config(&flags, async |config| {
-                print!("{}", config::effective(&config));
-                Ok(())
-            })
-            .await
-        }
-        Command::Openapi => {
-            print!("{}", http::openapi_yaml());
-            ExitCode::SUCCESS
-        }
-        Command::Healthcheck(healthcheck) => ended(healthcheck.run().await),
-        Command::Version => {
-            println!("postroad {}", env!("CARGO_PKG_VERSION"));
-            ExitCode::SUCCESS
-        }
+/// Whether a run that checks itself found nothing wrong.
+fn judged(is_clean: Result<bool, impl Into<anyhow::Error>>) -> ExitCode {
+    match is_clean {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => ended(Err(error.into())),
     }
 }
 
-async fn with_config(
-    flags: &ConfigFlags,
-    run: impl AsyncFnOnce(Config) -> anyhow::Result<()>,
-) -> ExitCode {
+fn with_config(flags: &ConfigFlags, show: impl FnOnce(&Config)) -> ExitCode {
     match config::load(&flags.0, &Environment::of_process()) {
         Ok(config) => {
             telemetry::start(&config);
-            ended(run(config).await)
+            show(&config);
+            ExitCode::SUCCESS
         }
         Err(error) => {
             print_error(&error.into());

@@ -22,6 +22,7 @@ use crate::telemetry;
 /// How long what runs on threads of its own may take when a runtime ends.
 const RUNTIME_END: Duration = Duration::from_secs(5);
 
+/// SIGTERM and SIGINT.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -36,7 +37,7 @@ impl Signals {
         })
     }
 
-    /// Cancel-safe.
+    /// The next one's name. Cancel-safe.
     async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",

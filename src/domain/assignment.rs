@@ -152,7 +152,8 @@ fn gap_after(from: u64, to: u64, weight: u64) -> u64 {
 
 /// Exchanges slots between the node that has most to do and the one that has least, one for one, while they are further apart than
 /// half of a fair share: so that what is even in number is about even in load. A few at a time, and only exchanges that bring
-/// them nearer: a slot that is heavier than all others stays where it is. To be asked for now and then, with weights of minutes: each exchange hands two slots over.
+/// them nearer: one slot that outweighs all others does not wander from node to node. Each exchange hands two slots over, so the
+/// leader calls this once a minute, with weights of about as long.
 #[must_use]
 pub fn even_out(items: &[Item], assigned: &BTreeMap<String, Node>) -> BTreeMap<String, Node> {
     let mut assigned = assigned.clone();

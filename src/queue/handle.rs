@@ -15,8 +15,7 @@ use super::letters::Letters;
 use super::metrics::Metrics;
 use super::task::Progress;
 use crate::cluster::{self, Owner};
-use crate::domain::id::Slot;
-use crate::domain::id::{Generation, StreamId};
+use crate::domain::id::{Generation, Slot, StreamId};
 use crate::domain::name::QueueName;
 use crate::domain::policy::{
     CONSUMER_MAX_BYTES, DELAY_MAX, Fault, PATTERNS_MAX, REASON_MAX_BYTES, VISIBILITY_TIMEOUT_RANGE,

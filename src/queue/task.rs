@@ -261,17 +261,10 @@ impl Task {
             return self.hold_round();
         }
         // In this order: a confirmation after an outage is told after the outage's move of the deadlines.
-        let confirmed = self.parts.contact.confirmed();
+        let mut confirmed = self.parts.contact.confirmed();
         let mut outage = *self.outage.borrow_and_update();
-        let mut confirmed = confirmed;
         if failpoint::is_mutant("expiry-while-away") {
-            (outage, confirmed) = (
-                Outage {
-                    standing: false,
-                    moved: self.moved,
-                },
-                self.now(),
-            );
+            (confirmed, outage.standing, outage.moved) = (self.now(), false, self.moved);
         }
         let moved = outage.moved - self.moved;
         if moved > 0 {

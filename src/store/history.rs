@@ -48,9 +48,9 @@ pub struct Present {
     pub is_begun: bool,
 }
 
-/// Begins another history of the database, if it is in another one than the last that was noted, or that one is `void`, and has all later connections
-/// refused that lead to yet another. To be called after the migrations,
-/// and before anything else is read. Safe to call from several processes at once.
+/// Begins another history of the database, if it is in another one than the last that was noted, or that one is `void`; and has
+/// all later connections refused that lead to yet another. Called after the migrations, and before anything else is read. Safe to
+/// call from several processes at once.
 ///
 /// # Errors
 /// The database's; it is a standby.
