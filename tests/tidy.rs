@@ -10,7 +10,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("supervisor", &[]),
     // For tests, and known to all; nothing in a release.
     ("failpoint", &[]),
-    ("simulation", &[]),
+    ("simulation", &["domain"]),
     ("client", &["domain"]),
     // For producing services. It uses nothing of the broker, and nothing of the broker uses it.
     ("outbox", &[]),
