@@ -3,6 +3,8 @@
 //!
 //! `POSTROAD_FAILPOINTS="append.before_call=abort@3,lease.after_take=stop@1"`: at the third passing of the one the process is gone, as
 //! after kill -9; at the first of the other it stops by SIGSTOP before the call returns, until somebody sends SIGCONT.
+//! `POSTROAD_FAILPOINTS_FILE` names a file by which a point is armed while the process runs: once it holds `append.before_call=abort`,
+//! the next passing takes the file away and acts. `POSTROAD_LIMITS="leaf-offsets=200"` lowers a limit of [`LIMITS`].
 //! `POSTROAD_MUTANT` names a fault of [`MUTANTS`]. What cannot be read ends the process: a test with a slip in it proves nothing.
 
 /// The points. Where each is: `grep -r 'failpoint::reach("<name>")' src`.
@@ -49,6 +51,16 @@ pub const NAMES: &[&str] = &[
     "http.deliveries_written",
 ];
 
+/// Limits that a test can lower, so that what takes hours comes within seconds.
+pub const LIMITS: &[&str] = &[
+    // Offsets of a stream's first leaves.
+    "leaf-offsets",
+    // Bytes of a segment of the queues' journal.
+    "journal-bytes",
+    // Positions in the journal of an origin at which it is folded.
+    "relay-fold-appends",
+];
+
 /// The planted faults, each of which a test must find. `docs/reliability.md` says which.
 pub const MUTANTS: &[&str] = &[
     "no-epoch-check",
@@ -67,20 +79,26 @@ pub const MUTANTS: &[&str] = &[
 ];
 
 #[cfg(feature = "failpoints")]
-pub use on::{VARIABLES, is_mutant, reach};
+pub use on::{VARIABLES, is_mutant, limit, reach};
 
 #[cfg(feature = "failpoints")]
 mod on {
     use std::collections::BTreeMap;
+    use std::path::{Path, PathBuf};
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use rustix::process::{Signal, getpid, kill_process};
 
-    use super::{MUTANTS, NAMES};
+    use super::{LIMITS, MUTANTS, NAMES};
 
     /// The variables that are read here.
-    pub const VARIABLES: &[&str] = &["POSTROAD_FAILPOINTS", "POSTROAD_MUTANT"];
+    pub const VARIABLES: &[&str] = &[
+        "POSTROAD_FAILPOINTS",
+        "POSTROAD_MUTANT",
+        "POSTROAD_LIMITS",
+        "POSTROAD_FAILPOINTS_FILE",
+    ];
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Act {
@@ -101,23 +119,45 @@ mod on {
     struct Plan {
         points: BTreeMap<&'static str, Vec<Armed>>,
         mutant: Option<&'static str>,
+        limits: BTreeMap<&'static str, i64>,
+        /// By which a point is armed later.
+        file: Option<PathBuf>,
     }
 
     /// A point of [`NAMES`] is passed.
     pub fn reach(name: &'static str) {
         debug_assert!(NAMES.contains(&name), "{name} is in no list");
-        let Some(armed) = plan().points.get(name) else {
-            return;
-        };
-        for armed in armed {
+        let plan = plan();
+        if let Some(act) = plan.file.as_ref().and_then(|file| take(file, name)) {
+            perform(name, act);
+        }
+        for armed in plan.points.get(name).into_iter().flatten() {
             if armed.passed.fetch_add(1, Ordering::AcqRel) + 1 == armed.at {
-                eprintln!("failpoint {name}: {:?}", armed.act);
-                match armed.act {
-                    Act::Abort => std::process::abort(),
-                    Act::Stop => stop(),
-                }
+                perform(name, armed.act);
             }
         }
+    }
+
+    fn perform(name: &str, act: Act) {
+        eprintln!("failpoint {name}: {act:?}");
+        match act {
+            Act::Abort => std::process::abort(),
+            Act::Stop => stop(),
+        }
+    }
+
+    /// What the file says is to happen at this point, once: whoever takes the file away.
+    fn take(file: &Path, name: &str) -> Option<Act> {
+        let text = std::fs::read_to_string(file).ok()?;
+        let (point, act) = text.trim().split_once('=')?;
+        let act = act_of(act).filter(|_| point == name)?;
+        std::fs::remove_file(file).ok().map(|()| act)
+    }
+
+    /// The limit, or what a test has lowered it to.
+    pub fn limit(name: &'static str, usual: i64) -> i64 {
+        debug_assert!(LIMITS.contains(&name), "{name} is in no list");
+        plan().limits.get(name).copied().unwrap_or(usual)
     }
 
     /// Whether this fault of [`MUTANTS`] is planted.
@@ -146,8 +186,15 @@ mod on {
         static PLAN: OnceLock<Plan> = OnceLock::new();
         PLAN.get_or_init(|| {
             let read = |name| std::env::var(name).unwrap_or_default();
-            match parse(&read(VARIABLES[0]), &read(VARIABLES[1])) {
-                Ok(plan) => plan,
+            match parse(
+                &read(VARIABLES[0]),
+                &read(VARIABLES[1]),
+                &read(VARIABLES[2]),
+            ) {
+                Ok(plan) => {
+                    let file = std::env::var_os(VARIABLES[3]).map(PathBuf::from);
+                    Plan { file, ..plan }
+                }
                 Err(what) => {
                     eprintln!("failpoints: {what}");
                     std::process::abort()
@@ -156,22 +203,32 @@ mod on {
         })
     }
 
-    fn parse(points: &str, mutant: &str) -> Result<Plan, String> {
+    fn act_of(text: &str) -> Option<Act> {
+        match text {
+            "abort" => Some(Act::Abort),
+            "stop" => Some(Act::Stop),
+            _ => None,
+        }
+    }
+
+    fn parse(points: &str, mutant: &str, limits: &str) -> Result<Plan, String> {
         let mut plan = Plan::default();
         for text in points.split(',').filter(|text| !text.is_empty()) {
             let unread = || format!("`{text}` is not <name>=abort@<n> or <name>=stop@<n>");
             let (name, rest) = text.split_once('=').ok_or_else(unread)?;
             let (act, at) = rest.split_once('@').ok_or_else(unread)?;
             let name = known(name, NAMES)?;
-            let act = match act {
-                "abort" => Act::Abort,
-                "stop" => Act::Stop,
-                _ => return Err(unread()),
-            };
+            let act = act_of(act).ok_or_else(unread)?;
             let at = at.parse().ok().filter(|&at| at > 0).ok_or_else(unread)?;
             let passed = AtomicU64::new(0);
             let armed = Armed { act, at, passed };
             plan.points.entry(name).or_default().push(armed);
+        }
+        for text in limits.split(',').filter(|text| !text.is_empty()) {
+            let unread = || format!("`{text}` is not <limit>=<number>");
+            let (name, number) = text.split_once('=').ok_or_else(unread)?;
+            let number = number.parse().map_err(|_| unread())?;
+            plan.limits.insert(known(name, LIMITS)?, number);
         }
         if !mutant.is_empty() {
             plan.mutant = Some(known(mutant, MUTANTS)?);
@@ -194,6 +251,7 @@ mod on {
             let plan = parse(
                 "append.before_call=abort@3,lease.after_take=stop@1,append.before_call=stop@1",
                 "order-by-xid",
+                "leaf-offsets=200",
             );
             let plan = plan.unwrap();
             let read = |name: &str| -> Vec<(Act, u64)> {
@@ -206,7 +264,8 @@ mod on {
             );
             assert_eq!(read("lease.after_take"), [(Act::Stop, 1)]);
             assert_eq!(plan.mutant, Some("order-by-xid"));
-            assert!(parse("", "").unwrap().points.is_empty());
+            assert_eq!(plan.limits["leaf-offsets"], 200);
+            assert!(parse("", "", "").unwrap().points.is_empty());
         }
 
         #[test]
@@ -218,15 +277,29 @@ mod on {
                 "append.before_call=sleep@1",
                 "append.before=abort@1",
             ] {
-                assert!(parse(points, "").is_err(), "{points}");
+                assert!(parse(points, "", "").is_err(), "{points}");
             }
-            assert!(parse("", "order by xid").is_err());
+            assert!(parse("", "order by xid", "").is_err());
+            for limits in ["leaf-offsets", "leaf-offsets=x", "leaves=1"] {
+                assert!(parse("", "", limits).is_err(), "{limits}");
+            }
+        }
+
+        #[test]
+        fn a_point_is_armed_by_a_file_for_once() {
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("point");
+            assert_eq!(take(&file, "append.before_call"), None);
+            std::fs::write(&file, "append.before_call=stop\n").unwrap();
+            assert_eq!(take(&file, "append.after_commit"), None);
+            assert_eq!(take(&file, "append.before_call"), Some(Act::Stop));
+            assert_eq!(take(&file, "append.before_call"), None);
         }
     }
 }
 
 #[cfg(not(feature = "failpoints"))]
-pub use off::{VARIABLES, is_mutant, reach};
+pub use off::{VARIABLES, is_mutant, limit, reach};
 
 #[cfg(not(feature = "failpoints"))]
 mod off {
@@ -236,6 +309,12 @@ mod off {
     /// Does nothing.
     #[inline(always)]
     pub const fn reach(_: &'static str) {}
+
+    /// The limit.
+    #[inline(always)]
+    pub const fn limit(_: &'static str, usual: i64) -> i64 {
+        usual
+    }
 
     /// Never.
     #[inline(always)]

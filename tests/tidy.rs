@@ -393,6 +393,8 @@ fn failpoints_are_where_the_list_says() {
     };
     let reached = named(&sources, "failpoint::reach");
     assert_eq!(reached, in_list(postroad::failpoint::NAMES));
+    let limits = named(&sources, "failpoint::limit");
+    assert_eq!(limits, in_list(postroad::failpoint::LIMITS));
     let planted = [Source::new("src/queue/a.rs", "failpoint::reach(\n\"a\");")];
     assert_eq!(named(&planted, "failpoint::reach"), ["a"]);
 }

@@ -20,7 +20,9 @@ use crate::domain::cloudevents::Limits;
 use crate::domain::name::OriginName;
 use crate::store::{self, Database};
 use crate::supervisor::Supervisor;
-use crate::{cluster, http, local_postgres, lock, queue, relay, stream, telemetry, topic};
+use crate::{
+    cluster, failpoint, http, local_postgres, lock, queue, relay, stream, telemetry, topic,
+};
 
 /// How long parts have to end whose work is void.
 const ABANDON: Duration = Duration::from_secs(1);
@@ -323,11 +325,7 @@ async fn assemble(
     let locks = lock::start(database.clone(), &steps.stream, &mut registry);
     held.locks = Some(locks.clone());
     let stream = stream::start(
-        stream::Options {
-            cache_bytes: config.stream_cache_bytes,
-            acceptance: acceptance(&topics, config.message_max_bytes),
-            ..stream::Options::default()
-        },
+        stream_options(config, &topics),
         database.clone(),
         cluster.clone(),
         &steps.stream,
@@ -336,7 +334,7 @@ async fn assemble(
     .await?;
     held.stream = Some(stream.clone());
     let queue = queue::start(
-        queue::Options::default(),
+        queue_options(),
         database.clone(),
         stream.clone(),
         cluster.clone(),
@@ -398,6 +396,24 @@ fn refused(database: &Database, error: cluster::Error) -> Error {
             reason: format!("{error}: turn them on, or set allow_unsafe_postgres"),
         },
         _ => error.into(),
+    }
+}
+
+fn stream_options(config: &Config, topics: &topic::Handle) -> stream::Options {
+    let defaults = stream::Options::default();
+    stream::Options {
+        cache_bytes: config.stream_cache_bytes,
+        acceptance: acceptance(topics, config.message_max_bytes),
+        leaf_offsets: failpoint::limit("leaf-offsets", defaults.leaf_offsets),
+        ..defaults
+    }
+}
+
+fn queue_options() -> queue::Options {
+    let defaults = queue::Options::default();
+    queue::Options {
+        journal_full_bytes: failpoint::limit("journal-bytes", defaults.journal_full_bytes),
+        ..defaults
     }
 }
 

@@ -119,6 +119,7 @@ impl Run<'_> {
             Pickup::Snapshot => JOURNAL_FOLD_APPENDS,
             Pickup::Delete => JOURNAL_FOLD_APPENDS_BY_DELETION,
         };
+        let appends = failpoint::limit("relay-fold-appends", appends);
         if self.number - self.rotation.folded_number < appends {
             return Ok(());
         }

@@ -309,7 +309,7 @@ pub async fn note_loads(database: &Database, incarnation: i64, loads: &[i32]) ->
         sqlx::query("update postroad_broker.node set slot_loads = $2 where incarnation = $1")
             .bind(incarnation)
             .bind(loads)
-            .execute(database.pool());
+            .execute(database.pooled());
     noting
         .await
         .map_err(Error::query("noting the loads of slots"))?;

@@ -96,7 +96,7 @@ pub async fn list(database: &Database) -> Result<Vec<History>, Error> {
          ) f on true \
          order by h.era",
     )
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query("reading the histories"))?;
     let rows = rows.into_iter();
@@ -125,7 +125,7 @@ pub async fn find_streams(database: &Database) -> Result<Vec<StreamHistory>, Err
         "select s.stream_id, s.era, s.first_offset, h.salt from postroad_broker.stream_history s \
          join postroad_broker.history h on h.era = s.era order by s.stream_id, s.era",
     )
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query("reading the histories of streams"))?;
     let rows = rows.into_iter();

@@ -57,7 +57,7 @@ pub async fn write_positions(
         .bind(collect(all(), |(_, position)| position.queue.0))
         .bind(collect(all(), |(_, position)| position.generation.0))
         .bind(collect(all(), |(_, position)| position.through.0))
-        .execute(database.pool())
+        .execute(database.pooled())
         .await
         .map_err(Error::query("writing the positions of queues"))?;
     Ok(())
@@ -429,7 +429,7 @@ pub async fn turn_journal(
     const DOING: &str = "turning the journal of queues";
     failpoint::reach("journal.before_truncate");
     let left: i32 = sqlx::query_scalar("select postroad_broker.truncate_queue_journal()")
-        .fetch_one(database.pool())
+        .fetch_one(database.pooled())
         .await
         .map_err(Error::query(DOING))?;
     failpoint::reach("journal.before_turn");
@@ -438,7 +438,7 @@ pub async fn turn_journal(
     )
     .bind(full_bytes)
     .bind(full_after_seconds)
-    .fetch_one(database.pool())
+    .fetch_one(database.pooled())
     .await
     .map_err(Error::query(DOING))?;
     Ok((turn, left))

@@ -126,7 +126,7 @@ pub async fn list_letters(
         .bind(selection)
         .bind(EXAMINED_MAX)
         .bind(limit)
-        .fetch_all(database.pool())
+        .fetch_all(database.pooled())
         .await
         .map_err(Error::query(DOING))?;
     let read = || -> Result<_, sqlx::Error> {
@@ -192,7 +192,7 @@ pub async fn find_letter(
     )
     .bind(queue.0)
     .bind(offset.0)
-    .fetch_optional(database.pool())
+    .fetch_optional(database.pooled())
     .await
     .map_err(Error::query(READING))?;
     let Some(row) = row else {
@@ -227,7 +227,7 @@ pub async fn find_death(
     .bind(queue.0)
     .bind(id.offset.0)
     .bind(id.generation.0)
-    .fetch_optional(database.pool())
+    .fetch_optional(database.pooled())
     .await
     .map_err(Error::query(READING))?;
     Ok(delivery.and_then(|delivery| u32::try_from(delivery).ok()))
@@ -261,7 +261,7 @@ pub async fn find_histories(
     )
     .bind(queue.0)
     .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query(READING))?;
     rows.into_iter()
@@ -310,7 +310,7 @@ pub async fn fetch_letters(
         .bind(queue.0)
         .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())
         .bind(bytes)
-        .fetch_all(database.pool())
+        .fetch_all(database.pooled())
         .await
         .map_err(Error::query(READING))?;
     rows.iter().map(read_copy).collect()
@@ -378,7 +378,7 @@ pub async fn find_old_letters(
          group by q.id limit 100",
     )
     .bind(default_seconds)
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query("finding old dead letters"))?;
     let letters = found.into_iter().map(|(queue, offsets)| {
@@ -425,7 +425,7 @@ pub async fn find_unforwarded(
         .bind(queues.iter().map(|queue| queue.0).collect::<Vec<_>>())
         .bind(limit)
         .bind(bytes)
-        .fetch_all(database.pool())
+        .fetch_all(database.pooled())
         .await
         .map_err(Error::query(READING))?;
     rows.iter()
@@ -478,7 +478,7 @@ pub async fn mark_forwarded(
             .map(|letter| i32::try_from(letter.2).unwrap_or(i32::MAX))
             .collect::<Vec<_>>(),
     )
-    .execute(database.pool())
+    .execute(database.pooled())
     .await
     .map_err(Error::query("noting forwarded dead letters"))?;
     Ok(())

@@ -198,7 +198,7 @@ pub async fn list(
     .bind(one.map(LockName::as_str))
     .bind(after.map_or("", LockName::as_str))
     .bind(limit)
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query(DOING))?;
     let described = rows.into_iter().map(|row| {

@@ -35,7 +35,7 @@ pub async fn find_logs_behind(
             .bind(places.iter().map(|p| p.stream.0).collect::<Vec<_>>())
             .bind(places.iter().map(|p| p.through.0).collect::<Vec<_>>())
             .bind(places.iter().map(|p| p.generation.0).collect::<Vec<_>>())
-            .fetch_all(database.pool())
+            .fetch_all(database.pooled())
             .await
             .map_err(Error::query("comparing queues with their logs"))?;
         let rows = rows.into_iter();
@@ -64,7 +64,7 @@ pub async fn write_marks(database: &Database, places: &[Position]) -> Result<(),
         .bind(places.iter().map(|p| p.queue.0).collect::<Vec<_>>())
         .bind(places.iter().map(|p| p.generation.0).collect::<Vec<_>>())
         .bind(places.iter().map(|p| p.through.0).collect::<Vec<_>>())
-        .execute(database.pool())
+        .execute(database.pooled())
         .await
         .map_err(Error::query("noting where queues are"))?;
     Ok(())

@@ -17,6 +17,7 @@ pub mod migrate;
 mod mutant;
 pub mod origin;
 mod outbox_row;
+mod pooled;
 pub mod queue;
 pub mod redrive;
 pub mod relay;
@@ -35,6 +36,7 @@ use sqlx::{ConnectOptions as _, Connection as _};
 
 pub use error::{Error, Retry};
 use guard::Guard;
+use pooled::Pooled;
 pub use repeat::Patience;
 use repeat::repeated;
 
@@ -45,14 +47,19 @@ pub type Connection = sqlx::PgConnection;
 /// appends one offset. Compiling a plan takes far longer than any of these short statements: with `jit` on, the planner's
 /// penalty for scans that the hot functions forbid had the appender's and the writer's sessions compile in every group. A process that
 /// is stopped within a transaction holds the rows of leases: for no longer than the shortest time to live, after which others
-/// are to have them.
-const SESSION: [(&str, &str); 6] = [
+/// are to have them. The server asks after clients that it has not heard of, and ends the sessions of those that are gone without a
+/// word: by default it keeps them, and the locks they hold or wait for, for two hours. (On Unix sockets it disregards that.)
+const SESSION: [(&str, &str); 10] = [
     ("default_transaction_isolation", "read committed"),
     ("synchronous_commit", "on"),
     ("idle_in_transaction_session_timeout", "2s"),
     ("timezone", "UTC"),
     ("jit", "off"),
     ("application_name", "postroad"),
+    ("tcp_keepalives_idle", "10"),
+    ("tcp_keepalives_interval", "5"),
+    ("tcp_keepalives_count", "3"),
+    ("tcp_user_timeout", "25s"),
 ];
 
 /// A Postgres database, reached by its URL. Cheap to clone.
@@ -79,6 +86,8 @@ impl Database {
         let pool = PgPoolOptions::new()
             .max_connections(pool_size)
             .acquire_timeout(Duration::from_secs(10))
+            .test_before_acquire(false)
+            .before_acquire(|connection, _| Box::pin(pooled::is_alive(connection)))
             .after_connect(move |connection, _| {
                 let guard = Arc::clone(&of_pool);
                 Box::pin(async move { guard.check(connection).await })
@@ -125,6 +134,11 @@ impl Database {
     /// The pool. Statements on it must run in tasks that are never aborted: see DESIGN.md on `Pool::begin`.
     pub(in crate::store) fn pool(&self) -> &PgPool {
         &self.pool
+    }
+
+    /// The pool, for one statement, which is given up when it is not answered.
+    pub(in crate::store) fn pooled(&self) -> Pooled<'_> {
+        Pooled(&self.pool)
     }
 
     /// Where the database is, for logs: host (or the socket's folder), port and name, never the password.

@@ -119,7 +119,7 @@ pub async fn find_changes(
     let deleted: Vec<i64> =
         sqlx::query_scalar("select id from postroad_broker.former_queue where version > $1")
             .bind(since)
-            .fetch_all(database.pool())
+            .fetch_all(database.pooled())
             .await
             .map_err(Error::query(DOING))?;
     Ok((version, made, deleted.into_iter().map(QueueId).collect()))
@@ -131,7 +131,7 @@ pub async fn find_changes(
 /// The database's.
 pub async fn read_version(database: &Database) -> Result<i64, Error> {
     sqlx::query_scalar("select version from postroad_broker.queue_catalogue")
-        .fetch_one(database.pool())
+        .fetch_one(database.pooled())
         .await
         .map_err(Error::query("reading the catalogue of queues"))
 }
@@ -154,7 +154,7 @@ async fn find(
     .bind(slot.map(|slot| slot.0))
     .bind(name.map(QueueName::as_str))
     .bind(since)
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query("reading queues"))?;
     rows.iter().map(read_queue).collect()
@@ -189,7 +189,7 @@ pub async fn write_watermarks(
     .bind(slots)
     .bind(streams)
     .bind(offsets)
-    .execute(database.pool())
+    .execute(database.pooled())
     .await
     .map_err(Error::query("writing how far queues are"))?;
     Ok(())
@@ -211,7 +211,7 @@ pub async fn find_watermarks(
          where w.incarnation <> $1",
     )
     .bind(incarnation)
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query("reading how far queues are"))?;
     let told = rows
@@ -278,7 +278,7 @@ pub async fn find_streams_without_queues(database: &Database) -> Result<Vec<Stre
         "select s.id from postroad_broker.stream s \
          where not exists (select from postroad_broker.queue q where q.stream_id = s.id)",
     )
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query("finding streams without queues"))?;
     Ok(ids.into_iter().map(StreamId).collect())
@@ -348,7 +348,7 @@ async fn try_insert_queue(
     .bind(kind)
     .bind(at)
     .bind(Slot::of(QueueId(id)).0)
-    .fetch_one(database.pool())
+    .fetch_one(database.pooled())
     .await;
     match made.map_err(Error::query(DOING)) {
         Ok((offset, created_at)) => Ok(Inserted::New {
@@ -384,7 +384,7 @@ pub async fn next_queue(
             array(select id from postroad_broker.former_queue where name = $1 order by id desc limit 1000)",
     )
     .bind(name.as_str())
-    .fetch_one(database.pool())
+    .fetch_one(database.pooled())
     .await
     .map_err(Error::query("numbering a queue"))?;
     Ok((QueueId(id), former.into_iter().map(QueueId).collect()))
@@ -407,7 +407,7 @@ pub async fn update_queue(
         .bind(id.0)
         .bind(texts(patterns))
         .bind(to_json(settings))
-        .execute(database.pool())
+        .execute(database.pooled())
         .await
         .map_err(Error::query("changing a queue"))?;
         Ok(())
@@ -424,7 +424,7 @@ pub async fn delete_queue(database: &Database, id: QueueId) -> Result<(), Error>
     repeated(|_| async move {
         sqlx::query("select postroad_broker.delete_queue($1)")
             .bind(id.0)
-            .execute(database.pool())
+            .execute(database.pooled())
             .await
             .map_err(Error::query("deleting a queue"))?;
         Ok(())

@@ -137,7 +137,7 @@ pub async fn find_redrives(
     .bind(queue.0)
     .bind(id)
     .bind(limit)
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query("reading redrives"))?;
     rows.iter().map(read).collect()
@@ -158,7 +158,7 @@ pub async fn find_running(
          order by created_at, id"
     )))
     .bind(slot.0)
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query(DOING))?;
     rows.iter()
@@ -179,7 +179,7 @@ pub async fn delete_old_redrives(database: &Database, seconds: f64) -> Result<()
             where finished_at < clock_timestamp() - make_interval(secs => $1) limit 1000)",
     )
     .bind(seconds)
-    .execute(database.pool())
+    .execute(database.pooled())
     .await
     .map_err(Error::query("removing old redrives"))?;
     Ok(())
@@ -217,7 +217,7 @@ pub async fn find_redrivable(
         .bind(before)
         .bind(EXAMINED_MAX)
         .bind(limit)
-        .fetch_all(database.pool())
+        .fetch_all(database.pooled())
         .await
         .map_err(Error::query("finding dead letters to redrive"))?;
     let seen = rows.first().map_or((None, true), |row| (row.0, row.1));
@@ -257,7 +257,7 @@ pub async fn count_redrivable(
                 .bind(&selection)
                 .bind(before)
                 .bind(EXAMINED_MAX)
-                .fetch_one(database.pool())
+                .fetch_one(database.pooled())
                 .await
                 .map_err(Error::query("counting dead letters to redrive"))?;
         total += u64::try_from(count).unwrap_or(0);

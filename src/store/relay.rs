@@ -56,11 +56,11 @@ pub async fn insert_origin(database: &Database, name: &OriginName) -> Result<Ori
         "insert into postroad_broker.origin (name) values ($1) on conflict (name) do nothing",
     )
     .bind(name.as_str())
-    .execute(database.pool());
+    .execute(database.pooled());
     adding.await.map_err(Error::query("adding an origin"))?;
     let finding = sqlx::query_scalar("select id from postroad_broker.origin where name = $1")
         .bind(name.as_str())
-        .fetch_one(database.pool());
+        .fetch_one(database.pooled());
     let id = finding.await.map_err(Error::query("finding an origin"))?;
     Ok(OriginId(id))
 }
@@ -198,7 +198,7 @@ pub async fn note_history(
     .bind(number)
     .bind(position)
     .bind(grace.as_secs_f64())
-    .execute(database.pool());
+    .execute(database.pooled());
     noting
         .await
         .map_err(Error::query("noting a relay's history"))?;
@@ -226,7 +226,7 @@ pub async fn delete_history(
     .bind(&fence.lease)
     .bind(fence.epoch.0)
     .bind(origin.0)
-    .fetch_one(database.pool());
+    .fetch_one(database.pooled());
     deleting
         .await
         .map_err(Error::query("forgetting a relay's history"))
@@ -249,7 +249,7 @@ pub async fn find_passed_position(
     )
     .bind(origin.0)
     .bind(grace.as_secs_f64())
-    .fetch_optional(database.pool());
+    .fetch_optional(database.pooled());
     finding
         .await
         .map_err(Error::query("finding a passed position"))
@@ -264,7 +264,7 @@ pub async fn count_rejected(database: &Database, origin: OriginId) -> Result<u64
         "select count(*) from postroad_broker.rejected_message where origin_id = $1 and resent_at is null",
     )
     .bind(origin.0)
-    .fetch_one(database.pool());
+    .fetch_one(database.pooled());
     let count: i64 = counting
         .await
         .map_err(Error::query("counting rejected rows"))?;
@@ -322,7 +322,7 @@ pub async fn list_rejected(
     .bind(origin.0)
     .bind(after)
     .bind(i64::from(limit))
-    .fetch_all(database.pool());
+    .fetch_all(database.pooled());
     let found = listing.await.map_err(Error::query(DOING))?;
     let read = || {
         let mut rows = Vec::with_capacity(found.len());
@@ -352,7 +352,7 @@ pub async fn find_rejected(
     )
     .bind(origin.0)
     .bind(id)
-    .fetch_optional(database.pool());
+    .fetch_optional(database.pooled());
     let row = finding
         .await
         .map_err(Error::query("finding a rejected row"))?;
@@ -371,7 +371,7 @@ pub async fn mark_resent(database: &Database, origin: OriginId, id: i64) -> Resu
         )
         .bind(origin.0)
         .bind(id)
-        .execute(database.pool());
+        .execute(database.pooled());
         marking
             .await
             .map_err(Error::query("marking a rejected row as resent"))?;
@@ -401,7 +401,7 @@ pub async fn find_listed_rejected(
     .bind(origin.0)
     .bind(seqs)
     .bind(texts)
-    .fetch_all(database.pool());
+    .fetch_all(database.pooled());
     finding
         .await
         .map_err(Error::query("looking up rejected rows"))

@@ -108,7 +108,7 @@ async fn try_renew_queue(database: &Database, renew: &Renew<'_>) -> Result<Renew
     .bind(time)
     .bind(serde_json::Value::Object(asked).to_string())
     .bind(renew.state)
-    .fetch_one(database.pool())
+    .fetch_one(database.pooled())
     .await
     .map_err(Error::query(DOING))?;
     match (row.0.as_str(), row.1, row.2) {
@@ -136,7 +136,7 @@ pub async fn set_paused(database: &Database, queue: QueueId, is_paused: bool) ->
         sqlx::query("update postroad_broker.queue set paused = $2 where id = $1 and paused <> $2")
             .bind(queue.0)
             .bind(is_paused)
-            .execute(database.pool())
+            .execute(database.pooled())
             .await
             .map_err(Error::query("pausing a queue"))?;
         Ok(())

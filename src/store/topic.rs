@@ -54,7 +54,7 @@ const DOING: &str = "reading the settings of topics";
 /// The statement failed.
 pub async fn read_version(database: &Database) -> Result<i64, Error> {
     sqlx::query_scalar("select version from postroad_broker.topic_settings_version")
-        .fetch_one(database.pool())
+        .fetch_one(database.pooled())
         .await
         .map_err(Error::query(DOING))
 }
@@ -71,7 +71,7 @@ pub async fn list(database: &Database) -> Result<(i64, Vec<SettingsRow>), Error>
         from postroad_broker.topic_settings
         order by pattern collate \"C\"",
     )
-    .fetch_all(database.pool())
+    .fetch_all(database.pooled())
     .await
     .map_err(Error::query(DOING))?;
     let rows: Result<Vec<SettingsRow>, Error> = rows.into_iter().map(settings_row).collect();

@@ -5,7 +5,7 @@ mod expected;
 mod faults;
 mod install;
 mod large;
-mod mapped;
+pub mod mapped;
 mod order;
 mod race;
 mod rejected;

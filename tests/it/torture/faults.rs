@@ -8,13 +8,10 @@ use postroad::failpoint;
 use rustix::process::Signal;
 
 use super::world::{Node, TTL, World};
-use super::{postgres, tools};
+use super::{points, postgres, tools};
 use crate::history::Time;
 use crate::support::worker::Dice;
 use crate::support::{self, Action, Direction};
-
-/// How long a node is given to come by a point.
-const REACH: Duration = Duration::from_secs(8);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
@@ -54,7 +51,10 @@ pub enum Fault {
     FailingFlush,
     FullDisk,
     NodeClock,
+    /// The database's clock jumps an hour ahead.
     DatabaseClock,
+    /// It is set back by some seconds.
+    DatabaseClockBack,
 }
 
 /// What was done in a run.
@@ -90,15 +90,15 @@ pub async fn act(world: &mut World, fault: Fault, dice: &mut Dice, done: &mut Do
         }
         Fault::PauseInAppend => pause_in_append(world, dice, done).await,
         Fault::Point => {
-            let points = common_points();
-            let name = points[dice.below(points.len())];
+            let common = points::common();
+            let name = common[dice.below(common.len())];
             let act = ["abort", "stop"][dice.below(2)];
-            point(world, (name, act), dice, done).await;
+            points::point(world, (name, act), dice, done).await;
         }
         Fault::NextPoint => {
             let (turn, names) = (done.total(), failpoint::NAMES);
             let act = ["abort", "stop"][turn / names.len() % 2];
-            point(world, (names[turn % names.len()], act), dice, done).await;
+            points::point(world, (names[turn % names.len()], act), dice, done).await;
         }
         Fault::Partition => {
             let proxy = &world.nodes[node].proxy;
@@ -179,7 +179,7 @@ async fn pause(world: &World, node: usize, fault: Fault, dice: &mut Dice, done: 
 }
 
 /// Waits until others have what a node had; longer, at times.
-async fn sleep_through(
+pub async fn sleep_through(
     world: &World,
     incarnation: Option<i64>,
     since: Time,
@@ -236,97 +236,6 @@ async fn pause_in_append(world: &World, dice: &mut Dice, done: &mut Done) {
     let _ = sqlx::raw_sql("commit").execute(&mut holder).await;
     sleep_through(world, Some(incarnation), since, dice, done).await;
     victim.go_on();
-}
-
-/// The points that all work comes by. Others need that something is emptied, or due later, or mapped.
-fn common_points() -> Vec<&'static str> {
-    let families = [
-        "settlement.",
-        "append.",
-        "node.",
-        "lease.",
-        "recovery.",
-        "http.",
-    ];
-    let of_relay = [
-        "relay.window_opened",
-        "relay.mark_written",
-        "relay.before_append",
-        "relay.after_append",
-    ];
-    let names = failpoint::NAMES.iter().copied();
-    let is_common = |name: &&str| {
-        families.iter().any(|family| name.starts_with(family)) || of_relay.contains(name)
-    };
-    names.filter(is_common).collect()
-}
-
-/// The node that comes by a point: any, but for what only the holder of a lease does.
-async fn who_passes(world: &World, name: &str, dice: &mut Dice) -> usize {
-    let lease = match name.split_once('.').map_or(name, |(family, _)| family) {
-        "relay" | "outbox" => "relay/%",
-        "scheduled" => "duty/scheduled",
-        "log" => "duty/streams",
-        _ => "",
-    };
-    let text = "select n.url from postroad_broker.lease l
-        join postroad_broker.node n on n.incarnation = l.holder where l.name like $1 order by random() limit 1";
-    if let Some(mut connection) = world.connect().await {
-        let holder = sqlx::query_scalar::<_, String>(text).bind(lease);
-        if let Ok(Some(url)) = holder.fetch_optional(&mut connection).await {
-            let mut nodes = world.nodes.iter();
-            if let Some(node) = nodes.position(|node| node.program.http.base == url) {
-                return node;
-            }
-        }
-    }
-    dice.below(world.nodes.len())
-}
-
-/// A node dies (`abort`) or sleeps (`stop`) at a point.
-pub async fn point(world: &mut World, (name, act): (&str, &str), dice: &mut Dice, done: &mut Done) {
-    if !cfg!(feature = "failpoints") {
-        let why = "Point: built without the feature failpoints".to_owned();
-        done.skipped.insert(why);
-        return;
-    }
-    let node = who_passes(world, name, dice).await;
-    let armed = match common_points().contains(&name) {
-        true => format!("{name}={act}@{}", 1 + dice.below(4)),
-        false => format!("{name}={act}@1"),
-    };
-    world.nodes[node].kill().await;
-    let variable = [("POSTROAD_FAILPOINTS", armed.as_str())];
-    world.nodes[node].program.launch_with(&variable);
-    if name.starts_with("hand_over.") {
-        // It is to have something, and then to give it back.
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let other = (node + 1) % world.nodes.len();
-        world.nodes[other].kill().await;
-        tokio::time::sleep(TTL + Duration::from_millis(500)).await;
-        world.nodes[other].start().await;
-    }
-    let until = Instant::now() + REACH;
-    let mut is_reached = false;
-    while Instant::now() < until && !is_reached {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        let victim = &mut world.nodes[node];
-        is_reached = victim.program.has_ended() || victim.is_stopped();
-    }
-    let list = match is_reached {
-        true => &mut done.reached,
-        false => &mut done.not_reached,
-    };
-    list.insert(format!("{name}={act}"));
-    if is_reached && !world.nodes[node].program.has_ended() {
-        let incarnation = world.incarnation(node).await;
-        sleep_through(world, incarnation, Utc::now(), dice, done).await;
-        world.nodes[node].go_on();
-        // What it still does is the point of it.
-        tokio::time::sleep(millis(dice, 300..1_000)).await;
-    }
-    world.nodes[node].kill().await;
-    world.nodes[node].start().await;
 }
 
 /// Cuts a connection at one of the next chunks to the server, so that nobody knows what became of it.

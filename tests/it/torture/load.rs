@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use chrono::Utc;
+use chrono::{SecondsFormat, TimeDelta, Utc};
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
 use tokio::task::JoinHandle;
 
-use super::world::World;
+use super::rare;
+use super::world::{MAPPED, World};
 use crate::history::liveness::Sample;
 use crate::history::log::{Fate, Read, Sent, Transaction};
 use crate::history::{Order, Recorder, Rules};
@@ -76,6 +77,8 @@ const BEHIND: u64 = 1_500;
 pub struct Load {
     producers: Vec<(String, Producers)>,
     publisher: JoinHandle<Vec<Transaction>>,
+    /// What comes seldom.
+    rare: Vec<JoinHandle<()>>,
     readers: Vec<JoinHandle<Vec<Read>>>,
     workers: Vec<JoinHandle<()>>,
     governor: JoinHandle<()>,
@@ -99,7 +102,23 @@ impl Load {
         });
         let dice = Dice::new(seed.wrapping_add(1));
         let (nodes, over) = (world.clients(), Arc::clone(&is_over));
-        let publisher = publish(nodes, dice, Arc::clone(&rest), over);
+        let can_wait = world.ground.is_rich;
+        let publisher = publish(nodes, dice, can_wait, Arc::clone(&rest), over);
+        let mut rare = Vec::new();
+        if world.ground.is_rich {
+            let (nodes, over) = (world.clients(), Arc::clone(&is_over));
+            let dice = Dice::new(seed.wrapping_add(2));
+            rare.push(tokio::spawn(rare::publish(
+                nodes,
+                dice,
+                Arc::clone(&rest),
+                over,
+            )));
+            for shop in world.shops.iter().filter(|shop| shop.name != MAPPED) {
+                let late = rare::insert_late(shop.origin.url.clone(), Arc::clone(&is_over));
+                rare.push(tokio::spawn(late));
+            }
+        }
         let governor = govern(world.clients(), Arc::clone(&rest), Arc::clone(&is_over));
         let readers = (0..READERS).map(|number| {
             let is_done = Arc::clone(&is_done);
@@ -124,6 +143,7 @@ impl Load {
         Self {
             producers: producers.collect(),
             publisher: tokio::spawn(publisher),
+            rare,
             governor: tokio::spawn(governor),
             recorders: recorders.collect(),
             readers: readers.collect(),
@@ -148,6 +168,9 @@ impl Load {
         }
         let publisher = std::mem::replace(&mut self.publisher, tokio::spawn(async { Vec::new() }));
         transactions.extend(publisher.await.unwrap());
+        for rare in self.rare.drain(..) {
+            rare.await.unwrap();
+        }
         transactions
     }
 
@@ -209,23 +232,31 @@ async fn work(
     }
 }
 
-/// Publishes a few messages together, all or none of them, again and again.
+/// Publishes a few messages together, all or none of them, again and again; some that are to come a little later, if they can.
 async fn publish(
     nodes: Vec<Http>,
     mut dice: Dice,
+    can_wait: bool,
     rest: Arc<AtomicU64>,
     is_over: Arc<AtomicBool>,
 ) -> Vec<Transaction> {
     let (mut transactions, mut number) = (Vec::new(), 0);
     while !is_over.load(Ordering::Relaxed) {
         let mut ids = Vec::new();
+        let later = (can_wait && dice.is_lucky(0.2)).then(|| {
+            let due = Utc::now() + TimeDelta::milliseconds(200 + dice.below(1_300) as i64);
+            due.to_rfc3339_opts(SecondsFormat::Micros, true)
+        });
         let messages = (0..=dice.below(3)).map(|_| {
             number += 1;
             let (id, key) = (format!("web-{number}"), number / MESSAGES_OF_A_KEY);
             ids.push(id.clone());
-            let event = json!({
+            let mut event = json!({
                 "specversion": "1.0", "id": id, "source": "/web", "type": "t", "data": number, "partitionkey": format!("web-{key}"),
             });
+            if let Some(later) = &later {
+                event["deliverat"] = json!(later);
+            }
             json!({"topic": "web.clicked", "event": event})
         });
         let body = json!({"messages": messages.collect::<Vec<_>>()});
@@ -324,8 +355,12 @@ pub async fn sample(world: &World, nodes: &[Http], queues: &[String]) -> Sample 
         let here = count(&shop.origin.url, "select count(*) from ledger").await;
         committed = committed.zip(here).map(|(sum, here)| sum + here);
     }
-    let relayed = "select count(*) from postroad_broker.message where id not like 'web-%'";
+    let relayed = "select count(*) from postroad_broker.message where origin_id is not null";
     let relayed = count(&world.url, relayed).await;
+    let waiting = "select count(*) from postroad_broker.scheduled_message m
+        where not exists (select from postroad_broker.scheduled_publication p
+            where p.stream_id = m.stream_id and (p.due_at, p.number) >= (m.due_at, m.number))";
+    let waiting = count(&world.url, waiting).await;
     let last =
         "select coalesce(max(\"offset\"), 0) from postroad_broker.message where id like 'web-%'";
     let last = count(&world.url, last).await;
@@ -345,8 +380,10 @@ pub async fn sample(world: &World, nodes: &[Http], queues: &[String]) -> Sample 
     Sample {
         at,
         lag_rows: committed
-            .zip(relayed)
-            .map(|(committed, relayed)| (committed - relayed).unsigned_abs()),
+            .zip(relayed.zip(waiting))
+            .map(|(committed, (relayed, waiting))| {
+                (committed - relayed).unsigned_abs() + waiting.unsigned_abs()
+            }),
         depth,
     }
 }

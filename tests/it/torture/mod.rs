@@ -7,7 +7,9 @@
 mod faults;
 mod judge;
 mod load;
+mod points;
 mod postgres;
+mod rare;
 mod tools;
 mod world;
 
@@ -66,8 +68,22 @@ struct Plan {
     ground: Ground,
 }
 
+impl Plan {
+    /// The deck, or of it only what `POSTROAD_TORTURE_ONLY` names.
+    fn deck(&self) -> Vec<Fault> {
+        let only = std::env::var("POSTROAD_TORTURE_ONLY").unwrap_or_default();
+        let is_named = |fault: &Fault| only.split(',').any(|name| format!("{fault:?}") == name);
+        let named: Vec<_> = self.deck.iter().copied().filter(is_named).collect();
+        match named.is_empty() {
+            true => self.deck.clone(),
+            false => named,
+        }
+    }
+}
+
 async fn run(plan: Plan) {
     let sizes = Sizes::given();
+    let deck = plan.deck();
     let (Until::Seconds(amount) | Until::Faults(amount)) = plan.until;
     let repeat = format!(
         "POSTROAD_TORTURE_SEED={} POSTROAD_TORTURE_{}={amount} POSTROAD_TORTURE_NODES={} POSTROAD_TORTURE_ORIGINS={} \
@@ -89,20 +105,11 @@ async fn run(plan: Plan) {
             break;
         }
         tokio::time::sleep(millis(&mut dice, 100..900)).await;
-        let fault = plan.deck[dice.below(plan.deck.len())];
+        let fault = deck[dice.below(deck.len())];
         act(&mut world, fault, &mut dice, &mut done).await;
         drawn += 1;
         if drawn % 20 == 0 {
             println!("{}: {drawn} faults in {:?}", plan.test, began.elapsed());
-        }
-    }
-    if plan.ground.has_clocks {
-        // A node reads the database's clock at its start. What one handed out that was ahead is held for as long as that was, an hour,
-        // by one that is not: so all are started again at a time when that is over.
-        crate::support::clock::set(&world.url, "2 hours").await;
-        for node in &mut world.nodes {
-            node.kill().await;
-            node.start().await;
         }
     }
     let transactions = load.end_sending().await;
@@ -113,6 +120,8 @@ async fn run(plan: Plan) {
         took: began.elapsed(),
         stopped_at: Utc::now(),
         is_timed: !plan.ground.has_clocks,
+        // What is held while the clock is ahead is held for as much longer as it is set back.
+        bound: judge::REST + chrono::TimeDelta::seconds(world.clock.1),
         done,
         transactions,
     };
@@ -163,10 +172,17 @@ async fn points() {
             2 => vec![Fault::Point],
             _ => vec![Fault::NextPoint],
         },
-        ground: Ground::default(),
+        ground: RICH,
     })
     .await;
 }
+
+/// Where what comes seldom comes within seconds.
+const RICH: Ground = Ground {
+    has_disk: false,
+    has_clocks: false,
+    is_rich: true,
+};
 
 /// Everything, but what needs a disk or clocks of its own.
 const MIXED: [Fault; 21] = [
@@ -206,7 +222,7 @@ async fn mixed() {
         variable: "SECONDS",
         until: Until::Seconds(seconds),
         deck,
-        ground: Ground::default(),
+        ground: RICH,
     })
     .await;
 }
@@ -221,7 +237,7 @@ async fn disk() {
         deck: vec![Fault::SlowFlush, Fault::FailingFlush, Fault::FullDisk],
         ground: Ground {
             has_disk: true,
-            has_clocks: false,
+            ..Ground::default()
         },
     })
     .await;
@@ -234,10 +250,15 @@ async fn clocks() {
         test: "clocks",
         variable: "CLOCKS",
         until: Until::Faults(size("CLOCKS", 2)),
-        deck: vec![Fault::NodeClock, Fault::DatabaseClock, Fault::Kill],
+        deck: vec![
+            Fault::NodeClock,
+            Fault::DatabaseClock,
+            Fault::DatabaseClockBack,
+            Fault::Kill,
+        ],
         ground: Ground {
-            has_disk: false,
             has_clocks: true,
+            ..Ground::default()
         },
     })
     .await;

@@ -5,14 +5,17 @@ use std::time::Duration;
 use sqlx::{Connection as _, PgConnection};
 
 use super::faults::{Fault, cut_later, millis};
-use super::world::World;
+use super::world::{MAPPED, World};
 use crate::support::clock;
 use crate::support::worker::Dice;
 
 /// One of the faults that are none of a node.
 pub async fn act(world: &mut World, fault: Fault, dice: &mut Dice) {
-    // The first is in the broker's own database, and has no server.
-    let shop = 1 + dice.below(world.shops.len() - 1);
+    // Some are in a database beside another's, and have no server of their own.
+    let with_server: Vec<usize> = (0..world.shops.len())
+        .filter(|&shop| world.shops[shop].server.is_some())
+        .collect();
+    let shop = with_server[dice.below(with_server.len())];
     let pause = millis(dice, 200..2_500);
     match fault {
         Fault::KillPostgres => world.server.kill_and_restart().await,
@@ -35,6 +38,7 @@ pub async fn act(world: &mut World, fault: Fault, dice: &mut Dice) {
             }
         }
         Fault::CutOrigin => {
+            let shop = 1 + dice.below(world.shops.len() - 1);
             if let Some(proxy) = &world.shops[shop].proxy {
                 cut_later(proxy, dice);
                 tokio::time::sleep(pause).await;
@@ -43,16 +47,28 @@ pub async fn act(world: &mut World, fault: Fault, dice: &mut Dice) {
         }
         Fault::TerminateOrigin => terminate(&world.shops[shop].origin.url).await,
         Fault::OpenTransaction | Fault::PreparedTransaction | Fault::PinnedXmin => {
-            let shop = &world.shops[dice.below(world.shops.len())];
+            let with_outbox = world.shops.iter().filter(|shop| shop.name != MAPPED);
+            let with_outbox: Vec<_> = with_outbox.collect();
+            let shop = with_outbox[dice.below(with_outbox.len())];
             hold(&shop.origin.url, fault, pause, dice).await;
         }
         Fault::DatabaseClock => {
-            let ahead = ["1 hour", "-1 hour", "0"][dice.below(3)];
-            clock::set(&world.url, ahead).await;
+            set_clock(world, 3_600).await;
+            tokio::time::sleep(pause).await;
+        }
+        Fault::DatabaseClockBack => {
+            set_clock(world, -(1 + dice.below(4) as i64)).await;
             tokio::time::sleep(pause).await;
         }
         other => unreachable!("{other:?} is a node's"),
     }
+}
+
+async fn set_clock(world: &mut World, by_seconds: i64) {
+    let (ahead, back) = &mut world.clock;
+    *ahead += by_seconds;
+    *back -= by_seconds.min(0);
+    clock::set(&world.url, &format!("{ahead} seconds")).await;
 }
 
 /// Half of a database's sessions end.

@@ -9,7 +9,8 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
 
-use super::{Sizes, tools};
+use super::{Sizes, rare, tools};
+use crate::relay::mapped::Kind;
 use crate::relay::{Origin, shop};
 use crate::support::cluster::Folder;
 use crate::support::process::is_stopped;
@@ -21,6 +22,10 @@ pub const TTL: Duration = Duration::from_secs(2);
 /// Queues that nobody publishes to: so every node has some to lose.
 const IDLE_QUEUES: usize = 12;
 
+/// The origin whose messages leave a table of its own as they are relayed.
+pub const MAPPED: &str = "mapped";
+const MAPPED_KIND: Kind = Kind::NumberedDelete;
+
 /// How the world of a run differs from the plainest.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ground {
@@ -28,11 +33,15 @@ pub struct Ground {
     pub has_disk: bool,
     /// The clocks of the nodes and of the broker's database can be set.
     pub has_clocks: bool,
+    /// What comes seldom comes within seconds: a mapped table, messages that are due later, small leaves and journals.
+    pub is_rich: bool,
 }
 
 pub struct Node {
     pub program: Program,
     pub proxy: Proxy,
+    /// By which a failpoint is armed while it runs.
+    pub point: PathBuf,
     /// What its clock is ahead by, in a file that libfaketime reads.
     pub clock: Option<PathBuf>,
 }
@@ -53,6 +62,9 @@ pub struct World {
     pub server: Cluster,
     /// Whether the server's disk is small enough to be filled.
     pub is_small: bool,
+    pub ground: Ground,
+    /// What the database's clock is ahead by, in seconds, and by how much it was set back, all in all.
+    pub clock: (i64, i64),
     /// Logs of the nodes.
     pub folder: tempfile::TempDir,
 }
@@ -82,6 +94,10 @@ impl World {
         for other in others {
             shops.push(other.await.unwrap());
         }
+        if ground.is_rich {
+            let server = shops[1].server.as_ref().expect("a server of its own");
+            shops.push(mapped(server).await);
+        }
         let folder = tempfile::tempdir().unwrap();
         let mut world = Self {
             nodes: Vec::new(),
@@ -89,6 +105,8 @@ impl World {
             url,
             server,
             is_small,
+            ground,
+            clock: (0, 0),
             folder,
         };
         let nodes = (0..sizes.nodes).map(|number| world.node(number, ground));
@@ -112,7 +130,15 @@ impl World {
         for shop in &self.shops {
             if let Some(proxy) = &shop.proxy {
                 let variable = shop.name.to_uppercase().replace('-', "_");
-                origins.insert(shop.name.clone(), json!({"url_env": variable}));
+                let mut origin = json!({"url_env": variable});
+                if shop.name == MAPPED {
+                    let draft = MAPPED_KIND.draft();
+                    origin["table"] = json!(draft.table);
+                    origin["pickup"] = json!(draft.pickup);
+                    origin["columns"] = json!(draft.columns);
+                    origin["extensions"] = json!(draft.extensions);
+                }
+                origins.insert(shop.name.clone(), origin);
                 variables.push((variable, proxy.url(&shop.origin.relay_url())));
             }
         }
@@ -127,6 +153,16 @@ impl World {
             }
             _ => None,
         };
+        let point = self.folder.path().join(format!("point-{number}"));
+        if cfg!(feature = "failpoints") {
+            let file = point.to_str().unwrap().to_owned();
+            variables.push(("POSTROAD_FAILPOINTS_FILE".to_owned(), file));
+        }
+        if cfg!(feature = "failpoints") && ground.is_rich {
+            variables.push(("POSTROAD_LIMITS".to_owned(), rare::LIMITS.to_owned()));
+            let grace = ("POSTROAD_OUTBOX_GRACE_SECONDS".to_owned(), "1".to_owned());
+            variables.push(grace);
+        }
         let variables: Vec<(&str, &str)> = variables
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()))
@@ -137,6 +173,7 @@ impl World {
         Node {
             program,
             proxy,
+            point,
             clock,
         }
     }
@@ -144,6 +181,10 @@ impl World {
     /// The queues of the run, and some that idle.
     async fn declare(&self) {
         let http = &self.nodes[0].program.http;
+        if self.ground.is_rich {
+            let path = format!("/v1/streams/{}", rare::BRIEF);
+            http.declare(&path, &rare::brief()).await;
+        }
         for (name, members) in super::load::queues() {
             http.declare(&format!("/v1/queues/{name}"), &members).await;
         }
@@ -231,6 +272,20 @@ async fn origin(number: usize) -> Shop {
         name: format!("shop-{number}"),
         origin,
         server: Some(server),
+        proxy: Some(proxy),
+    }
+}
+
+/// An origin with a table that was there before, in a database beside another's.
+async fn mapped(server: &Cluster) -> Shop {
+    let url = server.create_database("mapped").await;
+    let origin = MAPPED_KIND.install(&url).await;
+    shop::open(&origin).await;
+    let proxy = support::proxy(&origin.url).await;
+    Shop {
+        name: MAPPED.to_owned(),
+        origin,
+        server: None,
         proxy: Some(proxy),
     }
 }
