@@ -8,7 +8,7 @@ use super::api::{
 };
 use super::hold::{Held, Hold};
 use super::message::{Act, Acted, Expire, MessageStatus};
-use super::part::Answer;
+use super::part::{Answer, LINGERING_WAIT};
 use super::redrive::{DryRun, NewRedrive};
 use super::renewal::{OnLoss, Renewal, Renewed};
 use super::task::{Task, Why};
@@ -211,11 +211,12 @@ impl Task {
                 reply,
             } => {
                 if let Some(Acks { items, reply }) = acks {
-                    self.settle(Verb::Ack, &items, reply);
+                    let is_carried = request.wait >= LINGERING_WAIT;
+                    self.settle(Verb::Ack, &items, is_carried, reply);
                 }
                 self.take_receive(request, reply);
             }
-            Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
+            Command::Settle { verb, items, reply } => self.settle(verb, &items, false, reply),
             Command::InFlight { filter, reply } => {
                 let _ = reply.send(Ok(self.in_flight(&filter)));
             }
@@ -277,6 +278,7 @@ impl Task {
         &mut self,
         verb: Verb,
         items: &[Item],
+        is_carried: bool,
         reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
     ) {
         let now = self.now();
@@ -298,7 +300,11 @@ impl Task {
                 _ => {}
             }
         }
-        self.answers.push(Answer::Settle { reply, outcomes });
+        self.answers.push(Answer::Settle {
+            reply,
+            outcomes,
+            is_carried,
+        });
     }
 
     fn in_flight(&self, filter: &InFlightFilter) -> Vec<InFlight> {

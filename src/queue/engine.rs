@@ -36,6 +36,8 @@ use crate::supervisor::{OnEnd, Supervisor};
 const WATERMARK_EVERY: Duration = Duration::from_secs(2);
 /// How often the journal is looked at for a turn.
 const TURN_EVERY: Duration = Duration::from_secs(2);
+/// The same while this process wrote nothing into the journal and nothing is left to truncate: other nodes look after their own.
+const TURN_AGAIN: Duration = Duration::from_secs(30);
 /// What a redrive came to can be looked at for so long.
 const REDRIVE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3_600);
 /// Loads of payloads at a time, for all queues.
@@ -83,6 +85,10 @@ pub(in crate::queue) struct Engine {
     pub(in crate::queue) catalogue: Catalogue,
     /// What other nodes say of their slots.
     pub(in crate::queue) told: Told,
+    /// The journal's turn at the last look.
+    turn: Option<i64>,
+    /// At the last look that found nothing to turn and nothing to truncate: how many groups this process had written, and when that was.
+    turned: Option<(u64, Instant)>,
     ended: (mpsc::Sender<Ended>, mpsc::Receiver<Ended>),
     pub(in crate::queue) fences: (
         mpsc::Sender<(Slot, Option<Fence>)>,
@@ -127,6 +133,8 @@ impl Engine {
             behind: HashMap::new(),
             catalogue: given.catalogue,
             told: Told::default(),
+            turn: None,
+            turned: None,
             ended: mpsc::channel(1_024),
             fences: mpsc::channel(128),
         }
@@ -372,7 +380,14 @@ impl Engine {
     }
 
     /// Turns the journal when its segment is full, and asks queues for checkpoints that keep an old one from going.
-    async fn turn_journal(&self) {
+    async fn turn_journal(&mut self) {
+        let groups = self.shared.metrics.groups.get();
+        let is_as_it_was =
+            |&(then, at): &(u64, Instant)| then == groups && at.elapsed() < TURN_AGAIN;
+        if self.turned.as_ref().is_some_and(is_as_it_was) {
+            return;
+        }
+        self.turned = None;
         let full_after = self.options.journal_full_after.as_secs_f64();
         let turned = store::journal::turn_journal(
             &self.database,
@@ -381,8 +396,13 @@ impl Engine {
         )
         .await;
         match turned {
-            Ok((_, 0)) => {}
+            Ok((turn, 0)) => {
+                // A turn leaves a segment to truncate at the next look.
+                let is_still = self.turn.replace(turn) == Some(turn);
+                self.turned = is_still.then(|| (groups, Instant::now()));
+            }
             Ok((turn, _)) => {
+                self.turn = Some(turn);
                 for owned in self.queues.values() {
                     if let Some(mailbox) = &owned.mailbox {
                         let _ = mailbox.try_send(Command::Fold { before_turn: turn });

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -17,6 +18,14 @@ use crate::domain::queue::{End, Handed, Outcome, Record, encode};
 use crate::failpoint;
 use crate::store::journal::GroupPart;
 use crate::store::redrive::RedriveRow;
+
+/// How long acks that a long poll brought wait for a delivery, whose commit they share then. Nobody has been told that they are
+/// done; a crash meanwhile hands their messages out again, as one a moment earlier would.
+const LINGER: Duration = Duration::from_millis(10);
+/// So many long polls' acks are worth a commit of their own.
+const LINGERING_MAX: usize = 32;
+/// Acks of a receive that waits less are waited for.
+pub(in crate::queue) const LINGERING_WAIT: Duration = Duration::from_millis(500);
 
 /// An answer that waits for its commit.
 pub(in crate::queue) enum Answer {
@@ -41,6 +50,8 @@ pub(in crate::queue) enum Answer {
     Settle {
         reply: oneshot::Sender<Result<Vec<Outcome>, Error>>,
         outcomes: Vec<Outcome>,
+        /// A long poll brought them, and waits for messages after.
+        is_carried: bool,
     },
     Act {
         reply: oneshot::Sender<Result<Acted, Error>>,
@@ -79,6 +90,38 @@ pub(in crate::queue) struct Submitted {
 }
 
 impl Task {
+    /// Submits what was decided, if anybody gains by it: acks that long polls brought may wait a little for a delivery.
+    pub(in crate::queue) fn submit_unless_lingering(&mut self) {
+        let now = Instant::now();
+        self.linger_until = match self.may_linger() {
+            true => self.linger_until.or(Some(now + LINGER)),
+            false => None,
+        };
+        if self.linger_until.is_none_or(|until| until <= now) {
+            self.linger_until = None;
+            self.submit();
+        }
+    }
+
+    /// Whether nobody waits for what was decided but long polls, which wait for messages anyway.
+    fn may_linger(&self) -> bool {
+        let is_carried = |answer: &Answer| {
+            matches!(
+                answer,
+                Answer::Settle {
+                    is_carried: true,
+                    ..
+                }
+            )
+        };
+        self.submitted.is_none()
+            && self.machine.has_batch()
+            && !self.fold_wanted
+            && !self.redrives.has_steps()
+            && (1..=LINGERING_MAX).contains(&self.answers.len())
+            && self.answers.iter().all(is_carried)
+    }
+
     pub(in crate::queue) fn submit(&mut self) {
         if self.machine.has_batch() {
             self.decided_at.get_or_insert_with(Instant::now);
@@ -214,7 +257,9 @@ impl Task {
     fn answer(&mut self, answers: Vec<Answer>) {
         for answer in answers {
             match answer {
-                Answer::Settle { reply, outcomes } => {
+                Answer::Settle {
+                    reply, outcomes, ..
+                } => {
                     let _ = reply.send(Ok(outcomes));
                 }
                 Answer::Receive {

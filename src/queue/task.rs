@@ -145,6 +145,8 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) submitted: Option<Submitted>,
     /// Since when decisions wait to be submitted.
     pub(in crate::queue) decided_at: Option<Instant>,
+    /// Until when decisions that nobody is in a hurry for wait for others.
+    pub(in crate::queue) linger_until: Option<Instant>,
     pub(in crate::queue) returned: (
         mpsc::UnboundedSender<Vec<Receipt>>,
         mpsc::UnboundedReceiver<Vec<Receipt>>,
@@ -189,6 +191,7 @@ impl Task {
             answers: Vec::new(),
             submitted: None,
             decided_at: None,
+            linger_until: None,
             returned: mpsc::unbounded_channel(),
             outage,
             moved,
@@ -287,7 +290,7 @@ impl Task {
         }
         self.end_waits();
         self.journal_position();
-        self.submit();
+        self.submit_unless_lingering();
         self.note_idle();
         self.note_counts();
     }
@@ -342,7 +345,7 @@ impl Task {
         // Nobody is served, so a batch's time to fill may be over for long.
         let is_served = !self.parts.is_paused && !self.is_standing();
         let fills = self.waiters.fills_until().filter(|_| is_served);
-        for until in [ends, fills].into_iter().flatten() {
+        for until in [ends, fills, self.linger_until].into_iter().flatten() {
             wake_at = wake_at.min(until);
         }
         if !self.is_standing() {
@@ -486,11 +489,11 @@ impl Task {
         }
         while let Ok(command) = self.parts.mailbox.try_recv() {
             match command {
-                Command::Settle { verb, items, reply } => self.settle(verb, &items, reply),
+                Command::Settle { verb, items, reply } => self.settle(verb, &items, false, reply),
                 command if self.is_yielding => command.refuse(&elsewhere),
                 Command::Receive { reply, acks, .. } => {
                     if let Some(Acks { items, reply }) = acks {
-                        self.settle(Verb::Ack, &items, reply);
+                        self.settle(Verb::Ack, &items, false, reply);
                     }
                     let _ = reply.send(Ok(self.empty()));
                 }

@@ -13,10 +13,14 @@ use crate::store;
 /// How often nodes tell each other.
 const SHARE_EVERY: Duration = Duration::from_secs(5);
 
+/// How often it is asked which streams have no queue at all.
+const UNREAD_EVERY: Duration = Duration::from_secs(6);
+
 /// What other nodes say of their slots.
 #[derive(Debug, Default)]
 pub(in crate::queue) struct Told {
     shared_at: Option<Instant>,
+    unread_at: Option<Instant>,
     /// By slot and stream: as of when, and up to where.
     told: HashMap<(Slot, StreamId), (Instant, Offset)>,
     loads: Loads,
@@ -100,6 +104,11 @@ impl Engine {
             self.stream.set_watermark_as_of(stream, watermark, as_of);
         }
         let asked = Instant::now();
+        let is_known = |at: Instant| asked.duration_since(at) < UNREAD_EVERY;
+        if self.told.unread_at.is_some_and(is_known) {
+            return;
+        }
+        self.told.unread_at = Some(asked);
         let unread = store::queue::find_streams_without_queues(&self.database).await;
         for stream in unread.unwrap_or_default() {
             if !lowest.contains_key(&stream) {

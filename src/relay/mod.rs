@@ -95,7 +95,7 @@ impl Default for Options {
                 mapping: None,
             }],
             grace: Duration::from_secs(600),
-            poll_min: Duration::from_millis(2),
+            poll_min: Duration::from_millis(1),
             poll_max: Duration::from_millis(100),
             page_rows: 4_000,
             page_bytes: 4 << 20,

@@ -17,6 +17,9 @@ use crate::store::stream::{self as sql, Emptied, EmptyLeaf, Leaf, StreamRow};
 use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
 
+/// With nothing appended, the pause between passes grows to so many times the usual one.
+const QUIET_FACTOR: u32 = 4;
+
 /// The lease of the node that does the maintenance.
 pub(super) const LEASE: &str = "duty/streams";
 /// A leaf that fills faster than this is followed by larger ones.
@@ -85,11 +88,15 @@ pub(super) struct Maintenance {
     pub(super) connection: Option<Connection>,
     pub(super) drop_at: Instant,
     pub(super) rotate_at: Instant,
+    /// The streams' ends at the last pass, all added up.
+    pub(super) ends: Option<i64>,
 }
 
 impl Maintenance {
     pub(super) async fn run(mut self) {
+        let mut pause = self.options.maintenance;
         while !self.supervisor.is_stopping() {
+            let ends = self.ends;
             let is_held = self.lease.borrow_and_update().is_some();
             if !is_held {
                 self.cluster.yielded(LEASE);
@@ -99,11 +106,15 @@ impl Maintenance {
                     error = &error as &dyn std::error::Error,
                     "maintenance of the streams failed"
                 );
-                self.connection = None;
+                (self.connection, self.ends) = (None, None);
             }
+            pause = match ends.is_some() && self.ends == ends {
+                true => (pause * 2).min(self.options.maintenance * QUIET_FACTOR),
+                false => self.options.maintenance,
+            };
             tokio::select! {
                 Ok(()) = self.lease.changed() => {}
-                () = tokio::time::sleep(self.options.maintenance) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = self.state.maintain.notified() => {}
                 () = self.supervisor.stopping() => {}
             }
@@ -117,6 +128,8 @@ impl Maintenance {
         };
         let streams = sql::load_catalogue(&mut connection).await?.streams;
         let leaves = sql::list_leaves(&mut connection).await?;
+        let ends = streams.iter().map(|of| self.state.tails.last(of.id).0);
+        self.ends = Some(ends.sum());
         let mut blocked = 0;
         for stream in &streams {
             let own: Vec<&Leaf> = leaves

@@ -217,6 +217,7 @@ pub async fn start(
         connection: None,
         drop_at: Instant::now(),
         rotate_at: Instant::now(),
+        ends: None,
     };
     supervisor.spawn("stream maintenance", OnEnd::StopProcess, maintenance.run());
     let shared = Shared {
