@@ -169,13 +169,20 @@ impl Task {
     /// `unfolded`: whether the journal has rows of the queue that no checkpoint holds. `redrives`: those that run.
     pub(in crate::queue) fn new(
         parts: Parts,
-        machine: Queue,
+        mut machine: Queue,
         unfolded: bool,
         redrives: Vec<RedriveRow>,
     ) -> Self {
         let outage = parts.contact.outage();
         let moved = outage.borrow().moved;
         let intake = Intake::new(&parts.stream, parts.stream_id);
+        let set_back = machine.meet_clock(At::from(parts.cluster.now()));
+        if set_back > 0 {
+            tracing::warn!(
+                queue = %parts.name, messages = set_back,
+                "the database's clock was ahead when these were handed out or put off: their time begins now"
+            );
+        }
         parts
             .progress
             .watermark

@@ -12,6 +12,7 @@
 mod arrange;
 mod blocked;
 mod checkpoint;
+mod clock;
 mod decide;
 mod manage;
 mod members;

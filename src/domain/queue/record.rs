@@ -112,6 +112,11 @@ pub enum Record {
         /// Milliseconds.
         by: i64,
     },
+    /// The clock was set back: what began after this moment, or is held for longer after it than can be asked for, began then.
+    SetBack {
+        /// The moment.
+        to: At,
+    },
     /// Dead letters came back.
     Redriven {
         /// When: they are due at once.
@@ -274,6 +279,10 @@ fn write_record(to: &mut Writer<'_>, record: &Record) -> u8 {
             to.signed(*by);
             7
         }
+        Record::SetBack { to: moment } => {
+            to.signed(moment.0);
+            14
+        }
         Record::Scanned { through, matched } => {
             to.signed(*through);
             to.offsets(matched);
@@ -355,6 +364,9 @@ fn read_record(tag: u8, from: &mut Reader<'_>) -> Result<Record, Decode> {
         8 => Record::Scanned {
             through: from.signed()?,
             matched: from.offsets()?,
+        },
+        14 => Record::SetBack {
+            to: At(from.signed()?),
         },
         13 => Record::OrderLeft {
             leaves: from.flag()?,
@@ -490,6 +502,7 @@ pub(super) mod tests {
                 }
             }),
             any::<i64>().prop_map(|by| Record::Shifted { by }),
+            at().prop_map(|to| Record::SetBack { to }),
             (
                 at(),
                 proptest::collection::vec((0..1_000i64, any::<u32>()), 0..5)

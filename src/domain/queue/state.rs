@@ -222,6 +222,7 @@ impl Queue {
                 attempts,
             } => self.apply_extended(*offset, *deadline, *attempts),
             Record::Shifted { by } => self.apply_shifted(*by),
+            Record::SetBack { to } => self.apply_set_back(*to),
             Record::OrderLeft { leaves } => self.left_order = *leaves,
             Record::Scanned { through, matched } => {
                 // A live queue has found all of it before, and knows the marks.

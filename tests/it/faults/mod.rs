@@ -2,6 +2,7 @@
 //! wrong moment. The engines' own tests are in `queue`, `stream` and `relay`; here is what a client sees.
 
 mod ambiguous;
+mod clock;
 mod cut;
 mod disconnect;
 mod killed;
