@@ -25,11 +25,12 @@ create table postroad_broker.stream_history (
 );
 
 -- The history that this database is in, begun if it is another than the last one noted, or if that one is void: a process that
--- found out that it is, since the database went back in time, says so by its salt. Called by each process that starts, before it
+-- found out that the database went back in time names those that it knew, by their salts. All of them, since the copy that was put back
+-- can be in an earlier one than the last: what was answered in that one after the copy was made is lost as well. Called by each process that starts, before it
 -- reads or writes anything else. Then no node of the former history lives any more, streams go on behind what they have, and
 -- numbers of nodes and queues that the former history may have given are left out: they are in receipts and in the log of groups.
 -- Locks: the histories, nodes, heads.
-create function postroad_broker.begin_history(void_salt uuid) returns table (found_era bigint, found_salt uuid, is_begun boolean)
+create function postroad_broker.begin_history(void_salts uuid[]) returns table (found_era bigint, found_salt uuid, is_begun boolean)
 language plpgsql volatile as $$
 declare
     system_now text := (select c.system_identifier::text from pg_control_system() c);
@@ -43,7 +44,7 @@ begin
     end if;
     select h.* into last from postroad_broker.history h order by h.era desc limit 1;
     if found and (last.system_identifier, last.timeline, last.database_oid) = (system_now, timeline_now, database_now)
-        and last.salt is distinct from void_salt
+        and last.salt <> all (void_salts)
     then
         return query select last.era, last.salt, false;
         return;
@@ -52,7 +53,7 @@ begin
     -- Somebody else may have begun it meanwhile.
     select h.* into last from postroad_broker.history h order by h.era desc limit 1;
     if found and (last.system_identifier, last.timeline, last.database_oid) = (system_now, timeline_now, database_now)
-        and last.salt is distinct from void_salt
+        and last.salt <> all (void_salts)
     then
         return query select last.era, last.salt, false;
         return;

@@ -15,9 +15,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How often a wait that goes on is mentioned.
 const MENTION_EVERY: Duration = Duration::from_secs(60);
 
-/// Waits until the database answers, checks it, brings its schemas up to date, and finds out which history it is in: another one
-/// than `void`. Gives what that is known by.
-pub(super) async fn prepare(database: &Database, void: Option<Uuid>) -> Result<Uuid, Error> {
+/// Waits until the database answers, checks it, brings its schemas up to date, and finds out which history it is in: none
+/// of those that are `void`. Gives what that and all before it are known by.
+pub(super) async fn prepare(database: &Database, void: &[Uuid]) -> Result<Vec<Uuid>, Error> {
     wait_until_up(database).await?;
     // The server can still go away in between; what was done is done again then.
     let mut pause = FIRST_PAUSE;
@@ -31,7 +31,7 @@ pub(super) async fn prepare(database: &Database, void: Option<Uuid>) -> Result<U
                          services that use other roles cannot write to the outbox"
                     );
                 }
-                return Ok(present.salt);
+                return Ok(present.salts);
             }
             Err(error) if error.retry() == Retry::Never || error.is_login_refused() => {
                 return Err(error.into());
@@ -48,7 +48,7 @@ pub(super) async fn prepare(database: &Database, void: Option<Uuid>) -> Result<U
 
 async fn migrate_all(
     database: &Database,
-    void: Option<Uuid>,
+    void: &[Uuid],
 ) -> Result<(Grants, Present), crate::store::Error> {
     migrate::broker(database).await?;
     let grants = migrate::origin(database).await?;

@@ -168,8 +168,8 @@ pub struct Broker {
     pub address: SocketAddr,
     url: String,
     database: Database,
-    /// The database's history is known by it.
-    history: Uuid,
+    /// The database's history and those before it are known by these.
+    histories: Vec<Uuid>,
     shutdown: Duration,
     steps: Steps,
     held: Held,
@@ -181,14 +181,14 @@ impl Broker {
     /// # Errors
     /// See [`Error`]. What was started before is stopped again.
     pub async fn start(config: Config) -> Result<Self, Error> {
-        Self::start_anew(config, None).await
+        Self::start_anew(config, Vec::new()).await
     }
 
-    /// As [`Broker::start`], after [`Broker::history_changed`] made that history of the database void.
+    /// As [`Broker::start`], after [`Broker::history_changed`] made these histories of the database void.
     ///
     /// # Errors
     /// As [`Broker::start`].
-    pub async fn start_anew(config: Config, void: Option<Uuid>) -> Result<Self, Error> {
+    pub async fn start_anew(config: Config, void: Vec<Uuid>) -> Result<Self, Error> {
         let steps = Steps::new();
         let mut held = Held::default();
         match Box::pin(assemble(&config, void, &steps, &mut held)).await {
@@ -196,7 +196,7 @@ impl Broker {
                 address: parts.address,
                 url: parts.url,
                 database: parts.database,
-                history: parts.history,
+                histories: parts.histories,
                 shutdown: config.shutdown,
                 steps,
                 held,
@@ -222,10 +222,11 @@ impl Broker {
     }
 
     /// Stops without finishing anything, within a second and what the private Postgres needs. Tasks that cannot end are left
-    /// behind, waiting for a database that they will not get: drop their runtime. Gives what the history is known by that is void now.
-    pub async fn abandon(self) -> Uuid {
+    /// behind, waiting for a database that they will not get: drop their runtime. Gives what the histories are known by that are void now:
+    /// the database can be put back to any of them, and is another one then.
+    pub async fn abandon(self) -> Vec<Uuid> {
         let _ = self.steps.stop(None, ABANDON).await;
-        self.history
+        self.histories
     }
 
     /// Resolves when a part failed, so that the process must stop. Cancel-safe.
@@ -262,7 +263,7 @@ struct Parts {
     address: SocketAddr,
     url: String,
     database: Database,
-    history: Uuid,
+    histories: Vec<Uuid>,
 }
 
 /// The address that the node's row has when none is advertised. A node takes over at once what is held under its own address,
@@ -288,7 +289,7 @@ fn node_url(listening: SocketAddr) -> String {
 
 async fn assemble(
     config: &Config,
-    void: Option<Uuid>,
+    mut void: Vec<Uuid>,
     steps: &Steps,
     held: &mut Held,
 ) -> Result<Parts, Error> {
@@ -302,7 +303,7 @@ async fn assemble(
     let (address, listener) = listener?;
     let url = format!("http://{address}");
     let database = open_database(config, steps).await?;
-    let history = database::prepare(&database, void).await?;
+    void.extend(database::prepare(&database, &void).await?);
     let mut registry = Registry::default();
     telemetry::register(&mut registry);
     let cluster = cluster::start(
@@ -375,7 +376,7 @@ async fn assemble(
         address,
         url,
         database,
-        history,
+        histories: void,
     })
 }
 

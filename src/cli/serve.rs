@@ -49,8 +49,8 @@ impl Signals {
 /// How a run came to its end.
 enum Ended {
     Stopped,
-    /// The database has another history, and this one is void. The next run listens where this one did.
-    Anew(SocketAddr, Uuid),
+    /// The database has another history, and these are void. The next run listens where this one did.
+    Anew(SocketAddr, Vec<Uuid>),
 }
 
 /// Runs the broker until it stops; more than once if the database's history changes.
@@ -63,13 +63,13 @@ pub(super) fn main(flags: &ConfigFlags) -> ExitCode {
         }
     };
     telemetry::start(&config);
-    let mut void = None;
+    let mut void = Vec::new();
     loop {
-        match on_own_runtime(run(config.clone(), void)) {
+        match on_own_runtime(run(config.clone(), std::mem::take(&mut void))) {
             Ok(Ended::Stopped) => return ExitCode::SUCCESS,
-            Ok(Ended::Anew(address, history)) => {
+            Ok(Ended::Anew(address, histories)) => {
                 config.bind = address;
-                void = Some(history);
+                void = histories;
             }
             Err(error) => return ended(Err(error)),
         }
@@ -88,7 +88,7 @@ fn on_own_runtime(work: impl Future<Output = anyhow::Result<Ended>>) -> anyhow::
     ended
 }
 
-async fn run(config: Config, void: Option<Uuid>) -> anyhow::Result<Ended> {
+async fn run(config: Config, void: Vec<Uuid>) -> anyhow::Result<Ended> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }

@@ -38,36 +38,40 @@ pub struct StreamHistory {
 }
 
 /// The history that the database is in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Present {
     /// Its number.
     pub era: i64,
-    /// What it is known by.
-    pub salt: Uuid,
+    /// What it and those before it are known by.
+    pub salts: Vec<Uuid>,
     /// It was begun just now.
     pub is_begun: bool,
 }
 
-/// Begins another history of the database, if it is in another one than the last that was noted, or that one is `void`; and has
+/// Begins another history of the database, if it is in another one than the last that was noted, or that one is among those that are `void`; and has
 /// all later connections refused that lead to yet another. Called after the migrations, and before anything else is read. Safe to
 /// call from several processes at once.
 ///
 /// # Errors
 /// The database's; it is a standby.
-pub async fn begin(database: &Database, void: Option<Uuid>) -> Result<Present, Error> {
+pub async fn begin(database: &Database, void: &[Uuid]) -> Result<Present, Error> {
     const DOING: &str = "finding out which history the database is in";
     let mut connection = database.connect().await?;
     let beginning = async {
-        let (era, salt, is_begun): (i64, Uuid, bool) = sqlx::query_as(
-            "select found_era, found_salt, is_begun from postroad_broker.begin_history($1)",
-        )
-        .bind(void)
-        .fetch_one(&mut connection)
-        .await?;
+        let (era, is_begun): (i64, bool) =
+            sqlx::query_as("select found_era, is_begun from postroad_broker.begin_history($1)")
+                .bind(void)
+                .fetch_one(&mut connection)
+                .await?;
+        let known = "select h.salt from postroad_broker.history h where h.era <= $1 order by h.era";
+        let salts = sqlx::query_scalar(known)
+            .bind(era)
+            .fetch_all(&mut connection);
+        let salts: Vec<Uuid> = salts.await?;
         let identity = guard::identity(&mut connection).await?;
         let present = Present {
             era,
-            salt,
+            salts,
             is_begun,
         };
         Ok((present, identity))

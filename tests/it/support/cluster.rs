@@ -315,11 +315,11 @@ impl Cluster {
         copy
     }
 
-    /// Puts a copy of the data folder in its place.
+    /// Puts a copy of the data folder in its place. It stays, and can be put back again.
     pub async fn put_back(&mut self, copy: &Path) {
         self.stop().await;
         std::fs::remove_dir_all(self.data_dir()).unwrap();
-        std::fs::rename(copy, self.data_dir()).unwrap();
+        copy_folder(copy, &self.data_dir());
         self.start().await;
     }
 
