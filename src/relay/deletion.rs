@@ -42,18 +42,20 @@ impl Run<'_> {
             status.step_count += 1;
             status.step_time = started.elapsed();
         });
-        if self.number < self.emptied {
+        let is_gap = self.number < self.emptied;
+        if is_gap {
             self.note_gap();
         }
-        let why = self
+        let went_back = self
             .position
             .as_ref()
             .and_then(|position| went_back(position, &batch.identity));
+        let why = went_back.or(is_gap.then_some("the broker's database went back in time"));
         let is_cut_short = self
             .position
             .as_ref()
             .is_some_and(|position| position.recheck == Some(Recheck::Pass));
-        if why.is_some() || is_cut_short || self.number < self.emptied {
+        if why.is_some() || is_cut_short {
             self.recheck(why.unwrap_or("a look at all of it was not finished"))
                 .await?;
             return Ok(Stepped { rows: 0 });

@@ -1,5 +1,6 @@
 //! How far a relay got, as the append records it.
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -29,6 +30,18 @@ pub(super) struct Position {
     /// Where rows are picked up by deletion: the table went back in time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) recheck: Option<Recheck>,
+    /// The broker's database went back in time, and what was emptied since is nowhere any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) gaps: Option<Gaps>,
+}
+
+/// Times that rows were found emptied that the broker's database can lack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Gaps {
+    /// How often, ever.
+    pub(super) count: u64,
+    /// When last.
+    pub(super) last_at: DateTime<Utc>,
 }
 
 /// How far the look at a mapped table is that went back in time.
@@ -93,6 +106,7 @@ mod tests {
             timeline: 1,
             taken: Vec::new(),
             recheck: None,
+            gaps: None,
         };
         let text = r#"{"snapshot":"10:20:12","system_identifier":"7","timeline":1}"#;
         assert_eq!(position.to_text(), text);
@@ -103,9 +117,14 @@ mod tests {
             is_rerelay: true,
         });
         position.mark = Some(Uuid::nil());
+        position.gaps = Some(Gaps {
+            count: 2,
+            last_at: DateTime::UNIX_EPOCH,
+        });
         let read: Position = serde_json::from_str(&position.to_text()).unwrap();
         assert_eq!(read, position);
         assert_eq!(read.passed(None).window, None);
+        assert_eq!(read.passed(None).gaps, position.gaps);
         assert_eq!(read.passed(Some(9)).window.unwrap().after_seq, 9);
     }
 }

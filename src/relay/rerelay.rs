@@ -9,14 +9,30 @@
 //! The broker's own database can go back too. Its older position still opens a window, but what was relayed and emptied after
 //! the backup is nowhere any more. The origin knows up to which position it was emptied, so that is noticed.
 
-use super::position::{NOTHING, Window};
+use super::position::{Gaps, NOTHING, Window};
 use super::status::State;
-use super::task::{Run, Trouble};
+use super::task::{Relay, Run, Trouble};
 use crate::store;
 
+impl Relay {
+    pub(super) fn show_gaps(&self, gaps: Option<Gaps>) {
+        self.status.send_modify(|status| {
+            status.gap_count = gaps.map_or(0, |gaps| gaps.count);
+            status.gap_at = gaps.map(|gaps| gaps.last_at);
+        });
+    }
+}
+
 impl Run<'_> {
-    /// Messages were relayed, their rows emptied, and the broker was restored from a backup before that: they can be lost.
-    pub(super) fn note_gap(&self) {
+    /// Messages were relayed, their rows emptied, and the broker was restored from a backup before that: they can be lost. The next
+    /// position says so, and all after it.
+    pub(super) fn note_gap(&mut self) {
+        let before = self.position.as_ref().and_then(|position| position.gaps);
+        let gaps = Gaps {
+            count: before.map_or(0, |gaps| gaps.count) + 1,
+            last_at: self.relay.cluster.now(),
+        };
+        self.gaps = Some(gaps);
         tracing::error!(
             origin = %self.relay.name,
             stored = self.number,
@@ -24,9 +40,7 @@ impl Run<'_> {
             "INCIDENT: the broker's database is older than what was emptied from the outbox: messages relayed in between are \
              missing, but for those that the outbox still holds"
         );
-        self.relay
-            .status
-            .send_modify(|status| status.gap_count += 1);
+        self.relay.show_gaps(self.gaps);
     }
 
     /// Reads all of the outbox again. Returns how many rows that was.

@@ -116,8 +116,10 @@ pub struct Status {
     pub rejected_count: u64,
     /// Times that this process read all of the outbox again.
     pub rerelay_count: u64,
-    /// Times that this process found rows emptied that the broker's database, restored from a backup, can lack.
+    /// Times that rows were found emptied that the broker's database, restored from a backup, can lack: ever, by whatever process.
     pub gap_count: u64,
+    /// When that was last.
+    pub gap_at: Option<DateTime<Utc>>,
     /// Windows opened by this process.
     pub step_count: u64,
     /// How long the last window took to open.
@@ -145,6 +147,7 @@ impl Status {
             rejected_count: 0,
             rerelay_count: 0,
             gap_count: 0,
+            gap_at: None,
             step_count: 0,
             step_time: Duration::ZERO,
             emptied_count: 0,

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::decide::next_number;
-use super::position::Position;
+use super::position::{Gaps, Position};
 use super::rotation::Rotation;
 use super::status::{State, Status};
 use super::{Options, row};
@@ -132,6 +132,8 @@ pub(super) struct Run<'a> {
     /// The stored position and its number.
     pub(super) number: i64,
     pub(super) position: Option<Position>,
+    /// What the next position says of gaps.
+    pub(super) gaps: Option<Gaps>,
     /// The number of the position up to which rows have left the outbox. Higher than the stored one only when the broker's
     /// database went back in time.
     pub(super) emptied: i64,
@@ -264,11 +266,13 @@ impl Relay {
             Recovered::Position(stored) => stored,
             Recovered::Fenced => return Err(Trouble::LeaseLost),
         };
-        let position = match stored.text.as_deref().map(serde_json::from_str) {
+        let position: Option<Position> = match stored.text.as_deref().map(serde_json::from_str) {
             Some(Ok(position)) => Some(position),
             Some(Err(error)) => return Err(Trouble::Position(error)),
             None => None,
         };
+        let gaps = position.as_ref().and_then(|position| position.gaps);
+        self.show_gaps(gaps);
         let mut session = Session::open(&self.source).await.map_err(Trouble::Origin)?;
         self.check_installed(&mut session).await?;
         let emptied = session.find_emptied(self.cluster.identity().id).await;
@@ -286,6 +290,7 @@ impl Relay {
             backend_pid: None,
             number: stored.number,
             position,
+            gaps,
             emptied,
             cursor: None,
             is_settled: false,

@@ -153,6 +153,7 @@ impl Run<'_> {
             timeline: identity.timeline,
             taken: Vec::new(),
             recheck: None,
+            gaps: self.gaps,
         })
     }
 

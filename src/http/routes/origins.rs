@@ -56,8 +56,12 @@ struct Origin {
     rejected_count: u64,
     /// Times that this process read all of the outbox again.
     rerelay_count: u64,
-    /// Times that this process found rows emptied that the broker's database, restored from a backup, can lack.
+    /// Times that rows were found emptied that the broker's database, restored from a backup, can lack: messages are missing. Kept over
+    /// restarts.
     gap_count: u64,
+    /// When that was last; null if never.
+    #[schema(format = DateTime)]
+    gap_at: Option<String>,
     /// The part of the outbox that cannot be emptied since somebody holds a lock on it.
     blocked: Option<Blocked>,
 }
@@ -161,6 +165,7 @@ fn origin(status: Status, now: DateTime<Utc>) -> Origin {
         rejected_count: status.rejected_count,
         rerelay_count: status.rerelay_count,
         gap_count: status.gap_count,
+        gap_at: status.gap_at.map(wire::time),
         blocked: status.blocked.map(|blocked| Blocked {
             leaf: blocked.leaf,
             pid: blocked.pid,

@@ -261,6 +261,7 @@ impl Driver {
             timeline: identity.timeline,
             taken: Vec::new(),
             recheck: None,
+            gaps: None,
         };
         match after {
             After::Append(rows) => self.append(position, rows, Stage::Open),

@@ -3,10 +3,14 @@
 
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use sqlx::{Connection as _, PgConnection};
 
-use super::{Load, check, check_held, declare, histories, history, node, shop_origin, take_held};
-use crate::support::{self, Cluster, Proxy};
+use super::{
+    Load, beaten, check, check_held, declare, histories, history, node, shop_origin, take_held,
+};
+use crate::support::consumer::items;
+use crate::support::{self, Cluster, Consumer, Proxy};
 
 async fn execute(url: &str, text: &str) {
     let mut connection = PgConnection::connect(url).await.unwrap();
@@ -168,4 +172,48 @@ async fn a_dump_in_another_server_is_another_history() {
     let lost = check(&node.http, &outcome, first_offset).await;
     assert!(lost > 0);
     check_held(&node.http, &kept, &gone).await;
+}
+
+/// As when a restore was begun once more: the copy is in the first history, which is not the one that the nodes are in by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_copy_put_back_twice_is_another_history_each_time() {
+    let mut server = support::cluster().await;
+    let url = server.create_database("broker").await;
+    let (_server, origin) = shop_origin().await;
+    let nodes = [node(&url, &origin).await, node(&url, &origin).await];
+    declare(&nodes[0].http).await;
+    let http = &nodes[0].http;
+    let kept = take_held(http, "kept", 10).await;
+    let copy = server.copy_data().await;
+    let gone = take_held(http, "lost", 20).await;
+    let mut others = Vec::new();
+    let mut began_at = json!(null);
+    for time in 0..2 {
+        for node in &nodes {
+            beaten(&node.http).await;
+        }
+        server.put_back(&copy).await;
+        for node in &nodes {
+            support::eventually("another history", || async {
+                let known = histories(&node.http).await;
+                (known.len() == 2 && known[1]["began_at"] != began_at).then_some(())
+            })
+            .await;
+        }
+        let known = histories(http).await;
+        assert_eq!(known[1]["first_offsets"]["main"], 11);
+        began_at = known[1]["began_at"].clone();
+        // Others, where the lost ones were.
+        others.push(take_held(http, &format!("other-{time}"), 25).await);
+    }
+    let held = Consumer {
+        http: http.clone(),
+        queue: "held".to_owned(),
+    };
+    let acks = |deliveries: &[Value]| items(deliveries, &json!({}));
+    held.settle_all("ack", &acks(&gone), "gone").await;
+    // What they were made with is lost as well.
+    held.settle_all("ack", &acks(&others[0]), "unknown").await;
+    held.settle_all("ack", &acks(&kept), "acked").await;
+    assert_eq!(held.status().await["in_flight"], 25);
 }

@@ -2,6 +2,7 @@
 //! was; what is lost is known; what an outbox still holds comes again; a receipt of what was lost settles nothing.
 
 mod broker;
+mod mapped;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -220,6 +221,21 @@ async fn history(http: &Http, count: usize) -> u64 {
         (histories.len() == count).then(|| last["first_offsets"]["main"].as_u64().unwrap())
     })
     .await
+}
+
+/// Waits for a heartbeat of the node: an older copy is known by lacking it.
+async fn beaten(http: &Http) {
+    let mut last = Value::Null;
+    let mut beats = 0;
+    while beats < 3 {
+        let cluster = patiently(http, reqwest::Method::GET, "/v1/cluster", None).await;
+        let mut nodes = cluster["nodes"].as_array().unwrap().iter();
+        let own = nodes.find(|node| node["node"] == cluster["node"]);
+        let expires_at = own.map_or(Value::Null, |own| own["expires_at"].clone());
+        beats += usize::from(last != expires_at);
+        last = expires_at;
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
 }
 
 /// Publishes messages for the held queue and takes them for an hour.
