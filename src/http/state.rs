@@ -10,7 +10,7 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
 use super::follow::Readers;
-use super::forward::{Lines, Peers, Secret};
+use super::forward::{Gaps, Lines, Peers, Secret};
 use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
@@ -105,6 +105,8 @@ pub(in crate::http) struct Inner {
     /// The way to other nodes.
     pub(in crate::http) peers: Peers,
     pub(in crate::http) lines: Arc<Lines>,
+    /// Requests that wait for an owner.
+    pub(in crate::http) gaps: Gaps,
     pub(in crate::http) secret: Secret,
     /// What this node shows to others.
     pub(in crate::http) tag: HeaderValue,
@@ -125,6 +127,7 @@ impl State {
             supervisor: supervisor.clone(),
             peers: Peers::default(),
             lines: Arc::default(),
+            gaps: Gaps::default(),
             secret,
             tag,
             readers: Readers::new(supervisor, options.readers_max),

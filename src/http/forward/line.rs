@@ -14,6 +14,8 @@ use crate::domain::name::QueueName;
 
 /// Polls of one queue that are with its owner at a time, at most.
 const ROOM_MAX: usize = 64;
+/// Places in a line that are looked through for callers who are gone, at least.
+const SWEEP_MIN: usize = 64;
 
 /// The lines of all queues of other nodes.
 #[derive(Debug, Default)]
@@ -26,6 +28,8 @@ struct Line {
     /// Polls that are.
     busy: usize,
     waiting: VecDeque<oneshot::Sender<Turn>>,
+    /// The length at which those whose callers are gone are taken out: twice of what was left the last time.
+    sweep_at: usize,
 }
 
 /// A poll may go to the owner. Dropped when it is back.
@@ -47,10 +51,16 @@ impl Lines {
             room: 1,
             busy: 0,
             waiting: VecDeque::new(),
+            sweep_at: SWEEP_MIN,
         });
         if line.busy < line.room {
             line.busy += 1;
             return Ok(self.turn(queue));
+        }
+        if line.waiting.len() >= line.sweep_at {
+            // One poll can be with the owner for long, while any number of short ones come and go behind it.
+            line.waiting.retain(|poll| !poll.is_closed());
+            line.sweep_at = (line.waiting.len() * 2).max(SWEEP_MIN);
         }
         let (sender, receiver) = oneshot::channel();
         line.waiting.push_back(sender);
@@ -128,6 +138,21 @@ impl Drop for Turn {
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn polls_that_came_and_went_leave_no_places_behind() {
+        let (lines, queue) = (Arc::new(Lines::default()), QueueName::parse("q").unwrap());
+        let first = lines.join(&queue).unwrap();
+        let stays: Vec<_> = (0..SWEEP_MIN)
+            .map(|_| lines.join(&queue).unwrap_err())
+            .collect();
+        for _ in 0..10_000 {
+            drop(lines.join(&queue).unwrap_err());
+        }
+        assert!(lines.lock()[&queue].waiting.len() <= SWEEP_MIN * 2);
+        assert_eq!(lines.len(), SWEEP_MIN);
+        drop((first, stays));
+    }
 
     #[test]
     fn an_idle_queue_is_asked_by_one_and_a_busy_one_by_as_many_as_it_serves() {

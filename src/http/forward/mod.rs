@@ -7,6 +7,7 @@
 //!
 //! Without other nodes nothing of this happens, and the body is not even looked at.
 
+mod gap;
 mod line;
 mod peers;
 mod poll;
@@ -36,6 +37,7 @@ use crate::domain::id::{Epoch, Slot};
 use crate::domain::name::QueueName;
 use crate::queue;
 
+pub(in crate::http) use gap::Gaps;
 pub(in crate::http) use line::Lines;
 pub(in crate::http) use peers::Peers;
 pub(in crate::http) use poll::Acked;
@@ -81,8 +83,10 @@ struct Kept {
 /// What passing a request on came to.
 enum Passed {
     Answered(Response),
-    /// That node does not own the slot, or is not there: look again.
+    /// That node says that it does not own the slot: where the queue is is to be looked up.
     Elsewhere,
+    /// That node is not there, or is about to have it no more: who has the slot by now is to be seen.
+    Moved,
     /// It was sent, and nobody knows what became of it.
     Unknown,
 }
@@ -198,7 +202,8 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
     let mut gap_until = None;
     let mut is_known = true;
     loop {
-        let located = match is_known {
+        // Once each time that a node says so: a look-up goes by the engine, which has a slot to recover meanwhile.
+        let located = match std::mem::replace(&mut is_known, true) {
             true => state.parts.queue.locate(queue).await,
             false => look_up(state, queue).await,
         };
@@ -216,6 +221,7 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
                 match Box::pin(pass_on(state, &mut kept, (queue, slot), to)).await {
                     Passed::Answered(answer) => return answer,
                     Passed::Elsewhere => is_known = false,
+                    Passed::Moved => {}
                     Passed::Unknown => {
                         let detail =
                             "the queue's owner did not answer; the same request again is safe";
@@ -226,16 +232,21 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
             Ok((_, Owner::Nobody)) => {}
             Err(error) => return Problem::from(error).into_response(),
         }
-        // A poll that waited with an owner for long has all of the time for the next gap.
-        if looked_at.elapsed() > LONG {
-            gap_until = None;
-        }
-        let until = *gap_until.get_or_insert_with(|| looked_at + cluster.ttl() * 2);
+        // A poll that waited with an owner for long, or for its turn, has all of the time for the gap that begins now.
+        let gap_at = match looked_at.elapsed() > LONG {
+            true => {
+                gap_until = None;
+                Instant::now()
+            }
+            false => looked_at,
+        };
+        let until = *gap_until.get_or_insert_with(|| gap_at + cluster.ttl() * 2);
         if Instant::now() >= until {
             let detail = "nobody owns the queue, or its owner cannot be reached";
             return Problem::new(Kind::NoOwner, detail).into_response();
         }
-        sleep(LOOK).await;
+        let _waiting = state.gaps.enter();
+        sleep(state.gaps.pause()).await;
         cluster.refresh_within(LOOK).await;
     }
 }
@@ -311,7 +322,7 @@ async fn ask(
     let view = state.parts.cluster.view();
     let is_there = |url: &str| view.nodes.iter().any(|member| member.row.url == url);
     let Ok(place) = state.peers.place(url, is_there) else {
-        return Err(Passed::Elsewhere);
+        return Err(Passed::Moved);
     };
     state.parts.metrics.forwarded.inc();
     let path = kept.parts.uri.path_and_query();
@@ -345,7 +356,7 @@ async fn ask(
         Ok(answer) => Ok(answer),
         Err(error) if error.is_connect() => {
             tracing::debug!(%error, url, "a node cannot be reached");
-            Err(Passed::Elsewhere)
+            Err(Passed::Moved)
         }
         Err(error) => {
             tracing::debug!(%error, url, "a node did not answer");
@@ -357,7 +368,7 @@ async fn ask(
 impl Kept {
     fn unanswered(&self) -> Passed {
         match self.may_be_repeated() {
-            true => Passed::Elsewhere,
+            true => Passed::Moved,
             false => Passed::Unknown,
         }
     }

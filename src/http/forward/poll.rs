@@ -95,7 +95,7 @@ enum Waited {
     /// It may go, with a turn or since its time is over.
     Goes(Option<Turn>),
     /// The queue has another owner by now.
-    Elsewhere,
+    Moved,
     Stopping,
 }
 
@@ -130,7 +130,7 @@ pub(super) async fn pass_on(
                 }
                 match wait(state, kept, slot, to, (time, coming)).await {
                     Waited::Goes(taken) => turn = taken,
-                    Waited::Elsewhere => return Passed::Elsewhere,
+                    Waited::Moved => return Passed::Moved,
                     Waited::Stopping => return Passed::Answered(stopping()),
                 }
             }
@@ -180,7 +180,7 @@ async fn wait(
     tokio::select! {
         biased;
         turn = coming => Waited::Goes(turn.ok()),
-        _ = moved => Waited::Elsewhere,
+        _ = moved => Waited::Moved,
         () = state.stopping.cancelled() => Waited::Stopping,
         () = tokio::time::sleep_until(kept.since + time) => Waited::Goes(None),
     }

@@ -226,7 +226,7 @@ async fn more_polls_wait_on_the_wrong_node_than_a_connection_between_nodes_takes
     assert_eq!(gauge(&one.http, "postroad_http_polls_in_line").await, 0);
 }
 
-async fn gauge(http: &Http, name: &str) -> u64 {
+pub async fn gauge(http: &Http, name: &str) -> u64 {
     let (_, text) = http.get("/metrics").await;
     let line = text
         .as_str()
@@ -300,7 +300,7 @@ async fn polls_in_line_are_told_what_is_wrong_and_what_they_acknowledged() {
 }
 
 /// Declares queues until one is the second node's, and gives its name.
-async fn owned_by(url: &str, one: &Program, two: &Program) -> String {
+pub async fn owned_by(url: &str, one: &Program, two: &Program) -> String {
     let second = number(&two.http).await;
     let mut connection = PgConnection::connect(url).await.unwrap();
     for number in 0.. {

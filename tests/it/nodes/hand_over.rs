@@ -5,10 +5,14 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{QUEUES, Ring, TTL, declare, moves, node, number, queue, settled, shares, three_nodes};
+use super::api::{gauge, owned_by};
+use super::{
+    QUEUES, Ring, TTL, declare, moves, node, number, queue, settled, shares, size, three_nodes,
+};
 use crate::history::owners::{check, longest_gap};
 use crate::support::consumer::{items, publish, publish_events};
 use crate::support::leases::{events, watch};
+use crate::support::process::raise_open_files;
 use crate::support::{self, Consumer};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -348,4 +352,78 @@ async fn an_outage_of_the_database_moves_nothing() {
     settle_all(&Ring::new(&[&one, &two]), taken).await;
     assert_eq!(settled(&two.http, 2).await, before);
     assert_eq!((number(&one.http).await, number(&two.http).await), numbers);
+}
+
+/// Polls that have waited for longer than a gap between owners may last: one at the owner, the others in line.
+#[tokio::test(flavor = "multi_thread")]
+async fn polls_that_have_waited_for_long_outlive_the_owner_killed() {
+    let db = support::database().await;
+    let (mut one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    declare(&[&one, &two]).await;
+    let polls: Vec<_> = (0..QUEUES * 2)
+        .map(|number| {
+            let (http, name) = (two.http.clone(), queue(number % QUEUES));
+            let receive = json!({"wait_seconds": 40, "max_messages": 1});
+            let path = format!("/v1/queues/{name}/receive");
+            // Asked once: a client that repeats would not notice.
+            tokio::spawn(async move { http.ok(&path, &receive).await })
+        })
+        .collect();
+    tokio::time::sleep(TTL * 2 + TTL / 2).await;
+    one.kill().await;
+    settled(&two.http, 1).await;
+    publish(&two.http, "orders.created", 2).await;
+    for poll in polls {
+        let received = poll.await.unwrap();
+        let deliveries = received["deliveries"].as_array();
+        assert_eq!(deliveries.map(Vec::len), Some(1), "{received}");
+    }
+}
+
+/// All at once they look for who has it now; that is this node, which is to recover it meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_polls_for_one_queue_move_with_it() {
+    let count = size("POSTROAD_TEST_NODE_POLLS", 300);
+    raise_open_files();
+    let db = support::database().await;
+    let (mut one, two) = (node(&db.url).await, node(&db.url).await);
+    settled(&one.http, 2).await;
+    let name = owned_by(&db.url, &two, &one).await;
+    let path = format!("/v1/queues/{name}/receive");
+    let polls: Vec<_> = (0..count)
+        .map(|_| {
+            let (http, path) = (two.http.clone(), path.clone());
+            let receive = json!({"wait_seconds": 50, "max_messages": 1});
+            tokio::spawn(async move { http.ok(&path, &receive).await })
+        })
+        .collect();
+    support::eventually("all polls to wait", || async {
+        let in_line = gauge(&two.http, "postroad_http_polls_in_line").await;
+        (in_line == count as u64 - 1).then_some(())
+    })
+    .await;
+    one.kill().await;
+    let killed_at = Instant::now();
+    let consumer = Consumer {
+        http: two.http.clone(),
+        queue: name,
+    };
+    support::eventually("all polls to wait at the other node", || async {
+        (consumer.status().await["waiters"] == count).then_some(())
+    })
+    .await;
+    eprintln!(
+        "{count} polls wait at the other node {:?} after the kill, with a ttl of {TTL:?}",
+        killed_at.elapsed()
+    );
+    publish(&two.http, "orders.created", count).await;
+    for poll in polls {
+        let received = poll.await.unwrap();
+        assert_eq!(
+            received["deliveries"].as_array().map(Vec::len),
+            Some(1),
+            "{received}"
+        );
+    }
 }
