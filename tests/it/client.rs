@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use postroad::client::{
-    Client, Declaration, Done, Ended, Error, Failure, Item, Job, NewEvent, ProblemKind, Queue,
-    Receive, Refusal, Report, Settled, Status, Worker,
+    Client, Declaration, Done, Ended, Error, Failure, Item, Job, NewEvent, NodeState, ProblemKind,
+    Queue, Receive, Refusal, Report, Settled, Status, Worker,
 };
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -513,4 +513,39 @@ async fn a_version_is_expected_and_a_conflict_says_which_it_is() {
     let problem = late.problem().unwrap();
     assert_eq!(problem.kind, ProblemKind::VersionConflict);
     assert_eq!(problem.version, Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cluster_is_described() {
+    let database = support::database().await;
+    let program = support::program(&database.url, &[]).await;
+    let queue = declared(&program.http.base).await;
+    status(&queue).await;
+    let client = Client::new(&program.http.base).unwrap();
+    let cluster = support::eventually("everything to be held", || async {
+        let cluster = client.cluster().await.unwrap();
+        let is_held = cluster.leases.len() == 3 && cluster.is_settled();
+        is_held.then_some(cluster)
+    })
+    .await;
+    let [node] = &cluster.nodes[..] else {
+        panic!("one node, not {:?}", cluster.nodes);
+    };
+    assert_eq!((node.node, node.state), (cluster.node, NodeState::Live));
+    assert_eq!((node.slots, cluster.slots.len()), (64, 64));
+    assert_eq!(
+        (cluster.leader, &node.url),
+        (Some(node.node), &program.http.base)
+    );
+    assert!(node.expires_at > node.started_at);
+    let held = cluster
+        .slots
+        .iter()
+        .find(|slot| slot.held.epoch > 0)
+        .unwrap();
+    assert_eq!(held.held.holder, Some(node.node));
+    let [history] = &cluster.histories[..] else {
+        panic!("one history, not {:?}", cluster.histories);
+    };
+    assert_eq!((history.era, history.first_offsets.len()), (1, 0));
 }

@@ -1,0 +1,146 @@
+//! What a broker says of its nodes, and of the histories of its database.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use reqwest::Method;
+use serde::Deserialize;
+
+use super::Client;
+use super::call::Call;
+use super::error::Error;
+
+/// All nodes, and what each holds, as the node sees it that was asked.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Cluster {
+    /// The number of the node that was asked.
+    pub node: i64,
+    /// The node that says which of them is to hold what; None while there is none.
+    pub leader: Option<i64>,
+    /// By number. Those that have ended are not here.
+    pub nodes: Vec<Node>,
+    /// The parts that queues belong to, by number.
+    pub slots: Vec<Slot>,
+    /// What else is held: the relays of the origins, and duties, by name.
+    pub leases: Vec<Lease>,
+    /// The histories of the broker's database, by number. The last one is the present one.
+    pub histories: Vec<History>,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Node {
+    /// Its number, new at each start.
+    pub node: i64,
+    /// What makes it the same node after a restart.
+    pub address: String,
+    /// Where other nodes reach it.
+    pub url: String,
+    /// Since when it runs.
+    pub started_at: DateTime<Utc>,
+    /// Until when it lives without a further heartbeat.
+    pub expires_at: DateTime<Utc>,
+    /// What it is about.
+    pub state: NodeState,
+    /// How many slots it is to hold.
+    pub slots: usize,
+}
+
+/// What a node is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum NodeState {
+    /// It holds what it is to hold.
+    Live,
+    /// It hands over what it holds.
+    Leaving,
+    /// Others take what it held.
+    Expired,
+    /// What a later broker says.
+    #[serde(other)]
+    Other,
+}
+
+/// A part of the queues.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Slot {
+    /// Its number, from 0.
+    pub slot: i16,
+    /// By whom it is held.
+    #[serde(flatten)]
+    pub held: Held,
+}
+
+/// A relay of an origin, or a duty.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Lease {
+    /// `relay/…` or `duty/…`.
+    pub name: String,
+    /// By whom it is held.
+    #[serde(flatten)]
+    pub held: Held,
+}
+
+/// By whom something is held.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Held {
+    /// The node that is to hold it, and answers for it; None while there is none.
+    pub node: Option<i64>,
+    /// The node that holds it: another one while it changes hands.
+    pub holder: Option<i64>,
+    /// How often it has been taken; 0 for never.
+    pub epoch: i64,
+    /// Since when it is held so.
+    pub since: Option<DateTime<Utc>>,
+}
+
+/// A history of the broker's database: another one begins when the database is found promoted, or restored.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct History {
+    /// Its number, from 1.
+    pub era: i64,
+    /// The server's, as `pg_control_system()` gives it.
+    pub system_identifier: String,
+    /// Of the server's log.
+    pub timeline: i32,
+    /// When a node first found it.
+    pub began_at: DateTime<Utc>,
+    /// By stream, the first offset of the messages that were appended in it: what a reader had from there on before is lost. Empty for
+    /// the first history.
+    pub first_offsets: BTreeMap<String, i64>,
+}
+
+impl Cluster {
+    /// Whether all is held by the nodes that are to hold it. What nobody has asked for yet is held by nobody.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        let slots = self.slots.iter().map(|slot| &slot.held);
+        let mut all = slots.chain(self.leases.iter().map(|lease| &lease.held));
+        all.all(|held| held.epoch == 0 || held.holder == held.node)
+    }
+}
+
+impl Client {
+    /// The nodes, what each holds, and the histories of the database. Whoever reads streams by offset keeps the last history's
+    /// number with its place: when another one has begun, its place is good up to before that one's first offset.
+    ///
+    /// # Errors
+    /// A failed call.
+    pub async fn cluster(&self) -> Result<Cluster, Error> {
+        self.ask(Call::new(Method::GET, "/v1/cluster")).await
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_of_later_brokers_is_another_one() {
+        let read = |text: &str| serde_json::from_str::<NodeState>(text).unwrap();
+        assert_eq!(read("\"leaving\""), NodeState::Leaving);
+        assert_eq!(read("\"asleep\""), NodeState::Other);
+    }
+}
