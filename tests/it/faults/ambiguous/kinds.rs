@@ -4,7 +4,7 @@ use chrono::{SubsecRound as _, TimeDelta, Utc};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use super::{Cut, Rig, bigint, integer};
+use super::{Cut, Mark, Rig, bigint, integer};
 use crate::support::consumer::{items, publish_ids};
 use crate::support::{self, Http};
 
@@ -39,12 +39,17 @@ pub(super) enum Kind {
     AcquireLock,
     ReleaseLock,
     Redrive,
+    CancelRedrive,
     DeleteLetter,
     DeleteMessage,
+    RejectMessage,
+    Expire,
+    Relay,
     Resend,
+    MarkResent,
 }
 
-pub(super) const KINDS: [Kind; 28] = [
+pub(super) const KINDS: [Kind; 33] = [
     Kind::Publish,
     Kind::PublishTogether,
     Kind::Receive,
@@ -70,9 +75,14 @@ pub(super) const KINDS: [Kind; 28] = [
     Kind::AcquireLock,
     Kind::ReleaseLock,
     Kind::Redrive,
+    Kind::CancelRedrive,
     Kind::DeleteLetter,
     Kind::DeleteMessage,
+    Kind::RejectMessage,
+    Kind::Expire,
+    Kind::Relay,
     Kind::Resend,
+    Kind::MarkResent,
 ];
 
 /// What the kinds need to be there.
@@ -85,12 +95,26 @@ pub(super) async fn prepare(http: &Http) {
     http.declare("/v1/topics/strict.one", &schema).await;
 }
 
-fn at(text: impl AsRef<[u8]>) -> (Vec<u8>, Cut) {
-    (text.as_ref().to_vec(), Cut::Statement)
+fn at(text: impl AsRef<[u8]>) -> Mark {
+    Mark {
+        bytes: vec![text.as_ref().to_vec()],
+        cut: Cut::Statement,
+        passes: 0,
+    }
 }
 
-fn at_commit(text: impl AsRef<[u8]>) -> (Vec<u8>, Cut) {
-    (text.as_ref().to_vec(), Cut::Commit)
+fn at_commit(text: impl AsRef<[u8]>) -> Mark {
+    Mark {
+        cut: Cut::Commit,
+        ..at(text)
+    }
+}
+
+/// At what the queues' journal is told of something.
+fn at_journal_of(text: &str) -> Mark {
+    let mut mark = at(JOURNAL);
+    mark.bytes.push(text.as_bytes().to_vec());
+    mark
 }
 
 fn ok(answer: (StatusCode, Value)) -> Value {
@@ -147,8 +171,11 @@ impl Kind {
             Self::Schedule | Self::CancelScheduled => scheduled(rig, self, n).await,
             Self::AcquireLock | Self::ReleaseLock => lock(rig, self, n).await,
             Self::Redrive | Self::DeleteLetter => letter(rig, self, n).await,
-            Self::DeleteMessage => message(rig).await,
-            Self::Resend => resend(rig, n).await,
+            Self::CancelRedrive => cancel_redrive(rig, n).await,
+            Self::DeleteMessage | Self::RejectMessage => message(rig, self).await,
+            Self::Expire => expire(rig).await,
+            Self::Relay => relay(rig).await,
+            Self::Resend | Self::MarkResent => resend(rig, self, n).await,
         }
     }
 }
@@ -405,16 +432,105 @@ async fn letter(rig: &mut Rig, kind: Kind, n: usize) {
     assert_eq!(redriven["redriven"], 1);
 }
 
-async fn message(rig: &mut Rig) {
-    let taken = rig.take_one().await;
-    let path = format!("/v1/queues/work/messages/{}", taken["offset"]);
-    let first = rig.cut(at(JOURNAL), delete(&path), None).await;
-    assert!(first.0.is_success(), "{first:?}");
-    let acks = items(&[taken], &json!({}));
-    rig.queue.settle_all("ack", &acks, "already_settled").await;
+/// Of several letters the first ones are back when it is cancelled.
+async fn cancel_redrive(rig: &mut Rig, n: usize) {
+    const LETTERS: usize = 5;
+    let mut taken = Vec::new();
+    for place in 0..LETTERS {
+        let id = rig.next_id(&format!("letter-{place}"));
+        publish_ids(&rig.http, "work.done", &[id]).await;
+        taken.extend(rig.queue.take(1, 3_600).await);
+    }
+    let reject = items(&taken, &json!({"reason": "test"}));
+    let dead = rig.queue.settle_all("reject", &reject, "rejected").await;
+    let letters: Vec<&str> = dead
+        .iter()
+        .map(|dead| dead["dead_letter"].as_str().unwrap())
+        .collect();
+    let id = format!("cancelled-{n:05}");
+    let begin = json!({"redrive_id": id, "ids": letters, "rate_per_second": 1});
+    rig.http.ok("/v1/queues/work/redrives", &begin).await;
+    let path = format!("/v1/queues/work/redrives/{id}");
+    let first = rig.cut(at_journal_of(&id), delete(&path), None).await;
+    assert_eq!(first.0, StatusCode::NO_CONTENT, "{first:?}");
+    assert_eq!(rig.again(delete(&path), None).await, first);
+    let (_, redrive) = rig.http.get(&path).await;
+    assert_eq!(redrive["status"], "cancelled", "{redrive}");
+    let back = redrive["redriven"].as_u64().unwrap() as usize;
+    assert!(back < LETTERS, "{redrive}");
+    let came = rig.queue.take(back, 3_600).await;
+    let acks = items(&came, &json!({}));
+    rig.queue.settle_all("ack", &acks, "acked").await;
+    let mut left = 0;
+    for letter in letters {
+        let path = format!("/v1/queues/work/dead-letters/{letter}");
+        let (status, found) = rig.http.get(&path).await;
+        if status == StatusCode::OK && found["redrive_id"].is_null() {
+            left += 1;
+            assert!(rig.http.delete(&path).await.0.is_success());
+        }
+    }
+    assert_eq!(back + left, LETTERS, "each is back, or a letter");
 }
 
-async fn resend(rig: &mut Rig, n: usize) {
+async fn message(rig: &mut Rig, kind: Kind) {
+    let taken = rig.take_one().await;
+    let offset = taken["offset"].clone();
+    let path = format!("/v1/queues/work/messages/{offset}");
+    let acks = items(&[taken], &json!({}));
+    if matches!(kind, Kind::DeleteMessage) {
+        let first = rig.cut(at(JOURNAL), delete(&path), None).await;
+        assert!(first.0.is_success(), "{first:?}");
+        rig.queue.settle_all("ack", &acks, "already_settled").await;
+        return;
+    }
+    let body = json!({"reason": "test"});
+    let path = format!("{path}/reject");
+    let first = ok(rig.cut(at(JOURNAL), post(&path), Some(&body)).await);
+    let again = ok(rig.again(post(&path), Some(&body)).await);
+    assert_eq!(again["result"], "dead_lettered", "{again}");
+    assert!(first["result"] == "rejected" || rig.was_unknown, "{first}");
+    let path = format!("/v1/queues/work/dead-letters/1-{offset}");
+    assert_eq!(rig.http.get(&path).await.0, StatusCode::OK);
+    assert!(rig.http.delete(&path).await.0.is_success());
+}
+
+async fn expire(rig: &mut Rig) {
+    let taken = rig.take_one().await;
+    let path = "/v1/queues/work/in-flight/expire";
+    let body = json!({"offsets": [taken["offset"]]});
+    let first = ok(rig.cut(at(JOURNAL), post(path), Some(&body)).await);
+    assert!(
+        first["offsets"] == json!([taken["offset"]]) || rig.was_unknown,
+        "{first}"
+    );
+    let again = ok(rig.again(post(path), Some(&body)).await);
+    assert_eq!(again["expired"], 0, "it is not live any more");
+    let back = rig.queue.take(1, 3_600).await;
+    assert_eq!(
+        (&back[0]["offset"], &back[0]["attempt"]),
+        (&taken["offset"], &json!(2))
+    );
+    let acks = items(&back, &json!({}));
+    rig.queue.settle_all("ack", &acks, "acked").await;
+}
+
+/// Nobody asks for it and nobody repeats it but the relay.
+async fn relay(rig: &mut Rig) {
+    let id = rig.next_id("relayed");
+    rig.snare.arm(at(&id), rig.action);
+    let row = "insert into postroad.outbox (topic, payload, id) values ('other.three', '{}', $1)";
+    let inserting = sqlx::query(row).bind(&id).execute(&mut rig.direct);
+    inserting.await.unwrap();
+    let rows = format!("select count(*) from postroad_broker.message where id = '{id}'");
+    let began = std::time::Instant::now();
+    while !rig.snare.has_sprung() || rig.count(&rows).await != 1 {
+        assert!(began.elapsed().as_secs() < 60, "{id} was not relayed");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+async fn resend(rig: &mut Rig, kind: Kind, n: usize) {
     let id = rig.next_id("resent");
     let row = "insert into postroad.outbox (topic, payload, id) values ('strict.one', '{\"n\": \"x\"}', $1)";
     sqlx::query(row)
@@ -433,10 +549,23 @@ async fn resend(rig: &mut Rig, n: usize) {
             .cloned()
     })
     .await;
-    let path = format!("/v1/origins/local/rejected/{}/resend", rejected["id"]);
+    let number = rejected["id"].as_i64().unwrap();
+    let mark = match kind {
+        // After the look at the row, which has the same parameters.
+        Kind::MarkResent => Mark {
+            passes: 1,
+            ..at(bigint(number))
+        },
+        _ => at(&id),
+    };
+    let path = format!("/v1/origins/local/rejected/{number}/resend");
     let body = json!({"skip_schema": true});
-    let first = ok(rig.cut(at(&id), post(&path), Some(&body)).await);
+    let first = ok(rig.cut(mark, post(&path), Some(&body)).await);
     let (status, again) = rig.again(post(&path), Some(&body)).await;
     assert_eq!(status, StatusCode::CONFLICT, "{n}: {again}");
     assert!(first["offset"].is_u64(), "{first}");
+    let marked = format!(
+        "select count(*) from postroad_broker.rejected_message where id = {number} and resent_at is not null"
+    );
+    assert_eq!(rig.count(&marked).await, 1);
 }

@@ -5,6 +5,7 @@
 //! `POSTROAD_TEST_AMBIGUOUS=24 cargo test --test it ambiguous:: -- --nocapture` is the long form: more than 500 cuts.
 
 mod kinds;
+mod leases;
 
 use std::sync::{Arc, Mutex};
 
@@ -27,10 +28,19 @@ enum Cut {
     Commit,
 }
 
+/// A write, known by bytes of its parameters.
+#[derive(Debug, Clone)]
+struct Mark {
+    /// All of them are in it.
+    bytes: Vec<Vec<u8>>,
+    cut: Cut,
+    /// How many of the kind are let through before: reads that have the same parameters.
+    passes: usize,
+}
+
 #[derive(Debug)]
 struct Armed {
-    marker: Vec<u8>,
-    cut: Cut,
+    mark: Mark,
     is_in_transaction: bool,
     action: Action,
 }
@@ -52,11 +62,16 @@ impl Snare {
             let Some(set) = armed.as_mut().filter(|_| direction == Direction::ToServer) else {
                 return Action::Forward;
             };
-            let springs = match set.cut {
-                Cut::Statement => has(chunk, &set.marker),
+            let is_it = set.mark.bytes.iter().all(|bytes| has(chunk, bytes));
+            if is_it && set.mark.passes > 0 {
+                set.mark.passes -= 1;
+                return Action::Forward;
+            }
+            let springs = match set.mark.cut {
+                Cut::Statement => is_it,
                 Cut::Commit => {
                     let springs = set.is_in_transaction && has(chunk, b"COMMIT");
-                    set.is_in_transaction |= has(chunk, &set.marker);
+                    set.is_in_transaction |= is_it;
                     springs
                 }
             };
@@ -68,10 +83,9 @@ impl Snare {
         snare
     }
 
-    fn arm(&self, marker: Vec<u8>, cut: Cut, action: Action) {
+    fn arm(&self, mark: Mark, action: Action) {
         *self.0.lock().unwrap() = Some(Armed {
-            marker,
-            cut,
+            mark,
             is_in_transaction: false,
             action,
         });
@@ -105,11 +119,11 @@ impl Rig {
     /// Asks with the snare armed, again while the answer is 503, and gives the first other one.
     async fn cut(
         &mut self,
-        (marker, cut): (Vec<u8>, Cut),
+        mark: Mark,
         (method, path): (Method, &str),
         body: Option<&Value>,
     ) -> (StatusCode, Value) {
-        self.snare.arm(marker, cut, self.action);
+        self.snare.arm(mark, self.action);
         let first = self.http.call(method.clone(), path, body).await.unwrap();
         assert!(
             self.snare.has_sprung(),
@@ -176,7 +190,8 @@ async fn every_kind_of_write_is_found_out_or_repeats_with_its_first_result() {
     let mut direct = PgConnection::connect(&database.url).await.unwrap();
     // Numbers that look like no other parameter.
     let sequences = "select setval(pg_get_serial_sequence('postroad_broker.queue', 'id'), 7654321), \
-        setval(pg_get_serial_sequence('postroad_broker.stream', 'id'), 76543)";
+        setval(pg_get_serial_sequence('postroad_broker.stream', 'id'), 76543), \
+        setval(pg_get_serial_sequence('postroad_broker.rejected_message', 'id'), 8765432)";
     sqlx::query(sequences).execute(&mut direct).await.unwrap();
     let proxy = support::proxy(&database.url).await;
     let program = support::program(&proxy.url(&database.url), &[]).await;
