@@ -222,7 +222,7 @@ fn hand_on(state: &State, kept: &Kept, queue: &QueueName, received: Received) ->
         headers,
         body,
     } = received;
-    let body = unwritten::handed(state, queue, outgoing, status, body);
+    let body = unwritten::handed(state, queue, &kept.body, outgoing, status, body);
     let mut response = Response::new(body);
     *response.status_mut() = status;
     *response.headers_mut() = headers;

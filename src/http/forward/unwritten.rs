@@ -1,5 +1,7 @@
 //! Deliveries that came from a queue's owner and did not reach the client: they go back, as on the owner itself. To the owner
 //! they were written, to this node.
+//!
+//! Not those of a receive that has an id: its client asks again, at another node maybe, and holds them when they would go back here.
 
 use std::time::Duration;
 
@@ -7,6 +9,7 @@ use axum::body::Body;
 use axum::http::StatusCode;
 use bytes::Bytes;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::{EPOCH, NODE};
 use crate::cluster::Owner;
@@ -21,6 +24,11 @@ const TRIES: u32 = 3;
 /// The pause between tries, and how long each may take.
 const PAUSE: Duration = Duration::from_millis(300);
 const ANSWER: Duration = Duration::from_secs(5);
+
+#[derive(Deserialize)]
+struct Asked {
+    receive_id: Option<IgnoredAny>,
+}
 
 #[derive(Deserialize)]
 struct Received {
@@ -69,18 +77,25 @@ impl Drop for OnTheWay {
     }
 }
 
-/// The body of an owner's answer to a receive, as this node's.
+/// Whether a receive can be asked for again.
+fn has_id(asked: &[u8]) -> bool {
+    serde_json::from_slice::<Asked>(asked).is_ok_and(|asked| asked.receive_id.is_some())
+}
+
+/// The body of an owner's answer to a receive, as this node's. `asked`: the body of the receive.
 pub(super) fn handed(
     state: &State,
     queue: &QueueName,
+    asked: &[u8],
     outgoing: Outgoing,
     status: StatusCode,
     body: Bytes,
 ) -> Body {
+    let goes_back = status.is_success() && !has_id(asked);
     let on_the_way = OnTheWay {
         state: state.clone(),
         queue: queue.clone(),
-        answer: status.is_success().then(|| body.clone()),
+        answer: goes_back.then(|| body.clone()),
     };
     Body::new(Handed::new(body, Box::new(on_the_way), outgoing))
 }
@@ -126,5 +141,18 @@ async fn try_to_give_back(state: &State, queue: &QueueName, receipts: &[String])
             asked.await.is_ok_and(|answer| answer.status().is_success())
         }
         Ok((_, Owner::Nobody)) | Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_receive_that_is_asked_for_again_is_known_by_its_id() {
+        assert!(has_id(br#"{"receive_id": "r", "max_messages": 1}"#));
+        for other in ["", "{}", r#"{"receive_id": null}"#, "x"] {
+            assert!(!has_id(other.as_bytes()), "{other}");
+        }
     }
 }

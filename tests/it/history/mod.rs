@@ -189,6 +189,8 @@ pub struct Journaled {
     pub batch: u64,
     /// The journal says that its answer never reached the wire.
     pub is_unwritten: bool,
+    /// The journal says that it was released: by its consumer, or by the node that was to hand it on and could not.
+    pub is_released: bool,
 }
 
 /// What was seen of a dead letter's row.

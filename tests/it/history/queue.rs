@@ -268,7 +268,10 @@ impl Judge<'_> {
                 .iter()
                 .filter(|s| s.delivery == journaled.delivery)
         };
-        let is_released = journaled.is_unwritten || of_this().any(|s| s.is_told("released"));
+        // What came to nobody a node may give back, as its consumer would.
+        let has_come = self.part.came.contains_key(&journaled.delivery);
+        let is_given_back = journaled.is_unwritten || journaled.is_released && !has_come;
+        let is_released = is_given_back || of_this().any(|s| s.is_told("released"));
         let may_be = of_this().any(|s| s.told.is_none() && s.verb == Verb::Release);
         let counted = attempts
             .iter()
@@ -512,6 +515,26 @@ mod tests {
             let first = history.journaled[0].clone();
             find(history, first.offset, 1).attempt = 1;
             assert_eq!(first.offset, 1);
+        });
+        // Released, and nobody asked for that who had it.
+        finds("delivery 2 is attempt 1, expected {2}", |history| {
+            history.journaled[0].is_released = true;
+            find(history, 1, 2).attempt = 1;
+        });
+        finds_nothing(|history| {
+            let first = history.journaled[0].clone();
+            history.journaled[0].is_released = true;
+            history
+                .delivered
+                .retain(|d| (d.offset, d.delivery) != (first.offset, 1));
+            history
+                .settled
+                .retain(|s| (s.offset, s.delivery) != (first.offset, 1));
+            for later in &mut history.delivered {
+                if later.offset == first.offset {
+                    later.attempt -= 1;
+                }
+            }
         });
         finds("5: delivery 5 after 3", |history| {
             history.letters.remove(&5);

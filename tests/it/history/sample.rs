@@ -85,6 +85,7 @@ pub fn journal(history: &mut History) {
             delivery: delivered.delivery,
             batch: batch as u64,
             is_unwritten: false,
+            is_released: false,
         });
     }
 }

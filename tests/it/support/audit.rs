@@ -102,16 +102,14 @@ pub async fn journaled(connection: &mut PgConnection, queue: &str) -> Vec<Journa
                             delivery: u64::from(delivery),
                             batch,
                             is_unwritten: false,
+                            is_released: false,
                         });
                     }
                 }
-                Record::Ended {
-                    offset,
-                    end: End::Unwritten,
-                    ..
-                } => {
+                Record::Ended { offset, end, .. } => {
                     if let Some(&place) = last.get(&(generation, offset)) {
-                        journaled[place].is_unwritten = true;
+                        journaled[place].is_unwritten |= end == End::Unwritten;
+                        journaled[place].is_released |= end == End::Released;
                     }
                 }
                 _ => {}
