@@ -283,7 +283,7 @@ impl Kept {
         let path = self.parts.extensions.get::<MatchedPath>();
         let path = path.map_or("", MatchedPath::as_str);
         self.parts.method != Method::POST
-            || !["/redrives", "/seek", "/purge"]
+            || !["/redrives", "/seek", "/purge", "/in-flight/expire"]
                 .iter()
                 .any(|end| path.ends_with(end))
     }

@@ -1,5 +1,5 @@
--- Of queues whose place is known, those whose log does not have it: it ends before, or has another message where the queue noted one
---. One look at the end of each log, one by the index at each noted place. A leaf that
+-- Of queues whose place is known, those whose log does not have it: it ends before, or has another message where the queue noted
+-- one. One look at the end of each log, one by the index at each noted place. A leaf that
 -- is emptied meanwhile can look like that, so a hit is looked at again by a later snapshot.
 with ends as (
     select h.stream_id, h.floor, greatest(h.floor, coalesce(t.last, 0)) as last
