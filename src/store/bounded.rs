@@ -29,8 +29,10 @@ pub(in crate::store) const HEARTBEAT: Limit = Limit::of(5, 5);
 /// To begin with, longer than a group commit or a read of a page takes on a disk that is not ill, and not longer than who waits for a
 /// group is kept waiting; then longer than any that makes progress.
 pub(in crate::store) const STATEMENT: Limit = Limit::of(10, 60);
-/// For statements whose size grows with what has piled up.
-pub(in crate::store) const LONG_STATEMENT: Limit = Limit::of(120, 120);
+/// For statements whose size grows with what has piled up. To begin with, less than a stop waits for whoever is in the middle of one.
+pub(in crate::store) const LONG_STATEMENT: Limit = Limit::of(20, 120);
+/// For an origin's, the largest of which reads a window of all that has piled up there.
+pub(in crate::store) const ORIGIN_STATEMENT: Limit = Limit::of(120, 120);
 
 impl Limit {
     const fn of(first_seconds: u64, longest_seconds: u64) -> Self {

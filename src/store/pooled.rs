@@ -11,8 +11,9 @@ use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use sqlx::postgres::{PgPool, PgQueryResult, PgRow, PgStatement, PgTypeInfo};
 use sqlx::{Connection as _, Either, Error, Execute, Executor, PgConnection, Postgres, SqlStr};
 
-/// Longer than any of these statements takes: what grows without end has connections of its own.
-const STATEMENT: Duration = Duration::from_secs(30);
+/// Longer than any of these statements takes, since what grows without end has connections of its own; less than a stop waits for
+/// whoever is in the middle of one.
+const STATEMENT: Duration = Duration::from_secs(15);
 /// For a sign of life of a connection that was idle: several may be dead in the time that somebody waits for one.
 const PING: Duration = Duration::from_secs(2);
 

@@ -99,7 +99,7 @@ pub async fn publish_scheduled(
 ) -> Result<PublishedScheduled, Error> {
     let (status, last, count): (String, Option<i64>, i32) = bounded(
         "publishing scheduled messages",
-        LONG_STATEMENT,
+        STATEMENT,
         sqlx::query_as(
             "select status, last_offset, message_count from postroad_broker.publish_scheduled($1, $2, $3, $4)",
         )
