@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Error;
 
@@ -17,7 +17,7 @@ use super::Error;
 pub(in crate::store) struct Limit {
     first: Duration,
     /// Each time that a statement of a kind is given up, the next of its kind is waited for twice as long, up to so long, until one is
-    /// answered: one that is slow and makes progress is not begun anew for ever, and does not leave a session that still
+    /// answered within the first limit: one that is slow and makes progress is not begun anew for ever, and does not leave a session that still
     /// works on it each time.
     longest: Duration,
 }
@@ -31,8 +31,6 @@ pub(in crate::store) const HEARTBEAT: Limit = Limit::of(5, 5);
 pub(in crate::store) const STATEMENT: Limit = Limit::of(10, 60);
 /// For statements whose size grows with what has piled up. To begin with, less than a stop waits for whoever is in the middle of one.
 pub(in crate::store) const LONG_STATEMENT: Limit = Limit::of(20, 120);
-/// For an origin's, the largest of which reads a window of all that has piled up there.
-pub(in crate::store) const ORIGIN_STATEMENT: Limit = Limit::of(120, 120);
 
 impl Limit {
     const fn of(first_seconds: u64, longest_seconds: u64) -> Self {
@@ -68,16 +66,19 @@ impl GivenUp {
         }
     }
 
-    fn note(&self, doing: &'static str, is_given_up: bool) {
-        if !is_given_up && self.kinds.load(Ordering::Acquire) == 0 {
-            return;
-        }
+    fn add(&self, doing: &'static str) {
         let mut counts = self.counts();
-        match is_given_up {
-            true => *counts.entry(doing).or_default() += 1,
-            false => _ = counts.remove(doing),
-        }
+        *counts.entry(doing).or_default() += 1;
         self.kinds.store(counts.len(), Ordering::Release);
+    }
+
+    /// One was answered in time.
+    fn forget(&self, doing: &str) {
+        if self.kinds.load(Ordering::Acquire) > 0 {
+            let mut counts = self.counts();
+            counts.remove(doing);
+            self.kinds.store(counts.len(), Ordering::Release);
+        }
     }
 }
 
@@ -101,9 +102,13 @@ async fn bounded_by<T>(
     limit: Limit,
     statement: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, Error> {
-    let limit = limit.after(given_up.count(doing));
-    let done = tokio::time::timeout(limit, statement).await;
-    given_up.note(doing, done.is_err());
+    let (began, longest) = (Instant::now(), limit.after(given_up.count(doing)));
+    let done = tokio::time::timeout(longest, statement).await;
+    if done.is_err() {
+        given_up.add(doing);
+    } else if began.elapsed() <= limit.first {
+        given_up.forget(doing);
+    }
     done.unwrap_or_else(timed_out).map_err(Error::query(doing))
 }
 
@@ -124,8 +129,8 @@ mod tests {
     use super::*;
 
     const QUICK: Limit = Limit {
-        first: Duration::from_millis(1),
-        longest: Duration::from_millis(4),
+        first: Duration::from_millis(50),
+        longest: Duration::from_millis(400),
     };
 
     #[tokio::test]
@@ -138,6 +143,13 @@ mod tests {
             assert_eq!(given_up.count("asking"), times);
         }
         assert_eq!(given_up.count("asking for something else"), 0);
+        // One that is slow and comes is waited for as long again.
+        let slow = async {
+            tokio::time::sleep(QUICK.first * 2).await;
+            Ok(())
+        };
+        assert!(bounded_by(&given_up, "asking", QUICK, slow).await.is_ok());
+        assert_eq!(given_up.count("asking"), 3);
         // An answer, whatever it says: the server is there.
         let refused = std::future::ready(Err::<(), _>(sqlx::Error::RowNotFound));
         let _ = bounded_by(&given_up, "asking", QUICK, refused).await;

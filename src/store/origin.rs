@@ -13,7 +13,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqlSafeStr as _, SqlStr};
 use uuid::Uuid;
 
-use super::bounded::{ORIGIN_STATEMENT, bounded, connecting};
+use super::bounded::{LONG_STATEMENT, bounded, connecting};
 use super::mapped::{Misfit, Relation};
 pub use super::outbox_row::{OutboxRow, Place};
 use super::outbox_row::{read_place, read_row};
@@ -107,7 +107,7 @@ pub(in crate::store) fn statement<T>(
     doing: &'static str,
     future: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> impl Future<Output = Result<T, Error>> {
-    bounded(doing, ORIGIN_STATEMENT, future)
+    bounded(doing, LONG_STATEMENT, future)
 }
 
 impl Session {

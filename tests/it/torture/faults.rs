@@ -51,7 +51,7 @@ pub enum Fault {
     FailingFlush,
     FullDisk,
     NodeClock,
-    /// The database's clock jumps an hour ahead.
+    /// The database's clock jumps ahead, an hour or some seconds.
     DatabaseClock,
     /// It is set back by some seconds.
     DatabaseClockBack,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sqlx::{Connection as _, PgConnection};
 
+use super::HOUR;
 use super::faults::{Fault, cut_later, millis};
 use super::world::{MAPPED, World};
 use crate::support::clock;
@@ -53,7 +54,12 @@ pub async fn act(world: &mut World, fault: Fault, dice: &mut Dice) {
             hold(&shop.origin.url, fault, pause, dice).await;
         }
         Fault::DatabaseClock => {
-            set_clock(world, 3_600).await;
+            let most = world.ground.clock_jump.unwrap_or(1);
+            let jump = match most {
+                HOUR => HOUR,
+                few => 1 + dice.below(few as usize) as i64,
+            };
+            set_clock(world, jump).await;
             tokio::time::sleep(pause).await;
         }
         Fault::DatabaseClockBack => {
@@ -65,10 +71,11 @@ pub async fn act(world: &mut World, fault: Fault, dice: &mut Dice) {
 }
 
 async fn set_clock(world: &mut World, by_seconds: i64) {
-    let (ahead, back) = &mut world.clock;
-    *ahead += by_seconds;
-    *back -= by_seconds.min(0);
-    clock::set(&world.url, &format!("{ahead} seconds")).await;
+    world.clock_ahead += by_seconds;
+    if by_seconds < HOUR {
+        world.clock_jumped += by_seconds.abs();
+    }
+    clock::set(&world.url, &format!("{} seconds", world.clock_ahead)).await;
 }
 
 /// Half of a database's sessions end.

@@ -31,8 +31,8 @@ const MAPPED_KIND: Kind = Kind::NumberedDelete;
 pub struct Ground {
     /// The broker's Postgres flushes, and its disk is a small one where that can be had.
     pub has_disk: bool,
-    /// The clocks of the nodes and of the broker's database can be set.
-    pub has_clocks: bool,
+    /// The clocks of the nodes and of the broker's database can be set, and jump by so many seconds at most.
+    pub clock_jump: Option<i64>,
     /// What comes seldom comes within seconds: a mapped table, messages that are due later, small leaves and journals.
     pub is_rich: bool,
 }
@@ -63,8 +63,10 @@ pub struct World {
     /// Whether the server's disk is small enough to be filled.
     pub is_small: bool,
     pub ground: Ground,
-    /// What the database's clock is ahead by, in seconds, and by how much it was set back, all in all.
-    pub clock: (i64, i64),
+    /// What the database's clock is ahead by, in seconds.
+    pub clock_ahead: i64,
+    /// By how much it jumped, all in all, the hours left out.
+    pub clock_jumped: i64,
     /// Logs of the nodes.
     pub folder: tempfile::TempDir,
 }
@@ -82,7 +84,7 @@ impl World {
         shop::open(&local).await;
         audit::install(&url).await;
         leases::watch(&url).await;
-        if ground.has_clocks {
+        if ground.clock_jump.is_some() {
             clock::settable(&url).await;
         }
         let mut shops = vec![Shop {
@@ -106,7 +108,8 @@ impl World {
             server,
             is_small,
             ground,
-            clock: (0, 0),
+            clock_ahead: 0,
+            clock_jumped: 0,
             folder,
         };
         let nodes = (0..sizes.nodes).map(|number| world.node(number, ground));
@@ -144,7 +147,7 @@ impl World {
         }
         let origins = Value::Object(origins).to_string();
         variables.push(("POSTROAD_ORIGINS".to_owned(), origins));
-        let clock = match (ground.has_clocks, tools::fake_time()) {
+        let clock = match (ground.clock_jump.is_some(), tools::fake_time()) {
             (true, Some(library)) => {
                 let file = self.folder.path().join(format!("clock-{number}"));
                 tools::set_clock(&file, 0);
