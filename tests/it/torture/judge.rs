@@ -239,9 +239,9 @@ fn rest(samples: &[Sample], stopped_at: Time) -> String {
         Some(at) => format!("{} ms", (at - stopped_at).num_milliseconds().max(0)),
         None => "not".to_owned(),
     };
-    let relayed = samples.iter().cloned().map(|sample| Sample {
+    let relayed = samples.iter().map(|sample| Sample {
         depth: sample.depth.map(|_| 0),
-        ..sample
+        ..sample.clone()
     });
     let relayed: Vec<Sample> = relayed.collect();
     let (relayed, settled) = (after(&relayed), after(samples));
