@@ -133,7 +133,9 @@ impl Task {
         if self.fold_wanted {
             self.machine.journal_scan(self.machine.scanned_through());
         }
-        if !self.machine.has_batch() && !self.fold_wanted && !self.redrives.has_steps() {
+        let has_nothing =
+            !self.machine.has_batch() && !self.fold_wanted && !self.redrives.has_steps();
+        if has_nothing && !self.is_to_be_confirmed() {
             let answers = std::mem::take(&mut self.answers);
             self.answer(answers);
             return;
@@ -178,6 +180,12 @@ impl Task {
             is_fold,
             watermark: self.machine.watermark(),
         });
+    }
+
+    /// Answers that change nothing are given out of memory, and that is void if the slot is another node's by now, as it may be once this
+    /// one was not heard of for its time to live. Then an empty part asks: it is committed under the slot's epoch, or fenced.
+    fn is_to_be_confirmed(&self) -> bool {
+        !self.answers.is_empty() && !self.parts.cluster.is_trusted()
     }
 
     fn count(&self, records: &[Record], letters: usize) {

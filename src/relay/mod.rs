@@ -72,7 +72,7 @@ pub struct Options {
     /// How long outbox rows stay after the position passed them, which is what makes a failover of the broker's database
     /// repairable. At most [`GRACE_MAX`].
     pub grace: Duration,
-    /// The pause between steps while producers are at work.
+    /// The pause between steps while producers are at work; twice that after a step with many rows.
     pub poll_min: Duration,
     /// The pause between steps of an idle origin.
     pub poll_max: Duration,

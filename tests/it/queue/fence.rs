@@ -1,10 +1,10 @@
 //! What stands between an answer, its commit and the next owner, with the commit held up in the database: the journal is locked by
 //! somebody else, so that a call has read the epoch and has not written.
 
-use postroad::queue::{InFlightFilter, ReceiveRequest, Verb};
+use postroad::queue::{self, InFlightFilter, ReceiveRequest, Verb};
 use sqlx::{AssertSqlSafe, PgConnection};
 
-use super::{Broker, HOUR, at_once, items, name};
+use super::{Broker, HOUR, at_once, declaration, items, name};
 use crate::support::{self, TestDatabase};
 
 /// Nothing is journaled until it ends.
@@ -176,4 +176,43 @@ async fn a_delivery_is_not_answered_before_its_row_is_committed() {
         "two deliveries have one number: {answered:?}"
     );
     next.stop().await;
+}
+
+/// What a node remembers that was not heard of for its time to live may be long over: another node may have the queue, and have handed out
+/// and settled since.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_nothing_is_not_answered_out_of_a_memory_that_may_be_over() {
+    let database = support::database().await;
+    let proxy = support::proxy(&database.url).await;
+    // The queues' journal is reached, and the node's heartbeat is not.
+    let url = proxy.url(&database.url);
+    let broker = Broker::start(&url, &database.url, queue::Options::default()).await;
+    let declaration = declaration(at_once(16));
+    broker.queue.declare(name(), declaration).await.unwrap();
+    broker.publish("orders.created", 1).await;
+    let taken = broker.take(1, HOUR).await;
+    let settle = async || {
+        let queue = name();
+        let acked = broker.queue.settle(&queue, Verb::Ack, items(&taken));
+        acked.await
+    };
+    assert_eq!(settle().await.unwrap(), [queue::Outcome::Acked]);
+    proxy.hold();
+    support::eventually("the node not to be trusted", || async {
+        (!broker.cluster.is_trusted()).then_some(())
+    })
+    .await;
+    // Nobody has the queue yet.
+    assert_eq!(settle().await.unwrap(), [queue::Outcome::AlreadySettled]);
+    sqlx::query("update postroad_broker.lease set epoch = epoch + 1, holder = null where name like 'slot/%'")
+        .execute(&mut database.connect().await)
+        .await
+        .unwrap();
+    let refused = settle().await;
+    assert!(
+        matches!(refused, Err(queue::Error::NotOwner { .. })),
+        "{refused:?}"
+    );
+    proxy.open();
+    broker.kill();
 }
