@@ -30,7 +30,7 @@ impl Entry {
 }
 
 impl Queue {
-    /// To be told the time once the state is read. Gives how many messages were held beyond what can be.
+    /// Told the time when the state has been read. Gives how many messages were held beyond what can be.
     pub fn meet_clock(&mut self, now: At) -> usize {
         let ahead = self.entries.values();
         let ahead = ahead.filter(|entry| entry.set_back(now).is_some()).count();
@@ -186,8 +186,8 @@ mod tests {
         queue.settle(Verb::Nack, &[item(2)], At(SECOND));
         let before = until(&queue);
         queue.take_batch();
-        for now in [SECOND, 29 * SECOND, HOUR, 1_000 * HOUR] {
-            assert_eq!(queue.meet_clock(At(now)), 0);
+        for moment in [SECOND, 29 * SECOND, HOUR, 1_000 * HOUR] {
+            assert_eq!(queue.meet_clock(At(moment)), 0);
         }
         assert_eq!(until(&queue), before);
         assert!(!queue.has_batch());
