@@ -21,7 +21,7 @@ const TTL: Duration = Duration::from_secs(2);
 const QUEUES: usize = 24;
 
 /// Starts a node.
-async fn node(url: &str) -> Program {
+pub(crate) async fn node(url: &str) -> Program {
     let variables = [
         ("POSTROAD_NODE_TTL_SECONDS", "2"),
         ("POSTROAD_NODE_HEARTBEAT_SECONDS", "0.2"),

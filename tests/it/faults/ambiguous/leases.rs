@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Cut, Mark, Snare, bigint};
 use crate::history::owners::check;
-use crate::nodes::settled;
+use crate::nodes::{node, settled};
 use crate::support::consumer::{items, publish};
 use crate::support::leases::{events, watch};
 use crate::support::{self, Action, Consumer, Http, Program, Proxy};
@@ -43,15 +43,6 @@ impl Write {
             passes: 0,
         }
     }
-}
-
-async fn node(url: &str) -> Program {
-    let variables = [
-        ("POSTROAD_NODE_TTL_SECONDS", "2"),
-        ("POSTROAD_NODE_HEARTBEAT_SECONDS", "0.2"),
-        ("POSTROAD_DATABASE_POOL_SIZE", "8"),
-    ];
-    support::program(url, &variables).await
 }
 
 /// The node itself, as it sees it.
