@@ -94,7 +94,7 @@ impl Collector for Metrics {
             "postroad_relay_gaps",
             "Times that rows were emptied that the broker, restored from a backup, can lack",
             &statuses,
-            |s| s.gap_count,
+            |s| s.gap_count.unwrap_or_default(),
         )?;
         counter(
             to,

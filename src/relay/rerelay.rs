@@ -17,7 +17,7 @@ use crate::store;
 impl Relay {
     pub(super) fn show_gaps(&self, gaps: Option<Gaps>) {
         self.status.send_modify(|status| {
-            status.gap_count = gaps.map_or(0, |gaps| gaps.count);
+            status.gap_count = Some(gaps.map_or(0, |gaps| gaps.count));
             status.gap_at = gaps.map(|gaps| gaps.last_at);
         });
     }

@@ -13,7 +13,7 @@ use crate::domain::name::OriginName;
 pub enum State {
     /// Another node relays this origin, or this one is about to.
     Waiting,
-    /// Finding its position and its origin.
+    /// Finding its origin.
     Connecting,
     /// Moving what producers commit.
     Running,
@@ -117,7 +117,8 @@ pub struct Status {
     /// Times that this process read all of the outbox again.
     pub rerelay_count: u64,
     /// Times that rows were found emptied that the broker's database, restored from a backup, can lack: ever, by whatever process.
-    pub gap_count: u64,
+    /// None until the stored position is read, which says so.
+    pub gap_count: Option<u64>,
     /// When that was last.
     pub gap_at: Option<DateTime<Utc>>,
     /// Windows opened by this process.
@@ -146,7 +147,7 @@ impl Status {
             relayed_count: 0,
             rejected_count: 0,
             rerelay_count: 0,
-            gap_count: 0,
+            gap_count: None,
             gap_at: None,
             step_count: 0,
             step_time: Duration::ZERO,

@@ -260,9 +260,6 @@ impl Relay {
         if self.supervisor.is_stopping() {
             return Err(Trouble::Stopping);
         }
-        if matches!(self.state().0, State::Waiting) {
-            self.set_state(State::Connecting, None);
-        }
         let recovered = store::relay::recover_position(&self.broker, self.id, fence).await;
         let stored = match recovered.map_err(Trouble::Broker)? {
             Recovered::Position(stored) => stored,
@@ -275,6 +272,9 @@ impl Relay {
         };
         let gaps = position.as_ref().and_then(|position| position.gaps);
         self.show_gaps(gaps);
+        if matches!(self.state().0, State::Waiting) {
+            self.set_state(State::Connecting, None);
+        }
         let mut session = Session::open(&self.source).await.map_err(Trouble::Origin)?;
         self.check_installed(&mut session).await?;
         let emptied = session.find_emptied(self.cluster.identity().id).await;

@@ -18,7 +18,7 @@ use crate::http::forward;
 use crate::http::openapi::{NoOrigin, NoRejected, Reads, Resends};
 use crate::http::problem::Problem;
 use crate::http::state::State;
-use crate::relay::{Correction, Status};
+use crate::relay::{self, Correction, Status};
 
 /// The state of a relay that another node has, as this one's stand-in shows it.
 const WAITING: &str = "waiting";
@@ -57,8 +57,8 @@ struct Origin {
     /// Times that this process read all of the outbox again.
     rerelay_count: u64,
     /// Times that rows were found emptied that the broker's database, restored from a backup, can lack: messages are missing. Kept over
-    /// restarts.
-    gap_count: u64,
+    /// restarts; null until a node that answers has read it.
+    gap_count: Option<u64>,
     /// When that was last; null if never.
     #[schema(format = DateTime)]
     gap_at: Option<String>,
@@ -149,6 +149,9 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 }
 
 fn origin(status: Status, now: DateTime<Utc>) -> Origin {
+    // What this node knew of gaps when it last had the relay may be over.
+    let is_elsewhere = status.state == relay::State::Waiting;
+    let gap_at = status.gap_at.filter(|_| !is_elsewhere);
     Origin {
         lag_seconds: status.lag(now).map(|lag| lag.as_secs_f64()),
         name: status.name.to_string(),
@@ -164,8 +167,8 @@ fn origin(status: Status, now: DateTime<Utc>) -> Origin {
         relayed_count: status.relayed_count,
         rejected_count: status.rejected_count,
         rerelay_count: status.rerelay_count,
-        gap_count: status.gap_count,
-        gap_at: status.gap_at.map(wire::time),
+        gap_count: status.gap_count.filter(|_| !is_elsewhere),
+        gap_at: gap_at.map(wire::time),
         blocked: status.blocked.map(|blocked| Blocked {
             leaf: blocked.leaf,
             pid: blocked.pid,
