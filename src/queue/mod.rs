@@ -29,6 +29,7 @@ mod receive;
 mod recovery;
 mod redrive;
 mod refused;
+mod rejoin;
 mod renewal;
 mod scans;
 #[cfg(test)]

@@ -81,6 +81,7 @@ impl Answer {
 /// What is with the writer.
 pub(in crate::queue) struct Submitted {
     decided_at: Instant,
+    submitted_at: Instant,
     done: oneshot::Receiver<Written>,
     answers: Vec<Answer>,
     has_records: bool,
@@ -97,10 +98,29 @@ impl Task {
             true => self.linger_until.or(Some(now + LINGER)),
             false => None,
         };
-        if self.linger_until.is_none_or(|until| until <= now) {
-            self.linger_until = None;
+        self.rejoin_until = match self.linger_until {
+            Some(_) => None,
+            None => self.rejoined_at(now),
+        };
+        if self.rejoin_until.is_some() {
+            self.decided_at.get_or_insert(now);
+        }
+        let until = self.linger_until.or(self.rejoin_until);
+        if until.is_none_or(|until| until <= now) {
             self.submit();
         }
+    }
+
+    /// Until when those are waited for whom the last part answered: while messages wait that they could have.
+    fn rejoined_at(&mut self, now: Instant) -> Option<Instant> {
+        let counts = self.machine.counts();
+        let has_messages = counts.fresh + counts.again > counts.waiting;
+        let are_served = !self.parts.is_paused && !self.is_standing() && !self.machine.is_full();
+        let is_ready = self.submitted.is_none() && self.machine.has_batch();
+        if !has_messages || !are_served || !is_ready || self.answers.is_empty() {
+            return None;
+        }
+        self.rejoin.until(self.answers.len(), now)
     }
 
     /// Whether nobody waits for what was decided but long polls, which wait for messages anyway.
@@ -171,8 +191,12 @@ impl Task {
             self.ending = Some(Why::Cut);
             return;
         }
+        let now = Instant::now();
+        (self.linger_until, self.rejoin_until) = (None, None);
+        self.rejoin.submit(self.answers.len());
         self.submitted = Some(Submitted {
-            decided_at: self.decided_at.take().unwrap_or_else(Instant::now),
+            decided_at: self.decided_at.take().unwrap_or(now),
+            submitted_at: now,
             done: receiver,
             answers: std::mem::take(&mut self.answers),
             has_records,
@@ -225,6 +249,9 @@ impl Task {
                 if part.has_forwards {
                     self.parts.shared.forward.notify_one();
                 }
+                let now = Instant::now();
+                let (answered, took) = (part.answers.len(), now - part.submitted_at);
+                self.rejoin.commit(answered, self.answers.len(), took, now);
                 self.answer(part.answers);
             }
             Some(Written::Fenced) => {

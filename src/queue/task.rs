@@ -28,6 +28,7 @@ use super::message::{Act, Acted};
 use super::order::{Marked, Marks};
 use super::part::{Answer, Submitted, committed};
 use super::redrive::{self, Redrives};
+use super::rejoin::Rejoin;
 use super::scans::Scans;
 use super::waiters::Waiters;
 use super::writer::{Contact, Outage, Submission};
@@ -147,6 +148,10 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) decided_at: Option<Instant>,
     /// Until when decisions that nobody is in a hurry for wait for others.
     pub(in crate::queue) linger_until: Option<Instant>,
+    /// Who is likely to be back after the last part.
+    pub(in crate::queue) rejoin: Rejoin,
+    /// Until when decisions wait for them.
+    pub(in crate::queue) rejoin_until: Option<Instant>,
     pub(in crate::queue) returned: (
         mpsc::UnboundedSender<Vec<Receipt>>,
         mpsc::UnboundedReceiver<Vec<Receipt>>,
@@ -199,6 +204,8 @@ impl Task {
             submitted: None,
             decided_at: None,
             linger_until: None,
+            rejoin: Rejoin::default(),
+            rejoin_until: None,
             returned: mpsc::unbounded_channel(),
             outage,
             moved,
@@ -352,7 +359,8 @@ impl Task {
         // Nobody is served, so a batch's time to fill may be over for long.
         let is_served = !self.parts.is_paused && !self.is_standing();
         let fills = self.waiters.fills_until().filter(|_| is_served);
-        for until in [ends, fills, self.linger_until].into_iter().flatten() {
+        let submits = self.linger_until.or(self.rejoin_until);
+        for until in [ends, fills, submits].into_iter().flatten() {
             wake_at = wake_at.min(until);
         }
         if !self.is_standing() {
