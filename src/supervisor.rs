@@ -156,3 +156,13 @@ impl Default for Supervisor {
         Self::new()
     }
 }
+/// Waits. Tokio's timer counts whole milliseconds and rounds up, so a time below one is slept on a thread for what blocks: nothing is
+/// lost with it at the stop.
+pub async fn pause(time: Duration) {
+    if time >= Duration::from_millis(1) {
+        return tokio::time::sleep(time).await;
+    }
+    #[expect(clippy::disallowed_methods, reason = "the thread is there for it")]
+    let sleep = move || std::thread::sleep(time);
+    let _ = tokio::task::spawn_blocking(sleep).await;
+}

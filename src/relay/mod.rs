@@ -9,6 +9,7 @@ mod decide;
 mod deletion;
 mod handle;
 mod metrics;
+mod pace;
 mod position;
 mod rejected;
 mod rerelay;
@@ -72,9 +73,9 @@ pub struct Options {
     /// How long outbox rows stay after the position passed them, which is what makes a failover of the broker's database
     /// repairable. At most [`GRACE_MAX`].
     pub grace: Duration,
-    /// The pause between steps while producers are at work; twice that after a step with many rows.
+    /// The pause after a step that found nothing; each one after it is twice as long.
     pub poll_min: Duration,
-    /// The pause between steps of an idle origin.
+    /// The longest of them: between steps of an idle origin. (While many rows come it is `pace::SHARED`.)
     pub poll_max: Duration,
     /// The most rows in one append.
     pub page_rows: usize,
@@ -95,7 +96,7 @@ impl Default for Options {
                 mapping: None,
             }],
             grace: Duration::from_secs(600),
-            poll_min: Duration::from_millis(1),
+            poll_min: Duration::from_micros(500),
             poll_max: Duration::from_millis(100),
             page_rows: 4_000,
             page_bytes: 4 << 20,

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::decide::next_number;
+use super::pace::Pace;
 use super::position::{Gaps, Position};
 use super::rotation::Rotation;
 use super::status::{State, Status};
@@ -29,8 +30,6 @@ use crate::{cluster, failpoint, supervisor};
 
 /// How often folds, history and rotation are looked at.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// So many rows in a step, or fewer, and producers are not at full speed: a short way counts for more than a full commit.
-const FEW_ROWS: usize = 4;
 /// The first pause after trouble.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 
@@ -352,7 +351,7 @@ impl Run<'_> {
         retry: &mut Duration,
     ) -> Trouble {
         let options = &self.relay.options;
-        let mut pause = options.poll_min;
+        let mut pace = Pace::new(options, Instant::now());
         let mut upkeep_at = Instant::now();
         loop {
             if self.relay.supervisor.is_stopping() {
@@ -373,15 +372,11 @@ impl Run<'_> {
                 }
                 upkeep_at = Instant::now() + UPKEEP_INTERVAL;
             }
-            pause = match stepped.rows {
-                0 => (pause * 2).min(options.poll_max),
-                rows if rows * 8 >= options.page_rows => continue,
-                // Each step has a commit, which more rows can share at the price of a millisecond.
-                rows if rows > FEW_ROWS => options.poll_min * 2,
-                _ => options.poll_min,
+            let Some(time) = pace.after(stepped.rows, options, Instant::now()) else {
+                continue;
             };
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                () = supervisor::pause(time) => {}
                 () = self.relay.supervisor.stopping() => {}
                 _ = lease.changed() => {}
             }
