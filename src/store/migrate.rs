@@ -1,4 +1,4 @@
-//! The schema's migrations, embedded. Up-only, never edited once landed, each in its own transaction under one lock.
+//! The schema's migrations, embedded. Up-only, never edited once released, each in its own transaction under one lock.
 
 use sqlx::SqlSafeStr as _;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
@@ -95,7 +95,7 @@ fn migrator(files: &[File], schema: &'static str) -> Migrator {
 /// Brings the broker's schema, `postroad_broker`, up to date. Safe to call from several processes at once.
 ///
 /// # Errors
-/// A migration that failed, or a landed one that was edited; [`Error::SchemaTooNew`].
+/// A migration that failed, or one applied before that was edited; [`Error::SchemaTooNew`].
 pub async fn broker(database: &Database) -> Result<(), Error> {
     let known = BROKER.last().map_or(0, |file| file.0);
     if let Some(needed) = needed(database).await?.filter(|needed| *needed > known) {
@@ -139,7 +139,7 @@ pub enum Grants {
 /// database: `postroad install` does.
 ///
 /// # Errors
-/// A migration that failed, or a landed one that was edited; grants refused.
+/// A migration that failed, or one applied before that was edited; grants refused.
 pub async fn origin(database: &Database) -> Result<Grants, Error> {
     let roles = &["postroad_producer", "postroad_relay"];
     install(database, ORIGIN, ORIGIN_GRANTS, roles).await
@@ -149,7 +149,7 @@ pub async fn origin(database: &Database) -> Result<Grants, Error> {
 /// right. Safe to call from several processes at once, and idempotent. An outbox and an inbox may stand beside it.
 ///
 /// # Errors
-/// A migration that failed, or a landed one that was edited; grants refused.
+/// A migration that failed, or one applied before that was edited; grants refused.
 pub async fn fence(database: &Database) -> Result<Grants, Error> {
     install(database, FENCE, FENCE_GRANTS, &["postroad_fenced"]).await
 }
@@ -158,7 +158,7 @@ pub async fn fence(database: &Database) -> Result<Grants, Error> {
 /// rights. Safe to call from several processes at once, and idempotent. An outbox may stand beside it.
 ///
 /// # Errors
-/// A migration that failed, or a landed one that was edited; grants refused.
+/// A migration that failed, or one applied before that was edited; grants refused.
 pub async fn inbox(database: &Database) -> Result<Grants, Error> {
     install(database, INBOX, INBOX_GRANTS, &["postroad_consumer"]).await
 }

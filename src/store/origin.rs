@@ -212,8 +212,8 @@ impl Session {
         let text = match failpoint::is_mutant("order-by-xid") {
             false => self.text(include_str!("sql/open_outbox_window.sql")),
             true => AssertSqlSafe(include_str!("sql/open_outbox_window.sql").replace(
-                "over (order by found.seq)",
-                "over (order by found.xid, found.seq)",
+                "over (order by found.seq rows",
+                "over (order by found.xid, found.seq rows",
             ))
             .into_sql_str(),
         };
@@ -562,14 +562,22 @@ const ROWS_BY_PLACE: &str = "select seq, topic, payload, payload_bytes, key, typ
             as deliver_at_is_valid
     from postroad.outbox_/*leaf*/ where ctid = any($1::text[]::tid[])";
 
+/// A row and its place, null where there is none but this.
+fn numbered(row: &PgRow) -> Result<(Option<i64>, &PgRow), sqlx::Error> {
+    Ok((row.try_get("n")?, row))
+}
+
 fn read_opened(found: &[PgRow], max_rows: usize) -> Result<Opened, sqlx::Error> {
-    let first = found.first().ok_or(sqlx::Error::RowNotFound)?;
+    let mut found = found.iter().map(numbered).collect::<Result<Vec<_>, _>>()?;
+    // As they come, but nobody promises that.
+    found.sort_by_key(|(n, _)| *n);
+    let (_, first) = found.first().ok_or(sqlx::Error::RowNotFound)?;
     let identity = read_identity(first)?;
     let mut rows = Vec::new();
     let mut is_whole = true;
     if first.try_get::<Option<i64>, _>("seq")?.is_some() {
         is_whole = found.len() <= max_rows;
-        for row in found {
+        for (_, row) in found {
             is_whole &= row.try_get::<Option<bool>, _>("is_whole")?.unwrap_or(false);
             rows.push(read_row(row)?);
         }

@@ -1,5 +1,5 @@
--- Opens a relay's window: what became visible between the snapshot $1 and now. One row at least; the first carries the identity
--- and the new snapshot, and each row with a seq is an outbox row. $2 is the position's mark (null: none to look for), $3 the
+-- Opens a relay's window: what became visible between the snapshot $1 and now. One row at least, in any order; the
+-- first by `n` carries the identity and the new snapshot, and each row with a seq is an outbox row. $2 is the position's mark (null: none to look for), $3 the
 -- most rows, $4 the most bytes of payloads and headers returned. With more than $3 rows, or a null `is_whole`, the window is large.
 --
 -- Why it is safe:
@@ -16,6 +16,9 @@
 --
 -- Its plan is kept, since making it takes five times as long as an ordinary window does. It is the same for leaves of any size:
 -- `offset 0` leaves the planner no way to the rows but their index, with the ids of a span at hand.
+--
+-- Rows are wide, and each node of the plan that keeps them copies them: one sort and one window for both sums, no CTE of its own and no
+-- sort at the end made 1.0 ms of 1.6 for 400 rows.
 with step as materialized (
     select pg_current_snapshot() as now, $1::text::pg_snapshot as last
 ),
@@ -42,7 +45,7 @@ spans as materialized (
     from step, pg_snapshot_xip(step.last) as x
     where case when pg_visible_in_snapshot(x, step.now) then pg_xact_status(x) is distinct from 'aborted' else false end
 ),
-found as materialized (
+found as not materialized (
     select o.*
     from step, spans, lateral (
         select * from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high offset 0
@@ -53,7 +56,7 @@ found as materialized (
 numbered as (
     select
         found.*,
-        row_number() over (order by found.seq) as n,
+        count(*) over (order by found.seq rows unbounded preceding) as n,
         sum(coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0) + coalesce(octet_length(headers::text), 0)) over (order by found.seq rows unbounded preceding)
             <= $4::bigint as is_whole
     from found
@@ -80,7 +83,7 @@ select
     case when coalesce(r.n, 1) = 1 then i.is_ahead end as is_ahead,
     case when coalesce(r.n, 1) = 1 then i.snapshot end as snapshot,
     case when coalesce(r.n, 1) = 1 then i.read_at end as read_at,
-    r.seq, r.is_whole, r.topic,
+    r.n, r.seq, r.is_whole, r.topic,
     case when r.is_whole then r.payload end as payload,
     case when r.is_whole then r.payload_bytes end as payload_bytes,
     r.key, r.type, r.id, r.source, r.subject, r.content_type, r.data_schema, r.headers::text as headers,
@@ -92,4 +95,3 @@ select
     coalesce(r.deliver_at >= '0001-01-01 00:00:00+00' and r.deliver_at < '10000-01-01 00:00:00+00', true) as deliver_at_is_valid
 from identity as i
 left join numbered as r on true
-order by r.n
