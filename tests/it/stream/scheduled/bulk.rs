@@ -64,7 +64,7 @@ async fn leaves_that_are_past_are_emptied_and_dropped_and_the_horizon_stays() {
     let db = support::database().await;
     let node = node(&db).await;
     let main = node.main().await;
-    let first = node.schedule(super::due_in(&node, "1", 200)).await;
+    let first = node.schedule(super::due_in(&node, "1", 2_000)).await;
     node.ids(main, 1).await;
     node.stop().await;
     let mut connection = db.database.connect().await.unwrap();
@@ -112,7 +112,7 @@ async fn leaves_that_are_past_are_emptied_and_dropped_and_the_horizon_stays() {
     let forgotten = node.stream.cancel_scheduled(first).await.unwrap();
     assert_eq!(forgotten, Cancelled::Unknown);
     // Leaves come again when they are needed.
-    node.schedule(super::due_in(&node, "2", 100)).await;
+    node.schedule(super::due_in(&node, "2", 2_000)).await;
     assert_eq!(node.ids(main, 2).await, ["1", "2"]);
     node.stop().await;
 }

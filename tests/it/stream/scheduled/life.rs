@@ -177,8 +177,8 @@ async fn what_another_node_accepted_is_published_and_survives_a_restart() {
     let one = node(&db).await;
     let two = node_with(&db.database, "http://two", quick()).await;
     let main = one.main().await;
-    two.schedule(due_in(&two, "by two", 300)).await;
-    let late = one.schedule(due_in(&one, "late", 1_500)).await;
+    two.schedule(due_in(&two, "by two", 2_000)).await;
+    let late = one.schedule(due_in(&one, "late", 4_000)).await;
     assert_eq!(two.ids(main, 1).await, ["by two"]);
     one.stop().await;
     two.stop().await;
