@@ -16,7 +16,6 @@ pub mod migrate;
 #[cfg(feature = "failpoints")]
 mod mutant;
 pub mod origin;
-mod outbox_row;
 mod pooled;
 pub mod queue;
 pub mod redrive;

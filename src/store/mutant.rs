@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::Connection;
 use super::journal::{Rows, read_rows};
-use super::outbox_row::OutboxRow;
+use super::origin::OutboxRow;
 use crate::domain::id::Slot;
 use crate::failpoint;
 

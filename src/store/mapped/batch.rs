@@ -5,8 +5,7 @@ use uuid::Uuid;
 
 use super::PAYLOAD_MAX_BYTES;
 use crate::store::Error;
-use crate::store::origin::{Identity, OutboxRow, Session, read_identity, statement};
-use crate::store::outbox_row::read_row;
+use crate::store::origin::{Identity, OutboxRow, Session, read_identity, read_row, statement};
 
 /// Rows that one statement takes out.
 const DELETE_MAX_ROWS: usize = 5_000;

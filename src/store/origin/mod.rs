@@ -1,0 +1,205 @@
+//! An origin, as its relay's session sees it: schema `postroad` in a database that is the broker's own or somebody else's.
+//!
+//! Every function is one statement or one transaction on a connection of the relay's own, bounded in time: a session whose
+//! statement failed or did not end is dropped with its connection, which is safe since reads, marks and truncations can all be
+//! repeated. A statement's snapshot matters in each of them; the header of its text says why it is the right one.
+//!
+//! Here is the session with its marks; `window` reads what is new, `leaf` gives back the space of what was passed.
+
+mod leaf;
+mod row;
+mod window;
+
+use std::future::Future;
+
+use sqlx::{AssertSqlSafe, Connection as _, SqlSafeStr as _, SqlStr};
+use uuid::Uuid;
+
+use super::bounded::{LONG_STATEMENT, bounded, connecting};
+use super::mapped::{Misfit, Relation};
+use super::{Connection, Database, Error};
+use crate::domain::mapping::Mapping;
+
+pub use leaf::{Emptied, LEAF_COUNT, LEAF_PERIOD, Passed};
+pub(in crate::store) use row::read_row;
+pub use row::{OutboxRow, Place};
+pub(in crate::store) use window::read_identity;
+pub use window::{Identity, Opened};
+
+/// On top of what every session of Postroad sets. A plan made while a leaf was small froze a sequential scan: 150 ms a step
+/// instead of 0.3. So plans are not kept, but for that of a window. A role's statement timeout would end the manifest of a large
+/// window, and its read only default a mark.
+const SESSION: [(&str, &str); 8] = [
+    ("enable_seqscan", "off"),
+    ("plan_cache_mode", "force_custom_plan"),
+    ("jit", "off"),
+    ("max_parallel_workers_per_gather", "0"),
+    ("work_mem", "64MB"),
+    ("statement_timeout", "0"),
+    ("default_transaction_read_only", "off"),
+    ("application_name", "postroad relay"),
+];
+
+/// A relay's connection to its origin.
+#[derive(Debug)]
+pub struct Session {
+    pub(in crate::store) connection: Connection,
+    keeps_plans: bool,
+    /// The table that is read in place of the outbox.
+    mapped: Option<Relation>,
+}
+
+pub(in crate::store) fn statement<T>(
+    doing: &'static str,
+    future: impl Future<Output = Result<T, sqlx::Error>>,
+) -> impl Future<Output = Result<T, Error>> {
+    bounded(doing, LONG_STATEMENT, future)
+}
+
+impl Session {
+    /// Connects, with the settings of a relay's session.
+    ///
+    /// # Errors
+    /// The origin cannot be reached within 10 s, or refuses.
+    pub async fn open(database: &Database) -> Result<Self, Error> {
+        let options = database.options.clone().options(SESSION);
+        let connection = connecting(Connection::connect_with(&options)).await?;
+        Ok(Self {
+            connection,
+            keeps_plans: false,
+            mapped: None,
+        })
+    }
+
+    /// From now on the session reads this table in place of the outbox, if it is as the mapping says.
+    ///
+    /// # Errors
+    /// A statement failed.
+    pub async fn map(&mut self, mapping: &Mapping) -> Result<Result<(), Misfit>, Error> {
+        self.keep_plans(false).await?;
+        let looked = super::mapped::look(&mut self.connection, mapping).await?;
+        Ok(looked.map(|relation| self.mapped = Some(relation)))
+    }
+
+    pub(in crate::store) fn relation(&self) -> Result<&Relation, Error> {
+        self.mapped.as_ref().ok_or_else(|| Error::Corrupt {
+            doing: "reading a mapped table",
+            what: "the session reads none".to_owned(),
+        })
+    }
+
+    /// A statement over the outbox, or over the table in its place.
+    fn text(&self, own: &'static str) -> SqlStr {
+        match &self.mapped {
+            None => own.into_sql_str(),
+            Some(relation) => AssertSqlSafe(relation.rewrite(own)).into_sql_str(),
+        }
+    }
+
+    /// Whether plans that statements have are used again, or made anew for what is in the tables now.
+    async fn keep_plans(&mut self, keeps: bool) -> Result<(), Error> {
+        if self.keeps_plans != keeps {
+            let text = match keeps {
+                true => "set plan_cache_mode = force_generic_plan",
+                false => "set plan_cache_mode = force_custom_plan",
+            };
+            let setting = sqlx::query(text).execute(&mut self.connection);
+            statement("choosing how to plan", setting).await?;
+            self.keeps_plans = keeps;
+        }
+        Ok(())
+    }
+
+    /// Whether the outbox is there and whole. Its index is what pg_restore makes last, so an outbox that is still being
+    /// restored does not pass for one that is empty.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn is_installed(&mut self) -> Result<bool, Error> {
+        statement(
+            "looking for the outbox",
+            sqlx::query_scalar(
+                "select exists (select from pg_catalog.pg_index where indexrelid = to_regclass('postroad.outbox_xid') and indisvalid)
+                    and to_regclass('postroad.relay_mark') is not null",
+            )
+            .fetch_one(&mut self.connection),
+        )
+        .await
+    }
+
+    /// Leaves a mark. Committed when this returns, and with it everything that an earlier snapshot showed: the log is one.
+    ///
+    /// # Errors
+    /// The statement failed: the mark may or may not be there, which is harmless.
+    pub async fn insert_mark(&mut self, mark: Uuid) -> Result<(), Error> {
+        let inserting = match &self.mapped {
+            None => sqlx::query("insert into postroad.relay_mark (id) values ($1)").bind(mark),
+            Some(relation) => {
+                sqlx::query("insert into postroad.mapped_mark (id, table_name) values ($1, $2)")
+                    .bind(mark)
+                    .bind(&relation.table)
+            }
+        };
+        let inserting = inserting.execute(&mut self.connection);
+        statement("leaving a mark in the origin", inserting).await?;
+        Ok(())
+    }
+
+    /// Empties the table of marks but for the one of the stored position, in one transaction. Does nothing (and returns
+    /// false) when somebody reads the table: a dump must not make the relay wait.
+    ///
+    /// # Errors
+    /// The transaction failed.
+    pub async fn fold_marks(&mut self, kept: Uuid) -> Result<bool, Error> {
+        self.keep_plans(false).await?;
+        if self.mapped.is_some() {
+            return self.fold_mapped_marks(kept).await;
+        }
+        statement("folding the marks", async {
+            let mut transaction = self.connection.begin().await?;
+            let locked =
+                sqlx::query("lock table postroad.relay_mark in access exclusive mode nowait")
+                    .execute(&mut *transaction)
+                    .await;
+            if let Err(error) = locked {
+                transaction.rollback().await?;
+                return lock_refused(error).map(|()| false);
+            }
+            sqlx::query("truncate postroad.relay_mark")
+                .execute(&mut *transaction)
+                .await?;
+            sqlx::query("insert into postroad.relay_mark (id) values ($1)")
+                .bind(kept)
+                .execute(&mut *transaction)
+                .await?;
+            transaction.commit().await?;
+            Ok(true)
+        })
+        .await
+    }
+
+    /// Gives rows that carry transaction ids of another life of the database an id of this one, and moves the sequence past
+    /// the highest number. Returns how many rows.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn restamp(&mut self) -> Result<i64, Error> {
+        self.keep_plans(false).await?;
+        let calling = match &self.mapped {
+            None => sqlx::query_scalar("select postroad.relay_restamp()"),
+            Some(relation) => {
+                sqlx::query_scalar("select postroad.mapped_restamp($1)").bind(&relation.table)
+            }
+        };
+        let calling = calling.fetch_one(&mut self.connection);
+        statement("restamping the outbox", calling).await
+    }
+}
+
+/// Passes an error on unless it says that the lock is not to be had.
+fn lock_refused(error: sqlx::Error) -> Result<(), sqlx::Error> {
+    match &error {
+        sqlx::Error::Database(refusal) if refusal.code().as_deref() == Some("55P03") => Ok(()),
+        _ => Err(error),
+    }
+}
