@@ -156,6 +156,7 @@ impl Default for Supervisor {
         Self::new()
     }
 }
+
 /// Waits. Tokio's timer counts whole milliseconds and rounds up, so a time below one is slept on a thread for what blocks: nothing is
 /// lost with it at the stop.
 pub async fn pause(time: Duration) {

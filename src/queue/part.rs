@@ -91,7 +91,8 @@ pub(in crate::queue) struct Submitted {
 }
 
 impl Task {
-    /// Submits what was decided, if anybody gains by it: acks that long polls brought may wait a little for a delivery.
+    /// Submits what was decided, if anybody gains by it: acks that long polls brought may wait a little for a delivery,
+    /// and any decision for those who were answered last and are back in a moment.
     pub(in crate::queue) fn submit_unless_lingering(&mut self) {
         let now = Instant::now();
         self.linger_until = match self.may_linger() {
@@ -113,11 +114,14 @@ impl Task {
 
     /// Until when those are waited for whom the last part answered: while messages wait that they could have.
     fn rejoined_at(&mut self, now: Instant) -> Option<Instant> {
+        let is_ready = self.submitted.is_none() && self.machine.has_batch();
+        if !is_ready || self.answers.is_empty() {
+            return None;
+        }
+        let are_served = !self.parts.is_paused && !self.is_standing() && !self.machine.is_full();
         let counts = self.machine.counts();
         let has_messages = counts.fresh + counts.again > counts.waiting;
-        let are_served = !self.parts.is_paused && !self.is_standing() && !self.machine.is_full();
-        let is_ready = self.submitted.is_none() && self.machine.has_batch();
-        if !has_messages || !are_served || !is_ready || self.answers.is_empty() {
+        if !are_served || !has_messages {
             return None;
         }
         self.rejoin.until(self.answers.len(), now)

@@ -21,7 +21,7 @@ use crate::http::state::State;
 use crate::relay::{self, Correction, Status};
 
 /// The state of a relay that another node has, as this one's stand-in shows it.
-const WAITING: &str = "waiting";
+const WAITING: &str = relay::State::Waiting.as_str();
 
 /// An origin, as its relay sees it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -59,7 +59,7 @@ struct Origin {
     /// Times that rows were found emptied that the broker's database, restored from a backup, can lack: messages are missing. Kept over
     /// restarts; null until a node that answers has read it.
     gap_count: Option<u64>,
-    /// When that was last; null if never.
+    /// When that was last; null if never, or while the count is.
     #[schema(format = DateTime)]
     gap_at: Option<String>,
     /// The part of the outbox that cannot be emptied since somebody holds a lock on it.

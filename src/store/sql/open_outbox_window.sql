@@ -1,6 +1,7 @@
--- Opens a relay's window: what became visible between the snapshot $1 and now. One row at least, in any order; the
--- first by `n` carries the identity and the new snapshot, and each row with a seq is an outbox row. $2 is the position's mark (null: none to look for), $3 the
--- most rows, $4 the most bytes of payloads and headers returned. With more than $3 rows, or a null `is_whole`, the window is large.
+-- Opens a relay's window: what became visible between the snapshot $1 and now. One row at least, in any order;
+-- the first by `n` carries the identity and the new snapshot, and each row with a seq is an outbox row. $2 is the position's mark
+-- (null: none to look for), $3 the most rows, $4 the most bytes of payloads and headers returned. With more than $3 rows, or a null
+-- `is_whole`, the window is large.
 --
 -- Why it is safe:
 --  * It is one statement at read committed, so pg_current_snapshot() is the snapshot that everything here is read by: the rows,
