@@ -16,7 +16,8 @@ use std::time::Instant;
 use super::decide::went_back;
 use super::position::Recheck;
 use super::status::State;
-use super::task::{Run, Stepped, Trouble};
+use super::task::{Run, Stepped};
+use super::trouble::Trouble;
 use crate::failpoint;
 
 /// Rows that are looked up in the streams at a time.

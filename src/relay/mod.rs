@@ -5,6 +5,7 @@
 //! loop around them. The failure story is the same everywhere: a step that did not end well drops its session with the
 //! origin and everything it knew, and the next one begins from the position that the broker's database holds.
 
+mod append;
 mod decide;
 mod deletion;
 mod handle;
@@ -19,6 +20,7 @@ mod row;
 mod simulation;
 mod status;
 mod task;
+mod trouble;
 mod window;
 
 use std::fmt;

@@ -11,7 +11,8 @@
 
 use super::position::{Gaps, NOTHING, Window};
 use super::status::State;
-use super::task::{Relay, Run, Trouble};
+use super::task::{Relay, Run};
+use super::trouble::Trouble;
 use crate::store;
 
 impl Relay {

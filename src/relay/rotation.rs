@@ -8,7 +8,8 @@ use chrono::{DateTime, Utc};
 
 use super::position::Position;
 use super::status::Blocked;
-use super::task::{Run, Trouble};
+use super::task::Run;
+use super::trouble::Trouble;
 use crate::domain::mapping::Pickup;
 use crate::store::origin::{Emptied, Passed};
 use crate::{failpoint, store};

@@ -2,31 +2,27 @@
 //! amiss. Whatever it is, the session is dropped and the loop begins again from the stored position: nothing that was only in
 //! memory outlives a session, since a snapshot without a mark behind it says nothing about a server that restarted.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::SecondsFormat;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::decide::next_number;
+use super::Options;
 use super::pace::Pace;
 use super::position::{Gaps, Position};
 use super::rotation::Rotation;
 use super::status::{State, Status};
-use super::{Options, row};
+use super::trouble::Trouble;
 use crate::domain::id::{Fence, OriginId};
 use crate::domain::mapping::{Mapping, Pickup};
-use crate::domain::message::Message;
 use crate::domain::name::OriginName;
 use crate::store::mapped::{Claim, Misfit};
-use crate::store::origin::{OutboxRow, Session};
+use crate::store::origin::Session;
 use crate::store::relay::Recovered;
-use crate::store::{self, Database, Retry};
-use crate::stream::{self, AppendError, Conditional, Member, Rejected};
-use crate::topic::{self, Rules};
-use crate::{cluster, failpoint, supervisor};
+use crate::store::{self, Database};
+use crate::{cluster, stream, supervisor, topic};
 
 /// How often folds, history and rotation are looked at.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -49,78 +45,6 @@ pub(super) struct Relay {
     pub(super) supervisor: supervisor::Supervisor,
     pub(super) options: Arc<Options>,
     pub(super) status: watch::Sender<Status>,
-}
-
-/// Why a session ended.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Trouble {
-    #[error("the process is ending")]
-    Stopping,
-    #[error("the relay's lease was taken over")]
-    LeaseLost,
-    /// Something that reading the position again puts right.
-    #[error("{0}")]
-    Reload(&'static str),
-    #[error("the origin is a standby")]
-    Standby,
-    #[error("{0}")]
-    NotInstalled(String),
-    /// The mapped table is not what its mapping says, or does not do what it must.
-    #[error("{0}")]
-    Mapping(String),
-    #[error("the origin could not be used")]
-    Origin(#[source] store::Error),
-    #[error("the broker's database could not be used")]
-    Broker(#[source] store::Error),
-    #[error("the stream did not take the rows")]
-    Append(#[source] AppendError),
-    /// Never guessed around.
-    #[error("the stored position cannot be read")]
-    Position(#[source] serde_json::Error),
-}
-
-impl From<AppendError> for Trouble {
-    fn from(error: AppendError) -> Self {
-        match error {
-            AppendError::Fenced => Self::LeaseLost,
-            AppendError::Stopping => Self::Stopping,
-            AppendError::PositionMoved { .. } => Self::Reload("the stored position is another"),
-            AppendError::OutcomeUnknown => {
-                Self::Reload("nobody knows yet whether the rows were appended")
-            }
-            other => Self::Append(other),
-        }
-    }
-}
-
-impl Trouble {
-    fn state(&self) -> State {
-        match self {
-            Self::Stopping => State::Stopped,
-            Self::LeaseLost => State::Waiting,
-            Self::Reload(_) => State::Connecting,
-            Self::Standby => State::Standby,
-            Self::NotInstalled(_) => State::NotInstalled,
-            Self::Mapping(_) => State::Refused,
-            Self::Origin(error) if error.retry() == Retry::Never || error.is_login_refused() => {
-                State::Refused
-            }
-            Self::Origin(_) => State::Unreachable,
-            Self::Broker(_) | Self::Append(_) | Self::Position(_) => State::BrokerUnavailable,
-        }
-    }
-
-    /// The chain in one line.
-    fn describe(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
-    }
 }
 
 /// What a session with the origin knows.
@@ -382,202 +306,6 @@ impl Run<'_> {
             }
         }
     }
-
-    /// Appends rows and stores the position after them, from the stored one: one commit, or nothing.
-    pub(super) async fn append(
-        &mut self,
-        position: Position,
-        rows: Vec<OutboxRow>,
-    ) -> Result<(), Trouble> {
-        let mut prepared = self.prepare(position, rows).await?;
-        if failpoint::is_mutant("position-apart") {
-            self.append_apart(&mut prepared.member).await?;
-        }
-        let placed = self.relay.stream.append(prepared.member).await;
-        self.settle(prepared.sent, placed)
-    }
-
-    /// A planted fault: the messages in one commit, and what is left of the member, its position, in another.
-    async fn append_apart(&self, member: &mut Member) -> Result<(), Trouble> {
-        let Member::Relay { messages, .. } = member else {
-            return Ok(());
-        };
-        let apart = Member::Publish {
-            messages: std::mem::take(messages),
-            check_ids: false,
-            as_one: Vec::new(),
-        };
-        if !apart.messages().is_empty() {
-            self.relay.stream.append(apart).await?;
-        }
-        Ok(())
-    }
-
-    fn next_number(&self) -> i64 {
-        next_number(self.number, self.emptied)
-    }
-
-    /// Turns rows into a member that follows the stored position.
-    pub(super) async fn prepare(
-        &self,
-        position: Position,
-        rows: Vec<OutboxRow>,
-    ) -> Result<Prepared, Trouble> {
-        let count = rows.len();
-        let rows = self.without_refused(&position, rows).await?;
-        let rules = self.relay.topics.rules();
-        let (messages, conditional, rejected) = convert(rows, self.relay.cluster.now(), &rules);
-        let rejected = self.without_listed(&position, rejected).await?;
-        let rejected_count = rejected.len();
-        let message_count = messages.len();
-        let member = Member::Relay {
-            messages,
-            conditional,
-            origin: self.relay.id,
-            fence: self.fence.clone(),
-            from: self.number,
-            to: self.next_number(),
-            position: position.to_text(),
-            rejected,
-        };
-        failpoint::reach("relay.before_append");
-        Ok(Prepared {
-            member,
-            sent: Sent {
-                position,
-                count,
-                messages: message_count,
-                rejected: rejected_count,
-            },
-        })
-    }
-
-    /// Takes note of an append's outcome.
-    pub(super) fn settle(
-        &mut self,
-        sent: Sent,
-        placed: Result<Vec<stream::Placed>, AppendError>,
-    ) -> Result<(), Trouble> {
-        let Sent {
-            position,
-            count,
-            messages,
-            rejected,
-        } = sent;
-        let placed = placed?;
-        failpoint::reach("relay.after_append");
-        // What expected another version of its key was listed by the append itself.
-        let rejected = rejected + messages.saturating_sub(placed.len());
-        self.number = self.next_number();
-        self.is_settled = position.taken.is_empty();
-        self.position = Some(position);
-        self.cursor = None;
-        let number = self.number;
-        self.relay.status.send_modify(|status| {
-            status.position = number;
-            status.relayed_count += placed.len() as u64;
-            status.rejected_count += rejected as u64;
-            status.lag_rows = status.lag_rows.saturating_sub(count as u64);
-        });
-        if rejected > 0 {
-            tracing::warn!(origin = %self.relay.name, rejected, "outbox rows cannot become messages: see the list of rejected rows");
-        }
-        Ok(())
-    }
-
-    fn is_rerelay(&self, position: &Position) -> bool {
-        // The last page of a window, or of a table that went back, has a position without it.
-        let is_previous = |previous: &Position| position.window.is_none() && previous.is_rerelay();
-        position.is_rerelay() || self.position.as_ref().is_some_and(is_previous)
-    }
-
-    /// In a re-relay, leaves out the rows that the stream did not take for the version that they expect: they are listed.
-    async fn without_refused(
-        &self,
-        position: &Position,
-        rows: Vec<OutboxRow>,
-    ) -> Result<Vec<OutboxRow>, Trouble> {
-        let copies = rows.iter().map(row::to_conditional);
-        let expecting: Vec<(i64, String)> = copies
-            .flatten()
-            .map(|row| (row.seq, row.outbox_row))
-            .collect();
-        if expecting.is_empty() || !self.is_rerelay(position) {
-            return Ok(rows);
-        }
-        let seqs: Vec<i64> = expecting.iter().map(|(seq, _)| *seq).collect();
-        let listed = self.find_listed(expecting).await?;
-        let listed = seqs.into_iter().zip(listed);
-        let listed: HashSet<i64> = listed.filter_map(|(seq, is)| is.then_some(seq)).collect();
-        let mut rows = rows;
-        rows.retain(|row| !listed.contains(&row.seq));
-        Ok(rows)
-    }
-
-    async fn find_listed(&self, rows: Vec<(i64, String)>) -> Result<Vec<bool>, Trouble> {
-        let relay = self.relay;
-        let listed = store::relay::find_listed_rejected(&relay.broker, relay.id, rows).await;
-        listed.map_err(Trouble::Broker)
-    }
-
-    /// In a re-relay, leaves out the rejected rows that are listed already.
-    async fn without_listed(
-        &self,
-        position: &Position,
-        rejected: Vec<Rejected>,
-    ) -> Result<Vec<Rejected>, Trouble> {
-        if rejected.is_empty() || !self.is_rerelay(position) {
-            return Ok(rejected);
-        }
-        let rows = rejected
-            .iter()
-            .map(|row| (row.seq, row.outbox_row.clone()))
-            .collect();
-        let listed = self.find_listed(rows).await?;
-        let unlisted = rejected
-            .into_iter()
-            .zip(listed)
-            .filter_map(|(row, is_listed)| (!is_listed).then_some(row));
-        Ok(unlisted.collect())
-    }
-}
-
-/// A member on its way.
-pub(super) struct Prepared {
-    pub(super) member: Member,
-    pub(super) sent: Sent,
-}
-
-/// What a member's success means.
-pub(super) struct Sent {
-    position: Position,
-    /// Rows.
-    count: usize,
-    /// Rows that became messages.
-    messages: usize,
-    /// Rows that could not.
-    rejected: usize,
-}
-
-/// A row whose payload is not what its topic's schema says is rejected: listed with all that it has, and behind nobody's way.
-fn convert(
-    rows: Vec<OutboxRow>,
-    now: DateTime<Utc>,
-    rules: &Rules,
-) -> (Vec<Message>, Vec<Conditional>, Vec<Rejected>) {
-    let mut messages = Vec::with_capacity(rows.len());
-    let (mut conditional, mut rejected) = (Vec::new(), Vec::new());
-    for row in rows {
-        let copy = row::to_conditional(&row);
-        match row::to_message(row, now, |message| rules.refusal(message)) {
-            Ok(message) => {
-                messages.push(message);
-                conditional.extend(copy);
-            }
-            Err(row) => rejected.push(*row),
-        }
-    }
-    (messages, conditional, rejected)
 }
 
 /// Between half of the pause and all of it, so that relays that lost one server do not come back to it as one.

@@ -7,10 +7,12 @@ use std::time::Instant;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
+use super::append::Prepared;
 use super::decide::{Next, Since, leave_last_seq, passed_through};
 use super::position::{Position, Window};
 use super::status::State;
-use super::task::{Prepared, Run, Stepped, Trouble};
+use super::task::{Run, Stepped};
+use super::trouble::Trouble;
 use crate::domain::mapping::Pickup;
 use crate::failpoint;
 use crate::store::origin::{Identity, Place};

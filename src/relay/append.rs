@@ -1,0 +1,214 @@
+//! Rows on their way into the streams: what becomes a message, what is listed as rejected, and the position that is stored with them.
+
+use std::collections::HashSet;
+
+use chrono::{DateTime, Utc};
+
+use super::decide::next_number;
+use super::position::Position;
+use super::row;
+use super::task::Run;
+use super::trouble::Trouble;
+use crate::domain::message::Message;
+use crate::store::origin::OutboxRow;
+use crate::stream::{self, AppendError, Conditional, Member, Rejected};
+use crate::topic::Rules;
+use crate::{failpoint, store};
+
+/// A member on its way.
+pub(super) struct Prepared {
+    pub(super) member: Member,
+    pub(super) sent: Sent,
+}
+
+/// What a member's success means.
+pub(super) struct Sent {
+    position: Position,
+    /// Rows.
+    count: usize,
+    /// Rows that became messages.
+    messages: usize,
+    /// Rows that could not.
+    rejected: usize,
+}
+
+impl Run<'_> {
+    /// Appends rows and stores the position after them, from the stored one: one commit, or nothing.
+    pub(super) async fn append(
+        &mut self,
+        position: Position,
+        rows: Vec<OutboxRow>,
+    ) -> Result<(), Trouble> {
+        let mut prepared = self.prepare(position, rows).await?;
+        if failpoint::is_mutant("position-apart") {
+            self.append_apart(&mut prepared.member).await?;
+        }
+        let placed = self.relay.stream.append(prepared.member).await;
+        self.settle(prepared.sent, placed)
+    }
+
+    /// A planted fault: the messages in one commit, and what is left of the member, its position, in another.
+    async fn append_apart(&self, member: &mut Member) -> Result<(), Trouble> {
+        let Member::Relay { messages, .. } = member else {
+            return Ok(());
+        };
+        let apart = Member::Publish {
+            messages: std::mem::take(messages),
+            check_ids: false,
+            as_one: Vec::new(),
+        };
+        if !apart.messages().is_empty() {
+            self.relay.stream.append(apart).await?;
+        }
+        Ok(())
+    }
+
+    fn next_number(&self) -> i64 {
+        next_number(self.number, self.emptied)
+    }
+
+    /// Turns rows into a member that follows the stored position.
+    pub(super) async fn prepare(
+        &self,
+        position: Position,
+        rows: Vec<OutboxRow>,
+    ) -> Result<Prepared, Trouble> {
+        let count = rows.len();
+        let rows = self.without_refused(&position, rows).await?;
+        let rules = self.relay.topics.rules();
+        let (messages, conditional, rejected) = convert(rows, self.relay.cluster.now(), &rules);
+        let rejected = self.without_listed(&position, rejected).await?;
+        let rejected_count = rejected.len();
+        let message_count = messages.len();
+        let member = Member::Relay {
+            messages,
+            conditional,
+            origin: self.relay.id,
+            fence: self.fence.clone(),
+            from: self.number,
+            to: self.next_number(),
+            position: position.to_text(),
+            rejected,
+        };
+        failpoint::reach("relay.before_append");
+        Ok(Prepared {
+            member,
+            sent: Sent {
+                position,
+                count,
+                messages: message_count,
+                rejected: rejected_count,
+            },
+        })
+    }
+
+    /// Takes note of an append's outcome.
+    pub(super) fn settle(
+        &mut self,
+        sent: Sent,
+        placed: Result<Vec<stream::Placed>, AppendError>,
+    ) -> Result<(), Trouble> {
+        let Sent {
+            position,
+            count,
+            messages,
+            rejected,
+        } = sent;
+        let placed = placed?;
+        failpoint::reach("relay.after_append");
+        // What expected another version of its key was listed by the append itself.
+        let rejected = rejected + messages.saturating_sub(placed.len());
+        self.number = self.next_number();
+        self.is_settled = position.taken.is_empty();
+        self.position = Some(position);
+        self.cursor = None;
+        let number = self.number;
+        self.relay.status.send_modify(|status| {
+            status.position = number;
+            status.relayed_count += placed.len() as u64;
+            status.rejected_count += rejected as u64;
+            status.lag_rows = status.lag_rows.saturating_sub(count as u64);
+        });
+        if rejected > 0 {
+            tracing::warn!(origin = %self.relay.name, rejected, "outbox rows cannot become messages: see the list of rejected rows");
+        }
+        Ok(())
+    }
+
+    fn is_rerelay(&self, position: &Position) -> bool {
+        // The last page of a window, or of a table that went back, has a position without it.
+        let is_previous = |previous: &Position| position.window.is_none() && previous.is_rerelay();
+        position.is_rerelay() || self.position.as_ref().is_some_and(is_previous)
+    }
+
+    /// In a re-relay, leaves out the rows that the stream did not take for the version that they expect: they are listed.
+    async fn without_refused(
+        &self,
+        position: &Position,
+        rows: Vec<OutboxRow>,
+    ) -> Result<Vec<OutboxRow>, Trouble> {
+        let copies = rows.iter().map(row::to_conditional);
+        let expecting: Vec<(i64, String)> = copies
+            .flatten()
+            .map(|row| (row.seq, row.outbox_row))
+            .collect();
+        if expecting.is_empty() || !self.is_rerelay(position) {
+            return Ok(rows);
+        }
+        let seqs: Vec<i64> = expecting.iter().map(|(seq, _)| *seq).collect();
+        let listed = self.find_listed(expecting).await?;
+        let listed = seqs.into_iter().zip(listed);
+        let listed: HashSet<i64> = listed.filter_map(|(seq, is)| is.then_some(seq)).collect();
+        let mut rows = rows;
+        rows.retain(|row| !listed.contains(&row.seq));
+        Ok(rows)
+    }
+
+    async fn find_listed(&self, rows: Vec<(i64, String)>) -> Result<Vec<bool>, Trouble> {
+        let relay = self.relay;
+        let listed = store::relay::find_listed_rejected(&relay.broker, relay.id, rows).await;
+        listed.map_err(Trouble::Broker)
+    }
+
+    /// In a re-relay, leaves out the rejected rows that are listed already.
+    async fn without_listed(
+        &self,
+        position: &Position,
+        rejected: Vec<Rejected>,
+    ) -> Result<Vec<Rejected>, Trouble> {
+        if rejected.is_empty() || !self.is_rerelay(position) {
+            return Ok(rejected);
+        }
+        let rows = rejected
+            .iter()
+            .map(|row| (row.seq, row.outbox_row.clone()))
+            .collect();
+        let listed = self.find_listed(rows).await?;
+        let unlisted = rejected
+            .into_iter()
+            .zip(listed)
+            .filter_map(|(row, is_listed)| (!is_listed).then_some(row));
+        Ok(unlisted.collect())
+    }
+}
+
+/// A row whose payload is not what its topic's schema says is rejected: listed with all that it has, and behind nobody's way.
+fn convert(
+    rows: Vec<OutboxRow>,
+    now: DateTime<Utc>,
+    rules: &Rules,
+) -> (Vec<Message>, Vec<Conditional>, Vec<Rejected>) {
+    let mut messages = Vec::with_capacity(rows.len());
+    let (mut conditional, mut rejected) = (Vec::new(), Vec::new());
+    for row in rows {
+        let copy = row::to_conditional(&row);
+        match row::to_message(row, now, |message| rules.refusal(message)) {
+            Ok(message) => {
+                messages.push(message);
+                conditional.extend(copy);
+            }
+            Err(row) => rejected.push(*row),
+        }
+    }
+    (messages, conditional, rejected)
+}

@@ -1,0 +1,77 @@
+//! Why a relay's session with its origin ended, and what its status says then.
+
+use super::status::State;
+use crate::store::{self, Retry};
+use crate::stream::AppendError;
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error("the process is ending")]
+    Stopping,
+    #[error("the relay's lease was taken over")]
+    LeaseLost,
+    /// Something that reading the position again puts right.
+    #[error("{0}")]
+    Reload(&'static str),
+    #[error("the origin is a standby")]
+    Standby,
+    #[error("{0}")]
+    NotInstalled(String),
+    /// The mapped table is not what its mapping says, or does not do what it must.
+    #[error("{0}")]
+    Mapping(String),
+    #[error("the origin could not be used")]
+    Origin(#[source] store::Error),
+    #[error("the broker's database could not be used")]
+    Broker(#[source] store::Error),
+    #[error("the stream did not take the rows")]
+    Append(#[source] AppendError),
+    /// Never guessed around.
+    #[error("the stored position cannot be read")]
+    Position(#[source] serde_json::Error),
+}
+
+impl From<AppendError> for Trouble {
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Fenced => Self::LeaseLost,
+            AppendError::Stopping => Self::Stopping,
+            AppendError::PositionMoved { .. } => Self::Reload("the stored position is another"),
+            AppendError::OutcomeUnknown => {
+                Self::Reload("nobody knows yet whether the rows were appended")
+            }
+            other => Self::Append(other),
+        }
+    }
+}
+
+impl Trouble {
+    pub(super) fn state(&self) -> State {
+        match self {
+            Self::Stopping => State::Stopped,
+            Self::LeaseLost => State::Waiting,
+            Self::Reload(_) => State::Connecting,
+            Self::Standby => State::Standby,
+            Self::NotInstalled(_) => State::NotInstalled,
+            Self::Mapping(_) => State::Refused,
+            Self::Origin(error) if error.retry() == Retry::Never || error.is_login_refused() => {
+                State::Refused
+            }
+            Self::Origin(_) => State::Unreachable,
+            Self::Broker(_) | Self::Append(_) | Self::Position(_) => State::BrokerUnavailable,
+        }
+    }
+
+    /// The chain in one line.
+    pub(super) fn describe(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
