@@ -66,6 +66,11 @@ impl Error {
         Self::Corrupt { doing, what }
     }
 
+    /// A status that this program does not know: the function that gave it is of a later schema. It is never taken for success.
+    pub(in crate::store) fn unknown_status(doing: &'static str, status: &str) -> Self {
+        Self::corrupt(doing, format!("the status `{status}`"))
+    }
+
     /// Adapter for `map_err`.
     pub(in crate::store) fn query(doing: &'static str) -> impl FnOnce(sqlx::Error) -> Self {
         move |source| Self::Query { doing, source }

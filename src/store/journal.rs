@@ -13,6 +13,8 @@ use crate::domain::name::Topic;
 use crate::domain::queue::Letter;
 use crate::failpoint;
 
+const WRITING: &str = "writing the journal of queues";
+
 /// Up to where a queue that keeps up has settled all that it matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
@@ -241,7 +243,7 @@ pub async fn write_journal(
     }
     let parts = || group.parts.iter();
     let status: String = bounded(
-        "writing the journal of queues",
+        WRITING,
         STATEMENT,
         sqlx::query_scalar(
             "select postroad_broker.write_queue_journal($1, $2, $3, $4, $5, $6, $7, $8, $9)",
@@ -258,19 +260,17 @@ pub async fn write_journal(
         .fetch_one(connection),
     )
     .await?;
-    Ok(match status.as_str() {
-        "turned" => None,
-        "fenced" => Some(GroupWritten {
-            turn,
-            fenced: vec![slot.slot],
-            unknown: Vec::new(),
-        }),
-        _ => Some(GroupWritten {
-            turn,
-            fenced: Vec::new(),
-            unknown: Vec::new(),
-        }),
-    })
+    let fenced = match status.as_str() {
+        "turned" => return Ok(None),
+        "fenced" => vec![slot.slot],
+        "written" => Vec::new(),
+        _ => return Err(Error::unknown_status(WRITING, &status)),
+    };
+    Ok(Some(GroupWritten {
+        turn,
+        fenced,
+        unknown: Vec::new(),
+    }))
 }
 
 /// Writes a group in one autocommit call. Idempotent by (slot, epoch, number): when the connection was lost, writing
@@ -304,7 +304,7 @@ pub async fn write_group(
         let parts = group.parts.iter();
         parts.flat_map(|part| part.redrives.iter().map(move |step| (part, step)))
     };
-    let (turn, fenced): (i64, Vec<i16>) = bounded("writing the journal of queues", STATEMENT, sqlx::query_as(
+    let (turn, fenced): (i64, Vec<i16>) = bounded(WRITING, STATEMENT, sqlx::query_as(
         "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
             $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29)",
     )

@@ -332,7 +332,7 @@ pub async fn append(
         call(key, is_repeat, group).fetch_one(connection),
     )
     .await?;
-    Ok(read_outcome(columns))
+    read_outcome(columns)
 }
 
 type Call<'q> = QueryAs<'q, Postgres, Columns, PgArguments>;
@@ -399,21 +399,22 @@ pub(super) fn bind_messages<'q, O>(
         .bind(&group.contents)
 }
 
-fn read_outcome(columns: Columns) -> AppendOutcome {
+fn read_outcome(columns: Columns) -> Result<AppendOutcome, Error> {
     let (status, clock, first, at, refused, found, seen, seen_at, is_other, ..) = columns;
     let (.., conflicts, versions, seen_due, scheduled) = columns;
     match status.as_str() {
-        "stale" => return AppendOutcome::Stale,
-        "behind" => return AppendOutcome::Behind,
-        "expired" => return AppendOutcome::Expired { clock },
-        _ => {}
+        "stale" => return Ok(AppendOutcome::Stale),
+        "behind" => return Ok(AppendOutcome::Behind),
+        "expired" => return Ok(AppendOutcome::Expired { clock }),
+        "appended" => {}
+        _ => return Err(Error::unknown_status("appending", &status)),
     }
     let from_zero = |places: Option<Vec<i32>>| {
         let places = places.unwrap_or_default().into_iter();
         places.map(|place| place as usize - 1)
     };
     let members = refused.unwrap_or_default().into_iter();
-    AppendOutcome::Appended(Appended {
+    Ok(AppendOutcome::Appended(Appended {
         first: first.unwrap_or_default(),
         at: at.unwrap_or_default(),
         refused: members
@@ -435,7 +436,7 @@ fn read_outcome(columns: Columns) -> AppendOutcome {
             .zip(versions.unwrap_or_default())
             .collect(),
         scheduled: scheduled.unwrap_or_default(),
-    })
+    }))
 }
 
 /// The numbers of topics, new ones included.

@@ -58,14 +58,15 @@ pub async fn append_next(
         Err(error) if is_taken(&error) => return Ok(None),
         Err(error) => return Err(error),
     };
-    Ok(match columns {
-        (status, _, Some(at)) if status == "appended" => Some(Appended {
+    match columns {
+        (status, _, Some(at)) if status == "appended" => Ok(Some(Appended {
             first: vec![previous.last.0 + 1],
             at: vec![at],
             ..Appended::default()
-        }),
-        _ => None,
-    })
+        })),
+        (status, ..) if status == "other" => Ok(None),
+        (status, ..) => Err(Error::unknown_status("appending", &status)),
+    }
 }
 
 /// Whether another appender has the offsets.

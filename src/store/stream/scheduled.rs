@@ -116,7 +116,13 @@ pub async fn publish_scheduled(
             count: u64::from(count.unsigned_abs()),
         },
         "idle" => PublishedScheduled::Idle,
-        _ => PublishedScheduled::Gone,
+        "gone" => PublishedScheduled::Gone,
+        _ => {
+            return Err(Error::unknown_status(
+                "publishing scheduled messages",
+                &status,
+            ));
+        }
     })
 }
 
@@ -207,7 +213,13 @@ pub async fn cancel_scheduled(
         "published" => CancelledScheduled::Published {
             offset: Offset(offset.unwrap_or_default()),
         },
-        _ => CancelledScheduled::Unknown,
+        "unknown" => CancelledScheduled::Unknown,
+        _ => {
+            return Err(Error::unknown_status(
+                "cancelling a scheduled message",
+                &status,
+            ));
+        }
     })
 }
 

@@ -157,7 +157,8 @@ pub async fn declare_schedule(
         "changed" => ScheduleDeclared::Changed,
         "unchanged" => ScheduleDeclared::Unchanged,
         "full" => ScheduleDeclared::Full,
-        _ => ScheduleDeclared::Gone,
+        "gone" => ScheduleDeclared::Gone,
+        _ => return Err(Error::unknown_status("declaring a schedule", &status)),
     })
 }
 
@@ -262,7 +263,8 @@ pub async fn fire_schedule(connection: &mut Connection, fire: &Fire<'_>) -> Resu
     Ok(match status.as_str() {
         "fired" => Fired::Fired,
         "moved" => Fired::Moved,
-        _ => Fired::Stale,
+        "stale" => Fired::Stale,
+        _ => return Err(Error::unknown_status("accepting an occurrence", &status)),
     })
 }
 
@@ -303,5 +305,12 @@ pub async fn pass_schedule(connection: &mut Connection, pass: &Pass<'_>) -> Resu
             .fetch_one(connection),
     )
     .await?;
-    Ok(status == "passed")
+    match status.as_str() {
+        "passed" => Ok(true),
+        "moved" => Ok(false),
+        _ => Err(Error::unknown_status(
+            "leaving out a schedule's occurrences",
+            &status,
+        )),
+    }
 }

@@ -3,6 +3,8 @@
 mod connections;
 mod follow;
 mod keyed;
+mod later_schema;
+
 mod letters;
 mod messages;
 mod operate;
