@@ -206,7 +206,7 @@ pub const KEYS: &[Key] = &[
         "a level (error, warn, info, debug, trace) or directives like info,postroad::relay=debug",
         "What is logged.",
         |c, t| {
-            let is_valid = !t.is_empty() && crate::telemetry::is_filter(t);
+            let is_valid = !t.is_empty() && tracing_subscriber::EnvFilter::try_new(t).is_ok();
             is_valid.then(|| t.clone_into(&mut c.log_level))
         },
     ),

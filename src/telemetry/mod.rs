@@ -11,12 +11,6 @@ use crate::config::{Config, LogFormat};
 
 pub use process::register;
 
-/// Whether the text is a filter: a level, or directives.
-#[must_use]
-pub fn is_filter(text: &str) -> bool {
-    EnvFilter::try_new(text).is_ok()
-}
-
 /// Sends the process's log lines to standard error. The first call in a process counts.
 pub fn start(config: &Config) {
     // The driver repeats the server's notices, such as "already exists, skipping"; what is configured comes after and wins.
