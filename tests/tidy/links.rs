@@ -1,4 +1,4 @@
-//! Links of the pages: what they lead to is there. And the promises of the README: each names a test that exists.
+//! Links of the pages: what they lead to is there. And the guarantees: each names a test that exists.
 
 use std::path::{Path, PathBuf};
 
@@ -75,7 +75,7 @@ fn link_faults(page: &Path, text: &str) -> Vec<String> {
     faults
 }
 
-/// Rows of a table of promises whose second cell names no test: a file below `tests` with a test in it, or a folder of
+/// Rows of the table of promises whose second cell names no test: a file below `tests` with a test in it, or a folder of
 /// such files.
 fn promise_faults(text: &str, folder: &Path) -> Vec<String> {
     let table = text
@@ -145,9 +145,10 @@ fn links_of_the_pages_resolve() {
 
 #[test]
 fn every_promise_names_a_test_that_exists() {
-    let text = std::fs::read_to_string(root().join("README.md")).expect("the page is text");
+    let text =
+        std::fs::read_to_string(root().join("docs/guarantees.md")).expect("the page is text");
     assert!(text.contains("| promise | proved by |\n"));
-    check(&promise_faults(&text, root()));
+    check(&promise_faults(&text, &root().join("docs")));
     let table = |row: &str| format!("| promise | proved by |\n| --- | --- |\n{row}\n");
     for row in [
         "| a | nothing |",
