@@ -99,7 +99,7 @@ impl Message {
         kind => kind;
         /// With this CloudEvents `id`; a random one otherwise.
         id => id;
-        /// With this CloudEvents `source`; `/postroad/outbox` otherwise.
+        /// With this CloudEvents `source`; `/postroad/` and the database's name otherwise.
         source => source;
         /// With this CloudEvents `subject`.
         subject => subject;
@@ -182,7 +182,8 @@ pub async fn publish(
     sqlx::query(
         "insert into postroad.outbox (topic, payload, payload_bytes, key, type, id, source, subject, content_type, \
          data_schema, headers, expected_version, deliver_at) \
-         values ($1, $2, $3, $4, $5, $6, coalesce($7, '/postroad/outbox'), $8, $9, $10, $11::text::jsonb, $12, $13)",
+         values ($1, $2, $3, $4, $5, $6, coalesce($7, postroad.default_source()), $8, $9, $10, \
+         $11::pg_catalog.text::pg_catalog.jsonb, $12, $13)",
     )
     .bind(&message.topic)
     .bind(&message.text)

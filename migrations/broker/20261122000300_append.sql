@@ -95,7 +95,7 @@ return floor(extract(epoch from p_at) / 600)::bigint;
 -- to a number misses none below it.
 create function postroad_broker.intern_topics(p_names text[])
 returns table (topic_id integer, topic_name text)
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     perform from unnest(p_names) as n (name)
     where not exists (select from postroad_broker.topic t where t.name = n.name);
@@ -114,7 +114,7 @@ $$;
 -- it only when it is full. Each leaf by its name: a look at the whole log is planned over all its leaves, which took four times
 -- as long, and a kept plan locks all of them.
 create function postroad_broker.stream_top(p_stream integer, p_from bigint, out top bigint, out top_at timestamptz)
-language plpgsql stable as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     v_leaf record;
     v_top bigint;
@@ -226,6 +226,7 @@ create function postroad_broker.append(
     out scheduled_number bigint[]
 )
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 -- Kept plans: with the lengths of the arrays in hand the planner takes plans made for them to be better, and makes them anew in
 -- every group.
 set plan_cache_mode = force_generic_plan

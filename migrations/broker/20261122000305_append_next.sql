@@ -54,6 +54,7 @@ create function postroad_broker.append_next(
     out appended_at timestamptz
 )
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 as $$

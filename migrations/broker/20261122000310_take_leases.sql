@@ -14,7 +14,7 @@
 create function postroad_broker.take_leases(
     p_incarnation bigint, p_names text[], p_silent bigint[], p_silent_since timestamptz[])
 returns table (lease_name text, lease_epoch bigint)
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_address text;
     v_suspects bigint[];
@@ -95,7 +95,7 @@ $$;
 -- their order, then the assignment.
 create function postroad_broker.register_node(p_address text, p_url text, p_ttl_seconds double precision)
 returns table (new_incarnation bigint, clock timestamptz, former_wants text[])
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_former bigint[];
     v_wants text[];
@@ -127,7 +127,7 @@ $$;
 create function postroad_broker.write_assignment(
     p_incarnation bigint, p_epoch bigint, p_names text[], p_nodes bigint[], p_gone text[])
 returns boolean
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'write_assignment must run at read committed' using errcode = 'invalid_transaction_state';

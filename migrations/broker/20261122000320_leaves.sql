@@ -2,7 +2,7 @@
 
 -- The partition of a new stream. CREATE and ATTACH, since PARTITION OF would wait behind every reader of the log.
 create function postroad_broker.create_stream_log(p_stream integer) returns void
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_name text := 'message_' || p_stream;
 begin
@@ -16,7 +16,7 @@ $$;
 -- Makes leaves of p_size offsets until the log reaches p_through. Returns its end. The stream's row keeps two makers apart;
 -- appends go on meanwhile. One statement per leaf, since it is DDL.
 create function postroad_broker.extend_log(p_stream integer, p_through bigint, p_size bigint) returns bigint
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_last bigint;
     v_name text;
@@ -50,7 +50,7 @@ $$;
 
 -- Writes down the topics of a full leaf.
 create function postroad_broker.summarise_leaf(p_stream integer, p_first bigint) returns void
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_name text;
 begin
@@ -87,6 +87,7 @@ create function postroad_broker.empty_leaf(
     p_is_over_unsettled boolean
 ) returns bigint
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 declare
@@ -148,6 +149,7 @@ $$;
 -- lock_not_available, behind anybody who has the parent open: appends wait no longer than that.
 create function postroad_broker.drop_leaf(p_stream integer, p_first bigint) returns void
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 declare
@@ -176,6 +178,7 @@ $$;
 -- bucket is chosen after the lock is had. The next period's is left alone, for a clock that steps back over its boundary.
 create function postroad_broker.rotate_buckets() returns void
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 declare

@@ -17,7 +17,7 @@ create table postroad_broker.key_head (
 
 -- Makes a stream keyed that has had no message. False when it has had some: their keys were never counted.
 create function postroad_broker.create_stream_keys(p_stream integer) returns boolean
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_name text := 'key_head_' || p_stream;
     v_is_used boolean;
@@ -41,7 +41,7 @@ $$;
 
 -- Makes a keyed stream that has had no message an ordinary one again. False when it has had some.
 create function postroad_broker.drop_stream_keys(p_stream integer) returns boolean
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_is_used boolean;
 begin
@@ -64,7 +64,7 @@ $$;
 -- The leaf's row keeps two that fold it apart. The head's row is locked for the last moment only: what an append finds in `key_head`
 -- under that lock belongs to the `keys_through` that it finds there.
 create function postroad_broker.fold_keys(p_stream integer, p_first bigint) returns bigint
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_name text;
     v_last bigint;

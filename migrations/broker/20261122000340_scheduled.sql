@@ -73,7 +73,8 @@ create table postroad_broker.scheduled_leaf (
 
 -- The horizon of a stream. Read in a statement that begins after the head's lock was had.
 create function postroad_broker.scheduled_horizon(p_stream integer, out due_at timestamptz, out number bigint)
-language sql stable as $$
+language sql stable
+begin atomic
     select h.due_at, h.number
     from (
         (
@@ -86,8 +87,8 @@ language sql stable as $$
         select timestamptz '-infinity', 0
     ) h
     order by h.due_at desc, h.number desc
-    limit 1
-$$;
+    limit 1;
+end;
 
 -- For each message of a group its number if it is to be scheduled, null otherwise; empty when none is.
 --
@@ -103,7 +104,7 @@ create function postroad_broker.number_scheduled(
     p_refused integer[],
     p_seen integer[]
 ) returns bigint[]
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_now timestamptz[] := '{}';
     v_first timestamptz[] := '{}';
@@ -138,7 +139,7 @@ $$;
 
 -- Makes the leaves that these times fall into, where they are missing. Statements of DDL, so never under a head's lock.
 create function postroad_broker.extend_scheduled(p_kind text, p_times timestamptz[]) returns void
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_first timestamptz;
     v_name text;
@@ -184,6 +185,7 @@ create function postroad_broker.publish_scheduled(
     out message_count integer
 )
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
@@ -263,7 +265,7 @@ $$;
 -- has to move over it. `is_due` by the database's clock.
 create function postroad_broker.next_scheduled(p_ahead interval)
 returns table (stream_id integer, due_at timestamptz, clock timestamptz)
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_stream integer;
     v_horizon record;
@@ -286,7 +288,8 @@ $$;
 
 -- The offset of a message that was published: counted back from the publication that took it.
 create function postroad_broker.scheduled_offset(p_stream integer, p_due timestamptz, p_number bigint) returns bigint
-language sql stable as $$
+language sql stable
+begin atomic
     select p.last_offset - (
         select count(*) from postroad_broker.scheduled_message m
         where m.stream_id = p_stream and m.due_at >= p_due and m.due_at <= p.due_at
@@ -295,8 +298,8 @@ language sql stable as $$
     from postroad_broker.scheduled_publication p
     where p.stream_id = p_stream and p.due_at >= p_due and (p.due_at, p.number) >= (p_due, p_number)
     order by p.due_at, p.number
-    limit 1
-$$;
+    limit 1;
+end;
 
 -- Cancels a message that is not in its stream yet. Under the head's lock, so that it is either cancelled or published.
 -- Statuses: cancelled (also when it was before); published, with its offset; unknown.
@@ -308,7 +311,7 @@ create function postroad_broker.cancel_scheduled(
     out "offset" bigint,
     out is_new boolean
 )
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
     v_horizon record;
@@ -357,6 +360,7 @@ $$;
 create function postroad_broker.empty_scheduled_leaf(p_kind text, p_first timestamptz, p_now timestamptz, p_keep interval)
 returns text
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 declare

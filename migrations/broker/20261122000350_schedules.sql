@@ -34,7 +34,7 @@ create table postroad_broker.schedule_state (
 create function postroad_broker.declare_schedule(
     p_name text, p_declaration text, p_cadence text, p_is_paused boolean, p_most bigint, out status text
 )
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_id bigint;
     v_row record;
@@ -98,7 +98,7 @@ create function postroad_broker.fire_schedule(
     p_data bytea,
     out status text
 )
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_clock timestamptz;
     v_due timestamptz;
@@ -158,7 +158,7 @@ create function postroad_broker.pass_schedule(
     p_failure text,
     out status text
 )
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     status := 'moved';
     perform from postroad_broker.schedule s

@@ -43,7 +43,7 @@ create table postroad_broker.user_lock_waiter (
 -- The era of this server's history, raised if it is another than noted. The timeline is the least: two standbys that were promoted
 -- one after the other may both know the same noted one.
 create function postroad_broker.user_lock_era() returns bigint
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     system_now text := (select c.system_identifier::text from pg_control_system() c);
     timeline_now integer := ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer;
@@ -70,7 +70,7 @@ create function postroad_broker.take_user_locks(
 ) returns table (
     held_by text, held_token bigint, held_since timestamptz, held_until timestamptz, places_before bigint, clock timestamptz
 )
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     clock_now timestamptz;
     era_now bigint;
@@ -140,7 +140,7 @@ end $$;
 
 -- Gives locks back that are held under these tokens, and says which those were.
 create function postroad_broker.release_user_locks(names text[], tokens bigint[]) returns setof text
-language sql volatile as $$
+language sql volatile set search_path = pg_catalog, pg_temp as $$
     update postroad_broker.user_lock l
     set owner = null, expires_at = clock_timestamp(), changed_at = clock_timestamp()
     from (
@@ -157,7 +157,7 @@ $$;
 
 -- Deletes rows of locks that have been free for a day.
 create function postroad_broker.forget_user_locks() returns bigint
-language sql volatile as $$
+language sql volatile set search_path = pg_catalog, pg_temp as $$
     with old as (
         select l.name from postroad_broker.user_lock l
         where (l.owner is null or l.expires_at < clock_timestamp()) and l.changed_at < clock_timestamp() - interval '1 day'

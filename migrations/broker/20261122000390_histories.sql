@@ -31,7 +31,7 @@ create table postroad_broker.stream_history (
 -- numbers of nodes and queues that the former history may have given are left out: they are in receipts and in the log of groups.
 -- Locks: the histories, nodes, heads.
 create function postroad_broker.begin_history(void_salts uuid[]) returns table (found_era bigint, found_salt uuid, is_begun boolean)
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     system_now text := (select c.system_identifier::text from pg_control_system() c);
     timeline_now integer := ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer;

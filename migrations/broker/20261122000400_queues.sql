@@ -165,7 +165,7 @@ create function postroad_broker.create_queue(
     new_id bigint, new_name text, of_stream integer, new_patterns text[], new_settings jsonb, new_start jsonb,
     start_kind text, start_at bigint, new_slot smallint
 ) returns table (found_offset bigint, found_created_at timestamptz)
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     head_floor bigint;
     first_offset bigint;
@@ -196,7 +196,7 @@ end $$;
 
 -- Deletes a queue with its checkpoint and dead letters. That it was there is remembered for 30 days.
 create function postroad_broker.delete_queue(of_queue bigint) returns void
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     of_name text;
 begin
@@ -236,7 +236,7 @@ create function postroad_broker.renew_queue(
     of_queue bigint, of_lease text, of_epoch bigint, of_holder bigint, from_generation bigint,
     start_kind text, start_at bigint, start_time timestamptz, new_renewal jsonb, new_state bytea
 ) returns table (found_status text, found_generation bigint, found_offset bigint, found_at_floor boolean)
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     of_stream integer;
     head record;
@@ -318,6 +318,7 @@ create function postroad_broker.write_queue_group(
     redrive_slots smallint[], redrive_queues bigint[], redrive_steps text[]
 ) returns table (current_turn bigint, fenced smallint[])
 language plpgsql volatile
+set search_path = pg_catalog, pg_temp
 -- The plans are kept, and the first are made while the segments are empty: a sequential scan chosen then would be walked
 -- by every group once the segment is full. Kept by order: with the lengths of the arrays in hand the planner takes plans
 -- made for them to be better, and makes them anew in every group, which cost three times what the group does.
@@ -437,7 +438,7 @@ create function postroad_broker.write_queue_journal(
     of_lease text, of_epoch bigint, of_holder bigint, known_turn bigint, of_slot smallint, new_number bigint,
     new_queues bigint[], new_generations bigint[], new_entries bytea[]
 ) returns text
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'write_queue_journal needs read committed';
@@ -460,7 +461,7 @@ create function postroad_broker.write_queue_positions(
     holder_incarnation bigint, slots smallint[], slot_leases text[], slot_epochs bigint[],
     position_slots smallint[], position_queues bigint[], position_generations bigint[], position_throughs bigint[]
 ) returns void
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     owned smallint[];
 begin
@@ -488,7 +489,7 @@ end $$;
 -- Turns the journal to its next segment when the current one holds `full_bytes`, or anything for longer than
 -- `full_after`; not while the next one still has rows. Returns the turn.
 create function postroad_broker.turn_queue_journal(full_bytes bigint, full_after interval) returns bigint
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     turn_now bigint;
     turned timestamptz;
@@ -509,7 +510,7 @@ end $$;
 -- lock comes before the look: a group that chose the segment before the turn either is seen, or waits and inserts after.
 -- Another look comes before the lock, which every group would wait for, and which is mostly not worth it.
 create function postroad_broker.truncate_queue_journal() returns integer
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     turn_now bigint;
     left_count integer := 0;

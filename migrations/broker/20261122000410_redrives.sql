@@ -26,7 +26,8 @@ create index redrive_running on postroad_broker.redrive (queue_id) where status 
 -- Whether a dead letter is one of those that a selection means: it fits each part that is there. A topic's pattern has
 -- tokens of [A-Za-z0-9_-], `*` for one token, and `>` for one or more at the end.
 create function postroad_broker.dead_letter_fits(letter postroad_broker.dead_letter, selection jsonb) returns boolean
-language sql stable as $$
+language sql stable
+begin atomic
     select (selection ->> 'ids' is null or selection -> 'ids' ? (letter.generation || '-' || letter."offset"))
         and (selection ->> 'cause' is null or letter.cause = selection ->> 'cause')
         and (selection ->> 'topic' is null or letter.topic ~ ('^' || replace(replace(replace(
@@ -36,15 +37,15 @@ language sql stable as $$
         and (selection ->> 'died_before' is null or letter.died_at < (selection ->> 'died_before')::timestamptz)
         and (selection ->> 'reason' is null or exists (
             select from jsonb_array_elements(letter.failures) f
-            where position(selection ->> 'reason' in f ->> 'reason') > 0))
-$$;
+            where position(selection ->> 'reason' in f ->> 'reason') > 0));
+end;
 
 -- Writes what redrives did, within the very group that journals it: at most one step for each redrive. A step is an object
 -- of `id`; of a new redrive `created_at`, `selection` and `rate_per_second`; `total` once it is known; `through`,
 -- `redriven`, `skipped` and `late` in all, so that
 -- a step written again changes nothing; `offsets` of the letters brought back, `at` the moment; `status` at its end.
 create function postroad_broker.write_redrives(queues bigint[], steps text[]) returns void
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     insert into postroad_broker.redrive (queue_id, id, created_at, selection, rate_per_second)
     select q.queue_id, s.id, s.created_at, s.selection, s.rate_per_second

@@ -56,7 +56,7 @@ create table postroad.inbox_leaf (
 -- A transaction that looked the leaf up before it left can still insert into it: hence the constraint, which holds whatever
 -- snapshot that transaction has.
 create function postroad.inbox_empty_leaves(p_queue text, p_max integer) returns integer
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_cutoff timestamptz := clock_timestamp() - (select s.keep from postroad.inbox_setting s);
     v_leaf record;
@@ -95,7 +95,7 @@ $$;
 -- Makes the leaf of an offset, unless it is there. Waits for another transaction that is making one for the queue, or with
 -- p_waits false leaves it to that one. ATTACH takes no lock that an insert waits for.
 create function postroad.inbox_make_leaf(p_queue text, p_offset bigint, p_waits boolean) returns void
-language plpgsql volatile as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_size bigint;
     v_first bigint;
@@ -195,7 +195,7 @@ $$;
 -- whole inbox for a moment, gives up after 50 ms, and must not wait for the rest of some consumer's transaction. Returns how many
 -- leaves left.
 create function postroad.inbox_maintain() returns integer
-language plpgsql volatile set lock_timeout = '50ms' as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set lock_timeout = '50ms' as $$
 declare
     v_leaf record;
     v_count integer := postroad.inbox_empty_leaves(null, 1000);
@@ -218,7 +218,7 @@ $$;
 
 -- Forgets a queue: its entries, and what was known of its leaves. For one that is gone, before another takes its name.
 create function postroad.inbox_forget(p_queue text) returns void
-language plpgsql volatile set lock_timeout = '5s' as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set lock_timeout = '5s' as $$
 declare
     v_name text;
 begin

@@ -1,3 +1,16 @@
+-- The default source, which has the database's name in it: two databases that number their messages themselves would otherwise have
+-- messages of one source and id. Run at the end of every install, and so put right in a database that got another name.
+do $postroad$
+declare
+    wanted constant text := '/postroad/' || postroad.uri_segment(current_database());
+begin
+    if postroad.default_source() <> wanted then
+        execute format('create or replace function postroad.default_source() returns text language sql immutable parallel safe return %L::text', wanted);
+        execute format('alter table postroad.outbox alter column source set default %L', wanted);
+    end if;
+end
+$postroad$;
+
 -- The two roles of an origin and what they may do. Not a migration: run at the end of every install, since roles belong to the
 -- cluster and can be missing in a restored one. Roles are made where that is allowed and missing; without both, no grants.
 do $postroad$
@@ -27,7 +40,7 @@ begin
     grant usage on sequence postroad.outbox_seq to postroad_producer;
     grant execute on function
         postroad.outbox_row_is_valid(text, text, bytea, text, text, text, text, text, text, text, jsonb, timestamptz, bigint, timestamptz),
-        postroad.lock_key(text),
+        postroad.default_source(), postroad.lock_key(text),
         postroad.publish(text, text, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
         postroad.publish(text, jsonb, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),
         postroad.publish(text, json, text, text, jsonb, text, text, text, text, boolean, bigint, timestamptz),

@@ -37,7 +37,7 @@ impl Pickup {
 /// A table's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableName {
-    /// Its schema; found by the session's search path without one.
+    /// Its schema; `public` without one.
     pub schema: Option<String>,
     /// Its name in the schema, exactly: upper case stays so.
     pub name: String,

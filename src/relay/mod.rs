@@ -24,7 +24,7 @@ mod trouble;
 mod window;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
@@ -214,6 +214,7 @@ pub async fn start(
             supervisor: supervisor.clone(),
             options: Arc::clone(&options),
             status,
+            session: Mutex::default(),
         };
         supervisor.spawn(
             format!("relay/{}", origin.name),

@@ -2,7 +2,7 @@
 //! amiss. Whatever it is, the session is dropped and the loop begins again from the stored position: nothing that was only in
 //! memory outlives a session, since a snapshot without a mark behind it says nothing about a server that restarted.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::SecondsFormat;
@@ -19,7 +19,7 @@ use crate::domain::id::{Fence, OriginId};
 use crate::domain::mapping::{Mapping, Pickup};
 use crate::domain::name::OriginName;
 use crate::store::mapped::{Claim, Misfit};
-use crate::store::origin::Session;
+use crate::store::origin::{Backend, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database};
 use crate::{cluster, stream, supervisor, topic};
@@ -45,6 +45,8 @@ pub(super) struct Relay {
     pub(super) supervisor: supervisor::Supervisor,
     pub(super) options: Arc<Options>,
     pub(super) status: watch::Sender<Status>,
+    /// The last session with the origin, which is ended before there is another.
+    pub(super) session: Mutex<Option<Backend>>,
 }
 
 /// What a session with the origin knows.
@@ -137,6 +139,10 @@ impl Relay {
         self.set_state(state, detail);
     }
 
+    fn former(&self) -> Option<Backend> {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self) -> (State, Option<String>) {
         let status = self.status.borrow();
         (status.state, status.detail.clone())
@@ -198,7 +204,9 @@ impl Relay {
         if matches!(self.state().0, State::Waiting) {
             self.set_state(State::Connecting, None);
         }
-        let mut session = Session::open(&self.source).await.map_err(Trouble::Origin)?;
+        let opening = Session::open(&self.source, self.former());
+        let mut session = opening.await.map_err(Trouble::Origin)?;
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session.backend();
         self.check_installed(&mut session).await?;
         let emptied = session.find_emptied(self.cluster.identity().id).await;
         let emptied = emptied.map_err(Trouble::Origin)?;

@@ -240,6 +240,8 @@ fn script(what: &str, files: &[File], grants: &str) -> String {
     let mut script = format!(
         "-- Postroad's {what}: schema, functions and grants. Run it as the owner of the database, in psql or by any migration tool.\n\
          begin;\n\
+         -- Whatever the path of whoever runs it: what others made in other schemas is not called.\n\
+         set local search_path = pg_catalog, pg_temp;\n\
          create schema if not exists postroad;\n\
          create table if not exists postroad.migration (\n    \
              version bigint primary key,\n    \

@@ -48,8 +48,17 @@ pub type Connection = sqlx::PgConnection;
 /// is stopped within a transaction holds the rows of leases: for no longer than the shortest time to live, after which others
 /// are to have them. The server asks after clients that it has not heard of, and ends the sessions of those that are gone without a
 /// word: by default it keeps them, and the locks they hold or wait for, for two hours. (On Unix sockets it disregards that.)
-const SESSION: [(&str, &str); 10] = [
+///
+/// A name without a schema means Postgres' own. Whoever may create in another schema of the role's search path would otherwise
+/// have an operator of his run with the rights of this session, which may be those of a superuser. Limits that somebody put on the role for
+/// his application's sessions would end a migration, or a statement that is bounded here anyway.
+const SESSION: [(&str, &str); 15] = [
+    ("search_path", "pg_catalog, pg_temp"),
     ("default_transaction_isolation", "read committed"),
+    ("default_transaction_read_only", "off"),
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+    ("idle_session_timeout", "0"),
     ("synchronous_commit", "on"),
     ("idle_in_transaction_session_timeout", "2s"),
     ("timezone", "UTC"),
@@ -60,6 +69,30 @@ const SESSION: [(&str, &str); 10] = [
     ("tcp_keepalives_count", "3"),
     ("tcp_user_timeout", "25s"),
 ];
+
+/// Settings that not every server has, which would refuse a session that asks for them. A session whose statement was given up waits
+/// for a lock, or for a standby, and would not notice that its client is gone: it would stay for as long, one more each time.
+async fn settle(connection: &mut Connection) -> Result<(), sqlx::Error> {
+    const SETTLE: &str = "select set_config(s.name, s.value, false)
+        from (values
+            ('client_connection_check_interval', '5s', version() like '%linux%'),
+            ('transaction_timeout', '0', true)
+        ) as s (name, value, fits)
+        where s.fits and current_setting(s.name, true) is not null";
+    sqlx::query(SETTLE)
+        .persistent(false)
+        .execute(&mut *connection)
+        .await?;
+    // Tests give a database another clock by a schema before Postgres' own.
+    #[cfg(feature = "failpoints")]
+    sqlx::query(
+        "select set_config('search_path', 'settable, pg_catalog, pg_temp', false) where to_regnamespace('settable') is not null",
+    )
+    .persistent(false)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
 
 /// A Postgres database, reached by its URL. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -89,7 +122,10 @@ impl Database {
             .before_acquire(|connection, _| Box::pin(pooled::is_alive(connection)))
             .after_connect(move |connection, _| {
                 let guard = Arc::clone(&of_pool);
-                Box::pin(async move { guard.check(connection).await })
+                Box::pin(async move {
+                    settle(connection).await?;
+                    guard.check(connection).await
+                })
             })
             .connect_lazy_with(options.clone());
         Ok(Self {
@@ -106,6 +142,7 @@ impl Database {
     pub async fn connect(&self) -> Result<Connection, Error> {
         bounded::connecting(async {
             let mut connection = Connection::connect_with(&self.options).await?;
+            settle(&mut connection).await?;
             self.guard.check(&mut connection).await?;
             Ok(connection)
         })

@@ -13,6 +13,7 @@ mod clients;
 mod cluster;
 mod demo;
 mod end_to_end;
+mod escalation;
 mod examples;
 mod failover;
 #[cfg(feature = "failpoints")]

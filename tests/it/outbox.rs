@@ -60,7 +60,8 @@ async fn what_the_library_publishes_arrives_if_it_commits() {
         })
     );
     assert_eq!(event(1)["id"], made);
-    assert_eq!(event(1)["source"], "/postroad/outbox");
+    let source = format!("/postroad/{}", broker.database.name);
+    assert_eq!(event(1)["source"], source);
     assert_eq!(
         (event(1).get("data"), &event(1)["type"]),
         (None, &json!("orders.empty"))

@@ -79,12 +79,10 @@ pub enum Misfit {
     Wrong(Vec<String>),
 }
 
-/// The name as `to_regclass` takes it.
+/// The name as `to_regclass` takes it. A search path would let others put a table before the one that is meant.
 fn regclass(table: &TableName) -> String {
-    match &table.schema {
-        Some(schema) => format!("{}.{}", identifier(schema), identifier(&table.name)),
-        None => identifier(&table.name),
-    }
+    let schema = table.schema.as_deref().unwrap_or("public");
+    format!("{}.{}", identifier(schema), identifier(&table.name))
 }
 
 /// Looks the table up. None when there is no such table.

@@ -12,12 +12,13 @@ mod window;
 
 use std::future::Future;
 
+use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, Connection as _, SqlSafeStr as _, SqlStr};
 use uuid::Uuid;
 
-use super::bounded::{LONG_STATEMENT, bounded, connecting};
+use super::bounded::{LONG_STATEMENT, STATEMENT, bounded, connecting};
 use super::mapped::{Misfit, Relation};
-use super::{Connection, Database, Error};
+use super::{Connection, Database, Error, settle};
 use crate::domain::mapping::Mapping;
 
 pub use leaf::{Emptied, LEAF_COUNT, LEAF_PERIOD, Passed};
@@ -27,23 +28,30 @@ pub(in crate::store) use window::read_identity;
 pub use window::{Identity, Opened};
 
 /// On top of what every session of Postroad sets. A plan made while a leaf was small froze a sequential scan: 150 ms a step
-/// instead of 0.3. So plans are not kept, but for that of a window. A role's statement timeout would end the manifest of a large
-/// window, and its read only default a mark.
-const SESSION: [(&str, &str); 8] = [
+/// instead of 0.3. So plans are not kept, but for that of a window. A policy that hides rows of a table is an expression of the table's
+/// owner: it is refused, not evaluated.
+const SESSION: [(&str, &str); 7] = [
     ("enable_seqscan", "off"),
     ("plan_cache_mode", "force_custom_plan"),
     ("jit", "off"),
     ("max_parallel_workers_per_gather", "0"),
     ("work_mem", "64MB"),
-    ("statement_timeout", "0"),
-    ("default_transaction_read_only", "off"),
+    ("row_security", "off"),
     ("application_name", "postroad relay"),
 ];
+
+/// The server's side of a session, by which it is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backend {
+    pid: i32,
+    started_at: DateTime<Utc>,
+}
 
 /// A relay's connection to its origin.
 #[derive(Debug)]
 pub struct Session {
     pub(in crate::store) connection: Connection,
+    backend: Option<Backend>,
     keeps_plans: bool,
     /// The table that is read in place of the outbox.
     mapped: Option<Relation>,
@@ -57,18 +65,62 @@ pub(in crate::store) fn statement<T>(
 }
 
 impl Session {
-    /// Connects, with the settings of a relay's session.
+    /// Connects, with the settings of a relay's session. The former session is ended first, if the server still has it: one whose
+    /// statement was given up can wait for a lock for hours, and each of them takes one of the places of the origin's producers.
     ///
     /// # Errors
     /// The origin cannot be reached within 10 s, or refuses.
-    pub async fn open(database: &Database) -> Result<Self, Error> {
+    pub async fn open(database: &Database, former: Option<Backend>) -> Result<Self, Error> {
         let options = database.options.clone().options(SESSION);
-        let connection = connecting(Connection::connect_with(&options)).await?;
+        let mut connection = connecting(async {
+            let mut connection = Connection::connect_with(&options).await?;
+            settle(&mut connection).await?;
+            Ok(connection)
+        })
+        .await?;
+        if let Some(former) = former {
+            let ending = sqlx::query(
+                "select pg_terminate_backend(a.pid, 1000) from pg_stat_activity as a
+                where a.pid = $1 and a.backend_start = $2 and a.pid <> pg_backend_pid()",
+            )
+            .bind(former.pid)
+            .bind(former.started_at)
+            .persistent(false)
+            .execute(&mut connection);
+            match bounded("ending the former session", STATEMENT, ending).await {
+                // Another role's, say, where the login was changed. It ends by itself once the server asks after its client.
+                Err(error) if !error.is_connection_lost() => {
+                    tracing::debug!(%error, "the former session stays");
+                }
+                ended => {
+                    ended?;
+                }
+            }
+        }
+        let looking = sqlx::query_as::<_, (i32, Option<DateTime<Utc>>)>(
+            "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()",
+        )
+        .persistent(false)
+        .fetch_optional(&mut connection);
+        let found = bounded("looking at the session", STATEMENT, looking).await?;
+        let backend = found.and_then(|(pid, started_at)| {
+            Some(Backend {
+                pid,
+                started_at: started_at?,
+            })
+        });
         Ok(Self {
             connection,
+            backend,
             keeps_plans: false,
             mapped: None,
         })
+    }
+
+    /// The server's side of it, for the session after this one.
+    #[must_use]
+    pub fn backend(&self) -> Option<Backend> {
+        self.backend
     }
 
     /// From now on the session reads this table in place of the outbox, if it is as the mapping says.

@@ -52,6 +52,10 @@ fn the_committed_openapi_is_the_real_one() {
 #[tokio::test]
 async fn the_schema_is_the_committed_one() {
     let database = support::database().await;
+    // As an install leaves it in a database of this name.
+    postroad::store::migrate::origin(&database.database)
+        .await
+        .unwrap();
     postroad::store::migrate::inbox(&database.database)
         .await
         .unwrap();
