@@ -456,12 +456,15 @@ fn http_options(config: &Config) -> http::Options {
         connections_max: files::connections_within(config.connections_max),
         lame_duck,
         node_secret: config.node_secret.clone(),
+        allowed_hosts: config.allowed_hosts.clone(),
+        advertise_url: config.advertise_url.clone(),
         // Half of the time is left for what the engines have to finish.
         drain: defaults
             .drain
             .min(config.shutdown.saturating_sub(lame_duck) / 2),
         ..defaults
     }
+    .with_keep_alive(config.keep_alive)
 }
 
 /// The configured database, or a private one.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Config, LogFormat};
+use crate::domain::authority::Authority;
 
 const SWITCH: &str = "true or false";
 
@@ -101,6 +102,16 @@ fn http_url(text: &str) -> Option<String> {
         .then(|| text.trim_end_matches('/').to_owned())
 }
 
+fn allowed_hosts(text: &str) -> Option<Vec<String>> {
+    let names = text.split(',').map(str::trim);
+    let is_fit = |name: &str| {
+        name == "*" || Authority::parse(name).is_some_and(|authority| authority.port.is_none())
+    };
+    names
+        .map(|name| is_fit(name).then(|| name.to_owned()))
+        .collect()
+}
+
 pub(super) fn postgres_url(text: &str) -> Option<String> {
     let url = reqwest::Url::parse(text).ok()?;
     matches!(url.scheme(), "postgres" | "postgresql").then(|| text.to_owned())
@@ -121,6 +132,15 @@ pub const KEYS: &[Key] = &[
         "an http or https URL",
         "The URL at which other nodes reach this one. Without it, `http://` and the address listened on, with the machine's name for 0.0.0.0. No two nodes may have the same.",
         |c, t| http_url(t).map(|v| c.advertise_url = Some(v)),
+    ),
+    key(
+        "allowed_hosts",
+        "",
+        "names or addresses separated by commas, without ports, or * for any",
+        "The names that requests may ask for (`Host`) besides loopback names, the address listened on and that of `advertise_url`, so that \
+         no page of the web reaches the broker by a name of its own (DNS rebinding). Checked while `bind` is a loopback address, \
+         and, once it is given, at every address; addresses are then let through.",
+        |c, t| allowed_hosts(t).map(|v| c.allowed_hosts = v),
     ),
     Key {
         is_secret: true,
@@ -245,6 +265,14 @@ pub const KEYS: &[Key] = &[
         "Most HTTP connections at a time; further ones wait. Each is an open file: the process raises its limit as far as it \
          may (`ulimit -Hn`), and takes no more connections than that leaves room for.",
         |c, t| within(t, 16, 1_000_000).map(|v| c.connections_max = v),
+    ),
+    key(
+        "keep_alive_seconds",
+        "75",
+        "seconds from 1 to 3600",
+        "How long an HTTP connection without a request stays open, at least; answers say it (`Keep-Alive`). Longer than a proxy before \
+         the broker keeps its own, or the proxy sends requests into a connection that ends.",
+        |c, t| seconds(t, 1.0, 3_600.0).map(|v| c.keep_alive = v),
     ),
     key(
         "stream_cache_bytes",

@@ -159,6 +159,10 @@ impl Loader<'_> {
             toml::Value::Integer(number) => number.to_string(),
             toml::Value::Float(number) => number.to_string(),
             toml::Value::Boolean(value) => value.to_string(),
+            toml::Value::Array(texts) if texts.iter().all(toml::Value::is_str) => {
+                let texts: Vec<&str> = texts.iter().filter_map(toml::Value::as_str).collect();
+                texts.join(",")
+            }
             other => {
                 let what = format!(
                     "is of type {}, and must be {}",

@@ -42,6 +42,8 @@ pub struct Config {
     pub bind: SocketAddr,
     /// `advertise_url`
     pub advertise_url: Option<String>,
+    /// `allowed_hosts`
+    pub allowed_hosts: Vec<String>,
     /// `node_secret`
     pub node_secret: Option<String>,
     /// `database_url`, or what `database_url_file` holds
@@ -68,6 +70,8 @@ pub struct Config {
     pub lame_duck: Duration,
     /// `connections_max`
     pub connections_max: usize,
+    /// `keep_alive_seconds`
+    pub keep_alive: Duration,
     /// `message_max_bytes`
     pub message_max_bytes: usize,
     /// `stream_cache_bytes`
@@ -112,6 +116,7 @@ impl Config {
         Self {
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise_url: None,
+            allowed_hosts: Vec::new(),
             node_secret: None,
             database_url: None,
             data_dir: None,
@@ -125,6 +130,7 @@ impl Config {
             outbox_grace: Duration::ZERO,
             lame_duck: Duration::ZERO,
             connections_max: 0,
+            keep_alive: Duration::ZERO,
             message_max_bytes: 0,
             stream_cache_bytes: 0,
             shutdown: Duration::ZERO,

@@ -78,6 +78,9 @@ fn value(config: &Config, name: &str) -> Option<String> {
     match name {
         "bind" => Some(quoted(&config.bind.to_string())),
         "advertise_url" => config.advertise_url.as_deref().map(quoted),
+        "allowed_hosts" => {
+            (!config.allowed_hosts.is_empty()).then(|| quoted(&config.allowed_hosts.join(",")))
+        }
         "node_secret" => config.node_secret.as_ref().map(|_| quoted("...")),
         "database_url" => config
             .database_url
@@ -97,6 +100,7 @@ fn value(config: &Config, name: &str) -> Option<String> {
         "outbox_grace_seconds" => Some(config.outbox_grace.as_secs_f64().to_string()),
         "message_max_bytes" => Some(config.message_max_bytes.to_string()),
         "connections_max" => Some(config.connections_max.to_string()),
+        "keep_alive_seconds" => Some(config.keep_alive.as_secs_f64().to_string()),
         "stream_cache_bytes" => Some(config.stream_cache_bytes.to_string()),
         "lame_duck_seconds" => Some(config.lame_duck.as_secs_f64().to_string()),
         "shutdown_seconds" => Some(config.shutdown.as_secs_f64().to_string()),

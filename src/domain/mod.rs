@@ -2,6 +2,7 @@
 //! pure state machines of queues and leases. Nothing here does I/O, and time is always a parameter.
 
 pub mod assignment;
+pub mod authority;
 pub mod cloudevents;
 pub mod id;
 pub mod json;
@@ -9,6 +10,7 @@ pub mod letter;
 pub mod mapping;
 pub mod message;
 pub mod name;
+pub mod objects;
 pub mod policy;
 pub mod queue;
 pub mod receipt;

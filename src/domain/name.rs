@@ -33,6 +33,9 @@ pub enum Error {
     /// `>` stands before the last token of a pattern.
     #[error("has `>` before its end: `>` matches the rest and can only be the last token")]
     RestNotLast,
+    /// A plain name that paths take for a step.
+    #[error("has nothing but dots: names have a letter, a digit, _ or -")]
+    Dots,
     /// A plain name has a character that is not allowed.
     #[error("has the character `{character}`: names are one or more of A-Z a-z 0-9 _ - .")]
     Character {
@@ -156,7 +159,8 @@ macro_rules! plain_name {
         pub struct $name(Arc<str>);
 
         impl $name {
-            /// Parses a name of `[A-Za-z0-9_.-]`, 100 bytes at most.
+            /// Parses a name of `[A-Za-z0-9_.-]`, 100 bytes at most and not dots alone: in a path, `.` and `..` are steps, which
+            /// proxies and clients take before anybody else sees them.
             ///
             /// # Errors
             /// The rule that the text breaks.
@@ -167,6 +171,7 @@ macro_rules! plain_name {
                     .find(|c| !c.is_ascii_alphanumeric() && !matches!(c, '_' | '-' | '.'))
                 {
                     Some(character) => Err(Error::Character { character }),
+                    None if text.bytes().all(|byte| byte == b'.') => Err(Error::Dots),
                     None => Ok(Self(text.into())),
                 }
             }
@@ -291,6 +296,21 @@ mod tests {
         }
         assert!(Topic::parse(&"a".repeat(255)).is_ok());
         assert!(Topic::parse(&"a".repeat(256)).is_err());
+    }
+
+    #[test]
+    fn names_are_no_steps_of_a_path() {
+        for name in [".", "..", "...", &".".repeat(100)] {
+            assert_eq!(QueueName::parse(name), Err(Error::Dots));
+            assert_eq!(StreamName::parse(name), Err(Error::Dots));
+            assert_eq!(OriginName::parse(name), Err(Error::Dots));
+            assert_eq!(ScheduleName::parse(name), Err(Error::Dots));
+            assert_eq!(LockName::parse(name), Err(Error::Dots));
+            assert!(Topic::parse(name).is_err() && TopicPattern::parse(name).is_err());
+        }
+        for name in [".a", "a.", "..-", "._.", "a..b"] {
+            assert!(QueueName::parse(name).is_ok(), "{name}");
+        }
     }
 
     #[test]

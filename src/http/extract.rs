@@ -4,17 +4,20 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
 use axum::http::HeaderMap;
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::door;
 use super::problem::{FieldError, Kind, Place, Problem};
 use super::state::State;
+use crate::domain::objects::Objects;
 
 /// How much of a body that is too large is read and thrown away, so that its sender gets to read the answer.
 const DISCARD_MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -30,14 +33,16 @@ impl FromRequest<State> for Whole {
 
     async fn from_request(request: Request, state: &State) -> Result<Self, Problem> {
         let limit = state.options.body_max_bytes;
-        let announced = request
-            .headers()
-            .get(CONTENT_LENGTH)
-            .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+        let announced = door::announced(request.headers());
+        let is_expected = door::expects(request.headers());
         let deadline = Instant::now() + state.options.body_timeout;
         let mut body = request.into_body();
         let mut whole = BytesMut::new();
-        let mut is_too_large = announced.is_some_and(|length| length > limit);
+        let mut is_too_large = announced.is_some_and(|length| length > limit as u64);
+        if is_too_large && is_expected {
+            // The sender waits for a word; reading on would be the word to begin.
+            return Err(too_large(limit));
+        }
         while !is_too_large {
             let frame = match timeout_at(deadline, body.frame()).await {
                 Err(_) => {
@@ -62,22 +67,28 @@ impl FromRequest<State> for Whole {
             }
         }
         drop(whole);
-        let _ = timeout(DISCARD_TIME, async {
-            let mut discarded = 0;
-            while let Some(Ok(frame)) = body.frame().await {
-                discarded += frame.data_ref().map_or(0, Bytes::len);
-                if discarded > DISCARD_MAX_BYTES {
-                    break;
-                }
-            }
-        })
-        .await;
-        Err(Problem::new(
-            Kind::PayloadTooLarge,
-            format!("the body is larger than {limit} bytes"),
-        )
-        .with("limit_bytes", limit))
+        discard(body).await;
+        Err(too_large(limit))
     }
+}
+
+/// Reads some of a body that is of no use, so that its sender gets to read the answer.
+pub(in crate::http) async fn discard(mut body: Body) {
+    let _ = timeout(DISCARD_TIME, async {
+        let mut discarded = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            discarded += frame.data_ref().map_or(0, Bytes::len);
+            if discarded > DISCARD_MAX_BYTES {
+                break;
+            }
+        }
+    })
+    .await;
+}
+
+pub(in crate::http) fn too_large(limit: usize) -> Problem {
+    let detail = format!("the body is larger than {limit} bytes");
+    Problem::new(Kind::PayloadTooLarge, detail).with("limit_bytes", limit)
 }
 
 /// A JSON body. An empty one counts as `{}`, and so does the content type that `curl -d` sends.
@@ -95,7 +106,8 @@ impl<T: DeserializeOwned + Send> FromRequest<State> for Json<T> {
     }
 }
 
-/// Refuses a content type that is not JSON; none counts as JSON, and so does what `curl -d` sends.
+/// Refuses a content type that is not JSON; none counts as JSON, and so does what `curl -d` sends. A page of another site could send
+/// both without asking first: what keeps it out is the door, since a browser says with either whose page asks.
 pub(in crate::http) fn require_json(headers: &HeaderMap) -> Result<(), Problem> {
     let Some(found) = headers.get(CONTENT_TYPE) else {
         return Ok(());
@@ -104,7 +116,8 @@ pub(in crate::http) fn require_json(headers: &HeaderMap) -> Result<(), Problem> 
     let essence = text.split(';').next().unwrap_or_default().trim();
     let is_json = ["application/json", "application/x-www-form-urlencoded", ""]
         .iter()
-        .any(|known| essence.eq_ignore_ascii_case(known));
+        .any(|known| essence.eq_ignore_ascii_case(known))
+        || is_json_suffixed(essence);
     match is_json {
         true => Ok(()),
         false => Err(Problem::new(
@@ -114,6 +127,12 @@ pub(in crate::http) fn require_json(headers: &HeaderMap) -> Result<(), Problem> 
     }
 }
 
+/// `application/anything+json` (RFC 6839).
+fn is_json_suffixed(essence: &str) -> bool {
+    let essence = essence.to_ascii_lowercase();
+    essence.starts_with("application/") && essence.ends_with("+json")
+}
+
 /// Parses JSON: bad syntax is 400, a value of the wrong type or an unknown field 422 with its place.
 ///
 /// serde_json stops at 128 levels of nesting, so a deep body is refused without recursing further.
@@ -121,7 +140,7 @@ pub(in crate::http) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let mut track = serde_path_to_error::Track::new();
     let tracked = serde_path_to_error::Deserializer::new(&mut deserializer, &mut track);
-    let error = match T::deserialize(tracked) {
+    let error = match T::deserialize(Objects(tracked)) {
         Ok(value) => match deserializer.end() {
             Ok(()) => return Ok(value),
             Err(error) => error,

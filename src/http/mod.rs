@@ -4,9 +4,12 @@
 //! handler only waits for the engines' handles, which may be dropped at any time. One file per family of routes; a route
 //! and its description stand together, so that `openapi.yaml` cannot part from the code.
 
+mod accept;
 mod body;
 mod connection;
 mod declaration;
+mod door;
+mod exposition;
 mod extract;
 mod follow;
 mod forward;
@@ -39,6 +42,7 @@ fn router(state: state::State) -> Router {
         .method_not_allowed_fallback(observe::method_not_allowed)
         .layer(CatchPanicLayer::custom(observe::panicked))
         .layer(from_fn_with_state(state.clone(), forward::forward))
+        .layer(from_fn_with_state(state.clone(), door::guard))
         .layer(from_fn_with_state(state.clone(), observe::observe))
         .with_state(state)
 }

@@ -4,17 +4,20 @@ use std::any::Any;
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State as Extract};
-use axum::http::HeaderValue;
+use axum::http::{HeaderName, HeaderValue, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use uuid::Uuid;
 
+use super::door;
 use super::problem::{Kind, Problem};
 use super::state::State;
 use crate::failpoint;
 
 /// The header that carries a request's id, both ways.
-const REQUEST_ID: &str = "x-request-id";
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// How long the connection stays open.
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
 /// Takes the client's id if it is fit for a log, or makes one.
 fn request_id(request: &Request) -> String {
@@ -48,7 +51,7 @@ pub(in crate::http) async fn observe(
     metrics.in_flight.inc();
     let _in_flight = InFlight(metrics.in_flight.clone());
     let id = request_id(&request);
-    let method = request.method().clone();
+    let (method, version) = (request.method().clone(), request.version());
     let path = request.uri().path().to_owned();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("unmatched", MatchedPath::as_str);
@@ -60,8 +63,15 @@ pub(in crate::http) async fn observe(
     let answered = tracing::Instrument::instrument(next.run(request), span).await;
     failpoint::reach("http.answer_decided");
     let mut response = finish(answered, &path, &id);
+    let headers = response.headers_mut();
     if let Ok(value) = HeaderValue::from_str(&id) {
-        response.headers_mut().insert(REQUEST_ID, value);
+        headers.insert(REQUEST_ID, value);
+    }
+    door::protect(headers);
+    if version == Version::HTTP_11
+        && let Some(hint) = &state.keep_alive
+    {
+        headers.insert(KEEP_ALIVE, hint.clone());
     }
     let (status, took) = (response.status().as_u16(), started.elapsed());
     metrics.record(&method, route, status, took);

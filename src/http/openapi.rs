@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use utoipa::openapi::{ContentBuilder, Ref, RefOr, Required, Response, ResponseBuilder};
+use utoipa::openapi::path::Operation;
+use utoipa::openapi::{ContentBuilder, PathItem, Ref, RefOr, Required, Response, ResponseBuilder};
 use utoipa::{IntoResponses, OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 
@@ -198,7 +199,37 @@ pub(in crate::http) fn api() -> OpenApiRouter<State> {
             }
         }
     }
+    let everywhere = document(EVERYWHERE);
+    for item in router.get_openapi_mut().paths.paths.values_mut() {
+        for operation in operations(item) {
+            for (status, response) in &everywhere {
+                let responses = &mut operation.responses.responses;
+                responses
+                    .entry(status.clone())
+                    .or_insert_with(|| response.clone());
+            }
+        }
+    }
     router
+}
+
+/// What the layers around all routes answer.
+const EVERYWHERE: &[Kind] = &[
+    Kind::MalformedRequest,
+    Kind::CrossSite,
+    Kind::HostNotAllowed,
+    Kind::Internal,
+];
+
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    [
+        &mut item.get,
+        &mut item.put,
+        &mut item.post,
+        &mut item.delete,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// The description of the API as YAML, OpenAPI 3.1. `make openapi` writes it to `openapi.yaml`.

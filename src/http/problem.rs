@@ -54,6 +54,10 @@ macro_rules! kinds {
 kinds! {
     /// The request's JSON or encoding cannot be read.
     MalformedRequest = "malformed-request", 400, "The request cannot be read";
+    /// A page of another site asks.
+    CrossSite = "cross-site", 403, "A page of another site may not ask this";
+    /// A name that is not this broker's.
+    HostNotAllowed = "host-not-allowed", 403, "The broker is not known by this name";
     /// No such path.
     NotFound = "not-found", 404, "There is nothing at this path";
     /// No such stream.
@@ -140,6 +144,8 @@ kinds! {
     TooManyRequests = "too-many-requests", 429, "Too much is in flight";
     /// A defect of the broker's.
     Internal = "internal", 500, "The broker failed";
+    /// The body comes in a way that is not spoken here.
+    TransferEncoding = "transfer-encoding", 501, "The body's transfer coding is not known";
     /// The database or the queue's owner cannot be reached.
     Unavailable = "unavailable", 503, "The broker cannot do this at the moment";
     /// The write may or may not have happened.

@@ -64,7 +64,7 @@ pub fn serve(
     supervisor: &Supervisor,
 ) -> Result<Server, Error> {
     let address = listener.local_addr().map_err(Error::Listener)?;
-    let state = State::new(parts, options, supervisor.clone());
+    let state = State::new(parts, options, address, supervisor.clone());
     let router = super::router(state.clone());
     let server = Accept {
         state,

@@ -1,6 +1,7 @@
 //! What handlers work with: the engines' handles, and the server's own limits.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use axum::http::HeaderValue;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
+use super::door::Hosts;
 use super::follow::Readers;
 use super::forward::{Gaps, Lines, Peers, Secret};
 use super::{Metrics, Readiness};
@@ -17,6 +19,9 @@ use crate::domain::id::StreamId;
 use crate::domain::name::StreamName;
 use crate::supervisor::Supervisor;
 use crate::{cluster, lock, queue, relay, stream, topic};
+
+/// By how much a connection stays longer than answers say.
+const KEEP_ALIVE_GRACE: Duration = Duration::from_secs(2);
 
 /// The limits of the server.
 #[derive(Debug, Clone)]
@@ -29,6 +34,12 @@ pub struct Options {
     pub body_timeout: Duration,
     /// How long a connection may be without a request, and how long a request's head may take to arrive.
     pub idle_timeout: Duration,
+    /// What answers say of it; below it, so that no client counts on a connection that is about to end.
+    pub keep_alive: Duration,
+    /// The names that requests may ask for besides the usual ones.
+    pub allowed_hosts: Vec<String>,
+    /// The URL at which others reach this node; its name is a usual one.
+    pub advertise_url: Option<String>,
     /// The most connections at a time; further ones wait in the socket's backlog.
     pub connections_max: usize,
     /// The most requests at a time on one HTTP/2 connection.
@@ -47,6 +58,19 @@ pub struct Options {
     pub drain: Duration,
 }
 
+impl Options {
+    /// With connections that stay open so long without a request, at least.
+    #[must_use]
+    pub fn with_keep_alive(self, keep_alive: Duration) -> Self {
+        Self {
+            keep_alive,
+            idle_timeout: keep_alive + KEEP_ALIVE_GRACE,
+            reader_heartbeat: self.reader_heartbeat.min(keep_alive / 2),
+            ..self
+        }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -54,7 +78,10 @@ impl Default for Options {
             // What 16 MiB of messages need, with the members of a JSON batch around them.
             body_max_bytes: 16 * 1024 * 1024 + 64 * 1024,
             body_timeout: Duration::from_secs(30),
-            idle_timeout: Duration::from_secs(60),
+            idle_timeout: Duration::from_secs(75) + KEEP_ALIVE_GRACE,
+            keep_alive: Duration::from_secs(75),
+            allowed_hosts: Vec::new(),
+            advertise_url: None,
             connections_max: 20_000,
             streams_per_connection_max: 256,
             readers_max: 5_000,
@@ -98,6 +125,8 @@ pub(in crate::http) struct State(Arc<Inner>);
 pub(in crate::http) struct Inner {
     pub(in crate::http) parts: Parts,
     pub(in crate::http) options: Options,
+    /// The names that requests may ask for.
+    pub(in crate::http) hosts: Hosts,
     /// Who follows streams by server-sent events.
     pub(in crate::http) readers: Readers,
     /// For what is to be done after a request.
@@ -110,6 +139,8 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) secret: Secret,
     /// What this node shows to others.
     pub(in crate::http) tag: HeaderValue,
+    /// The value of `Keep-Alive`; none where it would be below a second.
+    pub(in crate::http) keep_alive: Option<HeaderValue>,
     /// Long polls answer at once, with what they have.
     pub(in crate::http) stopping: CancellationToken,
     /// Streams' names by number, as far as they were asked for. Numbers are never used again.
@@ -117,13 +148,20 @@ pub(in crate::http) struct Inner {
 }
 
 impl State {
-    pub(in crate::http) fn new(parts: Parts, options: Options, supervisor: Supervisor) -> Self {
+    pub(in crate::http) fn new(
+        parts: Parts,
+        options: Options,
+        address: SocketAddr,
+        supervisor: Supervisor,
+    ) -> Self {
         let secret = match &options.node_secret {
             Some(secret) => Secret::new(secret.as_bytes()),
             None => Secret::new(&parts.cluster.identity().receipt_key.0),
         };
         let tag = HeaderValue::try_from(secret.tag()).expect("base64 is visible ASCII");
         Self(Arc::new(Inner {
+            keep_alive: keep_alive(options.keep_alive),
+            hosts: Hosts::new(address, &options),
             supervisor: supervisor.clone(),
             peers: Peers::default(),
             lines: Arc::default(),
@@ -160,6 +198,13 @@ impl State {
             .collect();
         Ok(known(&names))
     }
+}
+
+fn keep_alive(time: Duration) -> Option<HeaderValue> {
+    let seconds = time.as_secs();
+    (seconds > 0).then(|| {
+        HeaderValue::try_from(format!("timeout={seconds}")).expect("a number is visible ASCII")
+    })
 }
 
 impl Deref for State {

@@ -29,6 +29,7 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::door;
 use super::extract::Whole;
 use super::problem::{Kind, Problem};
 use super::state::State;
@@ -470,9 +471,19 @@ fn end_to_end(headers: &HeaderMap) -> HeaderMap {
         ]
         .contains(name)
     };
+    // Headers that `Connection` names are of the connection, too.
+    let named = |name: &HeaderName| {
+        let values = headers.get_all(header::CONNECTION).iter();
+        let mut tokens = values.flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+        tokens.any(|token| {
+            token
+                .trim_ascii()
+                .eq_ignore_ascii_case(name.as_str().as_bytes())
+        })
+    };
     let mut kept = HeaderMap::with_capacity(headers.len() + 4);
     for (name, value) in headers {
-        if !is_of_connection(name) {
+        if !is_of_connection(name) && !door::is_of_browser(name) && !named(name) {
             kept.append(name.clone(), value.clone());
         }
     }

@@ -160,7 +160,7 @@ fn selection(query: &mut Query) -> Selection {
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/dead-letters", tag = "dead letters",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("after" = Option<i64>, Query, description = "Of messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
         ("limit" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
         ("cause" = Option<String>, Query, description = "Only those that died so: `rejected` or `out_of_attempts`",
@@ -200,7 +200,7 @@ async fn list(
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("id" = String, Path, description = "Its id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-17"),
     ),
     responses((status = 200, description = "The dead letter", body = Letter), NoLetter, Reads),
@@ -233,7 +233,7 @@ async fn read(
 #[utoipa::path(
     delete, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("id" = String, Path, description = "Its id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-18"),
     ),
     responses((status = 204, description = "It is not there"), NoQueue, LetterStays, Reads),

@@ -82,7 +82,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 #[utoipa::path(
     get, path = "/v1/streams/{stream}/keys", tag = "streams",
     params(
-        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "orders"),
+        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders"),
         ("after" = Option<String>, Query, description = "Keys after this one", min_length = 1, max_length = 512),
         ("max_keys" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
         ("max_bytes" = Option<i64>, Query, description = "At most so many bytes of events, but one key always; 4 MiB without",
@@ -117,7 +117,7 @@ async fn list(
 #[utoipa::path(
     get, path = "/v1/streams/{stream}/keys/{key}", tag = "streams",
     params(
-        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "orders"),
+        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders"),
         ("key" = String, Path, min_length = 1, max_length = 512, example = "customer-7"),
         ("after" = Option<i64>, Query, description = "Messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
         ("last" = Option<bool>, Query, description = "Only the last message"),

@@ -191,7 +191,7 @@ impl Wanted {
     get, path = "/v1/locks", tag = "locks",
     params(
         ("after" = Option<String>, Query, description = "`next_after` of the page before", min_length = 1, max_length = 100,
-            pattern = "^[A-Za-z0-9_.-]+$"),
+            pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"),
         ("max_locks" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
     ),
     responses((status = 200, description = "A page", body = Locks), Reads),
@@ -219,7 +219,7 @@ async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Respon
 #[utoipa::path(
     put, path = "/v1/locks/{name}", tag = "locks",
     params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
-        pattern = "^[A-Za-z0-9_.-]+$", example = "nightly-report")),
+        pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "nightly-report")),
     request_body = Wanted,
     responses(
         (status = 200, description = "The lock is held by `owner`, under `token`", body = HeldLock),
@@ -252,7 +252,7 @@ async fn acquire(
 #[utoipa::path(
     get, path = "/v1/locks/{name}", tag = "locks",
     params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
-        pattern = "^[A-Za-z0-9_.-]+$", example = "nightly-report")),
+        pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "nightly-report")),
     responses((status = 200, description = "The lock", body = Lock), NoLock, Reads),
 )]
 async fn describe(
@@ -271,7 +271,7 @@ async fn describe(
     delete, path = "/v1/locks/{name}", tag = "locks",
     params(
         ("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
-            pattern = "^[A-Za-z0-9_.-]+$", example = "nightly-report"),
+            pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "nightly-report"),
         ("token" = i64, Query, description = "The token under which it is held", minimum = 1,
             maximum = 9_007_199_254_740_991_i64),
     ),

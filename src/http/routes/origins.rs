@@ -209,7 +209,7 @@ async fn list(
 /// Describe an origin.
 #[utoipa::path(
     get, path = "/v1/origins/{origin}", tag = "origins",
-    params(("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local")),
+    params(("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local")),
     responses((status = 200, description = "The origin", body = Origin), NoOrigin, Reads),
 )]
 async fn describe(
@@ -245,7 +245,7 @@ async fn describe(
 #[utoipa::path(
     get, path = "/v1/origins/{origin}/rejected", tag = "origins",
     params(
-        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
+        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local"),
         ("after" = Option<i64>, Query, description = "Rows after this number", minimum = 0, maximum = 9_007_199_254_740_991_i64),
         ("max_rows" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
     ),
@@ -280,7 +280,7 @@ async fn rejected(
 #[utoipa::path(
     post, path = "/v1/origins/{origin}/rejected/{id}/resend", tag = "origins",
     params(
-        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
+        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local"),
         ("id" = i64, Path, description = "Its number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
     ),
     request_body = Resend,

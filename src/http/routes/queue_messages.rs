@@ -126,7 +126,7 @@ fn not_found(offset: Offset, state: MessageState) -> Problem {
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/messages", tag = "queues",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("key" = Option<String>, Query, description = "Of this ordering key", min_length = 1, max_length = 512),
         ("topic" = Option<String>, Query, description = "Of topics that match this pattern", min_length = 1, max_length = 255),
         ("id" = Option<String>, Query, description = "Of this CloudEvents id", min_length = 1, max_length = 1024),
@@ -190,7 +190,7 @@ async fn search(
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),
     ),
     responses((status = 200, description = "The message", body = WireMessage), NoMessage, Reads),
@@ -230,7 +230,7 @@ async fn find(
 #[utoipa::path(
     delete, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),
     ),
     responses((status = 200, description = "What became of it", body = WireActed), NoMessage, Writes),
@@ -250,7 +250,7 @@ async fn delete(
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/messages/{offset}/reject", tag = "queues",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),
     ),
     request_body = RejectBody,

@@ -13,6 +13,7 @@ use super::streams::{OFFSET_MAX, parse_time};
 use super::wire;
 use crate::domain::id::Offset;
 use crate::domain::name::{QueueName, StreamName, Topic, TopicPattern};
+use crate::domain::objects;
 use crate::domain::policy::{
     DEAD_LETTER_RETENTION, MAX_ATTEMPTS, MAX_ATTEMPTS_MAX, MAX_IN_FLIGHT, Ordering, PATTERNS_MAX,
     RetryPolicy, Settings, Start, VISIBILITY_TIMEOUT,
@@ -40,7 +41,11 @@ const WEEK: f64 = 604_800.0;
 )]
 struct Declaration {
     /// The stream that it reads; `main` without. Cannot be changed.
-    #[schema(min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$")]
+    #[schema(
+        min_length = 1,
+        max_length = 100,
+        pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
+    )]
     stream: Option<String>,
     /// The topics that it takes; all without. A change holds from where the queue has got to.
     #[schema(min_items = 1, max_items = 100)]
@@ -102,9 +107,9 @@ pub(super) enum StartAt {
     /// One of two words.
     Word(StartWord),
     /// The message of this offset is the first.
-    Offset(StartOffset),
+    Offset(#[serde(deserialize_with = "objects::read")] StartOffset),
     /// The first message appended at or after this time.
-    Time(StartTime),
+    Time(#[serde(deserialize_with = "objects::read")] StartTime),
 }
 
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
@@ -502,7 +507,7 @@ async fn list(
 /// Declare a queue: make it, or change it. A message published after the answer is delivered if it matches.
 #[utoipa::path(
     put, path = "/v1/queues/{queue}", tag = "queues",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Declaration,
     responses(
         (status = 200, description = "It was there, and has these settings now", body = Queue),
@@ -529,7 +534,7 @@ async fn declare(
 /// Describe a queue, with its numbers.
 #[utoipa::path(
     get, path = "/v1/queues/{queue}", tag = "queues",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     responses((status = 200, description = "The queue", body = Queue), NoQueue, Reads),
 )]
 async fn describe(
@@ -545,7 +550,7 @@ async fn describe(
 /// Delete a queue with its progress and its dead letters.
 #[utoipa::path(
     delete, path = "/v1/queues/{queue}", tag = "queues",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "gone")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "gone")),
     responses((status = 204, description = "Deleted"), NoQueue, Reads),
 )]
 async fn delete(

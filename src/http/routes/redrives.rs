@@ -26,7 +26,11 @@ use crate::queue::{NewRedrive, Redrive};
 #[schema(as = RedriveRequest, example = json!({"filter": {"reason": "no stock"}, "rate_per_second": 100}))]
 struct Request {
     /// A name for it: a repeat under the same name is the same redrive. Made up without.
-    #[schema(min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$")]
+    #[schema(
+        min_length = 1,
+        max_length = 100,
+        pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
+    )]
     redrive_id: Option<String>,
     /// These dead letters.
     #[schema(min_items = 1, max_items = 1000)]
@@ -239,7 +243,7 @@ impl Request {
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/redrives", tag = "dead letters",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("limit" = Option<i64>, Query, description = "The newest so many; 100 without", minimum = 1, maximum = 1000),
     ),
     responses((status = 200, description = "Redrives", body = Redrives), NoQueue, Reads),
@@ -261,7 +265,7 @@ async fn list(
 /// back goes out before later ones; receipts of former deliveries are `stale`.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/redrives", tag = "dead letters",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Request,
     responses(
         (status = 200, description = "A dry run's counts; or there is a redrive of this name already, and nothing new begins",
@@ -310,8 +314,8 @@ enum Answer {
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
-        ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "after-the-fix"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
+        ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "after-the-fix"),
     ),
     responses((status = 200, description = "The redrive", body = View), NoRedrive, Reads),
 )]
@@ -330,8 +334,8 @@ async fn describe(
 #[utoipa::path(
     delete, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
-        ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "after-the-fix"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
+        ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "after-the-fix"),
     ),
     responses((status = 204, description = "It does not run"), NoRedrive, Cancels, Reads),
 )]

@@ -90,7 +90,7 @@ fn answer(renewed: Renewed) -> Response {
 /// wait go on.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/seek", tag = "queues",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = SeekBody,
     responses((status = 200, description = "The new generation", body = WireRenewed), NoQueue, QueueMoved, Writes),
 )]
@@ -119,7 +119,7 @@ async fn seek(
 /// letters stay; receives that wait go on.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/purge", tag = "queues",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = PurgeBody,
     responses((status = 200, description = "The new generation", body = WireRenewed), NoQueue, QueueMoved, Writes),
 )]
@@ -145,7 +145,7 @@ async fn purge(
 /// it changes nothing.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/pause", tag = "queues",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     responses((status = 200, description = "The queue is paused", body = WirePaused), NoQueue, Reads),
 )]
 async fn pause(
@@ -159,7 +159,7 @@ async fn pause(
 /// Go on handing out. Repeating it changes nothing.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/resume", tag = "queues",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     responses((status = 200, description = "The queue is not paused", body = WirePaused), NoQueue, Reads),
 )]
 async fn resume(

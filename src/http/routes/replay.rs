@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use axum::extract::State as Extract;
-use axum::http::header::ACCEPT;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use chrono::{DateTime, Utc};
@@ -15,6 +14,7 @@ use super::streams::{OFFSET_MAX, parse_time};
 use super::wire::{self, Event};
 use crate::domain::id::Offset;
 use crate::domain::name::{StreamName, TopicPattern};
+use crate::http::accept::{self, wanted};
 use crate::http::extract::{Named, Query};
 use crate::http::follow::{self, Follow};
 use crate::http::openapi::{NoStream, OffsetsLost, Reads, TooManyReaders};
@@ -78,7 +78,7 @@ enum From {
 #[utoipa::path(
     get, path = "/v1/streams/{stream}/messages", tag = "streams",
     params(
-        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main"),
+        ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "main"),
         ("after" = Option<i64>, Query, description = "Messages after this offset, none of which may be gone (410); from the first \
             one left without", minimum = 0, maximum = 9_007_199_254_740_991_i64),
         ("at" = Option<String>, Query, description = "Messages appended at or after this time; not together with `after`",
@@ -181,24 +181,13 @@ fn lost(first_offset: Offset) -> Problem {
 
 /// Whether the client asks for server-sent events, and would not rather have JSON.
 fn wants_events(headers: &HeaderMap) -> bool {
-    let accept = headers.get_all(ACCEPT).iter();
-    let ranges = accept
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(|range| range.split(';').next().unwrap_or_default().trim());
-    for range in ranges {
-        if range.eq_ignore_ascii_case("text/event-stream") {
-            return true;
-        }
-        if range.eq_ignore_ascii_case("application/json") {
-            return false;
-        }
-    }
-    false
+    let events = wanted(headers, "text/event-stream", &[]);
+    accept::is_rather(events, wanted(headers, "application/json", &[]))
 }
 
 fn last_event_id(headers: &HeaderMap) -> Result<Option<Offset>, Problem> {
-    let Some(value) = headers.get("last-event-id") else {
+    // An empty one is what a browser sends once an event had an empty id: as if it were absent (HTML, 9.2).
+    let Some(value) = headers.get("last-event-id").filter(|id| !id.is_empty()) else {
         return Ok(None);
     };
     let parsed = value.to_str().ok().and_then(|text| text.parse().ok());

@@ -112,7 +112,7 @@ fn not_found() -> Problem {
     get, path = "/v1/scheduled-messages", tag = "scheduled messages",
     params(
         ("stream" = Option<String>, Query, description = "Only of this stream", min_length = 1, max_length = 100,
-            pattern = "^[A-Za-z0-9_.-]+$"),
+            pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"),
         ("topic" = Option<String>, Query, description = "Only topics that match this pattern"),
         ("key" = Option<String>, Query, description = "Only this ordering key", min_length = 1, max_length = 512),
         ("due_from" = Option<String>, Query, description = "Only those due at or after this time", format = DateTime),

@@ -313,7 +313,7 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
 /// once. What recurs by `*` or a step is passed over, or comes in both.
 #[utoipa::path(
     put, path = "/v1/schedules/{name}", tag = "scheduled messages",
-    params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "daily-report")),
+    params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report")),
     request_body = Body,
     responses(
         (status = 200, description = "It was there, and is as declared now", body = View),
@@ -344,7 +344,7 @@ async fn declare(
 #[utoipa::path(
     get, path = "/v1/schedules/{name}", tag = "scheduled messages",
     params(
-        ("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "daily-report"),
+        ("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report"),
         ("next" = Option<i64>, Query, description = "So many of the next occurrences; 5 without", minimum = 0, maximum = 100),
     ),
     responses((status = 200, description = "The schedule", body = View), NoSchedule, Reads),
@@ -365,7 +365,7 @@ async fn describe(
 /// Delete a schedule. What it published stays.
 #[utoipa::path(
     delete, path = "/v1/schedules/{name}", tag = "scheduled messages",
-    params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "daily-report")),
+    params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report")),
     responses((status = 204, description = "It is gone"), NoSchedule, Reads),
 )]
 async fn delete(

@@ -272,7 +272,7 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
 /// Declare a stream: make it, or change its settings. Repeating it changes nothing.
 #[utoipa::path(
     put, path = "/v1/streams/{stream}", tag = "streams",
-    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "orders")),
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders")),
     request_body = Declaration,
     responses(
         (status = 200, description = "It was there, and has these settings now", body = Stream),
@@ -299,7 +299,7 @@ async fn declare(
 /// Describe a stream.
 #[utoipa::path(
     get, path = "/v1/streams/{stream}", tag = "streams",
-    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "main")),
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "main")),
     responses((status = 200, description = "The stream", body = Stream), NoStream, Reads),
 )]
 async fn describe(
@@ -315,7 +315,7 @@ async fn describe(
 /// Delete a stream with its messages. Its topics fall to `main` from then on.
 #[utoipa::path(
     delete, path = "/v1/streams/{stream}", tag = "streams",
-    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "gone")),
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "gone")),
     responses((status = 204, description = "Deleted"), NoStream, StreamStays, Reads),
 )]
 async fn delete(

@@ -3,15 +3,19 @@
 use std::sync::LazyLock;
 
 use axum::extract::State as Extract;
-use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
+use sha2::{Digest as _, Sha256};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
+use crate::http::exposition::Format;
 use crate::http::extract::{Named, PathPart, Query};
 use crate::http::openapi::{Fails, NoPage, Reads, openapi_yaml};
 use crate::http::problem::{Kind, Problem};
@@ -107,23 +111,23 @@ async fn readyz(Extract(state): Extract<State>) -> Response {
     wire::json(status, &ready)
 }
 
-/// The metrics, in the OpenMetrics text format that Prometheus reads.
+/// The metrics: in the OpenMetrics text format for who asks for it (`Accept`), as Prometheus does, else in Prometheus' own.
 #[utoipa::path(
     get, path = "/metrics", tag = "operation",
     responses(
-        (status = 200, description = "The metrics", body = String,
-            content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8"),
+        (status = 200, description = "The metrics", content(
+            (String = "text/plain; version=0.0.4; charset=utf-8"),
+            (String = "application/openmetrics-text; version=1.0.0; charset=utf-8"),
+        )),
         Fails,
     ),
 )]
-async fn metrics(Extract(state): Extract<State>) -> Result<Response, Problem> {
+async fn metrics(Extract(state): Extract<State>, headers: HeaderMap) -> Result<Response, Problem> {
+    let format = Format::asked(&headers);
     let mut body = String::new();
     prometheus_client::encoding::text::encode(&mut body, &state.parts.registry)
         .map_err(|error| Problem::internal(&error))?;
-    Ok(text(
-        "application/openmetrics-text; version=1.0.0; charset=utf-8",
-        body,
-    ))
+    Ok(text(format.content_type(), format.print(body)))
 }
 
 /// This description.
@@ -153,7 +157,27 @@ async fn docs() -> Response {
         // In a script element, `</` would end it.
         DOCS.replace("__OPENAPI__", &json.replace("</", "<\\/"))
     });
-    text("text/html; charset=utf-8", PAGE.clone())
+    static POLICY: LazyLock<HeaderValue> = LazyLock::new(|| policy(DOCS));
+    let mut page = text("text/html; charset=utf-8", PAGE.clone());
+    let headers = page.headers_mut();
+    headers.insert(CONTENT_SECURITY_POLICY, POLICY.clone());
+    page
+}
+
+/// What a browser lets a page do: run its own script and style, as they are in the file, and nothing else.
+fn policy(page: &str) -> HeaderValue {
+    let hash = |start: &str, end: &str| {
+        let (_, rest) = page.split_once(start).expect("the page has it");
+        let (text, _) = rest.split_once(end).expect("it ends");
+        STANDARD.encode(Sha256::digest(text))
+    };
+    let script = hash("<script>", "</script>");
+    let style = hash("<style>", "</style>");
+    let policy = format!(
+        "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; \
+         form-action 'none'; frame-ancestors 'none'"
+    );
+    HeaderValue::try_from(policy).expect("it is visible ASCII")
 }
 
 /// What a problem means, and what to do about it.

@@ -41,7 +41,7 @@ impl Leave {
 
 fn request(path: &str, content: &str, body: &str) -> Vec<u8> {
     let length = body.len();
-    format!("POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: {content}\r\ncontent-length: {length}\r\n\r\n{body}")
+    format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {content}\r\ncontent-length: {length}\r\n\r\n{body}")
         .into_bytes()
 }
 

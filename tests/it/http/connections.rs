@@ -35,12 +35,15 @@ async fn slow_clients_lose_their_connection() {
     let api = Api::with(impatient()).await;
     for (bytes, start) in [
         ("", ""),
-        ("GET /healthz HTTP/1.1\r\nhost: a\r\nx-never: ", ""),
+        ("GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-never: ", ""),
         (
-            "POST /v1/topics/a/messages HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n12345",
+            "POST /v1/topics/a/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n12345",
             "HTTP/1.1 408",
         ),
-        ("GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n", "HTTP/1.1 200"),
+        (
+            "GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n",
+            "HTTP/1.1 200",
+        ),
     ] {
         let answer = raw(&api, bytes.as_bytes()).await;
         assert!(answer.starts_with(start), "{bytes:?}: {answer}");
@@ -48,7 +51,7 @@ async fn slow_clients_lose_their_connection() {
     // A byte now and then does not keep a head going.
     let mut stream = TcpStream::connect(api.address).await.unwrap();
     stream
-        .write_all(b"GET /healthz HTTP/1.1\r\nx-never: ")
+        .write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-never: ")
         .await
         .unwrap();
     let began = Instant::now();
@@ -66,8 +69,7 @@ async fn slow_clients_lose_their_connection() {
 async fn chunked_bodies_are_counted_as_they_come() {
     let api = Api::start().await;
     let mut stream = TcpStream::connect(api.address).await.unwrap();
-    let head =
-        "POST /v1/topics/a/messages HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
+    let head = "POST /v1/topics/a/messages HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     let chunk = ["100000\r\n".as_bytes(), &vec![b'x'; 1 << 20], b"\r\n"].concat();
     for _ in 0..17 {
@@ -83,7 +85,7 @@ async fn chunked_bodies_are_counted_as_they_come() {
 #[tokio::test]
 async fn heads_without_end_are_refused() {
     let api = Api::start().await;
-    let mut head = b"GET /healthz HTTP/1.1\r\nhost: a\r\nx-long: ".to_vec();
+    let mut head = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-long: ".to_vec();
     head.extend(std::iter::repeat_n(b'a', 200_000));
     let mut stream = TcpStream::connect(api.address).await.unwrap();
     let _ = stream.write_all(&head).await;
@@ -93,7 +95,7 @@ async fn heads_without_end_are_refused() {
         assert_eq!(&answer, b"HTTP/1.1 431");
     }
     let many = format!(
-        "GET /healthz HTTP/1.1\r\nhost: a\r\n{}\r\n",
+        "GET /healthz HTTP/1.1\r\nhost: localhost\r\n{}\r\n",
         "x-a: b\r\n".repeat(200)
     );
     assert!(raw(&api, many.as_bytes()).await.starts_with("HTTP/1.1 431"));
@@ -158,7 +160,7 @@ async fn what_waits_for_an_http2_window_is_not_written() {
 fn receive_head(queue: &str, wait_seconds: u32) -> String {
     let body = format!("{{\"wait_seconds\":{wait_seconds}}}");
     format!(
-        "POST /v1/queues/{queue}/receive HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST /v1/queues/{queue}/receive HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     )
 }
@@ -212,7 +214,7 @@ async fn an_answer_that_was_not_written_costs_no_attempt() {
     for _ in 0..5 {
         let body = "{\"wait_seconds\":5,\"max_messages\":20,\"max_bytes\":16777216}";
         let head = format!(
-            "POST /v1/queues/q/receive HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}",
+            "POST /v1/queues/q/receive HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
         let socket = TcpSocket::new_v4().unwrap();

@@ -129,7 +129,7 @@ async fn stalled(api: &Api, stream: &str) -> tokio::net::TcpStream {
     socket.set_recv_buffer_size(4_096).unwrap();
     let mut connection = socket.connect(api.address).await.unwrap();
     let request = format!(
-        "GET /v1/streams/{stream}/messages HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\n\r\n"
+        "GET /v1/streams/{stream}/messages HTTP/1.1\r\nhost: localhost\r\naccept: text/event-stream\r\n\r\n"
     );
     connection.write_all(request.as_bytes()).await.unwrap();
     connection

@@ -325,7 +325,8 @@ async fn the_process_describes_itself() {
         ),
         "{text}"
     );
-    assert!(text.ends_with("# EOF\n"));
+    let kind = &metrics.headers["content-type"];
+    assert_eq!(kind, "text/plain; version=0.0.4; charset=utf-8");
     let yaml = api.get("/openapi.yaml").await;
     assert_eq!(yaml.body.as_str().unwrap(), postroad::http::openapi_yaml());
     let docs = api.get("/docs").await;

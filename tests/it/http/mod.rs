@@ -1,7 +1,9 @@
 //! The HTTP API on real engines and a real database.
 
 mod connections;
+mod door;
 mod follow;
+mod framing;
 mod keyed;
 mod later_schema;
 

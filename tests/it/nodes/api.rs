@@ -456,7 +456,7 @@ async fn answers_by_way_of_the_wrong_node_that_are_never_written_hide_no_message
         .await;
     let body = r#"{"wait_seconds": 30, "visibility_timeout_seconds": 43200}"#;
     let request = format!(
-        "POST /v1/queues/{queue}/receive HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST /v1/queues/{queue}/receive HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     let address = one.http.base.trim_start_matches("http://");

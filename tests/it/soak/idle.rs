@@ -104,7 +104,7 @@ fn address(http: &Http) -> SocketAddr {
 fn receive_head() -> String {
     let body = r#"{"wait_seconds":50,"max_messages":1,"visibility_timeout_seconds":600}"#;
     format!(
-        "POST /v1/queues/idle/receive HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST /v1/queues/idle/receive HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     )
 }

@@ -18,8 +18,7 @@ async fn ask(http: &Http, receive_buffer: u32) -> TcpStream {
     socket.set_recv_buffer_size(receive_buffer).unwrap();
     let address = http.base.trim_start_matches("http://").parse().unwrap();
     let mut connection = socket.connect(address).await.unwrap();
-    let request =
-        "GET /v1/streams/main/messages HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\n\r\n";
+    let request = "GET /v1/streams/main/messages HTTP/1.1\r\nhost: localhost\r\naccept: text/event-stream\r\n\r\n";
     connection.write_all(request.as_bytes()).await.unwrap();
     connection
 }

@@ -78,7 +78,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/in-flight", tag = "deliveries",
     params(
-        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing"),
+        ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("consumer" = Option<String>, Query, description = "Of this consumer only", min_length = 1, max_length = 255),
         ("after" = Option<i64>, Query, description = "Of offsets after this one", minimum = 0, maximum = 9_007_199_254_740_991_i64),
         ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
@@ -134,7 +134,7 @@ async fn in_flight(
 /// those that are live then; `delivered_before` leaves out what was handed out since.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/in-flight/expire", tag = "deliveries",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = ExpireBody,
     responses((status = 200, description = "What ended", body = WireExpired), NoQueue, Writes),
 )]

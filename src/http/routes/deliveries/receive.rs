@@ -160,7 +160,7 @@ impl Receive {
 /// Receive messages, waiting for the first one if need be.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/receive", tag = "deliveries",
-    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+    params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Receive,
     responses((status = 200, description = "Deliveries, or why there are none", body = WireReceived), NoQueue, QueueBounds, Writes),
 )]

@@ -50,7 +50,7 @@ macro_rules! verb {
         $(#[$doc])*
         #[utoipa::path(
             post, path = $path, tag = "deliveries",
-            params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "billing")),
+            params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
             request_body = $body,
             responses((status = 200, description = "What became of each", body = WireSettled), NoQueue, Writes),
         )]

@@ -1,0 +1,407 @@
+//! What every request passes before anything looks at what it asks: is it whole as a message of HTTP, is it for this broker, and
+//! does a page of another site ask?
+//!
+//! A broker on a loopback address has no sign-in, and the browser of whoever works at the machine reaches it. A browser sends a
+//! form, or a text, to any address that a page names, without asking first. It says by `Sec-Fetch-Site` and `Origin` whose page that
+//! was; programs send neither. A page can also give its own name the address 127.0.0.1: then it is of the same origin, and only
+//! `Host` tells.
+
+mod framing;
+mod hosts;
+
+use std::borrow::Cow;
+
+use axum::extract::{Request, State as Extract};
+use axum::http::header::{
+    CONNECTION, CONTENT_SECURITY_POLICY, HOST, ORIGIN, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+
+use super::problem::{Kind, Problem};
+use super::state::State;
+use crate::domain::authority::Authority;
+
+pub(in crate::http) use framing::{announced, expects};
+pub(in crate::http) use hosts::Hosts;
+
+const FETCH_SITE: &str = "sec-fetch-site";
+const FETCH_MODE: &str = "sec-fetch-mode";
+const FETCH_DEST: &str = "sec-fetch-dest";
+const PREFLIGHT: &str = "access-control-request-method";
+/// Longer ones are not shown in whole.
+const SHOWN_CHARS: usize = 100;
+
+/// The layer.
+pub(in crate::http) async fn guard(
+    Extract(state): Extract<State>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if let Err(refusal) = framing::check(&request, state.options.body_max_bytes) {
+        return refusal.answer(request).await;
+    }
+    let headers = request.headers();
+    let passed = match authority(&request) {
+        Ok(authority) => admit(&state.hosts, &request, authority),
+        Err(detail) => Err(Problem::new(Kind::MalformedRequest, detail)),
+    };
+    match passed {
+        Ok(()) => next.run(request).await,
+        Err(problem) => {
+            // Only what a browser or a lost client does. Names are of their choosing, and stay out of the log's usual lines.
+            tracing::debug!(detail = %problem.detail, origin = ?headers.get(ORIGIN), "refused at the door");
+            problem.into_response()
+        }
+    }
+}
+
+/// Who the request is for: of the target where it names one (RFC 9112, 3.2.2), else of `Host`. None for a client that says nothing,
+/// as in HTTP/1.0.
+fn authority(request: &Request) -> Result<Option<Authority<'_>>, Cow<'static, str>> {
+    let parse = |text: &'_ str| -> Result<(), Cow<'static, str>> {
+        match Authority::parse(text) {
+            Some(_) => Ok(()),
+            None => Err("`Host` is not a host with or without a port".into()),
+        }
+    };
+    let host = match request.headers().get(HOST) {
+        None => None,
+        Some(value) => {
+            let text = value.to_str().unwrap_or_default();
+            parse(text)?;
+            Authority::parse(text)
+        }
+    };
+    let Some(target) = request.uri().authority() else {
+        return Ok(host);
+    };
+    parse(target.as_str())?;
+    let target = Authority::parse(target.as_str());
+    let differs = |host: Authority<'_>| target.is_some_and(|target| target.host != host.host);
+    if request.version() == Version::HTTP_2 && host.is_some_and(differs) {
+        return Err("`Host` is another than `:authority`".into());
+    }
+    Ok(target)
+}
+
+/// Whether the request may go on.
+fn admit(
+    hosts: &Hosts,
+    request: &Request,
+    authority: Option<Authority<'_>>,
+) -> Result<(), Problem> {
+    let headers = request.headers();
+    let is_page_opened = is_page_opened(request);
+    for site in headers.get_all(FETCH_SITE) {
+        let is_own = site == "same-origin" || site == "none";
+        if !is_own && !is_page_opened {
+            let site = shown(site);
+            let detail = format!("a browser asks for a page of another site (`{site}`)");
+            return Err(Problem::new(Kind::CrossSite, detail));
+        }
+    }
+    for origin in headers.get_all(ORIGIN) {
+        let text = origin.to_str().unwrap_or_default();
+        if !authority.is_some_and(|authority| authority.is_place_of(text)) {
+            let detail = format!(
+                "the origin `{}` is not the place that was asked",
+                shown(origin)
+            );
+            return Err(Problem::new(Kind::CrossSite, detail));
+        }
+    }
+    if headers.contains_key(PREFLIGHT) {
+        let detail = "pages of other sites may not ask, so there is nothing to ask for (CORS)";
+        return Err(Problem::new(Kind::CrossSite, detail));
+    }
+    match authority {
+        Some(authority) if !hosts.has(&authority.host) => {
+            let name: String = authority
+                .host
+                .to_string()
+                .chars()
+                .take(SHOWN_CHARS)
+                .collect();
+            let detail =
+                format!("`{name}` is not a name of this broker; `allowed_hosts` can add it");
+            Err(Problem::new(Kind::HostNotAllowed, detail))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether somebody follows a link to a page that is for people: it changes nothing, and the page that has the link does not get
+/// to read it.
+fn is_page_opened(request: &Request) -> bool {
+    let path = request.uri().path();
+    let headers = request.headers();
+    let is = |name: &str, value: &str| headers.get(name).is_some_and(|found| found == value);
+    matches!(*request.method(), Method::GET | Method::HEAD)
+        && (path == "/docs" || path.starts_with("/problems/"))
+        && is(FETCH_MODE, "navigate")
+        && (is(FETCH_DEST, "document") || !headers.contains_key(FETCH_DEST))
+}
+
+fn shown(value: &HeaderValue) -> String {
+    String::from_utf8_lossy(value.as_bytes())
+        .chars()
+        .take(SHOWN_CHARS)
+        .collect()
+}
+
+/// Headers by which a browser says who asks. They are looked at here, and mean nothing to another node.
+pub(in crate::http) fn is_of_browser(name: &HeaderName) -> bool {
+    name == ORIGIN || name.as_str().starts_with("sec-fetch-")
+}
+
+/// Ends the connection after the answer, where what comes next on it is not known to be a request.
+fn close(response: &mut Response, version: Version) {
+    if version < Version::HTTP_2 {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(CONNECTION, close);
+    }
+}
+
+/// Headers of every answer: it is what it says it is, no page shows it within itself, and links from it tell nobody of it.
+pub(in crate::http) fn protect(headers: &mut HeaderMap) {
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    if !headers.contains_key(CONTENT_SECURITY_POLICY) {
+        headers.insert(
+            CONTENT_SECURITY_POLICY,
+            HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'"),
+        );
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use axum::body::Body;
+
+    use super::*;
+    use crate::http::Options;
+
+    fn passes(address: &str, options: &Options, head: &[(&str, &str)], target: &str) -> String {
+        let mut request = axum::http::Request::builder()
+            .method(Method::POST)
+            .uri(target);
+        for (name, value) in head {
+            request = match *name {
+                "method" => request.method(*value),
+                name => request.header(name, *value),
+            };
+        }
+        let request = request.body(Body::empty()).unwrap();
+        let hosts = Hosts::new(address.parse().unwrap(), options);
+        let admitted = match authority(&request) {
+            Ok(authority) => admit(&hosts, &request, authority),
+            Err(_) => return "malformed".to_owned(),
+        };
+        match admitted {
+            Ok(()) => "passes".to_owned(),
+            Err(problem) => problem.kind.slug().to_owned(),
+        }
+    }
+
+    #[test]
+    fn pages_of_other_sites_are_refused() {
+        let local = ("host", "localhost:8080");
+        let evil = ("origin", "https://evil.example");
+        let navigate = [
+            ("sec-fetch-site", "cross-site"),
+            ("sec-fetch-mode", "navigate"),
+            ("sec-fetch-dest", "document"),
+        ];
+        let opened = |method, site| {
+            let mut head = vec![local, ("method", method), ("sec-fetch-site", site)];
+            head.extend(&navigate[1..]);
+            head
+        };
+        for (head, target, outcome) in [
+            (vec![local], "/v1/queues/q/purge", "passes"),
+            (vec![], "/v1/queues/q/purge", "passes"),
+            (
+                vec![local, ("origin", "http://localhost:8080")],
+                "/x",
+                "passes",
+            ),
+            (
+                vec![local, ("sec-fetch-site", "same-origin")],
+                "/x",
+                "passes",
+            ),
+            (vec![local, ("sec-fetch-site", "none")], "/x", "passes"),
+            (
+                vec![local, ("sec-fetch-site", "cross-site")],
+                "/x",
+                "cross-site",
+            ),
+            (
+                vec![local, ("sec-fetch-site", "same-site")],
+                "/x",
+                "cross-site",
+            ),
+            (vec![local, ("sec-fetch-site", "")], "/x", "cross-site"),
+            (
+                vec![
+                    local,
+                    ("sec-fetch-site", "none"),
+                    ("sec-fetch-site", "cross-site"),
+                ],
+                "/x",
+                "cross-site",
+            ),
+            (vec![local, evil], "/x", "cross-site"),
+            (vec![local, ("origin", "null")], "/x", "cross-site"),
+            (vec![local, ("origin", "")], "/x", "cross-site"),
+            (
+                vec![local, ("origin", "http://localhost:8080"), evil],
+                "/x",
+                "cross-site",
+            ),
+            (
+                vec![local, evil, ("sec-fetch-site", "same-origin")],
+                "/x",
+                "cross-site",
+            ),
+            (vec![evil], "/x", "cross-site"),
+            (vec![local, ("method", "GET"), evil], "/docs", "cross-site"),
+            (
+                vec![
+                    local,
+                    ("method", "OPTIONS"),
+                    ("access-control-request-method", "POST"),
+                ],
+                "/x",
+                "cross-site",
+            ),
+            (opened("GET", "cross-site"), "/docs", "passes"),
+            (opened("GET", "same-site"), "/problems/not-found", "passes"),
+            (opened("POST", "cross-site"), "/docs", "cross-site"),
+            (opened("GET", "cross-site"), "/v1/queues", "cross-site"),
+            (
+                opened("GET", "cross-site"),
+                "/docs/../v1/queues",
+                "cross-site",
+            ),
+            (
+                vec![
+                    local,
+                    ("method", "GET"),
+                    navigate[0],
+                    navigate[1],
+                    ("sec-fetch-dest", "iframe"),
+                ],
+                "/docs",
+                "cross-site",
+            ),
+            (
+                vec![local, ("method", "GET"), navigate[0]],
+                "/docs",
+                "cross-site",
+            ),
+        ] {
+            let found = passes("127.0.0.1:8080", &Options::default(), &head, target);
+            assert_eq!(found, outcome, "{head:?} {target}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_the_brokers_or_not() {
+        let advertised = Options {
+            advertise_url: Some("https://Postroad.internal:8443/x".to_owned()),
+            ..Options::default()
+        };
+        let allowed = |names: &[&str]| Options {
+            allowed_hosts: names.iter().map(|name| (*name).to_owned()).collect(),
+            ..Options::default()
+        };
+        let (local, any) = ("127.0.0.1:8080", "0.0.0.0:8080");
+        for (address, options, host, outcome) in [
+            (local, Options::default(), "localhost:8080", "passes"),
+            (local, Options::default(), "LOCALHOST.:9", "passes"),
+            (local, Options::default(), "[::1]:8080", "passes"),
+            ("[::1]:8080", Options::default(), "[0:0:0::1]", "passes"),
+            (
+                local,
+                Options::default(),
+                "evil.example",
+                "host-not-allowed",
+            ),
+            (
+                local,
+                Options::default(),
+                "localhost.evil.example",
+                "host-not-allowed",
+            ),
+            (
+                local,
+                Options::default(),
+                "10.0.0.1:8080",
+                "host-not-allowed",
+            ),
+            (
+                local,
+                Options::default(),
+                "0.0.0.0:8080",
+                "host-not-allowed",
+            ),
+            (
+                local,
+                Options::default(),
+                "localhost@evil.example",
+                "malformed",
+            ),
+            (local, Options::default(), "", "malformed"),
+            (
+                local,
+                advertised.clone(),
+                "postroad.internal:8443",
+                "passes",
+            ),
+            (local, advertised, "evil.example:8443", "host-not-allowed"),
+            (
+                local,
+                allowed(&["a.example", "10.0.0.1"]),
+                "A.example:1",
+                "passes",
+            ),
+            (
+                local,
+                allowed(&["a.example", "10.0.0.1"]),
+                "10.0.0.1:80",
+                "passes",
+            ),
+            (
+                local,
+                allowed(&["a.example"]),
+                "b.a.example",
+                "host-not-allowed",
+            ),
+            (local, allowed(&["a.example"]), "localhost", "passes"),
+            (local, allowed(&["*"]), "evil.example", "passes"),
+            (any, Options::default(), "evil.example", "passes"),
+            (
+                any,
+                allowed(&["a.example"]),
+                "evil.example",
+                "host-not-allowed",
+            ),
+            (any, allowed(&["a.example"]), "a.example", "passes"),
+            (any, allowed(&["a.example"]), "10.0.0.1:8080", "passes"),
+        ] {
+            let found = passes(address, &options, &[("host", host)], "/x");
+            assert_eq!(found, outcome, "{address} {host}");
+        }
+        // The target goes before `Host`.
+        let head = [("host", "localhost:8080")];
+        let found = passes(local, &Options::default(), &head, "http://evil.example/x");
+        assert_eq!(found, "host-not-allowed");
+        let head = [("host", "evil.example")];
+        let found = passes(local, &Options::default(), &head, "http://localhost:8080/x");
+        assert_eq!(found, "passes");
+    }
+}
