@@ -53,6 +53,38 @@ pub struct Message {
     pub expected_version: Option<i64>,
 }
 
+impl Message {
+    /// What stands around a message's texts, in bytes.
+    const OVERHEAD_BYTES: usize = 256;
+    /// The same of an extension attribute.
+    const EXTENSION_OVERHEAD_BYTES: usize = 16;
+
+    /// Its share of an append, in bytes: the payload, all attributes, and what stands around them. Whoever makes up appends and
+    /// whoever bounds them ask this.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let texts: usize = self.texts().map(str::len).sum();
+        let value = |value: &Value| value.as_str().map_or(0, str::len);
+        let extensions = self.extensions.iter();
+        let extensions: usize = extensions
+            .map(|(name, of)| Self::EXTENSION_OVERHEAD_BYTES + name.len() + value(of))
+            .sum();
+        Self::OVERHEAD_BYTES + self.data.bytes().len() + texts + extensions
+    }
+
+    /// Its attributes that are texts, but for the topic and the extensions.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        [&self.id, &self.source]
+            .into_iter()
+            .chain(&self.kind)
+            .chain(&self.key)
+            .chain(&self.subject)
+            .chain(&self.data_content_type)
+            .chain(&self.data_schema)
+            .map(String::as_str)
+    }
+}
+
 /// A payload, in the form in which a JSON event carries it. The bytes come out as they went in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Data {

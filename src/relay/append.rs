@@ -5,10 +5,13 @@ use std::collections::HashSet;
 use chrono::{DateTime, Utc};
 
 use super::decide::next_number;
+use super::page::Page;
 use super::position::Position;
 use super::row;
+use super::status::State;
 use super::task::Run;
 use super::trouble::Trouble;
+use crate::domain::mapping::Pickup;
 use crate::domain::message::Message;
 use crate::store::origin::OutboxRow;
 use crate::stream::{self, AppendError, Conditional, Member, Rejected};
@@ -30,16 +33,14 @@ pub(super) struct Sent {
     messages: usize,
     /// Rows that could not.
     rejected: usize,
+    /// The rows' copies, where they go one by one.
+    copies: Vec<String>,
 }
 
 impl Run<'_> {
     /// Appends rows and stores the position after them, from the stored one: one commit, or nothing.
-    pub(super) async fn append(
-        &mut self,
-        position: Position,
-        rows: Vec<OutboxRow>,
-    ) -> Result<(), Trouble> {
-        let mut prepared = self.prepare(position, rows).await?;
+    pub(super) async fn append(&mut self, position: Position, page: Page) -> Result<(), Trouble> {
+        let mut prepared = self.prepare(position, page).await?;
         if failpoint::is_mutant("position-apart") {
             self.append_apart(&mut prepared.member).await?;
         }
@@ -71,12 +72,20 @@ impl Run<'_> {
     pub(super) async fn prepare(
         &self,
         position: Position,
-        rows: Vec<OutboxRow>,
+        page: Page,
     ) -> Result<Prepared, Trouble> {
-        let count = rows.len();
+        let count = page.len();
+        let Page { rows, unread } = page;
+        let copies = match self.caution.is_single() {
+            true => rows.iter().map(|row| row::copy(row).to_string()).collect(),
+            false => Vec::new(),
+        };
+        let (rows, refused) = self.caution.sort_out(rows);
         let rows = self.without_refused(&position, rows).await?;
         let rules = self.relay.topics.rules();
-        let (messages, conditional, rejected) = convert(rows, self.relay.cluster.now(), &rules);
+        let (messages, conditional, mut rejected) = convert(rows, self.relay.cluster.now(), &rules);
+        rejected.extend(unread);
+        rejected.extend(refused);
         let rejected = self.without_listed(&position, rejected).await?;
         let rejected_count = rejected.len();
         let message_count = messages.len();
@@ -98,6 +107,7 @@ impl Run<'_> {
                 count,
                 messages: message_count,
                 rejected: rejected_count,
+                copies,
             },
         })
     }
@@ -113,8 +123,28 @@ impl Run<'_> {
             count,
             messages,
             rejected,
+            copies,
         } = sent;
-        let placed = placed?;
+        let placed = match placed {
+            Ok(placed) => placed,
+            Err(error) if error.is_row_refused() => {
+                let keeps_rows = self.relay.pickup() == Pickup::Snapshot;
+                let reason = error.reason();
+                return Err(
+                    match self.caution.refused(count, copies, reason, keeps_rows) {
+                        true => Trouble::RowsRefused {
+                            count,
+                            source: error,
+                        },
+                        false => Trouble::Append(error),
+                    },
+                );
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if self.caution.passed(self.relay.options.page_rows) {
+            self.relay.set_state(State::Running, None);
+        }
         failpoint::reach("relay.after_append");
         // What expected another version of its key was listed by the append itself.
         let rejected = rejected + messages.saturating_sub(placed.len());

@@ -11,15 +11,23 @@
 //! A table that went back in time holds rows again that were relayed and taken out: the mark says so, and then all that it holds
 //! is looked up in the streams once, before anything is relayed.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
+use uuid::Uuid;
+
 use super::decide::went_back;
+use super::page::{self, Page, kept};
 use super::position::Recheck;
 use super::status::State;
 use super::task::{Run, Stepped};
 use super::trouble::Trouble;
 use crate::failpoint;
+use crate::store::mapped::Batch;
+use crate::stream::Rejected;
 
+/// Rows that are read at a time when some cannot be read.
+const UNREADABLE_PART_ROWS: usize = 100;
 /// Rows that are looked up in the streams at a time.
 const RECHECK_CHUNK_ROWS: usize = 50_000;
 
@@ -32,12 +40,11 @@ impl Run<'_> {
         let mark = self.position.as_ref().and_then(|position| position.mark);
         // What the position took may still be there: then this look is for the mark alone.
         let max_rows = if self.is_ready() {
-            options.page_rows
+            self.caution.page_rows(options.page_rows)
         } else {
             0
         };
-        let opening = self.session.open_batch(mark, max_rows, options.page_bytes);
-        let batch = opening.await.map_err(Trouble::Origin)?;
+        let (batch, unread) = self.read_batch(mark, max_rows).await?;
         self.check_session(&batch.identity)?;
         self.relay.status.send_modify(|status| {
             status.step_count += 1;
@@ -67,7 +74,7 @@ impl Run<'_> {
                 rows: options.page_rows,
             });
         }
-        let count = batch.rows.len();
+        let count = batch.keys.len();
         let lag = match batch.is_all {
             true => count as u64,
             false => self.session.count_rows().await.map_err(Trouble::Origin)?,
@@ -84,7 +91,8 @@ impl Run<'_> {
                 .as_ref()
                 .and_then(|position| position.recheck)
                 .filter(|_| is_rest);
-            self.append(position, batch.rows).await?;
+            let rows = batch.rows;
+            self.append(position, Page { rows, unread }).await?;
             self.settle_taken().await?;
         }
         if batch.is_all {
@@ -100,6 +108,92 @@ impl Run<'_> {
             options.page_rows
         };
         Ok(Stepped { rows })
+    }
+
+    /// Reads the next batch, and lists the rows that cannot be read. Their keys are with the others': they leave the table as rows do
+    /// that cannot become messages, with all that they have in the list.
+    async fn read_batch(
+        &mut self,
+        mark: Option<Uuid>,
+        max_rows: usize,
+    ) -> Result<(Batch, Vec<Rejected>), Trouble> {
+        let max_bytes = self.relay.options.page_bytes;
+        let opening = self
+            .session
+            .open_batch(mark, max_rows, max_bytes, self.caution.left());
+        match opening.await {
+            Err(error) if error.is_row_unreadable() && max_rows > 0 => {}
+            other => return Ok((other.map_err(Trouble::Origin)?, Vec::new())),
+        }
+        let opening = self.session.open_batch(mark, 0, 0, self.caution.left());
+        let mut batch = opening.await.map_err(Trouble::Origin)?;
+        let limit = max_rows + self.caution.left().len();
+        let mut keys = self
+            .session
+            .first_keys(limit)
+            .await
+            .map_err(Trouble::Origin)?;
+        keys.retain(|key| !self.caution.left().contains(key));
+        keys.truncate(max_rows);
+        batch.is_all = keys.is_empty();
+        let mut unread = Vec::new();
+        let mut broken = Vec::new();
+        let mut bytes = 0;
+        for part in keys.chunks(UNREADABLE_PART_ROWS) {
+            let mut parts = vec![part];
+            while let Some(part) = parts.pop() {
+                match self.session.read_by_keys(part).await {
+                    Ok(found) => {
+                        // As they are ordered, not as they come.
+                        let mut found: HashMap<_, _> = found.into_iter().collect();
+                        for key in part {
+                            if let Some(row) = found.remove(key) {
+                                bytes += row.payload.as_ref().map_or(0, String::len)
+                                    + row.payload_bytes.as_ref().map_or(0, Vec::len);
+                                batch.rows.push(row);
+                                batch.keys.push(key.clone());
+                            }
+                        }
+                    }
+                    Err(error) if !error.is_row_unreadable() => return Err(Trouble::Origin(error)),
+                    Err(error) => match part {
+                        [key] => broken.push((key.clone(), error)),
+                        _ => {
+                            let (first, second) = part.split_at(part.len() / 2);
+                            parts.extend([second, first]);
+                        }
+                    },
+                }
+            }
+            if bytes > max_bytes {
+                break;
+            }
+        }
+        for (key, error) in broken {
+            // An internal error of every row is one of the table.
+            if error.is_internal() && batch.rows.is_empty() {
+                return Err(Trouble::Origin(error));
+            }
+            let raw = self.session.read_raw_by_key(&key).await;
+            match kept(raw).map_err(Trouble::Origin)? {
+                Some(raw) => {
+                    unread.push(page::unread(0, &error, Some(raw)));
+                    batch.keys.push(key);
+                }
+                None => {
+                    let (origin, table) = (&self.relay.name, &self.relay.mapping);
+                    let table = table.as_ref().map(|mapping| mapping.table.to_string());
+                    tracing::error!(
+                        %origin, table, key = key.join(", "), error = &error as &dyn std::error::Error,
+                        "a row of the mapped table cannot be read and is left where it is: mend it, or take it out"
+                    );
+                    if !self.caution.leave(key) {
+                        return Err(Trouble::Origin(error));
+                    }
+                }
+            }
+        }
+        Ok((batch, unread))
     }
 
     /// Whether the rows that the position took are known to be out.
@@ -142,12 +236,12 @@ impl Run<'_> {
         relay.set_state(State::Rerelaying, Some(why.to_owned()));
         tracing::warn!(origin = %relay.name, position = self.number, "looking up all rows of the mapped table: {why}");
         relay.status.send_modify(|status| status.rerelay_count += 1);
-        let opening = self.session.open_batch(None, 0, 0);
+        let opening = self.session.open_batch(None, 0, 0, &[]);
         let batch = opening.await.map_err(Trouble::Origin)?;
         self.check_session(&batch.identity)?;
         let mut position = self.mark(batch.identity).await?;
         position.recheck = Some(Recheck::Pass);
-        self.append(position.clone(), Vec::new()).await?;
+        self.append(position.clone(), Page::default()).await?;
         let mut after: Option<Vec<String>> = None;
         loop {
             if relay.supervisor.is_stopping() {
@@ -173,6 +267,6 @@ impl Run<'_> {
             }
         }
         position.recheck = Some(Recheck::Rest);
-        self.append(position, Vec::new()).await
+        self.append(position, Page::default()).await
     }
 }

@@ -50,8 +50,8 @@ pub enum RejectedError {
         /// The number asked for.
         id: i64,
     },
-    /// Its payload was too large to be kept; it is still in the outbox.
-    #[error("the payload of the rejected row {id} was too large to be kept: insert the row again")]
+    /// It could not be kept whole: it was too large, or could not be read.
+    #[error("the rejected row {id} could not be kept whole: insert the row again")]
     NotKept {
         /// The number asked for.
         id: i64,

@@ -6,11 +6,13 @@
 //! origin and everything it knew, and the next one begins from the position that the broker's database holds.
 
 mod append;
+mod caution;
 mod decide;
 mod deletion;
 mod handle;
 mod metrics;
 mod pace;
+mod page;
 mod position;
 mod rejected;
 mod rerelay;

@@ -9,6 +9,7 @@
 //! The broker's own database can go back too. Its older position still opens a window, but what was relayed and emptied after
 //! the backup is nowhere any more. The origin knows up to which position it was emptied, so that is noticed.
 
+use super::page::Page;
 use super::position::{Gaps, NOTHING, Window};
 use super::status::State;
 use super::task::{Relay, Run};
@@ -75,7 +76,7 @@ impl Run<'_> {
             after_seq: i64::MIN,
             is_rerelay: !is_first,
         });
-        self.append(position.clone(), Vec::new()).await?;
+        self.append(position.clone(), Page::default()).await?;
         self.relay_window(position).await
     }
 }

@@ -4,9 +4,9 @@
 use base64::Engine as _;
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
-use serde_json::value::RawValue;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
+use crate::domain::json;
 use crate::domain::message::{DELIVER_AHEAD_MAX, DELIVER_AT, Data, Message};
 use crate::domain::name::Topic;
 use crate::store::origin::OutboxRow;
@@ -20,7 +20,7 @@ const ATTRIBUTE_MAX_BYTES: usize = 1_024;
 const CONTENT_TYPE_MAX_BYTES: usize = 255;
 /// A payload larger than this is named, not copied, in the list of rejected rows. No table that a relay reads gives it one: rows
 /// are rejected with all that they have, since they leave the table.
-const COPY_MAX_BYTES: usize = crate::store::mapped::PAYLOAD_MAX_BYTES;
+const COPY_MAX_BYTES: usize = crate::store::mapped::ROW_MAX_BYTES;
 
 /// Attribute names that have a column of their own, or that CloudEvents keeps for itself.
 const RESERVED: [&str; 12] = [
@@ -255,8 +255,8 @@ fn to_integer(value: &Value) -> Option<i32> {
     (in_range && number.fract() == 0.0).then_some(number as i32)
 }
 
-/// What a payload is, by its column and its content type. JSON is checked here once, and passes as it was written; what is declared
-/// JSON (or nothing) and is not valid JSON goes out as bytes.
+/// What a payload is, by its column and its content type. JSON is checked here once, by the rule that holds over HTTP too, and passes
+/// as it was written; what is declared JSON (or nothing) and is not JSON that every reader takes goes out as bytes.
 fn to_data(text: Option<String>, bytes: Option<Vec<u8>>, content_type: Option<&str>) -> Data {
     match (text, bytes) {
         (Some(text), _) => match content_type {
@@ -272,7 +272,7 @@ fn to_data(text: Option<String>, bytes: Option<Vec<u8>>, content_type: Option<&s
 }
 
 fn json_or_binary(bytes: Bytes) -> Data {
-    if serde_json::from_slice::<&RawValue>(&bytes).is_ok() {
+    if json::check(&bytes).is_ok() {
         Data::Json(bytes)
     } else {
         Data::Binary(bytes)
@@ -297,8 +297,8 @@ pub(super) fn to_conditional(row: &OutboxRow) -> Option<Conditional> {
 }
 
 /// The row as JSON, for the list of rejected rows.
-fn copy(row: &OutboxRow) -> Value {
-    let mut copy = json!({
+pub(super) fn copy(row: &OutboxRow) -> Value {
+    let mut copy = serde_json::json!({
         "seq": row.seq,
         "topic": row.topic,
         "key": row.key,
@@ -331,11 +331,22 @@ fn copy(row: &OutboxRow) -> Value {
     copy
 }
 
+/// What is listed of a row that cannot be read: its number and, if it can be had, the row as its server prints it, in the server's
+/// encoding and then in base64.
+pub(super) fn unread_copy(seq: i64, raw: Option<String>) -> String {
+    let mut copy = serde_json::json!({ "seq": seq, "left_in_outbox": true });
+    if let Some(raw) = raw {
+        copy["row_base64"] = raw.into();
+    }
+    copy.to_string()
+}
+
 /// The row that [`copy`] wrote.
 pub(super) fn from_copy(copy: &str) -> Option<OutboxRow> {
     let copy: Value = serde_json::from_str(copy).ok()?;
     let text = |name: &str| copy.get(name).and_then(Value::as_str).map(str::to_owned);
-    if copy.get("payload_left_in_outbox_bytes").is_some() {
+    let is_left = |name: &str| copy.get(name).is_some();
+    if is_left("payload_left_in_outbox_bytes") || is_left("left_in_outbox") {
         return None;
     }
     let bytes = match text("payload_bytes") {
@@ -445,8 +456,12 @@ mod tests {
             let found = to_data(payload.clone(), payload_bytes, content_type);
             assert_eq!(found, data, "{payload:?} {content_type:?}");
         }
-        let deep = "[".repeat(100_000) + &"]".repeat(100_000);
-        assert!(matches!(to_data(Some(deep), None, None), Data::Json(_)));
+        let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+        let data = |depth| to_data(Some(nested(depth)), None, None);
+        assert!(matches!(data(json::DEPTH_MAX), Data::Json(_)));
+        for depth in [json::DEPTH_MAX + 1, 200, 100_000] {
+            assert!(matches!(data(depth), Data::Binary(_)));
+        }
     }
 
     #[test]

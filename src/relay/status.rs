@@ -28,7 +28,10 @@ pub enum State {
     /// The origin refuses what a relay needs (rights, a wrong password), or a mapped table is not as its mapping says. It is
     /// asked again.
     Refused,
-    /// The broker's own database is away, or refuses the append. It is tried again.
+    /// The streams do not take some row of the outbox, for what it holds. Fewer rows at a time are tried until it is found and listed
+    /// as rejected; then it goes on.
+    RowsRefused,
+    /// The broker's own database is away, or refuses what the broker does. It is tried again.
     BrokerUnavailable,
     /// The process is ending.
     Stopped,
@@ -36,7 +39,7 @@ pub enum State {
 
 impl State {
     /// All of them, for the metrics.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Waiting,
         Self::Connecting,
         Self::Running,
@@ -45,6 +48,7 @@ impl State {
         Self::Unreachable,
         Self::NotInstalled,
         Self::Refused,
+        Self::RowsRefused,
         Self::BrokerUnavailable,
         Self::Stopped,
     ];
@@ -61,6 +65,7 @@ impl State {
             Self::Unreachable => "unreachable",
             Self::NotInstalled => "not_installed",
             Self::Refused => "refused",
+            Self::RowsRefused => "rows_refused",
             Self::BrokerUnavailable => "broker_unavailable",
             Self::Stopped => "stopped",
         }

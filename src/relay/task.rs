@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::Options;
+use super::caution::Caution;
 use super::pace::Pace;
 use super::position::{Gaps, Position};
 use super::rotation::Rotation;
@@ -69,6 +70,8 @@ pub(super) struct Run<'a> {
     /// The rows that the stored position took are out of the table, as this session knows.
     pub(super) is_settled: bool,
     pub(super) rotation: Rotation,
+    /// What is known of rows that were refused, in this session and before.
+    pub(super) caution: &'a mut Caution,
 }
 
 /// What a step did.
@@ -82,10 +85,14 @@ impl Relay {
     pub(super) async fn run(self) {
         let mut lease = self.cluster.hold(self.id.lease_name());
         let mut retry = RETRY_MIN;
+        let mut caution = Caution::default();
         loop {
             let fence = lease.borrow_and_update().clone();
             let trouble = match fence {
-                Some(fence) => self.hold_session(&fence, &lease, &mut retry).await,
+                Some(fence) => {
+                    let held = self.hold_session(&fence, &lease, &mut retry, &mut caution);
+                    held.await
+                }
                 None => Trouble::LeaseLost,
             };
             self.note(&trouble);
@@ -168,8 +175,9 @@ impl Relay {
         fence: &Fence,
         lease: &watch::Receiver<Option<Fence>>,
         retry: &mut Duration,
+        caution: &mut Caution,
     ) -> Trouble {
-        let mut run = match self.begin(fence).await {
+        let mut run = match self.begin(fence, caution).await {
             Ok(run) => run,
             Err(trouble) => return self.told(trouble, fence),
         };
@@ -185,7 +193,11 @@ impl Relay {
         trouble
     }
 
-    async fn begin(&self, fence: &Fence) -> Result<Run<'_>, Trouble> {
+    async fn begin<'a>(
+        &'a self,
+        fence: &Fence,
+        caution: &'a mut Caution,
+    ) -> Result<Run<'a>, Trouble> {
         if self.supervisor.is_stopping() {
             return Err(Trouble::Stopping);
         }
@@ -228,6 +240,7 @@ impl Relay {
             cursor: None,
             is_settled: false,
             rotation: Rotation::new(stored.folded),
+            caution,
         })
     }
 
@@ -294,6 +307,11 @@ impl Run<'_> {
             }
             let stepped = match self.step().await {
                 Ok(stepped) => stepped,
+                // Nothing was appended, and the position is as it was.
+                Err(trouble @ Trouble::RowsRefused { .. }) => {
+                    self.relay.note(&trouble);
+                    continue;
+                }
                 Err(trouble) => return trouble,
             };
             *retry = RETRY_MIN;

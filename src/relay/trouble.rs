@@ -27,6 +27,13 @@ pub(super) enum Trouble {
     Broker(#[source] store::Error),
     #[error("the stream did not take the rows")]
     Append(#[source] AppendError),
+    /// An append of so many rows was refused for what some of them hold. Fewer are tried.
+    #[error("an append of {count} rows was refused, and fewer are tried until the row is found")]
+    RowsRefused {
+        count: usize,
+        #[source]
+        source: AppendError,
+    },
     /// Never guessed around.
     #[error("the stored position cannot be read")]
     Position(#[source] serde_json::Error),
@@ -59,6 +66,8 @@ impl Trouble {
                 State::Refused
             }
             Self::Origin(_) => State::Unreachable,
+            Self::RowsRefused { .. } => State::RowsRefused,
+            Self::Append(error) if error.is_row_refused() => State::RowsRefused,
             Self::Broker(_) | Self::Append(_) | Self::Position(_) => State::BrokerUnavailable,
         }
     }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::append::Prepared;
 use super::decide::{Next, Since, leave_last_seq, passed_through};
+use super::page::Page;
 use super::position::{Position, Window};
 use super::status::State;
 use super::task::{Run, Stepped};
@@ -50,13 +51,23 @@ impl Run<'_> {
         }
         let since = Since::of(self.position.as_ref(), self.cursor.as_deref());
         let max_rows = match since.reads_rows {
-            true => options.page_rows,
+            true => self.caution.page_rows(options.page_rows),
             false => 0,
         };
         let opening =
             self.session
                 .open_window(since.snapshot, since.mark, max_rows, options.page_bytes);
-        let opened = opening.await.map_err(Trouble::Origin)?;
+        let opened = match opening.await {
+            // Some row cannot be read: all are read by their places, which parts it from the others.
+            Err(error) if error.is_row_unreadable() && max_rows > 0 => {
+                let (snapshot, mark) = (since.snapshot, since.mark);
+                let opening = self.session.open_window(snapshot, mark, 0, 0);
+                let mut opened = opening.await.map_err(Trouble::Origin)?;
+                opened.has_more = true;
+                opened
+            }
+            other => other.map_err(Trouble::Origin)?,
+        };
         let last = since.snapshot.to_owned();
         let identity = opened.identity;
         self.check_session(&identity)?;
@@ -65,7 +76,10 @@ impl Run<'_> {
             status.step_count += 1;
             status.step_time = started.elapsed();
         });
-        let found = (opened.rows.len(), opened.is_whole);
+        let found = match opened.has_more {
+            true => (1, false),
+            false => (opened.rows.len(), opened.is_whole),
+        };
         let numbers = (self.number, self.emptied);
         let rows = match Next::of(self.position.as_ref(), numbers, &identity, found) {
             Next::Gap => {
@@ -88,7 +102,7 @@ impl Run<'_> {
                 self.relay
                     .status
                     .send_modify(|status| status.lag_rows = count as u64);
-                self.append(position, opened.rows).await?;
+                self.append(position, Page::of(opened.rows)).await?;
                 count
             }
             Next::Large => {
@@ -179,7 +193,7 @@ impl Run<'_> {
             let chunk = self.read_chunk(&position, &window, after).await?;
             let pages = cut(
                 &chunk.places,
-                self.relay.options.page_rows,
+                self.caution.page_rows(self.relay.options.page_rows),
                 self.relay.options.page_bytes,
             );
             let is_done = self.relay_pages(&position, &chunk, &pages).await?;
@@ -255,7 +269,7 @@ impl Run<'_> {
         let mut in_flight: Option<Prepared> = None;
         let mut is_whole = true;
         for (index, page) in pages.iter().enumerate() {
-            let reading = self.session.read_places(page);
+            let reading = Page::read(&mut self.session, page);
             let rows = match in_flight.take() {
                 None => reading.await,
                 Some(prepared) => {
@@ -284,7 +298,7 @@ impl Run<'_> {
         }
         // A window that ends with rows that the streams have, or without any, is closed all the same.
         if is_whole && chunk.is_last && pages.is_empty() {
-            self.append(position.passed(None), Vec::new()).await?;
+            self.append(position.passed(None), Page::default()).await?;
         }
         Ok(is_whole)
     }

@@ -167,6 +167,50 @@ impl Error {
         self.is_connection_lost() || self.sqlstate().as_deref() == Some("25006")
     }
 
+    /// Whether the server refuses what one row holds, so that another row can pass: a value or a constraint (SQLSTATE classes 22, 23
+    /// and 44), a limit (54), or code of the table's owner (38, 39, P0). Where no partition takes a row, nothing is said of the row.
+    #[must_use]
+    pub fn is_row_refused(&self) -> bool {
+        const CLASSES: [&str; 7] = ["22", "23", "44", "54", "38", "39", "P0"];
+        let Some(code) = self.sqlstate() else {
+            return false;
+        };
+        let is_without_partition = code == "23514" && self.constraint().is_none();
+        matches!(self, Self::Query { .. })
+            && !is_without_partition
+            && CLASSES.iter().any(|class| code.starts_with(class))
+    }
+
+    /// Whether a row that was to be read cannot be given out, or not be understood.
+    #[must_use]
+    pub fn is_row_unreadable(&self) -> bool {
+        self.is_row_refused() || self.is_internal()
+    }
+
+    /// Whether what was read is broken, which can be a row or all of a table: the server's internal errors, corrupted data, and values
+    /// that the driver cannot take.
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        match self {
+            Self::Query {
+                source: sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. },
+                ..
+            } => true,
+            Self::Query { .. } => self.sqlstate().is_some_and(|code| code.starts_with("XX")),
+            _ => false,
+        }
+    }
+
+    /// What the server says, in its own words and without what was being done.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        match self.driver() {
+            Some(sqlx::Error::Database(error)) => error.message().to_owned(),
+            Some(error) => error.to_string(),
+            None => self.to_string(),
+        }
+    }
+
     /// Whether the server refused the data itself, for a value or a constraint (SQLSTATE classes 22 and 23): it came as
     /// far as writing it.
     #[must_use]

@@ -242,6 +242,11 @@ fn script(what: &str, files: &[File], grants: &str) -> String {
          begin;\n\
          -- Whatever the path of whoever runs it: what others made in other schemas is not called.\n\
          set local search_path = pg_catalog, pg_temp;\n\
+         do $postroad_look$ begin\n    \
+             if getdatabaseencoding() <> 'UTF8' then\n        \
+                 raise exception 'the encoding of this database is %, and Postroad needs UTF8', getdatabaseencoding();\n    \
+             end if;\n\
+         end $postroad_look$;\n\
          create schema if not exists postroad;\n\
          create table if not exists postroad.migration (\n    \
              version bigint primary key,\n    \

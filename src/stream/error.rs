@@ -131,6 +131,27 @@ pub enum AppendError {
     Stopping,
 }
 
+impl AppendError {
+    /// Whether the append is refused for what some of its messages hold, whenever it is tried, so that others can pass.
+    #[must_use]
+    pub fn is_row_refused(&self) -> bool {
+        match self {
+            Self::TooLarge { .. } | Self::Invalid { .. } => true,
+            Self::Refused(error) => error.is_row_refused(),
+            _ => false,
+        }
+    }
+
+    /// Why, in the words of who refuses.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Refused(error) => error.reason(),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// A message that expects another version of its key than it has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the key is at version {version}, not {expected}")]

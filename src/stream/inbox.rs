@@ -7,14 +7,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::AppendError;
 use super::request::{Member, Placed};
-use crate::domain::message::Message;
 
 /// The most messages in one member (PROTOCOL.md: 1,000 per publish; a relay's page may be larger).
 pub const MEMBER_MAX_MESSAGES: usize = 10_000;
 /// The most bytes in one member: a publish of 16 MiB, or one message at the cap, and what stands around the payloads.
 pub const MEMBER_MAX_BYTES: usize = 24 << 20;
-/// A message's share of the bounds beside its payload, in bytes.
-const MESSAGE_OVERHEAD_BYTES: usize = 256;
 /// The semaphore counts in units of so many bytes, since its permits are 32 bits.
 const PERMIT_BYTES: usize = 1_024;
 
@@ -126,15 +123,13 @@ fn check(member: &Member) -> Result<usize, AppendError> {
     let messages = member.messages();
     let mut bytes = 0;
     for (index, message) in messages.iter().enumerate() {
-        if texts(message).any(|text| text.contains('\0')) {
+        if message.texts().any(|text| text.contains('\0')) {
             return Err(AppendError::Invalid {
                 index,
                 reason: "an attribute contains the character U+0000, which Postgres cannot store",
             });
         }
-        bytes += MESSAGE_OVERHEAD_BYTES + message.data.bytes().len();
-        bytes += texts(message).map(str::len).sum::<usize>();
-        bytes += extension_bytes(message);
+        bytes += message.size();
     }
     if messages.len() > MEMBER_MAX_MESSAGES || bytes > MEMBER_MAX_BYTES {
         return Err(AppendError::TooLarge {
@@ -143,25 +138,4 @@ fn check(member: &Member) -> Result<usize, AppendError> {
         });
     }
     Ok(bytes)
-}
-
-/// What the extensions take as JSON, about.
-fn extension_bytes(message: &Message) -> usize {
-    const AROUND: usize = 16;
-    let size = |value: &serde_json::Value| value.as_str().map_or(0, str::len);
-    let items = message.extensions.iter();
-    items
-        .map(|(name, value)| AROUND + name.len() + size(value))
-        .sum()
-}
-
-fn texts(message: &Message) -> impl Iterator<Item = &str> {
-    [&message.id, &message.source]
-        .into_iter()
-        .chain(&message.kind)
-        .chain(&message.key)
-        .chain(&message.subject)
-        .chain(&message.data_content_type)
-        .chain(&message.data_schema)
-        .map(String::as_str)
 }

@@ -35,7 +35,7 @@ struct Origin {
     /// How the table's rows are picked up, `snapshot` or `delete`; null where the outbox is Postroad's own.
     pickup: Option<&'static str>,
     /// What the relay does: `waiting`, `connecting`, `running`, `re-relaying`, `standby`, `unreachable`,
-    /// `not_installed`, `refused`, `broker_unavailable` or `stopped`.
+    /// `not_installed`, `refused`, `rows_refused`, `broker_unavailable` or `stopped`.
     state: &'static str,
     #[schema(format = DateTime)]
     state_since: String,

@@ -3,10 +3,12 @@
 use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 use uuid::Uuid;
 
-use super::PAYLOAD_MAX_BYTES;
+use super::ROW_MAX_BYTES;
 use crate::store::Error;
 use crate::store::origin::{Identity, OutboxRow, Session, read_identity, read_row, statement};
 
+/// What stands between the parts of a key in one text.
+const KEY_END: &str = "\u{1f}";
 /// Rows that one statement takes out.
 const DELETE_MAX_ROWS: usize = 5_000;
 
@@ -24,7 +26,8 @@ pub struct Batch {
 }
 
 impl Session {
-    /// Reads the first rows of the mapped table, up to so many and so many bytes of payload, but always one.
+    /// Reads the first rows of the mapped table, up to so many and so many bytes, but always one, and none of those with the keys
+    /// `left`, which stay where they are.
     ///
     /// # Errors
     /// The statement failed.
@@ -33,18 +36,30 @@ impl Session {
         mark: Option<Uuid>,
         max_rows: usize,
         max_bytes: usize,
+        left: &[Vec<String>],
     ) -> Result<Batch, Error> {
         const DOING: &str = "reading a batch of a mapped table";
         let relation = self.relation()?;
+        let fits = format!("outbox.size <= {ROW_MAX_BYTES}");
+        // Asked in this order, since of a row that cannot be printed the size cannot be told either.
+        let kept = match left.is_empty() {
+            true => fits,
+            false => format!(
+                "case when array_to_string(outbox.keys, '{KEY_END}') = any($4) then false else {fits} end"
+            ),
+        };
         let text = relation
             .rewrite(include_str!("../sql/open_mapped_batch.sql"))
-            .replace("/*max*/", &PAYLOAD_MAX_BYTES.to_string())
+            .replace("/*kept*/", &kept)
             .replace("/*order*/", &relation.order);
-        let reading = sqlx::query(AssertSqlSafe(text))
+        let mut reading = sqlx::query(AssertSqlSafe(text))
             .bind(mark)
             .bind(i64::try_from(max_rows).unwrap_or(i64::MAX))
-            .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
-            .fetch_all(&mut self.connection);
+            .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX));
+        if !left.is_empty() {
+            reading = reading.bind(left.iter().map(|key| key.join(KEY_END)).collect::<Vec<_>>());
+        }
+        let reading = reading.fetch_all(&mut self.connection);
         let found = statement(DOING, reading).await?;
         let read = || {
             let first = found.first().ok_or(sqlx::Error::RowNotFound)?;

@@ -28,6 +28,12 @@ pub(super) enum Kind {
     Composite,
 }
 
+impl Kind {
+    pub(super) const fn is_json(self) -> bool {
+        matches!(self, Self::Json | Self::Jsonb)
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Column {
     kind: Kind,

@@ -8,16 +8,18 @@ mod batch;
 mod catalog;
 mod claim;
 pub mod install;
+mod keyed;
 
 pub use batch::Batch;
 pub use catalog::{Misfit, look};
 pub use claim::Claim;
 
+use super::origin::SIZE;
 use crate::domain::mapping::{Field, Mapping, Part, Pickup, Value};
 use catalog::{Kind, Shape};
 
-/// A payload larger than this is left where it is: the broker could not even list it.
-pub const PAYLOAD_MAX_BYTES: usize = 64 << 20;
+/// A row larger than this is left where it is: the broker could not even list it.
+pub const ROW_MAX_BYTES: usize = 64 << 20;
 
 /// A mapped table, looked at: all that statements need.
 #[derive(Debug, Clone)]
@@ -32,6 +34,8 @@ pub struct Relation {
     order: String,
     /// The column with the transaction's id, quoted.
     xid: Option<String>,
+    /// The column with the row's number, quoted.
+    seq: Option<String>,
 }
 
 impl Relation {
@@ -40,6 +44,26 @@ impl Relation {
         statement
             .replace("postroad.outbox", &format!("{} as outbox", self.source))
             .replace("postroad.relay_mark", "postroad.mapped_mark")
+            .replace(SIZE, "size")
+    }
+
+    /// A statement about the table's own row at the place $1 with the number $2.
+    pub(in crate::store) fn raw_by_place(&self, select: &str) -> String {
+        let table = &self.table;
+        // There where rows are read by their places: checked.
+        let seq = match &self.seq {
+            Some(seq) => format!("t.{seq}"),
+            None => "null".to_owned(),
+        };
+        format!("{select} from {table} as t where t.ctid = $1::text::tid and {seq}::bigint = $2")
+    }
+
+    /// The subquery over the rows with certain primary keys, which come as arrays of text from $1 on.
+    fn source_by_keys(&self) -> String {
+        let (rows, matches) = (self.key_rows(), self.key_matches());
+        // It ends with the table, and no condition.
+        let open = self.source.strip_suffix(')').unwrap_or(&self.source);
+        format!("{open} join {rows} as gone on {matches})")
     }
 
     /// `id = gone.k1::uuid and …`, against arrays of text that were made rows.
@@ -81,6 +105,7 @@ impl Relation {
                 .join(", "),
             keys,
             xid: mapping.column(Field::Xid).map(identifier),
+            seq: mapping.column(Field::Seq).map(identifier),
         }
     }
 }
@@ -115,6 +140,42 @@ fn source(mapping: &Mapping, shape: &Shape, keys: &[(String, String)], order: &[
         Some(column) => format!("{column}::bigint"),
         None => "null::bigint".to_owned(),
     };
+    // By deletion exactly, since rows that are too large stay. Otherwise without a look at values that are kept apart, which one that
+    // is broken would end: a large JSON value is about so much longer than it is stored.
+    let size = |name: Option<&str>| match name {
+        Some(name)
+            if mapping.pickup == Pickup::Snapshot
+                && shape.kind(name).is_some_and(Kind::is_json) =>
+        {
+            let stored = format!("pg_column_size(t.{})", identifier(name));
+            format!("coalesce({stored} * case when {stored} > 2000 then 4 else 1 end, 0)")
+        }
+        Some(name) => format!("coalesce(octet_length(t.{}::text), 0)", identifier(name)),
+        None => "0".to_owned(),
+    };
+    let payload_size = match kind(Field::Payload) {
+        Some(Kind::Bytes) => format!("coalesce(octet_length({payload_bytes}), 0)"),
+        _ => size(mapping.column(Field::Payload)),
+    };
+    let texts = [
+        Field::Key,
+        Field::Type,
+        Field::Id,
+        Field::Source,
+        Field::Subject,
+        Field::ContentType,
+        Field::DataSchema,
+    ];
+    let lengths = texts.map(|field| format!("coalesce(octet_length({}), 0)", text(field)));
+    let extensions = mapping.extensions.values();
+    let extensions: String = extensions
+        .map(|value| format!(" + 32 + coalesce(octet_length({}), 0)", expression(value)))
+        .collect();
+    let size = format!(
+        "(256::bigint + {payload_size} + {} + 2 * {}{extensions})",
+        lengths.join(" + "),
+        size(mapping.column(Field::Headers)),
+    );
     let mut columns = vec![
         format!("{seq} as seq"),
         "0::smallint as bucket".to_owned(),
@@ -132,6 +193,7 @@ fn source(mapping: &Mapping, shape: &Shape, keys: &[(String, String)], order: &[
         format!("{} as time", time(Field::Time)),
         format!("{} as deliver_at", time(Field::DeliverAt)),
         format!("{expected} as expected_version"),
+        format!("{size} as size"),
     ];
     match mapping.pickup {
         Pickup::Snapshot => {
@@ -143,9 +205,6 @@ fn source(mapping: &Mapping, shape: &Shape, keys: &[(String, String)], order: &[
         Pickup::Delete => {
             let texts: Vec<String> = keys.iter().map(|(k, _)| format!("t.{k}::text")).collect();
             columns.push(format!("array[{}] as keys", texts.join(", ")));
-            columns.push(format!(
-                "coalesce(octet_length({payload}), octet_length({payload_bytes}), 0) as size"
-            ));
             let ordered = order.iter().enumerate();
             columns.extend(ordered.map(|(n, name)| format!("t.{name} as order_{n}")));
         }

@@ -22,8 +22,9 @@ use super::{Connection, Database, Error, settle};
 use crate::domain::mapping::Mapping;
 
 pub use leaf::{Emptied, LEAF_COUNT, LEAF_PERIOD, Passed};
-pub(in crate::store) use row::read_row;
+use row::OWN_SIZE;
 pub use row::{OutboxRow, Place};
+pub(in crate::store) use row::{SIZE, read_row};
 pub(in crate::store) use window::read_identity;
 pub use window::{Identity, Opened};
 
@@ -143,7 +144,7 @@ impl Session {
     /// A statement over the outbox, or over the table in its place.
     fn text(&self, own: &'static str) -> SqlStr {
         match &self.mapped {
-            None => own.into_sql_str(),
+            None => AssertSqlSafe(own.replace(SIZE, OWN_SIZE)).into_sql_str(),
             Some(relation) => AssertSqlSafe(relation.rewrite(own)).into_sql_str(),
         }
     }

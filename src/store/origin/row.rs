@@ -4,6 +4,14 @@ use chrono::{DateTime, Utc};
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
+/// What stands in statements for a row's size in bytes, as a message is measured (`Message::size`), and not less than that.
+pub(in crate::store) const SIZE: &str = "/*size*/";
+/// Of Postroad's own outbox. The length of a text is known without its being read.
+pub(in crate::store) const OWN_SIZE: &str = "256 + coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)
+    + coalesce(octet_length(key), 0) + coalesce(octet_length(type), 0) + coalesce(octet_length(id), 0)
+    + coalesce(octet_length(source), 0) + coalesce(octet_length(subject), 0) + coalesce(octet_length(content_type), 0)
+    + coalesce(octet_length(data_schema), 0) + 2 * coalesce(octet_length(headers::text), 0)";
+
 /// A row of an outbox. What the outbox's constraints promise is checked by the relay: they can have been bypassed.
 #[derive(Debug, Clone, PartialEq, Default)]
 #[expect(missing_docs, reason = "the columns, as the outbox documents them")]
@@ -38,7 +46,7 @@ pub struct Place {
     pub block: u32,
     /// The line of its ctid.
     pub line: u16,
-    /// Bytes of its payload and its headers.
+    /// Its size.
     pub bytes: u32,
 }
 

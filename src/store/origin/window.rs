@@ -1,6 +1,7 @@
 //! What became visible in an outbox between two snapshots: opened in one statement, and read in pages when it is large.
 
 use std::collections::HashSet;
+use std::sync::LazyLock;
 
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt as _;
@@ -9,7 +10,7 @@ use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr as _};
 use uuid::Uuid;
 
 use super::leaf::LEAF_COUNT;
-use super::row::{read_place, read_row};
+use super::row::{OWN_SIZE, SIZE, read_place, read_row};
 use super::{OutboxRow, Place, Session, statement};
 use crate::failpoint;
 use crate::store::Error;
@@ -44,7 +45,12 @@ pub struct Opened {
     pub rows: Vec<OutboxRow>,
     /// Whether `rows` is all of it, payloads included.
     pub is_whole: bool,
+    /// Whether it has rows that were not asked for, as its reader knows.
+    pub has_more: bool,
 }
+
+static OWN_WINDOW: LazyLock<String> =
+    LazyLock::new(|| include_str!("../sql/open_outbox_window.sql").replace(SIZE, OWN_SIZE));
 
 /// The rows at places of one leaf.
 const ROWS_BY_PLACE: &str = "select seq, topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema,
@@ -87,8 +93,10 @@ impl Session {
         const DOING: &str = "opening a window of the outbox";
         self.keep_plans(true).await?;
         let text = match failpoint::is_mutant("order-by-xid") {
+            // Asked thousands of times a second.
+            false if self.mapped.is_none() => AssertSqlSafe(OWN_WINDOW.as_str()).into_sql_str(),
             false => self.text(include_str!("../sql/open_outbox_window.sql")),
-            true => AssertSqlSafe(include_str!("../sql/open_outbox_window.sql").replace(
+            true => AssertSqlSafe(OWN_WINDOW.replace(
                 "over (order by found.seq rows",
                 "over (order by found.xid, found.seq rows",
             ))
@@ -231,6 +239,27 @@ impl Session {
         rows.sort_by_key(|row| row.seq);
         Ok(rows)
     }
+
+    /// The row at a place as the server prints it, in its own encoding and then in base64; none, when it is not there.
+    ///
+    /// # Errors
+    /// The statement failed: not even that can be had of the row.
+    pub async fn read_raw(&mut self, place: Place) -> Result<Option<String>, Error> {
+        const RAW: &str = "select translate(encode(convert_to(t::text, getdatabaseencoding()), 'base64'), E'\\n', '')";
+        self.keep_plans(false).await?;
+        let text = match &self.mapped {
+            None => format!(
+                "{RAW} from postroad.outbox_{} as t where t.ctid = $1::text::tid and t.seq = $2",
+                place.leaf
+            ),
+            Some(relation) => relation.raw_by_place(RAW),
+        };
+        let reading = sqlx::query_scalar(AssertSqlSafe(text))
+            .bind(format!("({},{})", place.block, place.line))
+            .bind(place.seq)
+            .fetch_optional(&mut self.connection);
+        statement("reading a row of the outbox as it is", reading).await
+    }
 }
 
 /// A row and its place, null where there is none but this.
@@ -257,6 +286,7 @@ fn read_opened(found: &[PgRow], max_rows: usize) -> Result<Opened, sqlx::Error> 
         identity,
         rows,
         is_whole,
+        has_more: false,
     })
 }
 

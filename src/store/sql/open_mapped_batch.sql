@@ -1,10 +1,11 @@
--- The next rows of a mapped table that is picked up by deletion: the first $2 in order, up to $3 bytes of payloads, but always
+-- The next rows of a mapped table that is picked up by deletion: the first $2 in order, up to $3 bytes, but always
 -- one. $1 is the position's mark (null: none to look for). One row at least; the first carries the origin's identity.
 --
 -- One statement at read committed: the rows, the mark and the identity are of one snapshot. Nothing here says which rows are new:
 -- whatever is in the table and committed is, since what was relayed leaves before the next batch is read.
 with found as materialized (
-    select * from postroad.outbox where outbox.size <= /*max*/ order by /*order*/ limit $2::bigint + 1
+    select * from postroad.outbox where /*kept*/ order by /*order*/
+    limit case when $2::bigint > 0 then $2::bigint + 1 else 0 end
 ),
 numbered as (
     select found.*, row_number() over by_order as n, sum(size) over (by_order rows unbounded preceding) as running_size

@@ -1,6 +1,6 @@
 -- Opens a relay's window: what became visible between the snapshot $1 and now. One row at least, in any order;
 -- the first by `n` carries the identity and the new snapshot, and each row with a seq is an outbox row. $2 is the position's mark
--- (null: none to look for), $3 the most rows, $4 the most bytes of payloads and headers returned. With more than $3 rows, or a null
+-- (null: none to look for), $3 the most rows, $4 the most bytes of rows returned. With more than $3 rows, or a null
 -- `is_whole`, the window is large.
 --
 -- Why it is safe:
@@ -52,13 +52,14 @@ found as not materialized (
         select * from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high offset 0
     ) as o
     where pg_visible_in_snapshot(o.xid, step.now)
-    limit $3::bigint + 1
+    -- With none asked for no row is looked at, so that one that cannot be printed is in nobody's way.
+    limit case when $3::bigint > 0 then $3::bigint + 1 else 0 end
 ),
 numbered as (
     select
         found.*,
         count(*) over (order by found.seq rows unbounded preceding) as n,
-        sum(coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0) + coalesce(octet_length(headers::text), 0)) over (order by found.seq rows unbounded preceding)
+        sum(/*size*/) over (order by found.seq rows unbounded preceding)
             <= $4::bigint as is_whole
     from found
 ),

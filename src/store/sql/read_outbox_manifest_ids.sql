@@ -36,12 +36,12 @@ from (
     from (
         select o.* from step, spans, lateral (
             select outbox.xid, seq, bucket, source, id, outbox.ctid as place,
-                (coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0) + coalesce(octet_length(headers::text), 0)) as bytes from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high and outbox.seq > $3::bigint
+                least(0::bigint + /*size*/, 2147483647)::integer as bytes from postroad.outbox where outbox.xid > spans.low and outbox.xid < spans.high and outbox.seq > $3::bigint
         ) as o
         where pg_visible_in_snapshot(o.xid, step.now)
         union all
         select outbox.xid, seq, bucket, source, id, outbox.ctid as place,
-                (coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0) + coalesce(octet_length(headers::text), 0)) as bytes from stragglers join postroad.outbox on outbox.xid = stragglers.xid where outbox.seq > $3::bigint
+                least(0::bigint + /*size*/, 2147483647)::integer as bytes from stragglers join postroad.outbox on outbox.xid = stragglers.xid where outbox.seq > $3::bigint
     ) as found
     order by seq
     limit $4::bigint

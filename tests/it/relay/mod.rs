@@ -8,6 +8,7 @@ mod large;
 pub mod mapped;
 mod order;
 mod race;
+mod refused;
 mod rejected;
 mod rotation;
 mod scheduled;

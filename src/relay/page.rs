@@ -1,0 +1,91 @@
+//! A page of rows, read by their places. When one of them cannot be read, for what it holds, the page is read in halves until that
+//! row stands alone: it is listed as rejected, with as much of it as the server gives out, and the others go on.
+
+use super::row;
+use crate::store;
+use crate::store::mapped::ROW_MAX_BYTES;
+use crate::store::origin::{OutboxRow, Place, Session};
+use crate::stream::Rejected;
+
+/// What came of reading some rows.
+#[derive(Debug, Default)]
+pub(super) struct Page {
+    pub(super) rows: Vec<OutboxRow>,
+    /// Those that cannot be read.
+    pub(super) unread: Vec<Rejected>,
+}
+
+impl Page {
+    pub(super) fn of(rows: Vec<OutboxRow>) -> Self {
+        Self {
+            rows,
+            unread: Vec::new(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows.len() + self.unread.len()
+    }
+
+    /// Reads the rows at these places, by seq. Fewer, when a row is not where it was.
+    pub(super) async fn read(
+        session: &mut Session,
+        places: &[Place],
+    ) -> Result<Self, store::Error> {
+        let fits = |place: &&Place| place.bytes as usize <= ROW_MAX_BYTES;
+        let mut page = Self::default();
+        for place in places.iter().filter(|place| !fits(place)) {
+            page.unread.push(Rejected {
+                seq: place.seq,
+                reason: format!(
+                    "the row is about {} bytes long, at most {ROW_MAX_BYTES} are read",
+                    place.bytes
+                ),
+                outbox_row: row::unread_copy(place.seq, None),
+            });
+        }
+        let places: Vec<Place> = places.iter().filter(fits).copied().collect();
+        let mut parts = vec![&places[..]];
+        let mut broken = Vec::new();
+        while let Some(part) = parts.pop() {
+            match session.read_places(part).await {
+                Ok(rows) => page.rows.extend(rows),
+                Err(error) if !error.is_row_unreadable() => return Err(error),
+                Err(error) => match part {
+                    [place] => broken.push((*place, error)),
+                    _ => {
+                        let (first, second) = part.split_at(part.len() / 2);
+                        parts.extend([second, first]);
+                    }
+                },
+            }
+        }
+        for (place, error) in broken {
+            // An internal error of every row is one of the table.
+            if error.is_internal() && page.rows.is_empty() {
+                return Err(error);
+            }
+            let raw = session.read_raw(place).await;
+            page.unread.push(unread(place.seq, &error, kept(raw)?));
+        }
+        Ok(page)
+    }
+}
+
+/// What the server gives out of a row that cannot be read, which can be nothing.
+pub(super) fn kept(
+    raw: Result<Option<String>, store::Error>,
+) -> Result<Option<String>, store::Error> {
+    match raw {
+        Err(error) if error.is_row_unreadable() => Ok(None),
+        other => other,
+    }
+}
+
+pub(super) fn unread(seq: i64, error: &store::Error, raw: Option<String>) -> Rejected {
+    Rejected {
+        seq,
+        reason: format!("the row cannot be read: {}", error.reason()),
+        outbox_row: row::unread_copy(seq, raw),
+    }
+}
