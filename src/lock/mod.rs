@@ -2,11 +2,12 @@
 //!
 //! A lock is a row; the database judges its times, and any node serves any lock. The task takes what is asked for in one commit for
 //! all, and asks again for those who wait: when a lock was released here, when its time is up, and twice a second for what other
-//! nodes do. The line is in the database too: who waits keeps a place for five seconds after it was last asked for, over the end of a
+//! nodes do. What people look at is read beside it. The line is in the database too: who waits keeps a place for five seconds after it was last asked for, over the end of a
 //! long poll and of a node.
 //!
 //! Every request may be repeated: the owner who asks again gets the lock that it has, under the same token.
 
+mod lists;
 mod task;
 
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use tokio::time::Instant;
 use crate::domain::name::LockName;
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
+
+use lists::List;
 
 pub use crate::store::lock::{Described, Holder, Waiter};
 
@@ -118,18 +121,13 @@ enum Job {
         token: i64,
         reply: Reply<()>,
     },
-    List {
-        one: Option<LockName>,
-        after: Option<LockName>,
-        limit: i64,
-        reply: Reply<Vec<Described>>,
-    },
 }
 
 /// The locks. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Handle {
     jobs: mpsc::Sender<Job>,
+    lists: mpsc::Sender<List>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -159,9 +157,12 @@ pub fn start(database: Database, supervisor: &Supervisor, registry: &mut Registr
         metrics.lost.clone(),
     );
     let (jobs, inbox) = mpsc::channel(JOBS_MAX);
+    let (lists, asked) = mpsc::channel(JOBS_MAX);
+    let reading = lists::run(database.clone(), supervisor.clone(), asked);
+    supervisor.spawn("lock lists", OnEnd::StopProcess, reading);
     let task = task::Task::new(database, supervisor.clone(), metrics);
     supervisor.spawn("locks", OnEnd::StopProcess, task.run(inbox));
-    Handle { jobs }
+    Handle { jobs, lists }
 }
 
 impl Handle {
@@ -194,14 +195,8 @@ impl Handle {
     /// [`Error::NotFound`], or the database's.
     pub async fn describe(&self, name: &LockName) -> Result<Described, Error> {
         let one = Some(name.clone());
-        let found = self.ask(|reply| Job::List {
-            one,
-            after: None,
-            limit: 1,
-            reply,
-        });
+        let mut found = self.read(one, None, 1).await?;
         found
-            .await?
             .pop()
             .ok_or_else(|| Error::NotFound { name: name.clone() })
     }
@@ -211,13 +206,24 @@ impl Handle {
     /// # Errors
     /// The database's.
     pub async fn list(&self, after: Option<LockName>, limit: i64) -> Result<Vec<Described>, Error> {
-        self.ask(|reply| Job::List {
-            one: None,
+        self.read(None, after, limit).await
+    }
+
+    async fn read(
+        &self,
+        one: Option<LockName>,
+        after: Option<LockName>,
+        limit: i64,
+    ) -> Result<Vec<Described>, Error> {
+        let (reply, answer) = oneshot::channel();
+        let list = List {
+            one,
             after,
             limit,
             reply,
-        })
-        .await
+        };
+        self.lists.send(list).await.map_err(|_| Error::Stopping)?;
+        answer.await.map_err(|_| Error::Stopping)?
     }
 
     async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, Error> {

@@ -54,12 +54,16 @@ impl Task {
     }
 
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Job>) {
+        // Before the first request needs it: a server may have no more of them then.
+        if let Err(error) = self.connect().await {
+            self.told(error, &mut true);
+        }
         loop {
             let due = self.asked.iter().map(|asked| asked.due).min();
             let due = due.map_or(self.forget_at, |due| due.min(self.forget_at));
             tokio::select! {
                 job = inbox.recv() => match job {
-                    Some(job) => self.take_in(job).await,
+                    Some(job) => self.take_in(job),
                     // Every handle is gone.
                     None => return self.supervisor.stopping().await,
                 },
@@ -70,7 +74,7 @@ impl Task {
             while taken < BATCH_MAX
                 && let Ok(job) = inbox.try_recv()
             {
-                self.take_in(job).await;
+                self.take_in(job);
                 taken += 1;
             }
             self.release().await;
@@ -87,7 +91,7 @@ impl Task {
         }
     }
 
-    async fn take_in(&mut self, job: Job) {
+    fn take_in(&mut self, job: Job) {
         match job {
             Job::Acquire {
                 request,
@@ -116,15 +120,6 @@ impl Task {
             }
             Job::Acquire { reply, .. } => drop(reply.send(Err(Error::TooManyWaiters))),
             Job::Release { name, token, reply } => self.releases.push((name, token, reply)),
-            Job::List {
-                one,
-                after,
-                limit,
-                reply,
-            } => {
-                let listed = sql::list(&self.database, one.as_ref(), after.as_ref(), limit).await;
-                let _ = reply.send(listed.map_err(Error::from));
-            }
         }
     }
 

@@ -155,66 +155,92 @@ pub async fn forget(connection: &mut Connection) -> Result<i64, Error> {
     bounded("forgetting free locks", HEARTBEAT, forgetting).await
 }
 
-/// Locks that are held, by name after a name, and the named one if it is known; with the first hundred of those who wait.
+const READING: &str = "reading locks";
+
+type Row = (
+    String,
+    Option<String>,
+    i64,
+    Option<DateTime<Utc>>,
+    Option<DateTime<Utc>>,
+    Vec<String>,
+    Vec<DateTime<Utc>>,
+    DateTime<Utc>,
+);
+
+/// What a page of locks, found by a subquery, is told with: those who wait are looked up for these alone.
+macro_rules! describe {
+    ($page:literal) => {
+        concat!(
+            "select l.name, l.owner, l.token, l.acquired_at, nullif(l.expires_at, '-infinity'),
+                coalesce(w.owners, '{}'), coalesce(w.since, '{}'), clock_timestamp()
+            from (",
+            $page,
+            ") l
+            left join lateral (
+                select array_agg(f.owner order by f.ticket) as owners, array_agg(f.since order by f.ticket) as since
+                from (
+                    select w.owner, w.since, w.ticket from postroad_broker.user_lock_waiter w
+                    where w.name = l.name and w.expires_at > clock_timestamp()
+                    order by w.ticket
+                    limit 100
+                ) f
+            ) w on true
+            order by l.name"
+        )
+    };
+}
+
+/// Locks that are held, by name after a name; with the first hundred of those who wait.
 ///
 /// # Errors
 /// The statement failed.
 pub async fn list(
     database: &Database,
-    one: Option<&LockName>,
     after: Option<&LockName>,
     limit: i64,
 ) -> Result<Vec<Described>, Error> {
-    const DOING: &str = "reading locks";
-    type Row = (
-        String,
-        Option<String>,
-        i64,
-        Option<DateTime<Utc>>,
-        Option<DateTime<Utc>>,
-        Vec<String>,
-        Vec<DateTime<Utc>>,
-        DateTime<Utc>,
-    );
-    let rows: Vec<Row> = sqlx::query_as(
-        "select l.name, l.owner, l.token, l.acquired_at, nullif(l.expires_at, '-infinity'),
-            coalesce(w.owners, '{}'), coalesce(w.since, '{}'), c.clock
-        from (select clock_timestamp() as clock) c
-        cross join postroad_broker.user_lock l
-        left join lateral (
-            select array_agg(f.owner order by f.ticket) as owners, array_agg(f.since order by f.ticket) as since
-            from (
-                select w.owner, w.since, w.ticket from postroad_broker.user_lock_waiter w
-                where w.name = l.name and w.expires_at > c.clock
-                order by w.ticket
-                limit 100
-            ) f
-        ) w on true
-        where case when $1::text is not null then l.name = $1
-            else l.name > $2 and l.owner is not null and l.expires_at > c.clock end
-        order by l.name
-        limit $3",
-    )
-    .bind(one.map(LockName::as_str))
+    let rows: Vec<Row> = sqlx::query_as(describe!(
+        "select * from postroad_broker.user_lock u
+         where u.name > $1 and u.owner is not null and u.expires_at > clock_timestamp()
+         order by u.name
+         limit $2"
+    ))
     .bind(after.map_or("", LockName::as_str))
     .bind(limit)
     .fetch_all(database.pooled())
     .await
-    .map_err(Error::query(DOING))?;
-    let described = rows.into_iter().map(|row| {
-        let (name, owner, token, acquired_at, expires_at, owners, since, clock) = row;
-        let waiters = owners.into_iter().zip(since);
-        Ok(Described {
-            name: LockName::parse(&name).map_err(|error| Error::Corrupt {
-                doing: DOING,
-                what: format!("the lock `{name}` {error}"),
-            })?,
-            holder: holder(owner, Some(token), acquired_at, expires_at, clock),
-            token,
-            waiters: waiters
-                .map(|(owner, since)| Waiter { owner, since })
-                .collect(),
-        })
-    });
-    described.collect()
+    .map_err(Error::query(READING))?;
+    rows.into_iter().map(described).collect()
+}
+
+/// A lock, if it is known, held or not; with the first hundred of those who wait.
+///
+/// # Errors
+/// The statement failed.
+pub async fn find(database: &Database, name: &LockName) -> Result<Vec<Described>, Error> {
+    let rows: Vec<Row> = sqlx::query_as(describe!(
+        "select * from postroad_broker.user_lock u where u.name = $1"
+    ))
+    .bind(name.as_str())
+    .fetch_all(database.pooled())
+    .await
+    .map_err(Error::query(READING))?;
+    rows.into_iter().map(described).collect()
+}
+
+fn described(row: Row) -> Result<Described, Error> {
+    let (name, owner, token, acquired_at, expires_at, owners, since, clock) = row;
+    let waiters = owners.into_iter().zip(since);
+    Ok(Described {
+        name: LockName::parse(&name).map_err(|error| Error::Corrupt {
+            doing: READING,
+            what: format!("the lock `{name}` {error}"),
+        })?,
+        holder: holder(owner, Some(token), acquired_at, expires_at, clock),
+        token,
+        waiters: waiters
+            .map(|(owner, since)| Waiter { owner, since })
+            .collect(),
+    })
 }

@@ -5,6 +5,7 @@ mod faults;
 mod fence;
 mod http;
 mod line;
+mod lists;
 
 use std::time::Duration;
 
