@@ -232,10 +232,11 @@ create table postroad_broker.slot_watermark (
 -- `start_kind`: earliest, latest, offset, time (then `start_at` is the first offset that is not before `start_time`), or purge:
 -- latest, but never back. Statuses: renewed (also when this very call was carried out before), fenced (nothing done), moved (the
 -- generation is another one: nothing done), gone. `found_at_floor`: retention has dropped some of what was asked for.
+-- `found_ahead`: the stream is not there yet.
 create function postroad_broker.renew_queue(
     of_queue bigint, of_lease text, of_epoch bigint, of_holder bigint, from_generation bigint,
     start_kind text, start_at bigint, start_time timestamptz, new_renewal jsonb, new_state bytea
-) returns table (found_status text, found_generation bigint, found_offset bigint, found_at_floor boolean)
+) returns table (found_status text, found_generation bigint, found_offset bigint, found_at_floor boolean, found_ahead boolean)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     of_stream integer;
@@ -251,7 +252,7 @@ begin
     perform from postroad_broker.lease l
         where l.name = of_lease and l.epoch = of_epoch and l.holder = of_holder for no key update;
     if not found then
-        return query select 'fenced', null::bigint, null::bigint, null::boolean;
+        return query select 'fenced', null::bigint, null::bigint, null::boolean, null::boolean;
         return;
     end if;
     select q.stream_id into of_stream from postroad_broker.queue q where q.id = of_queue;
@@ -260,13 +261,14 @@ begin
     select q.generation, q.start_offset, q.renewal into former from postroad_broker.queue q
         where q.id = of_queue for update;
     if not found then
-        return query select 'gone', null::bigint, null::bigint, null::boolean;
+        return query select 'gone', null::bigint, null::bigint, null::boolean, null::boolean;
         return;
     end if;
     if former.generation <> from_generation then
         return query select case when former.generation = from_generation + 1 and former.renewal @> new_renewal
                 then 'renewed' else 'moved' end,
-            former.generation, former.start_offset, (former.renewal ->> 'at_floor')::boolean;
+            former.generation, former.start_offset, (former.renewal ->> 'at_floor')::boolean,
+            (former.renewal ->> 'ahead')::boolean;
         return;
     end if;
     select m."offset" into end_offset from postroad_broker.message m
@@ -286,7 +288,7 @@ begin
     end case;
     update postroad_broker.queue q
     set generation = from_generation + 1, start_offset = first_offset, renewed_at = clock_timestamp(),
-        renewal = new_renewal || jsonb_build_object('at_floor', is_at_floor)
+        renewal = new_renewal || jsonb_build_object('at_floor', is_at_floor, 'ahead', first_offset > end_offset + 1)
     where q.id = of_queue;
     -- What was redriven and is not settled is purged, too: it is a dead letter as before.
     if start_kind = 'purge' then
@@ -297,7 +299,7 @@ begin
     values (of_queue, from_generation + 1, of_epoch, 0, new_state)
     on conflict (queue_id) do update
         set generation = excluded.generation, epoch = excluded.epoch, number = excluded.number, state = excluded.state;
-    return query select 'renewed', from_generation + 1, first_offset, is_at_floor;
+    return query select 'renewed', from_generation + 1, first_offset, is_at_floor, first_offset > end_offset + 1;
 end $$;
 
 -- Writes one group commit of the settlement writer: journal rows, checkpoints, dead letters, for the slots that the
@@ -414,7 +416,15 @@ begin
             m.data_schema, m.extensions, m.data_kind, m.priority, m.data, m.origin_id, m.appended_at, d.forward_topic
         from died d
         join postroad_broker.queue q on q.id = d.queue_id
-        join postroad_broker.message m on m.stream_id = q.stream_id and m."offset" = d."offset"
+        -- Each message by itself, by the primary key. The leaves of the log have no statistics: as a join the planner may find all messages
+        -- of the stream and keep those of the offset, and a plan that was kept while there were few of them reads the whole log for each letter.
+        cross join lateral (
+            select l.stream_id, l.topic_id, l.key, l.id, l.source, l.type, l.subject, l.event_time, l.data_content_type,
+                l.data_schema, l.extensions, l.data_kind, l.priority, l.data, l.origin_id, l.appended_at
+            from postroad_broker.message l
+            where l.stream_id = q.stream_id and l."offset" = d."offset"
+            limit 1
+        ) m
         join postroad_broker.topic t on t.id = m.topic_id
         where not exists (select from again a where a.queue_id = d.queue_id and a."offset" = d."offset");
     end if;
@@ -496,7 +506,9 @@ declare
     size_now bigint;
 begin
     select t.turn, t.turned_at into strict turn_now, turned from postroad_broker.queue_journal_turn t for update;
-    size_now := pg_relation_size(format('postroad_broker.queue_journal_%s', turn_now % 4)::regclass);
+    -- With its TOAST, where entries of more than 2 kB are. It has some bytes also when it is empty.
+    size_now := case pg_relation_size(format('postroad_broker.queue_journal_%s', turn_now % 4)::regclass)
+        when 0 then 0 else pg_table_size(format('postroad_broker.queue_journal_%s', turn_now % 4)::regclass) end;
     if (size_now >= full_bytes or (size_now > 0 and clock_timestamp() - turned > full_after))
         and pg_relation_size(format('postroad_broker.queue_journal_%s', (turn_now + 1) % 4)::regclass) = 0
     then

@@ -330,7 +330,16 @@ impl Query {
             .partition(|(found, _)| found == name);
         self.pairs = kept;
         let taken: Vec<(String, String)> = taken;
-        taken.into_iter().map(|(_, value)| value).collect()
+        let mut values = Vec::with_capacity(taken.len());
+        for (_, value) in taken {
+            // Nothing that is stored has it: Postgres takes no text with it.
+            if value.contains('\0') {
+                let detail = format!("`{name}` must not contain the character U+0000");
+                self.fault(name, detail, None);
+            }
+            values.push(value);
+        }
+        values
     }
 
     /// A parameter.
@@ -490,6 +499,15 @@ impl Check {
             self.out_of_range(pointer, format!("1 to {max_bytes} bytes long"));
         } else if value.contains('\0') {
             self.fault(pointer, "the character U+0000 is not allowed");
+        }
+    }
+
+    /// A text of 1 to so many visible ASCII characters.
+    pub(in crate::http) fn token(&mut self, pointer: &str, value: &str, max_bytes: usize) {
+        let is_token = value.bytes().all(|byte| byte.is_ascii_graphic());
+        if value.is_empty() || value.len() > max_bytes || !is_token {
+            let allowed = format!("1 to {max_bytes} visible ASCII characters, without blanks");
+            self.out_of_range(pointer, allowed);
         }
     }
 

@@ -100,6 +100,8 @@ pub struct Status {
     pub oldest_unsettled: Option<Offset>,
     /// When the message of `oldest_unsettled` was appended, if it is known without a read of the log.
     pub oldest_unsettled_at: Option<DateTime<Utc>>,
+    /// Whether the queue begins beyond the stream's end: nothing is delivered until the stream has got there.
+    pub ahead: bool,
     /// Whether the queue stands still since Postgres cannot be reached.
     pub standing_still: bool,
 }

@@ -232,13 +232,13 @@ impl Task {
             Command::Pin { reply } => {
                 self.pin();
                 self.machine.journal_scan(self.machine.scanned_through());
-                self.answers.push(Answer::Pin { reply });
+                self.answer_later(Answer::Pin { reply });
             }
             Command::Change { declaration, reply } => {
                 self.change_settings(declaration.settings);
                 self.parts.patterns = declaration.topics.into();
                 self.unpin();
-                self.answers.push(Answer::Done { reply });
+                self.answer_later(Answer::Done { reply });
             }
             Command::Hold {
                 keeps_redriven,
@@ -300,7 +300,7 @@ impl Task {
                 _ => {}
             }
         }
-        self.answers.push(Answer::Settle {
+        self.answer_later(Answer::Settle {
             reply,
             outcomes,
             is_carried,

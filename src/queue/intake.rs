@@ -101,6 +101,11 @@ impl Intake {
     }
 
     /// The bytes of a message that is loaded.
+    /// The stream's end, as far as this node knows it.
+    pub(in crate::queue) fn log_end(&self) -> Offset {
+        *self.last.borrow()
+    }
+
     pub(in crate::queue) fn size(&self, offset: Offset) -> Option<u64> {
         self.loaded
             .get(&offset.0)

@@ -304,6 +304,6 @@ impl Task {
             }
             self.machine.remove_letter(id.offset);
         }
-        self.answers.push(Answer::Done { reply });
+        self.answer_later(Answer::Done { reply });
     }
 }

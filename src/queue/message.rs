@@ -292,7 +292,7 @@ impl Task {
                 "a person settled a message"
             );
         }
-        self.answers.push(Answer::Act { reply, acted });
+        self.answer_later(Answer::Act { reply, acted });
     }
 
     fn settle_by_hand(
@@ -327,7 +327,7 @@ impl Task {
                 "a person ended deliveries before their time"
             );
         }
-        self.answers.push(Answer::Expired {
+        self.answer_later(Answer::Expired {
             reply,
             offsets: over,
         });

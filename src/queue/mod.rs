@@ -168,6 +168,7 @@ pub async fn start(
         metrics,
         supervisor: supervisor.clone(),
         submissions,
+        connection: Some(database.connect().await?),
     };
     supervisor.spawn("queue writer", OnEnd::StopProcess, writer.run());
     let forwarder = forward::Forwarder {

@@ -129,7 +129,7 @@ impl Task {
 
     /// Whether nobody waits for what was decided but long polls, which wait for messages anyway.
     fn may_linger(&self) -> bool {
-        let is_carried = |answer: &Answer| {
+        let is_carried = |(_, answer): &(u64, Answer)| {
             matches!(
                 answer,
                 Answer::Settle {
@@ -146,6 +146,11 @@ impl Task {
             && self.answers.iter().all(is_carried)
     }
 
+    /// Answers once all that was decided up to now is committed.
+    pub(in crate::queue) fn answer_later(&mut self, answer: Answer) {
+        self.answers.push((self.machine.deciding(), answer));
+    }
+
     pub(in crate::queue) fn submit(&mut self) {
         if self.machine.has_batch() {
             self.decided_at.get_or_insert_with(Instant::now);
@@ -154,19 +159,22 @@ impl Task {
         if self.submitted.is_some() {
             return;
         }
-        if self.fold_wanted {
+        // A checkpoint is of the state at hand, so it goes with the last piece.
+        let is_fold = self.fold_wanted && !self.machine.is_split();
+        if is_fold {
             self.machine.journal_scan(self.machine.scanned_through());
         }
         let has_nothing =
             !self.machine.has_batch() && !self.fold_wanted && !self.redrives.has_steps();
         if has_nothing && !self.is_to_be_confirmed() {
-            let answers = std::mem::take(&mut self.answers);
-            self.answer(answers);
+            let answers = std::mem::take(&mut self.answers).into_iter();
+            self.answer(answers.map(|(_, answer)| answer).collect());
             return;
         }
+        let number = self.machine.writing();
         let batch = self.machine.take_batch();
         self.count(&batch.records, batch.letters.len());
-        let is_fold = std::mem::take(&mut self.fold_wanted);
+        self.fold_wanted &= !is_fold;
         let part = Box::new(GroupPart {
             slot: self.parts.slot,
             queue: self.machine.id(),
@@ -197,12 +205,19 @@ impl Task {
         }
         let now = Instant::now();
         (self.linger_until, self.rejoin_until) = (None, None);
-        self.rejoin.submit(self.answers.len());
+        // In the order in which they were decided.
+        let later = self
+            .answers
+            .partition_point(|(decided, _)| *decided <= number);
+        let later = self.answers.split_off(later);
+        let answers = std::mem::replace(&mut self.answers, later).into_iter();
+        let answers: Vec<Answer> = answers.map(|(_, answer)| answer).collect();
+        self.rejoin.submit(answers.len());
         self.submitted = Some(Submitted {
             decided_at: self.decided_at.take().unwrap_or(now),
             submitted_at: now,
             done: receiver,
-            answers: std::mem::take(&mut self.answers),
+            answers,
             has_records,
             has_forwards,
             is_fold,
@@ -281,15 +296,17 @@ impl Task {
         {
             return;
         }
-        let (early, rest) = std::mem::take(&mut self.answers)
-            .into_iter()
-            .partition(|answer| match answer {
-                Answer::Settle { .. } => failpoint::is_mutant("ack-before-commit"),
-                Answer::Receive { .. } => failpoint::is_mutant("receive-before-journal"),
-                _ => false,
-            });
+        let (early, rest) =
+            std::mem::take(&mut self.answers)
+                .into_iter()
+                .partition(|(_, answer)| match answer {
+                    Answer::Settle { .. } => failpoint::is_mutant("ack-before-commit"),
+                    Answer::Receive { .. } => failpoint::is_mutant("receive-before-journal"),
+                    _ => false,
+                });
         self.answers = rest;
-        self.answer(early);
+        let early: Vec<(u64, Answer)> = early;
+        self.answer(early.into_iter().map(|(_, answer)| answer).collect());
     }
 
     /// Sends answers whose decisions are committed.

@@ -132,7 +132,7 @@ impl Task {
             delivered.fetch_add(handed.len() as u64, Ordering::Relaxed);
             if let Some(waiter) = self.waiters.remove(number) {
                 let promise = self.promise(&handed, waiter.request.receive_id);
-                self.answers.push(Answer::Receive {
+                self.answer_later(Answer::Receive {
                     reply: waiter.reply,
                     handed,
                     promise: Some(promise),
@@ -261,7 +261,7 @@ impl Task {
             let entry = entries.next_if(|e| e.offset == handed.offset)?;
             Some((handed, entry))
         });
-        self.answers.push(Answer::Receive {
+        self.answer_later(Answer::Receive {
             handed: handed.collect(),
             reply,
             promise,

@@ -194,7 +194,7 @@ impl Task {
     pub(in crate::queue) fn begin_redrive(&mut self, new: NewRedrive, reply: Reply<RedriveRow>) {
         if let Some(running) = self.redrives.find(&new.id) {
             let row = Box::new(running.row.clone());
-            return self.answers.push(Answer::Redrive { reply, row });
+            return self.answer_later(Answer::Redrive { reply, row });
         }
         if self.redrives.running.len() >= REDRIVES_MAX {
             let _ = reply.send(Err(Error::TooManyRedrives {
@@ -207,7 +207,7 @@ impl Task {
         step.created_at = Some(row.created_at);
         step.selection = Some(new.selection);
         step.rate_per_second = new.rate_per_second;
-        self.answers.push(Answer::Begun { id: new.id });
+        self.answer_later(Answer::Begun { id: new.id });
         let running = Running::new(row, Asker::Begin(reply));
         self.redrives.running.push(running);
     }
@@ -237,7 +237,7 @@ impl Task {
             return;
         }
         let row = self.new_row(new);
-        self.answers.push(Answer::Begun { id: new.id.clone() });
+        self.answer_later(Answer::Begun { id: new.id.clone() });
         let running = Running::new(row, Asker::DryRun(reply));
         self.redrives.running.push(running);
     }
@@ -252,7 +252,7 @@ impl Task {
     /// Ends a redrive where it stands. Answered after the commit.
     pub(in crate::queue) fn cancel_redrive(&mut self, id: &str, reply: Reply<()>) {
         self.finish_redrive(id, "cancelled");
-        self.answers.push(Answer::Done { reply });
+        self.answer_later(Answer::Done { reply });
     }
 
     fn finish_redrive(&mut self, id: &str, status: &'static str) {
@@ -283,7 +283,7 @@ impl Task {
             }
             Asker::Begin(reply) => {
                 let row = Box::new(running.row.clone());
-                self.answers.push(Answer::Redrive { reply, row });
+                self.answer_later(Answer::Redrive { reply, row });
             }
             Asker::Nobody => {}
         }
@@ -471,7 +471,7 @@ impl Task {
         if let Asker::Begin(reply) = asker {
             // Without a total when it could not be counted yet.
             let row = Box::new(row);
-            self.answers.push(Answer::Redrive { reply, row });
+            self.answer_later(Answer::Redrive { reply, row });
         }
         total
     }

@@ -20,7 +20,7 @@ use crate::domain::name::QueueName;
 use crate::domain::policy::Start;
 use crate::store;
 use crate::store::queue::QueueRow;
-use crate::store::renewal::{Renew, RenewOutcome};
+use crate::store::renewal::{Begun, Renew, RenewOutcome};
 
 pub use crate::store::renewal::Renewal;
 
@@ -33,6 +33,8 @@ pub struct Renewed {
     pub through_offset: Offset,
     /// Retention had dropped some of what was asked for: the generation begins with what is left.
     pub at_floor: bool,
+    /// The stream's end is before that: nothing is delivered until the stream has got there.
+    pub ahead: bool,
 }
 
 /// Whether a queue whose log was restored without it may go on.
@@ -178,12 +180,14 @@ impl Engine {
         outcome: Result<RenewOutcome, store::Error>,
     ) -> Result<Renewed, Error> {
         match outcome {
-            Ok(RenewOutcome::Renewed {
-                generation,
-                start_offset,
-                at_floor,
-            }) => {
-                self.begin_generation(row.id, renewal, (generation, start_offset, at_floor));
+            Ok(RenewOutcome::Renewed(begun)) => {
+                let Begun {
+                    generation,
+                    start_offset,
+                    at_floor,
+                    ahead,
+                } = begun;
+                self.begin_generation(row.id, renewal, begun);
                 if let Some(held) = held {
                     let _ = held.go_on.send(Verdict::Renewed {
                         generation,
@@ -199,6 +203,7 @@ impl Engine {
                     generation,
                     through_offset: Offset(start_offset.0 - 1),
                     at_floor,
+                    ahead,
                 })
             }
             Ok(outcome) => {
@@ -223,20 +228,16 @@ impl Engine {
         }
     }
 
-    fn begin_generation(
-        &mut self,
-        id: QueueId,
-        renewal: Renewal,
-        (generation, start_offset, at_floor): (Generation, Offset, bool),
-    ) {
+    fn begin_generation(&mut self, id: QueueId, renewal: Renewal, begun: Begun) {
         if let Some(owned) = self.queues.get_mut(&id) {
             owned.row.renewal = Some(store::renewal::Renewed {
                 renewal,
                 from_generation: owned.row.generation,
-                at_floor,
+                at_floor: begun.at_floor,
+                ahead: begun.ahead,
             });
-            owned.row.generation = generation;
-            owned.row.start_offset = start_offset;
+            owned.row.generation = begun.generation;
+            owned.row.start_offset = begun.start_offset;
         }
         self.show_row(id);
     }
@@ -292,6 +293,7 @@ fn repeated(row: &QueueRow, renewal: Renewal, expected: Generation) -> Result<Re
             generation: row.generation,
             through_offset: Offset(row.start_offset.0 - 1),
             at_floor: done.at_floor,
+            ahead: done.ahead,
         }),
         _ => Err(Error::GenerationMoved {
             queue: row.name.clone(),

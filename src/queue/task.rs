@@ -142,7 +142,8 @@ pub(in crate::queue) struct Task {
     pub(in crate::queue) waiters: Waiters,
     pub(in crate::queue) promises: Promises,
     pub(in crate::queue) redrives: Redrives,
-    pub(in crate::queue) answers: Vec<Answer>,
+    /// Each with the number of the piece of decisions that it waits for.
+    pub(in crate::queue) answers: Vec<(u64, Answer)>,
     pub(in crate::queue) submitted: Option<Submitted>,
     /// Since when decisions wait to be submitted.
     pub(in crate::queue) decided_at: Option<Instant>,
@@ -293,11 +294,14 @@ impl Task {
         self.ask_marks();
         self.give_up_dropped();
         if !outage.standing {
-            self.redrive();
+            // What a redrive did is written with the piece that records it, and that has to be the next one.
+            if !self.machine.is_split() {
+                self.redrive();
+            }
             let now = self.now();
             self.machine.advance(now, confirmed);
             let is_over = |deadline: At| deadline <= now;
-            if self.machine.next_deadline().is_some_and(is_over) && !self.is_probing {
+            if self.next_deadline().is_some_and(is_over) && !self.is_probing {
                 self.probe();
             }
             self.serve();
@@ -338,6 +342,12 @@ impl Task {
         }
     }
 
+    /// When the next delivery's time is up; while there is much to write, those that are over wait for that.
+    fn next_deadline(&self) -> Option<At> {
+        let deadline = self.machine.next_deadline();
+        deadline.filter(|_| !self.machine.is_split())
+    }
+
     fn wake_at(&self) -> Instant {
         if self.hold.is_some() {
             return self.wake_held_at();
@@ -351,6 +361,7 @@ impl Task {
             wake_at = wake_at.min(self.position_at);
         }
         if !self.is_standing()
+            && !self.machine.is_split()
             && let Some(at) = self.redrive_at(instant)
         {
             wake_at = wake_at.min(at);
@@ -364,7 +375,7 @@ impl Task {
             wake_at = wake_at.min(until);
         }
         if !self.is_standing() {
-            let deadline = self.machine.next_deadline().filter(|_| !self.is_probing);
+            let deadline = self.next_deadline().filter(|_| !self.is_probing);
             for at in [deadline, self.machine.next_due()].into_iter().flatten() {
                 // A millisecond later, since both clocks are cut to milliseconds.
                 wake_at = wake_at.min(instant + at.since(now) + Duration::from_millis(1));
@@ -419,6 +430,7 @@ impl Task {
             scanned_through: self.machine.scanned_through().max(done),
             oldest_unsettled: oldest,
             oldest_unsettled_at: oldest.and_then(|offset| self.intake.appended_at(offset)),
+            ahead: self.machine.start().0 > self.intake.log_end().max(done).0 + 1,
             standing_still: self.is_standing(),
         }
     }

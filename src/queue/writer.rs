@@ -21,6 +21,10 @@ use crate::{cluster, failpoint};
 
 /// Most queues in one group.
 const GROUP_MAX_PARTS: usize = 1_000;
+/// Dead letters in a group after which it is sent: each is a copy of a message.
+const GROUP_LETTERS: usize = 64;
+/// A part of more bytes is not sent: no part that a queue's task makes comes near it.
+const PART_MAX_BYTES: usize = 32 * 1024 * 1024;
 /// Bytes in a group after which it is sent.
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 /// A call that took longer than this was an outage: the deadlines move by it.
@@ -96,6 +100,8 @@ pub(in crate::queue) struct Writer {
     pub(in crate::queue) metrics: Metrics,
     pub(in crate::queue) supervisor: Supervisor,
     pub(in crate::queue) submissions: mpsc::Receiver<Submission>,
+    /// Opened at the start: a server that has no more of them is no reason to fail the first request.
+    pub(in crate::queue) connection: Option<Connection>,
 }
 
 /// What the writer writes by.
@@ -155,7 +161,10 @@ async fn resolve(
 impl Writer {
     /// Runs until every sender is gone.
     pub(in crate::queue) async fn run(mut self) {
-        let mut session = Session::default();
+        let mut session = Session {
+            connection: self.connection.take(),
+            turn: None,
+        };
         let mut numbers = Numbers::new();
         let mut held = None;
         loop {
@@ -203,7 +212,7 @@ impl Writer {
         let mut group = Group::default();
         let (mut waiting, mut probes) = (Waiting::new(), Vec::new());
         let mut slots: BTreeMap<String, GroupSlot> = BTreeMap::new();
-        let mut bytes = 0;
+        let (mut bytes, mut letters) = (0, 0);
         let mut next = Some(first);
         while let Some(submission) = next.take() {
             match submission {
@@ -216,7 +225,18 @@ impl Writer {
                         *held = Some(Submission::Part { fence, part, done });
                         break;
                     }
-                    bytes += part.records.len() + part.checkpoint.as_ref().map_or(0, Vec::len);
+                    let size = part.size();
+                    if size > PART_MAX_BYTES {
+                        tracing::error!(
+                            queue = %part.queue, bytes = size, most = PART_MAX_BYTES,
+                            "what a queue has to write at a time is too large: the queue stands still, the others go on"
+                        );
+                        let _ = done.send(Written::Refused);
+                        next = self.submissions.try_recv().ok();
+                        continue;
+                    }
+                    bytes += size;
+                    letters += part.letters.len();
                     waiting.push((part.queue, part.slot, done));
                     slots
                         .entry(fence.lease.clone())
@@ -224,7 +244,10 @@ impl Writer {
                     group.parts.push(*part);
                 }
             }
-            if group.parts.len() >= GROUP_MAX_PARTS || bytes >= GROUP_BYTES {
+            let is_full = group.parts.len() >= GROUP_MAX_PARTS
+                || bytes >= GROUP_BYTES
+                || letters >= GROUP_LETTERS;
+            if is_full {
                 break;
             }
             next = self.submissions.try_recv().ok();

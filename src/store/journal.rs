@@ -202,6 +202,18 @@ pub struct GroupPart {
 }
 
 impl GroupPart {
+    /// About how many bytes it takes in a call.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let reasons = self.letters.iter().flat_map(|letter| &letter.failures);
+        let letters: usize = reasons.map(|failure| failure.reason.len() + 64).sum();
+        let redrives = self.redrives.iter().map(|step| step.offsets.len() * 12);
+        self.records.len()
+            + self.checkpoint.as_ref().map_or(0, Vec::len)
+            + letters
+            + redrives.sum::<usize>()
+    }
+
     /// Whether it is a journal row and nothing else.
     fn is_plain(&self) -> bool {
         !self.records.is_empty()

@@ -256,8 +256,10 @@ pub async fn find_histories(
     offsets: &[Offset],
 ) -> Result<Vec<History>, Error> {
     let rows: Vec<(i64, i64, i32, i32, String)> = sqlx::query_as(
-        "select generation, \"offset\", delivery, attempts, failures::text from postroad_broker.dead_letter \
-         where queue_id = $1 and \"offset\" = any ($2) order by \"offset\"",
+        "select d.* from unnest($2::bigint[]) p (place) cross join lateral ( \
+            select l.generation, l.\"offset\", l.delivery, l.attempts, l.failures::text from postroad_broker.dead_letter l \
+            where l.queue_id = $1 and l.\"offset\" = p.place limit 1) d \
+         order by d.\"offset\"",
     )
     .bind(queue.0)
     .bind(offsets.iter().map(|offset| offset.0).collect::<Vec<_>>())

@@ -28,6 +28,9 @@ pub struct Renewed {
     /// Whether retention had dropped some of what was asked for, so that the generation begins later.
     #[serde(default)]
     pub at_floor: bool,
+    /// Whether the stream was not there yet.
+    #[serde(default)]
+    pub ahead: bool,
 }
 
 /// A renewal to be carried out.
@@ -49,18 +52,24 @@ pub struct Renew<'a> {
     pub state: &'a [u8],
 }
 
+/// A generation that began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Begun {
+    /// The generation.
+    pub generation: Generation,
+    /// Its first offset.
+    pub start_offset: Offset,
+    /// Whether retention had dropped some of what was asked for.
+    pub at_floor: bool,
+    /// Whether the stream's end is before it: nothing is delivered until the stream has got there.
+    pub ahead: bool,
+}
+
 /// What became of a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RenewOutcome {
     /// It is done, now or by an earlier try of the very same call.
-    Renewed {
-        /// The generation that began.
-        generation: Generation,
-        /// Its first offset.
-        start_offset: Offset,
-        /// Whether retention had dropped some of what was asked for.
-        at_floor: bool,
-    },
+    Renewed(Begun),
     /// The slot was taken over: nothing is done.
     Fenced,
     /// The queue has another generation: nothing is done.
@@ -94,8 +103,8 @@ async fn try_renew_queue(database: &Database, renew: &Renew<'_>) -> Result<Renew
     if let Ok(serde_json::Value::Object(renewal)) = serde_json::to_value(renew.renewal) {
         asked.extend(renewal);
     }
-    let row: (String, Option<i64>, Option<i64>, Option<bool>) = sqlx::query_as(
-        "select found_status, found_generation, found_offset, found_at_floor \
+    let row: (String, Option<i64>, Option<i64>, Option<bool>, Option<bool>) = sqlx::query_as(
+        "select found_status, found_generation, found_offset, found_at_floor, found_ahead \
          from postroad_broker.renew_queue($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb, $10)",
     )
     .bind(renew.queue.0)
@@ -112,11 +121,12 @@ async fn try_renew_queue(database: &Database, renew: &Renew<'_>) -> Result<Renew
     .await
     .map_err(Error::query(DOING))?;
     match (row.0.as_str(), row.1, row.2) {
-        ("renewed", Some(generation), Some(start)) => Ok(RenewOutcome::Renewed {
+        ("renewed", Some(generation), Some(start)) => Ok(RenewOutcome::Renewed(Begun {
             generation: Generation(generation),
             start_offset: Offset(start),
             at_floor: row.3.unwrap_or(false),
-        }),
+            ahead: row.4.unwrap_or(false),
+        })),
         ("fenced", ..) => Ok(RenewOutcome::Fenced),
         ("moved", ..) => Ok(RenewOutcome::Moved),
         ("gone", ..) => Ok(RenewOutcome::Gone),

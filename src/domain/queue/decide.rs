@@ -15,6 +15,9 @@ use crate::domain::id::Offset;
 /// every checkpoint, and one with a long delay keeps it for long.
 pub const ENTRIES_MAX: usize = 200_000;
 
+/// Deliveries whose time runs out in one call at most: the others follow once these are written.
+const EXPIRED_TOGETHER: usize = 10_000;
+
 /// Messages found and not handed out that the record of one receive carries at most.
 const JOURNALED_TOGETHER: usize = 10_000;
 
@@ -106,7 +109,7 @@ impl Queue {
         self.delays.first().map(|&(at, _)| at)
     }
 
-    /// Hands out what is ready, in its order: at most `count` messages and `bytes` bytes, but always one. `size`
+    /// Hands out what is ready, in its order, but of those that failed before no two in a row while others are ready: at most `count` messages and `bytes` bytes, but always one. `size`
     /// tells a message's bytes, or None when it is not loaded yet, which ends the walk.
     pub fn hand_out(
         &mut self,
@@ -116,6 +119,7 @@ impl Queue {
         limits: (usize, u64),
         size: &dyn Fn(Offset) -> Option<u64>,
     ) -> Taken {
+        self.seal();
         let (count, bytes) = limits;
         let room = (self.settings.max_in_flight as usize).saturating_sub(self.deadlines.len());
         let count = count.min(room);
@@ -164,9 +168,13 @@ impl Queue {
                 break;
             }
         }
-        let credits = walk.credits();
+        let (credits, after_failed) = (walk.credits(), walk.after_failed());
         drop(walk);
         if !taken.handed.is_empty() {
+            self.after_failed = after_failed;
+            if !matches!(self.order, Order::Lanes(_)) {
+                taken.handed.sort_unstable_by_key(|handed| handed.offset);
+            }
             let last = first.iter().max().copied();
             if let Order::Lanes(lanes) = &mut self.order {
                 lanes.credits = credits;
@@ -212,7 +220,7 @@ impl Queue {
 
     /// Lets time pass: delays that fell due are ready again, and deliveries whose deadline is at or before
     /// `expire_through` have run out. The caller moves `expire_through` only while Postgres is known to answer, so
-    /// that nobody is charged for an outage.
+    /// that nobody is charged for an outage. Of very many whose time is over some are left for the next call.
     pub fn advance(&mut self, now: At, expire_through: At) {
         while let Some(&(due, offset)) = self.delays.first()
             && due <= now
@@ -221,14 +229,23 @@ impl Queue {
             self.again.insert(offset);
             self.fall_due(offset);
         }
+        // What is over already and not written yet is enough at a time.
+        let expire_through = match self.is_split() {
+            true => At(i64::MIN),
+            false => expire_through,
+        };
         let over: BTreeSet<i64> = self
             .deadlines
             .iter()
             .take_while(|(deadline, _)| *deadline <= expire_through.min(now))
             .map(|&(_, offset)| offset)
+            .take(EXPIRED_TOGETHER)
             .collect();
         for &offset in &over {
             self.expire(offset, now);
+            if self.is_split() {
+                break;
+            }
         }
         if !over.is_empty() {
             self.advance(now, At(i64::MIN));
@@ -236,6 +253,7 @@ impl Queue {
     }
 
     pub(super) fn expire(&mut self, offset: i64, now: At) {
+        self.seal();
         let Some(entry) = self.entries.get(&offset) else {
             return;
         };
@@ -285,11 +303,7 @@ impl Queue {
         let delivery = entry.delivery;
         let mut failures = entry.failures.clone();
         note_failure(&mut failures, failure);
-        // A letter of a former death that was removed in this very batch is replaced instead.
-        self.pending
-            .removed_letters
-            .retain(|removed| removed.0 != offset);
-        self.pending.letters.push(Letter {
+        self.pending.write_letter(Letter {
             offset: Offset(offset),
             delivery,
             attempts,

@@ -151,6 +151,7 @@ impl Queue {
         reason: Option<String>,
         now: At,
     ) -> bool {
+        self.seal();
         let found = self.inspect(offset, now);
         if !found.standing.is_unsettled() && found.standing != Standing::Unseen {
             return false;
@@ -158,11 +159,7 @@ impl Queue {
         let reason = reason.unwrap_or_else(|| "rejected".to_owned());
         let mut failures = found.failures;
         note_failure(&mut failures, Failure { at: now, reason });
-        // A letter of a former death that was removed in this very batch is replaced instead.
-        self.pending
-            .removed_letters
-            .retain(|removed| *removed != offset);
-        self.pending.letters.push(Letter {
+        self.pending.write_letter(Letter {
             offset,
             delivery: found.delivery,
             attempts: found.attempts,

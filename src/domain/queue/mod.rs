@@ -18,6 +18,7 @@ mod manage;
 mod members;
 mod offsets;
 mod order;
+mod pending;
 mod record;
 mod redrive;
 mod state;
@@ -42,6 +43,7 @@ use super::policy::Settings;
 
 use offsets::Offsets;
 use order::Order;
+use pending::Pending;
 
 pub use blocked::{BlockedBy, BlockedKey};
 pub use decide::{ENTRIES_MAX, Handed, Taken};
@@ -206,6 +208,11 @@ impl Entry {
         }
     }
 
+    /// Whether it was tried before, in vain.
+    fn has_failed(&self) -> bool {
+        self.attempts > 0
+    }
+
     /// A poison message must take no innocents with it.
     fn goes_alone(&self) -> bool {
         self.timed_out && self.attempts >= 2
@@ -321,7 +328,9 @@ pub struct Queue {
     /// Every entry below is a redriven one.
     passed: Cell<i64>,
 
-    pending: Batch,
+    pending: Pending,
+    /// What went out last had failed before: the next one is one that did not.
+    after_failed: bool,
 }
 
 /// Uniform numbers for the jitter. Not for secrets.

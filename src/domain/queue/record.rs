@@ -146,6 +146,30 @@ pub struct Decode {
     pub what: &'static str,
 }
 
+impl Record {
+    /// About how many bytes it takes in the journal.
+    pub(super) fn weight(&self) -> usize {
+        let own = match self {
+            Self::Delivered {
+                receive,
+                first,
+                again,
+                ..
+            } => {
+                let texts = [&receive.consumer, &receive.receive_id];
+                let texts = texts.into_iter().flatten().map(String::len);
+                texts.sum::<usize>() + 6 * first.len() + 6 * again.len()
+            }
+            Self::Settled { ranges, .. } => 6 * ranges.len(),
+            Self::Ended { reason, .. } => reason.as_ref().map_or(0, String::len),
+            Self::Redriven { letters, .. } => 8 * letters.len(),
+            Self::Scanned { matched, .. } => matched.serialized_size(),
+            _ => 0,
+        };
+        own + 32
+    }
+}
+
 /// Ascending offsets as ranges.
 pub(super) fn to_ranges(offsets: Vec<i64>) -> Vec<(i64, i64)> {
     let mut offsets = offsets;

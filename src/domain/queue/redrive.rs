@@ -124,11 +124,7 @@ impl Queue {
             let dead = self.dead.range(from..=through).map(|(&offset, _)| offset);
             let gone = dead.filter(|&offset| self.takes_letter(offset, *kind));
             let gone: Vec<Offset> = gone.map(Offset).collect();
-            // One of this very batch is not to be written after all.
-            self.pending
-                .letters
-                .retain(|letter| !gone.contains(&letter.offset));
-            self.pending.removed_letters.extend(gone);
+            self.pending.remove_letters(&gone);
         }
     }
 

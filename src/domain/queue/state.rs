@@ -8,7 +8,7 @@ use roaring::RoaringTreemap;
 
 use super::record::{End, Record, SettledAs};
 use super::{
-    At, Batch, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Order,
+    At, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Order, Pending,
     Queue, Random, Receive, State,
 };
 use crate::domain::id::{Generation, Offset, QueueId};
@@ -47,7 +47,8 @@ impl Queue {
             again: BTreeSet::new(),
             receives: HashMap::new(),
             passed: Cell::new(i64::MIN),
-            pending: Batch::default(),
+            pending: Pending::default(),
+            after_failed: false,
         }
     }
 
@@ -72,6 +73,12 @@ impl Queue {
     /// Names the queues that had this one's name before: their receipts are `gone`, not unknown.
     pub fn set_former(&mut self, former: Vec<QueueId>) {
         self.former = former;
+    }
+
+    /// The first offset that the queue can deliver.
+    #[must_use]
+    pub fn start(&self) -> Offset {
+        Offset(self.start)
     }
 
     /// Every message at or below was looked at.
@@ -137,26 +144,11 @@ impl Queue {
             })
     }
 
-    /// What is to be written since the last call.
-    pub fn take_batch(&mut self) -> Batch {
-        if self.is_leaving() != self.left_order {
-            let leaves = self.is_leaving();
-            self.commit(Record::OrderLeft { leaves });
-        }
-        std::mem::take(&mut self.pending)
-    }
-
-    /// Whether [`Queue::take_batch`] would give something.
-    #[must_use]
-    pub fn has_batch(&self) -> bool {
-        !self.pending.is_empty() || self.is_leaving() != self.left_order
-    }
-
     /// Decides durably: applies the record and puts it up for the journal.
     pub(super) fn commit(&mut self, record: Record) {
         self.remove_letters_of(&record);
         self.apply(&record);
-        self.pending.records.push(record);
+        self.pending.push(record);
     }
 
     /// Changes the state as the record says. Total: a record that does not fit the state changes what it can.

@@ -71,6 +71,8 @@ pub enum Outcome {
     DeadLettered {
         /// The dead letter.
         dead_letter: String,
+        /// The message died with this very delivery.
+        is_last: bool,
     },
     /// A later delivery exists, or (for extend) this one was ended by its own consumer.
     Stale {
@@ -90,17 +92,23 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// Whether the item counts as settled in the answer's totals: the verb did what it says, now or before.
+    /// Whether the item counts as settled in the answer's totals: the verb did what it says, now or before. So a repeat of a request
+    /// whose answer was lost counts as the first would have.
     #[must_use]
-    pub fn is_done(&self) -> bool {
-        matches!(
-            self,
+    pub fn is_done(&self, verb: Verb) -> bool {
+        match self {
             Self::Acked
-                | Self::Nacked { .. }
-                | Self::Released { .. }
-                | Self::Extended { .. }
-                | Self::Rejected { .. }
-        )
+            | Self::Nacked { .. }
+            | Self::Released { .. }
+            | Self::Extended { .. }
+            | Self::Rejected { .. } => true,
+            Self::AlreadySettled => verb == Verb::Ack,
+            // Each of these verbs makes a dead letter, the first two of a last attempt.
+            Self::DeadLettered { is_last, .. } => {
+                *is_last && matches!(verb, Verb::Nack | Verb::Release | Verb::Reject)
+            }
+            Self::Stale { .. } | Self::Gone { .. } | Self::Blocked | Self::Unknown => false,
+        }
     }
 }
 
@@ -116,6 +124,7 @@ impl Queue {
         let mut outcomes = vec![Outcome::Unknown; items.len()];
         let mut acked = Vec::new();
         for index in order {
+            self.seal();
             outcomes[index] = self.settle_one(verb, &items[index], now, &mut acked);
         }
         if !acked.is_empty() {
@@ -239,6 +248,7 @@ impl Queue {
                 return Outcome::Acked;
             }
             return Outcome::DeadLettered {
+                is_last: receipt.delivery == dead.delivery,
                 dead_letter: dead_letter_id(self.generation, receipt.offset),
             };
         }
@@ -253,11 +263,7 @@ impl Queue {
 
     /// Removes a dead letter: its message is settled like any other from then on.
     pub fn remove_letter(&mut self, offset: Offset) {
-        self.pending.removed_letters.push(offset);
-        // A letter of this very batch is not to be written first and removed after.
-        self.pending
-            .letters
-            .retain(|letter| letter.offset != offset);
+        self.pending.remove_letters(&[offset]);
         self.commit(Record::LetterRemoved { offset: offset.0 });
     }
 

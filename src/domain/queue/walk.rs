@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, btree_set};
 use std::iter::Peekable;
 
-use super::Queue;
 use super::order::{Keys, LANES, Order};
+use super::{Entry, Queue};
 use crate::domain::id::Offset;
 
 /// Of ten messages, so many go to each lane while all have some: low, normal, high.
@@ -33,6 +33,9 @@ pub(super) struct Walk<'a> {
     credits: [i64; LANES],
     /// The credits once what was given last is accepted.
     next_credits: [i64; LANES],
+    /// What was accepted last had failed before: one that was never handed out goes next, if there is one. So what fails again and again,
+    /// and is ready at once each time, takes no more than every other place.
+    after_failed: bool,
 }
 
 impl<'a> Ready<'a> {
@@ -90,6 +93,7 @@ impl<'a> Walk<'a> {
             room: queue.room(),
             credits,
             next_credits: credits,
+            after_failed: queue.after_failed,
         }
     }
 
@@ -103,7 +107,13 @@ impl<'a> Walk<'a> {
         let ready = self.ready.get_mut(place)?;
         let mut followers = self.followers.keys().copied();
         let follower = followers.find(|&offset| has_room || !self.queue.fresh.contains(offset));
-        let offset = ready.peek(has_room).into_iter().chain(follower).min()?;
+        let mut offset = ready.peek(has_room).into_iter().chain(follower).min()?;
+        if self.after_failed && has_room && self.queue.has_failed(offset) {
+            let mut followers = self.followers.keys().copied();
+            let follower = followers.find(|&offset| self.queue.fresh.contains(offset));
+            let fresh = ready.fresh.peek().copied().into_iter().chain(follower);
+            offset = fresh.min().unwrap_or(offset);
+        }
         ready.pass(offset);
         self.follows = self.followers.remove(&offset);
         Some(offset)
@@ -138,6 +148,7 @@ impl<'a> Walk<'a> {
     /// What was given last goes out.
     pub(super) fn accept(&mut self, offset: i64) {
         self.credits = self.next_credits;
+        self.after_failed = self.queue.has_failed(offset);
         if self.queue.fresh.contains(offset) {
             self.room -= 1;
         }
@@ -159,9 +170,17 @@ impl<'a> Walk<'a> {
     pub(super) const fn credits(&self) -> [i64; LANES] {
         self.credits
     }
+
+    pub(super) const fn after_failed(&self) -> bool {
+        self.after_failed
+    }
 }
 
 impl Queue {
+    fn has_failed(&self, offset: i64) -> bool {
+        self.entries.get(&offset).is_some_and(Entry::has_failed)
+    }
+
     /// The next message of a key after one that goes out, if it can go with it.
     fn follower(&self, keys: &Keys, key: i64, offset: i64) -> Option<i64> {
         let next = keys.get(key)?.members.first_from(offset + 1)?;
@@ -216,5 +235,58 @@ impl Queue {
         upcoming.sort_unstable();
         upcoming.dedup();
         upcoming
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::{At, Found, Item, Random, Receive, Verb};
+    use super::*;
+    use crate::domain::id::{Generation, QueueId};
+    use crate::domain::policy::Settings;
+    use crate::domain::receipt::Receipt;
+
+    /// Receives that settle what they get: the first ten messages fail each time and are ready at once, the others are done.
+    #[test]
+    fn messages_that_fail_again_and_again_leave_every_other_place_to_the_others() {
+        for most in [1, 10] {
+            let settings = Settings {
+                max_attempts: 1_000,
+                ..Settings::default()
+            };
+            let (id, random) = (QueueId(1), Random::new(1));
+            let mut queue = Queue::new(id, Generation(1), Offset(1), settings, random);
+            (1..=110).for_each(|offset| queue.found(Found::at(offset)));
+            let mut handed_out = 0;
+            while queue.watermark() < Offset(110) && queue.counts().fresh > 0 {
+                queue.advance(At(1), At(i64::MIN));
+                let (second, receive) = (Duration::from_secs(1), Receive::default());
+                let taken = queue.hand_out(At(1), second, &receive, (most, u64::MAX), &|_| Some(1));
+                handed_out += taken.handed.len();
+                let offsets: Vec<Offset> = taken.handed.iter().map(|one| one.offset).collect();
+                assert!(offsets.is_sorted(), "{offsets:?}");
+                for handed in taken.handed {
+                    let receipt = Some(Receipt {
+                        queue: QueueId(1),
+                        generation: Generation(1),
+                        offset: handed.offset,
+                        delivery: handed.delivery,
+                    });
+                    let (verb, delay) = match handed.offset <= Offset(10) {
+                        true => (Verb::Nack, Some(Duration::ZERO)),
+                        false => (Verb::Ack, None),
+                    };
+                    let item = Item {
+                        receipt,
+                        delay,
+                        ..Item::default()
+                    };
+                    queue.settle(verb, &[item], At(1));
+                }
+            }
+            assert!((190..=220).contains(&handed_out), "{handed_out}");
+        }
     }
 }

@@ -211,6 +211,8 @@ struct Numbers {
     /// When that message was appended, if known.
     #[schema(format = DateTime)]
     oldest_unsettled_at: Option<String>,
+    /// Whether the queue begins beyond the stream's end, as far as this node knows it: nothing is delivered until the stream has got there.
+    ahead: bool,
     /// Whether the queue stands still since the database cannot be reached.
     standing_still: bool,
 }
@@ -385,6 +387,7 @@ impl From<Status> for Numbers {
             scanned_through: status.scanned_through.0,
             oldest_unsettled: status.oldest_unsettled.map(|offset| offset.0),
             oldest_unsettled_at: status.oldest_unsettled_at.map(wire::time),
+            ahead: status.ahead,
             standing_still: status.standing_still,
         }
     }

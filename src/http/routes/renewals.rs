@@ -56,6 +56,8 @@ struct WireRenewed {
     through_offset: i64,
     /// Whether retention had dropped some of what was asked for: the queue goes on with what is left.
     at_floor: bool,
+    /// Whether the stream's end is before that: nothing is delivered until the stream has got there.
+    ahead: bool,
 }
 
 /// Whether the queue is paused.
@@ -82,6 +84,7 @@ fn answer(renewed: Renewed) -> Response {
         generation: renewed.generation.0,
         through_offset: renewed.through_offset.0,
         at_floor: renewed.at_floor,
+        ahead: renewed.ahead,
     };
     wire::json(StatusCode::OK, &answer)
 }

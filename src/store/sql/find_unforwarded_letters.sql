@@ -1,5 +1,5 @@
 -- Dead letters whose copies have yet to be published, of these queues: $2 at most, and no more bytes of payload than $3 but
--- for the first.
+-- for the first. Each is looked up by itself, as in fetch_letters.sql.
 select l.queue_id, l.generation, l.delivery, l.attempts, l.cause, l.failures::text as failures, l.died_at, l.forward_topic,
     l."offset", l.topic, l.appended_at, l.key, l.id, l.source, l.type, l.subject, l.event_time, l.data_content_type,
     l.data_schema, l.extensions, l.data_kind, l.data
@@ -13,6 +13,8 @@ from (
         order by d.queue_id, d."offset" limit $2
     ) d
 ) w
-join postroad_broker.dead_letter l on l.queue_id = w.queue_id and l."offset" = w."offset"
+cross join lateral (
+    select * from postroad_broker.dead_letter s where s.queue_id = w.queue_id and s."offset" = w."offset" limit 1
+) l
 where w.before < $3
 order by l.queue_id, l."offset"

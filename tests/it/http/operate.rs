@@ -63,7 +63,7 @@ async fn a_queue_is_sought_purged_paused_and_resumed() {
     let purged = ok(api
         .post("/v1/queues/q/purge", json!({"expected_generation": 1}))
         .await);
-    let expected = json!({"generation": 2, "through_offset": 3, "at_floor": false});
+    let expected = json!({"generation": 2, "through_offset": 3, "at_floor": false, "ahead": false});
     assert_eq!(purged, expected);
     let again = ok(api
         .post("/v1/queues/q/purge", json!({"expected_generation": 1}))

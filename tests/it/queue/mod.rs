@@ -1,6 +1,7 @@
 //! Queues through their handles, on a real database. A broker of a test runs on a runtime of its own, so that it can be
 //! killed: its tasks end wherever they stand, as a process's do.
 
+mod apart;
 mod behind;
 mod fence;
 mod letters;

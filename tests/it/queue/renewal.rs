@@ -32,6 +32,7 @@ fn renewed(generation: i64, through: i64) -> Renewed {
         generation: Generation(generation),
         through_offset: Offset(through),
         at_floor: false,
+        ahead: false,
     }
 }
 
@@ -331,6 +332,29 @@ async fn kills_while_seeks_run_leave_one_generation_or_the_other() {
             "{outcomes:?}"
         );
     }
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seek_beyond_the_streams_end_says_so() {
+    let (_database, broker) = begin(5).await;
+    let to = |offset| Renewal::Seek(Start::Offset(Offset(offset)));
+    let (queue, first) = (&broker.queue, Some(Generation(1)));
+    assert_eq!(
+        queue.renew(&name(), to(6), first).await.unwrap(),
+        renewed(2, 5),
+        "the next message is the first"
+    );
+    assert!(!broker.status().await.ahead);
+    let ahead = Renewed {
+        ahead: true,
+        ..renewed(3, 999)
+    };
+    for repeat in 0..2 {
+        let sought = queue.renew(&name(), to(1_000), Some(Generation(2))).await;
+        assert_eq!(sought.unwrap(), ahead, "{repeat}");
+    }
+    assert!(broker.status().await.ahead);
     broker.stop().await;
 }
 

@@ -11,6 +11,8 @@ pub(super) enum Fault {
     LetterHoldsNothing,
     BatchInAnyOrder,
     LanesAreUneven,
+    /// What failed before does not let others go in between.
+    FailedGoFirst,
     OneTooManyInFlight,
     /// From its third attempt after an expiry it does not go out alone.
     PoisonHasCompany,
@@ -37,6 +39,7 @@ const FAULTS: &[(Fault, Mode)] = &[
     (Fault::LetterHoldsNothing, Mode::HeldKeys),
     (Fault::BatchInAnyOrder, Mode::KeyBatches),
     (Fault::LanesAreUneven, Mode::Lanes),
+    (Fault::FailedGoFirst, Mode::Offsets),
     (Fault::OneTooManyInFlight, Mode::Offsets),
     (Fault::PoisonHasCompany, Mode::Offsets),
     (Fault::OutageCosts, Mode::Offsets),

@@ -39,7 +39,10 @@ impl Reference {
                         self.letters.remove(&offset);
                         Outcome::Acked
                     }
-                    Some(_) => Outcome::DeadLettered { dead_letter },
+                    Some(letter) => Outcome::DeadLettered {
+                        is_last: letter.delivery == delivery,
+                        dead_letter,
+                    },
                     None => Outcome::AlreadySettled,
                 };
             }

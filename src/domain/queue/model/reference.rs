@@ -63,6 +63,8 @@ pub(super) struct Reference {
     /// As of the last commit, there were such keys.
     was_leaving: bool,
     credits: [i64; 3],
+    /// What went out last had failed before.
+    after_failed: bool,
     /// What is wrong with it, if something is.
     pub(super) fault: Option<Fault>,
 }
@@ -123,6 +125,7 @@ impl Reference {
             leaving: BTreeSet::new(),
             was_leaving: false,
             credits: [0; 3],
+            after_failed: false,
             fault,
         }
     }
@@ -155,6 +158,7 @@ impl Reference {
     /// What is not stored is lost with a crash.
     pub(super) fn forget(&mut self) {
         self.credits = [0; 3];
+        self.after_failed = false;
         self.leaving = match self.was_leaving && !self.settings.mode.is_keyed() {
             true => self.live_keys(),
             false => BTreeSet::new(),
@@ -241,19 +245,32 @@ impl Reference {
         let is_next = |offset: &i64, message: &Message| {
             message.is_ready(now) && !passed.contains(offset) && self.is_open(*offset, taken)
         };
-        let mut all = self
+        let all = self
             .messages
             .iter()
             .filter(|(offset, message)| is_next(offset, message));
+        // The next of some: one that failed lets one go first that was never handed out.
+        let head = |all: &[(i64, &Message)]| {
+            let &(first, message) = all.first()?;
+            let yields = self.after_failed
+                && message.plain != Plain::Fresh
+                && message.attempts > 0
+                && !self.has(Fault::FailedGoFirst);
+            let mut fresh = all
+                .iter()
+                .filter(|(_, message)| message.plain == Plain::Fresh);
+            let fresh = fresh.next().filter(|_| yields);
+            Some(fresh.map_or(first, |&(offset, _)| offset))
+        };
+        let all: Vec<(i64, &Message)> = all.map(|(&offset, message)| (offset, message)).collect();
         if !self.has_lanes() {
-            return all.next().map(|(&offset, _)| (offset, self.credits));
+            return head(&all).map(|offset| (offset, self.credits));
         }
         let lanes = [Priority::Low, Priority::Normal, Priority::High];
-        let mut heads: [Option<i64>; 3] = [None; 3];
-        for (&offset, message) in all {
-            let lane = lanes.iter().position(|&lane| lane == message.priority);
-            heads[lane.expect("a lane")].get_or_insert(offset);
-        }
+        let heads: [Option<i64>; 3] = lanes.map(|lane| {
+            let of_lane = all.iter().filter(|(_, message)| message.priority == lane);
+            head(&of_lane.copied().collect::<Vec<_>>())
+        });
         let weights = [1, 2, 7 + i64::from(self.has(Fault::LanesAreUneven))];
         let mut credits = self.credits;
         let mut sum = 0;
@@ -300,11 +317,16 @@ impl Reference {
             message.plain = Plain::Live {
                 until: now + visible,
             };
+            self.after_failed = message.attempts > 0;
+            let message = &self.messages[&offset];
             taken.insert(offset);
             handed.push((offset, message.delivery, message.attempts + 1));
             if alone {
                 break;
             }
+        }
+        if !self.has_lanes() {
+            handed.sort_unstable();
         }
         handed
     }

@@ -24,7 +24,7 @@ use crate::http::problem::Problem;
 use crate::http::routes::queues::TWELVE_HOURS;
 use crate::http::routes::wire::{self, Event};
 use crate::http::state::State;
-use crate::queue::{BATCH_MAX, BATCH_WAIT_MAX, Handout, ReceiveRequest, Received, WAIT_MAX};
+use crate::queue::{BATCH_MAX, BATCH_WAIT_MAX, Handout, ReceiveRequest, Received, Verb, WAIT_MAX};
 
 /// How to receive. Everything is optional.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -140,7 +140,7 @@ impl Receive {
             ("/receive_id", &self.receive_id),
         ] {
             if let Some(text) = text {
-                check.text(pointer, text, CONSUMER_MAX_BYTES);
+                check.token(pointer, text, CONSUMER_MAX_BYTES);
             }
         }
         check.finish()?;
@@ -188,7 +188,7 @@ async fn receive(
     let acks = match acked {
         Some(Extension(acked)) => Acks::Before(acked),
         None if receipts.is_empty() => Acks::None,
-        None => Acks::Now(WireSettled::new(receipts, &received.acked)),
+        None => Acks::Now(WireSettled::new(Verb::Ack, receipts, &received.acked)),
     };
     let body = print(&received, &acks);
     if received.deliveries.is_empty() {

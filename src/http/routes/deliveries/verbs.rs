@@ -137,7 +137,9 @@ verb! {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Settled)]
 pub(super) struct WireSettled {
-    /// Deliveries for which the verb did what it says, now or before.
+    /// Deliveries for which the verb did what it says, now or before: with `ack` those that are `already_settled` too, with `nack`,
+    /// `release` and `reject` those that are `dead_lettered` by this very delivery. So a repeat of a request whose answer was lost
+    /// counts as the first.
     settled: usize,
     /// The others.
     refused: usize,
@@ -149,8 +151,8 @@ pub(super) struct WireSettled {
 #[schema(as = Outcome)]
 struct WireOutcome {
     receipt: String,
-    /// `acked`, `nacked`, `extended`, `released`, `rejected`, `already_settled`, `dead_lettered`, `stale`, `gone` or
-    /// `unknown`.
+    /// `acked`, `nacked`, `extended`, `released`, `rejected`, `already_settled`, `dead_lettered`, `stale`, `gone`,
+    /// `blocked` or `unknown`.
     result: &'static str,
     /// With `nacked` and `released`: when it goes out again.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -213,14 +215,15 @@ impl Items {
         self.check.finish()?;
         let receipts: Vec<String> = self.items.iter().map(|item| item.receipt.clone()).collect();
         let outcomes = state.parts.queue.settle(name, verb, self.items).await?;
-        let answer = WireSettled::new(receipts, &outcomes);
+        let answer = WireSettled::new(verb, receipts, &outcomes);
         Ok(wire::json(StatusCode::OK, &answer))
     }
 }
 
 impl WireSettled {
-    pub(super) fn new(receipts: Vec<String>, outcomes: &[Outcome]) -> Self {
-        let settled = outcomes.iter().filter(|outcome| outcome.is_done()).count();
+    pub(super) fn new(verb: Verb, receipts: Vec<String>, outcomes: &[Outcome]) -> Self {
+        let settled = outcomes.iter();
+        let settled = settled.filter(|outcome| outcome.is_done(verb)).count();
         let deliveries = receipts.into_iter().zip(outcomes);
         Self {
             settled,
@@ -265,7 +268,7 @@ fn wire_outcome(receipt: String, outcome: &Outcome) -> WireOutcome {
             wire.dead_letter = Some(dead_letter.clone());
         }
         Outcome::AlreadySettled => wire.result = "already_settled",
-        Outcome::DeadLettered { dead_letter } => {
+        Outcome::DeadLettered { dead_letter, .. } => {
             wire.result = "dead_lettered";
             wire.dead_letter = Some(dead_letter.clone());
         }
