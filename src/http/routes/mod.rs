@@ -3,6 +3,7 @@
 mod cluster;
 mod dead_letters;
 mod deliveries;
+mod docs;
 mod keys;
 mod locks;
 mod origins;
@@ -43,5 +44,6 @@ pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State>
         .merge(cluster::routes())
         .merge(scheduled_messages::routes())
         .merge(schedules::routes())
+        .merge(docs::routes())
         .merge(system::routes())
 }

@@ -3,13 +3,10 @@
 use std::sync::LazyLock;
 
 use axum::extract::State as Extract;
-use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
-use sha2::{Digest as _, Sha256};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -20,9 +17,6 @@ use crate::http::extract::{Named, PathPart, Query};
 use crate::http::openapi::{Fails, NoPage, Reads, openapi_yaml};
 use crate::http::problem::{Kind, Problem};
 use crate::http::state::State;
-
-/// The page that shows the description: all of it is in the file, so it works without a network.
-const DOCS: &str = include_str!("../docs.html");
 
 /// Whether the process takes traffic.
 #[derive(Debug, Serialize, ToSchema)]
@@ -65,7 +59,6 @@ pub(super) fn routes() -> OpenApiRouter<State> {
         .routes(routes!(readyz))
         .routes(routes!(metrics))
         .routes(routes!(openapi))
-        .routes(routes!(docs))
         .routes(routes!(problem))
 }
 
@@ -141,43 +134,6 @@ async fn metrics(Extract(state): Extract<State>, headers: HeaderMap) -> Result<R
 async fn openapi() -> Response {
     static YAML: LazyLock<String> = LazyLock::new(openapi_yaml);
     text("application/yaml", YAML.clone())
-}
-
-/// A page to browse this description.
-#[utoipa::path(
-    get, path = "/docs", tag = "operation",
-    responses((status = 200, description = "The page", body = String, content_type = "text/html; charset=utf-8"), Fails),
-)]
-async fn docs() -> Response {
-    static PAGE: LazyLock<String> = LazyLock::new(|| {
-        let json = crate::http::openapi::api()
-            .into_openapi()
-            .to_json()
-            .expect("the description has string keys only");
-        // In a script element, `</` would end it.
-        DOCS.replace("__OPENAPI__", &json.replace("</", "<\\/"))
-    });
-    static POLICY: LazyLock<HeaderValue> = LazyLock::new(|| policy(DOCS));
-    let mut page = text("text/html; charset=utf-8", PAGE.clone());
-    let headers = page.headers_mut();
-    headers.insert(CONTENT_SECURITY_POLICY, POLICY.clone());
-    page
-}
-
-/// What a browser lets a page do: run its own script and style, as they are in the file, and nothing else.
-fn policy(page: &str) -> HeaderValue {
-    let hash = |start: &str, end: &str| {
-        let (_, rest) = page.split_once(start).expect("the page has it");
-        let (text, _) = rest.split_once(end).expect("it ends");
-        STANDARD.encode(Sha256::digest(text))
-    };
-    let script = hash("<script>", "</script>");
-    let style = hash("<style>", "</style>");
-    let policy = format!(
-        "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; base-uri 'none'; \
-         form-action 'none'; frame-ancestors 'none'"
-    );
-    HeaderValue::try_from(policy).expect("it is visible ASCII")
 }
 
 /// What a problem means, and what to do about it.
