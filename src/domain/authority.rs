@@ -1,7 +1,7 @@
 //! Who a request is for: the host and port of a `Host`, an `:authority` or an `Origin`, as RFC 3986 writes them.
 
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// A host: a name, or an address.
 #[derive(Debug, Clone, Copy)]
