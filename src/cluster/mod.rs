@@ -55,7 +55,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// The defaults of PROTOCOL.md at an address: ttl 10 s, heartbeat 1 s.
+    /// The defaults of docs/protocol.md at an address: ttl 10 s, heartbeat 1 s.
     #[must_use]
     pub fn new(address: impl Into<String>) -> Self {
         Self {

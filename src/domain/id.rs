@@ -61,7 +61,7 @@ number!(
     i16
 );
 
-/// The number of slots (DESIGN.md: 64). Part of the stored state: changing it moves queues between leases.
+/// The number of slots (docs/protocol.md, Parameters). Part of the stored state: changing it moves queues between leases.
 pub const SLOT_COUNT: i16 = 64;
 
 impl Offset {

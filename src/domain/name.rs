@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-/// The longest topic or pattern, in bytes (PROTOCOL.md, Parameters).
+/// The longest topic or pattern, in bytes (docs/protocol.md, Parameters).
 pub const TOPIC_MAX_BYTES: usize = 255;
 /// The longest name of a stream, queue or origin, in bytes.
 pub const NAME_MAX_BYTES: usize = 100;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::id::Offset;
 use super::name::Topic;
 
-/// Default visibility timeout of a queue (PROTOCOL.md, Parameters).
+/// Default visibility timeout of a queue (docs/protocol.md, Parameters).
 pub const VISIBILITY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Shortest and longest visibility timeout.
 pub const VISIBILITY_TIMEOUT_RANGE: (Duration, Duration) =

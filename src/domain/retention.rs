@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-/// How long settled messages are kept unless declared otherwise (PROTOCOL.md, Parameters).
+/// How long settled messages are kept unless declared otherwise (docs/protocol.md, Parameters).
 pub const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 86_400);
-/// How long unsettled messages are kept unless declared otherwise (PROTOCOL.md, Parameters).
+/// How long unsettled messages are kept unless declared otherwise (docs/protocol.md, Parameters).
 pub const DEFAULT_HARD_LIMIT: Duration = Duration::from_secs(14 * 86_400);
 
 /// How long messages are kept. Space comes back a partition at a time, so a message can live somewhat longer, never shorter.

@@ -70,7 +70,7 @@ pub use renewal::{OnLoss, Renewal, Renewed};
 pub use crate::store::letter::{Stored as DeadLetter, Summary as LetterSummary};
 pub use crate::store::redrive::RedriveRow as Redrive;
 
-/// Most queues of one process (PROTOCOL.md, Parameters).
+/// Most queues of one process (docs/protocol.md, Parameters).
 pub const QUEUES_MAX: usize = 10_000;
 
 /// How the queue engine runs.

@@ -12,7 +12,7 @@ use crate::domain::name::Topic;
 use crate::store::origin::OutboxRow;
 use crate::stream::{Conditional, Rejected};
 
-/// The largest payload (PROTOCOL.md, Parameters: cap).
+/// The largest payload (docs/protocol.md, Parameters: cap).
 const PAYLOAD_MAX_BYTES: usize = 16 << 20;
 const HEADERS_MAX_BYTES: usize = 64 << 10;
 const KEY_MAX_BYTES: usize = 512;

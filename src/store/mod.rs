@@ -42,7 +42,7 @@ use repeat::repeated;
 /// A connection of its own, for what must not share one: a relay's session, a heartbeat, an appender.
 pub type Connection = sqlx::PgConnection;
 
-/// Settings of every session (DESIGN.md, rules that hold everywhere): a role's default of repeatable read gave two
+/// Settings of every session (ARCHITECTURE.md, what must stay true): a role's default of repeatable read gave two
 /// appends one offset. Compiling a plan takes far longer than any of these short statements: with `jit` on, the planner's
 /// penalty for scans that the hot functions forbid had the appender's and the writer's sessions compile in every group. A process that
 /// is stopped within a transaction holds the rows of leases: for no longer than the shortest time to live, after which others
@@ -167,7 +167,7 @@ impl Database {
         self.guard.changed().await
     }
 
-    /// The pool. Statements on it must run in tasks that are never aborted: see DESIGN.md on `Pool::begin`.
+    /// The pool. Statements on it must run in tasks that are never aborted: see docs/decisions.md on `Pool::begin`.
     pub(in crate::store) fn pool(&self) -> &PgPool {
         &self.pool
     }

@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use super::AppendError;
 use super::request::{Member, Placed};
 
-/// The most messages in one member (PROTOCOL.md: 1,000 per publish; a relay's page may be larger).
+/// The most messages in one member (docs/protocol.md: 1,000 per publish; a relay's page may be larger).
 pub const MEMBER_MAX_MESSAGES: usize = 10_000;
 /// The most bytes in one member: a publish of 16 MiB, or one message at the cap, and what stands around the payloads.
 pub const MEMBER_MAX_BYTES: usize = 24 << 20;

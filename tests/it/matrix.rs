@@ -1,4 +1,4 @@
-//! PROTOCOL's matrix of verb and state over HTTP, cell by cell: the answer, the answer to a repeat, and the answer to
+//! The matrix of verb and state (docs/protocol.md) over HTTP, cell by cell: the answer, the answer to a repeat, and the answer to
 //! another repeat after the program was killed with -9.
 
 use postroad::domain::id::{Generation, Offset};

@@ -1,4 +1,4 @@
-//! The verbs: the matrix of PROTOCOL.md, one arm per cell.
+//! The verbs: the matrix of docs/protocol.md, one arm per cell.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ pub struct Item {
     pub reason: Option<String>,
 }
 
-/// The answer to one receipt. The names on the wire are those of PROTOCOL.md.
+/// The answer to one receipt. The names on the wire are those of docs/protocol.md.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The message is settled.

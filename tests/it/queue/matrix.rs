@@ -1,4 +1,4 @@
-//! PROTOCOL.md's matrix of verb and state, cell by cell; each answer again, and again after the broker was killed.
+//! The matrix of verb and state (docs/protocol.md), cell by cell; each answer again, and again after the broker was killed.
 
 use std::time::Duration;
 
