@@ -3,6 +3,7 @@
 
 pub mod assignment;
 pub mod authority;
+pub mod cadence;
 pub mod cloudevents;
 pub mod id;
 pub mod json;

@@ -1,17 +1,11 @@
-//! Recurring publishing: when an occurrence is due, which of those that were missed are made up for, and what each is named.
-//!
-//! Occurrences are found in the zone's own time. Where a change of the zone's offset skips an hour, what was due in it at a fixed
-//! time comes with the first moment after it, and what recurs by `*` or a step is passed over. Where it has an hour twice, what is
-//! due at a fixed time comes once, the first time; what recurs by `*` or a step comes in both.
+//! Recurring publishing: which occurrences are due, which of those that were missed are made up for, and what each is named.
 
 use std::collections::VecDeque;
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
-use chrono_tz::Tz;
-use croner::Cron;
-use croner::parser::{CronParser, Seconds, Year};
 use uuid::Uuid;
 
+pub use super::cadence::{Cadence, CadenceError};
 use super::name::{ScheduleName, Topic};
 
 /// An occurrence that could not be published for so long is missed: the misfire policy decides.
@@ -20,97 +14,10 @@ pub const MISFIRE_AFTER: TimeDelta = TimeDelta::seconds(60);
 pub const CATCH_UP_MAX: usize = 1_000;
 /// The most schedules that there can be.
 pub const SCHEDULES_MAX: i64 = 1_000;
-/// The longest expression, in bytes.
-const EXPRESSION_MAX_BYTES: usize = 200;
 /// The namespace of occurrences' ids.
 const OCCURRENCES: Uuid = Uuid::from_u128(0x3c1d_5a0e_7b92_5f41_9d3a_60c8_5e2f_b714);
 
-/// Why a cadence cannot be had.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CadenceError {
-    /// The expression does not parse.
-    #[error("`cron` is not a cron expression: {reason}")]
-    Expression {
-        /// Why.
-        reason: String,
-    },
-    /// No such zone.
-    #[error("`time_zone` must be a name of the IANA time zone database, `Europe/Berlin` for one")]
-    Zone,
-    /// It parses, and there is no such day.
-    #[error("`cron` never comes")]
-    Never,
-}
-
-/// When a schedule is due: a cron expression, and the zone whose clock it goes by.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Cadence {
-    expression: String,
-    zone: Tz,
-    cron: Cron,
-}
-
 impl Cadence {
-    /// Reads five fields (minute, hour, day of month, month, day of week), six with seconds before them, or a nickname as
-    /// `@daily`. `now` is for the check that it comes at all.
-    ///
-    /// # Errors
-    /// The rule that is broken.
-    pub fn parse(expression: &str, zone: &str, now: DateTime<Utc>) -> Result<Self, CadenceError> {
-        if expression.len() > EXPRESSION_MAX_BYTES {
-            let reason = format!("it is longer than {EXPRESSION_MAX_BYTES} bytes");
-            return Err(CadenceError::Expression { reason });
-        }
-        let zone: Tz = zone.parse().map_err(|_| CadenceError::Zone)?;
-        let parser = CronParser::builder()
-            .seconds(Seconds::Optional)
-            .year(Year::Disallowed)
-            .build();
-        let cron = parser
-            .parse(expression)
-            .map_err(|error| CadenceError::Expression {
-                reason: error.to_string(),
-            })?;
-        let cadence = Self {
-            expression: expression.to_owned(),
-            zone,
-            cron,
-        };
-        match cadence.next_after(now) {
-            Some(_) => Ok(cadence),
-            None => Err(CadenceError::Never),
-        }
-    }
-
-    /// The expression, as it was given.
-    #[must_use]
-    pub fn expression(&self) -> &str {
-        &self.expression
-    }
-
-    /// The zone's name.
-    #[must_use]
-    pub fn zone(&self) -> &'static str {
-        self.zone.name()
-    }
-
-    /// The first occurrence after a moment; `None` when there is none.
-    #[must_use]
-    pub fn next_after(&self, after: DateTime<Utc>) -> Option<DateTime<Utc>> {
-        let local = after.with_timezone(&self.zone);
-        let next = self.cron.find_next_occurrence(&local, false).ok()?;
-        let next = next.to_utc();
-        // A library that stood still would have it published again and again.
-        (next > after).then_some(next)
-    }
-
-    /// The next occurrences after a moment, so many at most.
-    #[must_use]
-    pub fn preview(&self, after: DateTime<Utc>, count: usize) -> Vec<DateTime<Utc>> {
-        let next = std::iter::successors(self.next_after(after), |&last| self.next_after(last));
-        next.take(count).collect()
-    }
-
     /// What is to be published now, when everything through `through` has been dealt with.
     #[must_use]
     pub fn due(&self, through: DateTime<Utc>, now: DateTime<Utc>, misfire: Misfire) -> Due {
@@ -280,88 +187,6 @@ mod tests {
 
     fn cadence(expression: &str, zone: &str) -> Cadence {
         Cadence::parse(expression, zone, at("2026-01-01T00:00:00Z")).unwrap()
-    }
-
-    /// The next occurrences, in the zone's own time with its offset.
-    fn next(expression: &str, zone: &str, after: &str, count: usize) -> Vec<String> {
-        let cadence = cadence(expression, zone);
-        let next = cadence.preview(at(after), count);
-        let local = next.into_iter().map(|at| {
-            at.with_timezone(&cadence.zone)
-                .format("%d %H:%M%:z")
-                .to_string()
-        });
-        local.collect()
-    }
-
-    #[test]
-    fn cadences_say_what_is_wrong_with_them() {
-        let now = at("2026-01-01T00:00:00Z");
-        for (expression, zone, error) in [
-            ("", "UTC", "not a cron expression"),
-            ("* * * *", "UTC", "not a cron expression"),
-            ("60 * * * *", "UTC", "not a cron expression"),
-            ("* * * * * * 2027", "UTC", "not a cron expression"),
-            ("@reboot", "UTC", "not a cron expression"),
-            ("0 0 30 2 *", "UTC", "never comes"),
-            ("* * * * *", "Europe/Atlantis", "IANA"),
-            ("* * * * *", "", "IANA"),
-        ] {
-            let found = Cadence::parse(expression, zone, now)
-                .unwrap_err()
-                .to_string();
-            assert!(found.contains(error), "`{expression}` {zone}: {found}");
-        }
-        for expression in [
-            "@daily",
-            "*/5 * * * *",
-            "0 9 * * MON-FRI",
-            "30 0 0 L * *",
-            "0 0 29 2 *",
-        ] {
-            Cadence::parse(expression, "America/New_York", now).unwrap();
-        }
-    }
-
-    // Berlin skips 02:00 to 03:00 on 2026-03-29 and has 02:00 to 03:00 twice on 2026-10-25.
-    #[test]
-    fn an_hour_that_is_skipped_skips_no_fixed_time() {
-        assert_eq!(
-            next("30 2 * * *", "Europe/Berlin", "2026-03-27T12:00:00Z", 3),
-            ["28 02:30+01:00", "29 03:00+02:00", "30 02:30+02:00"]
-        );
-        assert_eq!(
-            next("*/30 * * * *", "Europe/Berlin", "2026-03-29T00:00:00Z", 4),
-            [
-                "29 01:30+01:00",
-                "29 03:00+02:00",
-                "29 03:30+02:00",
-                "29 04:00+02:00"
-            ]
-        );
-        assert_eq!(
-            next("0 3 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z", 2),
-            ["29 03:00+02:00", "30 03:00+02:00"]
-        );
-    }
-
-    #[test]
-    fn an_hour_that_comes_twice_has_a_fixed_time_once() {
-        assert_eq!(
-            next("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00:00Z", 2),
-            ["25 02:30+02:00", "26 02:30+01:00"]
-        );
-        assert_eq!(
-            next("*/30 * * * *", "Europe/Berlin", "2026-10-24T23:45:00Z", 6),
-            [
-                "25 02:00+02:00",
-                "25 02:30+02:00",
-                "25 02:00+01:00",
-                "25 02:30+01:00",
-                "25 03:00+01:00",
-                "25 03:30+01:00"
-            ]
-        );
     }
 
     #[test]
