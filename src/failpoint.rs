@@ -59,6 +59,8 @@ pub const LIMITS: &[&str] = &[
     "journal-bytes",
     // Positions in the journal of an origin at which it is folded.
     "relay-fold-appends",
+    // How far the node's clock is ahead of the system's: what tests that set the database's clock want to be believed.
+    "clock-lead-seconds",
 ];
 
 /// The planted faults, each of which a test must find. `docs/reliability.md` says which.

@@ -1,141 +1,4 @@
--- Appending: what stands beside the log, and the one function that writes it.
-
--- Rises with each change of streams and their patterns. An append names the version that it was routed by.
-create table postroad_broker.catalogue (
-    singleton boolean primary key default true,
-    version bigint not null default 1,
-    constraint catalogue_is_one_row check (singleton)
-);
-insert into postroad_broker.catalogue default values;
-
--- The leaves of the log, in the order of their offsets. No foreign key: what a deleted stream leaves behind is dropped later.
-create table postroad_broker.message_leaf (
-    stream_id integer not null,
-    first_offset bigint not null,
-    last_offset bigint not null,
-    table_name text not null unique,
-    created_at timestamptz not null default clock_timestamp(),
-    -- Its topics are in partition_topic: set once it is full.
-    summarised_at timestamptz,
-    -- Retention truncated it, to its last offset.
-    emptied_at timestamptz,
-    primary key (stream_id, first_offset),
-    constraint message_leaf_not_empty check (last_offset >= first_offset)
-);
-
--- Which topics a full leaf holds and between which offsets, so that a scan passes over leaves that cannot match.
-create table postroad_broker.partition_topic (
-    stream_id integer not null,
-    first_offset bigint not null,
-    topic_id integer not null,
-    message_count bigint not null,
-    first_match bigint not null,
-    last_match bigint not null,
-    primary key (stream_id, first_offset, topic_id)
-);
-
--- Ids of published messages, for at least 24 hours: five buckets of 12 hours, emptied by TRUNCATE in rotation. The identity
--- is a hash of stream, source and id; content one of topic and payload; both 128 bits of SHA-256.
-create table postroad_broker.recent_id (
-    bucket smallint not null,
-    identity uuid not null,
-    content uuid not null,
-    -- Of a message that was scheduled, its number; and when it is due.
-    "offset" bigint not null,
-    due_at timestamptz
-) partition by list (bucket);
-
--- The results of group commits, for at least 10 minutes after the group was made: what an appender that lost its connection asks
--- again for, as soon as it has another. Four buckets of 10 minutes: a row is written per group, hundreds in a second.
-create table postroad_broker.append_journal (
-    bucket smallint not null,
-    incarnation bigint not null,
-    number bigint not null,
-    stream_first bigint[] not null,
-    stream_at timestamptz[] not null,
-    refused_member integer[] not null,
-    refused_found bigint[] not null,
-    seen_message integer[] not null,
-    seen_offset bigint[] not null,
-    seen_conflict boolean[] not null,
-    conflict_message integer[] not null,
-    conflict_version bigint[] not null,
-    seen_due timestamptz[] not null,
-    scheduled_number bigint[] not null,
-    primary key (bucket, incarnation, number)
-) partition by list (bucket);
-
-do $$
-begin
-    for bucket in 0..4 loop
-        execute format(
-            'create table postroad_broker.recent_id_%1$s partition of postroad_broker.recent_id '
-            'for values in (%1$s) with (autovacuum_enabled = false)', bucket);
-        execute format('create unique index on postroad_broker.recent_id_%s (identity)', bucket);
-    end loop;
-    for bucket in 0..3 loop
-        execute format(
-            'create table postroad_broker.append_journal_%1$s partition of postroad_broker.append_journal '
-            'for values in (%1$s) with (autovacuum_enabled = false, toast.autovacuum_enabled = false)', bucket);
-    end loop;
-end
-$$;
-
--- Which period of 12 hours a time is in. Stable, as extract is: called immutable, it would not be inlined.
-create function postroad_broker.half_day(p_at timestamptz) returns bigint
-language sql stable strict parallel safe
-return floor(extract(epoch from p_at) / 43200)::bigint;
-
--- Which period of 10 minutes a time is in.
-create function postroad_broker.ten_minutes(p_at timestamptz) returns bigint
-language sql stable strict parallel safe
-return floor(extract(epoch from p_at) / 600)::bigint;
-
--- Topics to numbers. New ones are inserted under a lock, so that their numbers commit in order: who has read all topics up
--- to a number misses none below it.
-create function postroad_broker.intern_topics(p_names text[])
-returns table (topic_id integer, topic_name text)
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-begin
-    perform from unnest(p_names) as n (name)
-    where not exists (select from postroad_broker.topic t where t.name = n.name);
-    if found then
-        perform from postroad_broker.catalogue for no key update;
-        insert into postroad_broker.topic (name)
-        select distinct n.name from unnest(p_names) as n (name)
-        where not exists (select from postroad_broker.topic t where t.name = n.name)
-        order by n.name;
-    end if;
-    return query select t.id, t.name from postroad_broker.topic t where t.name = any (p_names);
-end
-$$;
-
--- The top of a stream's log, not before `p_from`; null when there is nothing. Looks at the leaf of that offset, and at those after
--- it only when it is full. Each leaf by its name: a look at the whole log is planned over all its leaves, which took four times
--- as long, and a kept plan locks all of them.
-create function postroad_broker.stream_top(p_stream integer, p_from bigint, out top bigint, out top_at timestamptz)
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-    v_leaf record;
-    v_top bigint;
-    v_top_at timestamptz;
-begin
-    select l.first_offset, l.last_offset, l.table_name into v_leaf from postroad_broker.message_leaf l
-    where l.stream_id = p_stream and l.first_offset <= p_from order by l.first_offset desc limit 1;
-    while found loop
-        execute format(
-            'select m."offset", m.appended_at from postroad_broker.%I m '
-            'where m.stream_id = $1 and m."offset" >= $2 order by m."offset" desc limit 1', v_leaf.table_name)
-        into v_top, v_top_at using p_stream, p_from;
-        exit when v_top is null;
-        top := v_top;
-        top_at := v_top_at;
-        exit when top < v_leaf.last_offset;
-        select l.first_offset, l.last_offset, l.table_name into v_leaf from postroad_broker.message_leaf l
-        where l.stream_id = p_stream and l.first_offset > v_leaf.first_offset order by l.first_offset limit 1;
-    end loop;
-end
-$$;
+-- Appending: the one function that writes the log.
 
 -- One group commit: everything that one appender gathered, in one statement that commits by itself. Called at read
 -- committed, outside of any transaction, so that a node that stops half-way leaves no lock behind.
@@ -160,6 +23,8 @@ $$;
 -- Statuses: appended; stale (the catalogue has another version: nothing done); expired (p_born_at is too far from the clock
 -- to find this group's result again: nothing done); behind (the keys were counted from another base than key_head has by now,
 -- or far from the log's end: nothing done). A refused member's found is null when fenced, else the latest position.
+--
+-- p_witness is the node's clock: by `agreed_clock` messages bear their time, are due, and have their ids kept. `clock` is the server's.
 create function postroad_broker.append(
     p_incarnation bigint,
     p_number bigint,
@@ -211,6 +76,7 @@ create function postroad_broker.append(
     x_seq bigint[],
     x_row text[],
     m_due timestamptz[],
+    p_witness timestamptz,
     out status text,
     out clock timestamptz,
     out stream_first bigint[],
@@ -236,6 +102,8 @@ set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
+    v_at timestamptz;
+    v_tier smallint[];
     v_bucket smallint := postroad_broker.ten_minutes(p_born_at) % 4;
     v_rank integer[] := m_rank;
     v_refused integer[] := '{}';
@@ -265,6 +133,7 @@ begin
     get diagnostics v_count = row_count;
 
     clock := clock_timestamp();
+    v_at := case when clock > p_witness + interval '1 minute' then p_witness else clock end;
     if p_is_repeat then
         select 'appended', j.stream_first, j.stream_at, j.refused_member, j.refused_found,
             j.seen_message, j.seen_offset, j.seen_conflict, j.conflict_message, j.conflict_version, j.seen_due,
@@ -304,7 +173,11 @@ begin
             cross join lateral (
                 select greatest(
                     (
-                        select j.number from postroad_broker.relay_journal j
+                        select j.number from postroad_broker.relay_journal_0 j
+                        where j.origin_id = u.origin order by j.number desc limit 1
+                    ),
+                    (
+                        select j.number from postroad_broker.relay_journal_1 j
                         where j.origin_id = u.origin order by j.number desc limit 1
                     ),
                     (select k.number from postroad_broker.relay_checkpoint k where k.origin_id = u.origin),
@@ -338,7 +211,7 @@ begin
     scheduled_number := '{}';
     if cardinality(m_due) > 0 then
         scheduled_number := postroad_broker.number_scheduled(
-            clock, s_id, m_member, m_stream, m_due, v_refused, seen_message);
+            v_at, s_id, m_member, m_stream, m_due, v_refused, seen_message);
     end if;
 
     stream_first := '{}';
@@ -350,12 +223,10 @@ begin
         from postroad_broker.stream_top(s_id[s], greatest(s_hint[s], v_floor + 1)) t;
         if v_top is null and v_floor < s_hint[s] then
             -- The hint is beyond the log: this database is an older copy of the one that gave it.
-            execute 'select m."offset", m.appended_at from postroad_broker.message m '
-                'where m.stream_id = $1 order by m."offset" desc limit 1'
-            into v_top, v_top_at using s_id[s];
+            select t.top, t.top_at into v_top, v_top_at from postroad_broker.stream_last(s_id[s]) t;
         end if;
         stream_first[s] := greatest(v_top, v_floor) + 1;
-        stream_at[s] := greatest(clock, v_top_at, v_floor_at);
+        stream_at[s] := greatest(v_at, v_top_at, v_floor_at);
         if s_base[s] >= 0
             and (v_keys_through is distinct from s_base[s]
                 or stream_first[s] - 1 not between s_counted[s] and s_counted[s] + 10000)
@@ -460,17 +331,18 @@ begin
         where m.number is not null
         on conflict (stream_id) do nothing;
 
+        v_tier := postroad_broker.scheduled_tiers(m_due);
         insert into postroad_broker.scheduled_message (
-            stream_id, due_at, number, topic_id, key_hash, key, id, source, type, subject, event_time, data_content_type,
+            tier, stream_id, due_at, number, topic_id, key_hash, key, id, source, type, subject, event_time, data_content_type,
             data_schema, extensions, data_kind, priority, data, origin_id, accepted_at
         )
-        select s_id[m.stream], m.due, m.number, m.topic, m.key_hash, m.key, m.id, m.source, m.type, m.subject,
-            m.event_time, m.content_type, m.schema, m.extensions, m.kind, m.priority, m.data, m.origin, clock
+        select m.tier, s_id[m.stream], m.due, m.number, m.topic, m.key_hash, m.key, m.id, m.source, m.type, m.subject,
+            m.event_time, m.content_type, m.schema, m.extensions, m.kind, m.priority, m.data, m.origin, v_at
         from unnest(
-            m_stream, m_due, scheduled_number, m_topic, m_key_hash, m_key, m_id, m_source, m_type, m_subject, m_time,
+            v_tier, m_stream, m_due, scheduled_number, m_topic, m_key_hash, m_key, m_id, m_source, m_type, m_subject, m_time,
             m_content_type, m_schema, m_extensions, m_kind, m_priority, m_data, m_origin
         ) as m (
-            stream, due, number, topic, key_hash, key, id, source, type, subject, event_time,
+            tier, stream, due, number, topic, key_hash, key, id, source, type, subject, event_time,
             content_type, schema, extensions, kind, priority, data, origin
         )
         where m.number is not null;
@@ -478,7 +350,7 @@ begin
 
     if p_checks_ids then
         insert into postroad_broker.recent_id (bucket, identity, content, "offset", due_at)
-        select postroad_broker.half_day(clock) % 5, m.identity, m.content,
+        select postroad_broker.half_day(v_at) % 5, m.identity, m.content,
             coalesce(m.number, stream_first[m.stream] + m.rank), case when m.number is not null then m.due end
         from unnest(m_stream, v_rank, m_identity, m_content, scheduled_number, m_due)
             as m (stream, rank, identity, content, number, due)
@@ -486,8 +358,8 @@ begin
     end if;
 
     if cardinality(r_lease) > 0 then
-        insert into postroad_broker.relay_journal (origin_id, number, epoch, position, appended_at)
-        select r.origin, r.to_number, r.epoch, r.position, clock
+        insert into postroad_broker.relay_journal (segment, origin_id, number, epoch, position, appended_at)
+        select (select t.segment from postroad_broker.relay_turn t), r.origin, r.to_number, r.epoch, r.position, clock
         from unnest(r_member, r_origin, r_to, r_epoch, r_position) as r (member, origin, to_number, epoch, position)
         where not r.member = any (v_refused);
 

@@ -48,13 +48,13 @@ begin
 end
 $$;
 
--- Writes down the topics of a full leaf.
-create function postroad_broker.summarise_leaf(p_stream integer, p_first bigint) returns void
+-- Writes down the topics of a full leaf, and that it was full by p_now.
+create function postroad_broker.summarise_leaf(p_stream integer, p_first bigint, p_now timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_name text;
 begin
-    update postroad_broker.message_leaf l set summarised_at = clock_timestamp()
+    update postroad_broker.message_leaf l set summarised_at = clock_timestamp(), noted_top = l.last_offset, noted_at = p_now
     where l.stream_id = p_stream and l.first_offset = p_first and l.summarised_at is null and l.emptied_at is null
     returning l.table_name into v_name;
     if found then
@@ -72,6 +72,8 @@ $$;
 -- leaves behind this one alone have as many bytes as the stream is to keep, so that its age does not matter. Returns the offset up to which all is gone now, or null
 -- when the leaf is too young, or -1 when its keys have to be folded first. Fails at once, with lock_not_available, when somebody
 -- reads the leaf.
+--
+-- Messages that bear a time yet to come were appended by a clock that was ahead. They are as old as it is known that the leaf ends there.
 --
 -- The head is locked first, as an append does, then the leaf; what decides is looked at only after that, in new statements.
 -- The leaf that is being filled may go too: the floor in the head keeps offsets going on.
@@ -97,6 +99,7 @@ declare
     v_last bigint;
     v_top bigint;
     v_top_at timestamptz;
+    v_old_at timestamptz;
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'empty_leaf must run at read committed' using errcode = 'invalid_transaction_state';
@@ -116,15 +119,24 @@ begin
             'select m."offset", m.appended_at from postroad_broker.%I m '
             'where m.stream_id = $1 order by m."offset" desc limit 1', v_name)
         into v_top, v_top_at using p_stream;
+        v_old_at := v_top_at;
+        if v_top_at > v_now then
+            select l.noted_at into v_old_at from postroad_broker.message_leaf l
+            where l.stream_id = p_stream and l.first_offset = p_first and l.noted_top = v_top and l.noted_at <= v_now;
+            if not found then
+                update postroad_broker.message_leaf l set noted_top = v_top, noted_at = v_now
+                where l.stream_id = p_stream and l.first_offset = p_first;
+            end if;
+        end if;
         if v_top is null
             or not (
-                ((p_is_over_settled or coalesce(v_top_at < v_now - p_settled, false)) and v_top <= p_watermark
+                ((p_is_over_settled or coalesce(v_old_at < v_now - p_settled, false)) and v_top <= p_watermark
                     -- A queue that has gone back since the watermark was told may want it. The margin is for the clocks.
                     and not exists (
                         select from postroad_broker.queue q
                         where q.stream_id = p_stream and q.renewed_at > p_watermark_at - interval '5 seconds'))
                 or p_is_over_unsettled
-                or coalesce(v_top_at < v_now - p_unsettled, false)
+                or coalesce(v_old_at < v_now - p_unsettled, false)
             )
         then
             return null;
@@ -134,7 +146,7 @@ begin
             return -1;
         end if;
     end loop;
-    update postroad_broker.stream_head h set floor = v_top, floor_appended_at = v_top_at where h.stream_id = p_stream;
+    update postroad_broker.stream_head h set floor = v_top, floor_appended_at = least(v_top_at, v_now) where h.stream_id = p_stream;
     execute format('truncate postroad_broker.%I', v_name);
     delete from postroad_broker.partition_topic t where t.stream_id = p_stream and t.first_offset = p_first;
     if v_top = v_last then
@@ -145,38 +157,76 @@ begin
 end
 $$;
 
--- Drops an emptied leaf, or all that a deleted stream left behind when p_first is null. Fails after 50 ms, with
--- lock_not_available, behind anybody who has the parent open: appends wait no longer than that.
+-- Drops an emptied leaf. Fails after 50 ms, with lock_not_available, behind anybody who has the stream's log open: its appends wait no
+-- longer than that.
 create function postroad_broker.drop_leaf(p_stream integer, p_first bigint) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 declare
-    v_name text := 'message_' || p_stream;
+    v_name text;
 begin
-    if p_first is not null then
-        select l.table_name into v_name from postroad_broker.message_leaf l
-        where l.stream_id = p_stream and l.first_offset = p_first and l.emptied_at is not null
-        for update;
-        if not found then
-            return;
-        end if;
+    select l.table_name into v_name from postroad_broker.message_leaf l
+    where l.stream_id = p_stream and l.first_offset = p_first and l.emptied_at is not null
+    for update;
+    if not found then
+        return;
     end if;
     execute format('drop table if exists postroad_broker.%I', v_name);
-    if p_first is null then
-        execute format('drop table if exists postroad_broker.%I', 'key_head_' || p_stream);
+    delete from postroad_broker.message_leaf l where l.stream_id = p_stream and l.first_offset = p_first;
+    delete from postroad_broker.partition_topic t where t.stream_id = p_stream and t.first_offset = p_first;
+end
+$$;
+
+-- One step of dropping the log of a deleted stream, each a transaction of few locks, however many leaves it has: first it is taken out
+-- of the log of all streams, the one step that others can notice; then p_leaves of its leaves go at a time; at last what is left.
+-- Whether all is gone. Fails after 50 ms, with lock_not_available, behind anybody who has what it needs open.
+create function postroad_broker.drop_stream_log(p_stream integer, p_leaves integer) returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '50ms'
+as $$
+declare
+    v_log regclass := to_regclass(format('postroad_broker.%I', 'message_' || p_stream));
+    v_leaf text;
+    v_first bigint;
+    v_count integer := 0;
+begin
+    if exists (select from postroad_broker.stream s where s.id = p_stream) then
+        raise exception 'stream % is not deleted', p_stream;
     end if;
-    delete from postroad_broker.message_leaf l
-    where l.stream_id = p_stream and (p_first is null or l.first_offset = p_first);
-    delete from postroad_broker.partition_topic t
-    where t.stream_id = p_stream and (p_first is null or t.first_offset = p_first);
+    if exists (
+        select from pg_inherits i where i.inhrelid = v_log and i.inhparent = 'postroad_broker.message'::regclass
+    ) then
+        execute format('alter table postroad_broker.message detach partition postroad_broker.%I', 'message_' || p_stream);
+        return false;
+    end if;
+    for v_leaf in
+        select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid
+        where i.inhparent = v_log order by c.relname limit p_leaves
+    loop
+        execute format('drop table postroad_broker.%I', v_leaf);
+        delete from postroad_broker.message_leaf l where l.stream_id = p_stream and l.table_name = v_leaf
+        returning l.first_offset into v_first;
+        delete from postroad_broker.partition_topic t where t.stream_id = p_stream and t.first_offset = v_first;
+        v_count := v_count + 1;
+    end loop;
+    if v_count > 0 then
+        return false;
+    end if;
+    execute format('drop table if exists postroad_broker.%I', 'message_' || p_stream);
+    execute format('drop table if exists postroad_broker.%I', 'key_head_' || p_stream);
+    delete from postroad_broker.message_leaf l where l.stream_id = p_stream;
+    delete from postroad_broker.partition_topic t where t.stream_id = p_stream;
+    return true;
 end
 $$;
 
 -- Empties the bucket of recent ids and of append results that are out of date. Fails at once when somebody reads it. The
 -- bucket is chosen after the lock is had. The next period's is left alone, for a clock that steps back over its boundary.
-create function postroad_broker.rotate_buckets() returns void
+-- With more than a minute between the server's clock and a node's (p_witness) nobody knows what is out of date: nothing is emptied.
+create function postroad_broker.rotate_buckets(p_witness timestamptz) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
@@ -188,6 +238,9 @@ declare
     v_has_rows boolean;
     v_is_now boolean;
 begin
+    if p_witness not between v_now - interval '1 minute' and v_now + interval '1 minute' then
+        return;
+    end if;
     for v_table, v_period in
         select * from (values
             ('recent_id_' || (postroad_broker.half_day(v_now) + 2) % 5, 'half_day'),

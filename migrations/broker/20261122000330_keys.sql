@@ -24,7 +24,7 @@ declare
 begin
     -- As an append does, so that none comes in between.
     perform from postroad_broker.stream_head h where h.stream_id = p_stream for no key update;
-    select h.floor > 0 or exists (select from postroad_broker.message m where m.stream_id = p_stream) into v_is_used
+    select h.floor > 0 or (select t.top is not null from postroad_broker.stream_last(p_stream) t) into v_is_used
     from postroad_broker.stream_head h where h.stream_id = p_stream;
     if v_is_used then
         return false;
@@ -46,7 +46,7 @@ declare
     v_is_used boolean;
 begin
     perform from postroad_broker.stream_head h where h.stream_id = p_stream for no key update;
-    select h.floor > 0 or exists (select from postroad_broker.message m where m.stream_id = p_stream) into v_is_used
+    select h.floor > 0 or (select t.top is not null from postroad_broker.stream_last(p_stream) t) into v_is_used
     from postroad_broker.stream_head h where h.stream_id = p_stream;
     if v_is_used then
         return false;

@@ -8,7 +8,11 @@
 -- The order of acceptance. Taken under the head's lock, so within a stream it is the order of commits.
 create sequence postroad_broker.scheduled_number as bigint cache 1;
 
--- Leaves of 6 hours by due time, made before the first row of one is written, emptied when all of it is long past.
+-- Three tiers, so that an append never needs a leaf that is not there, however far ahead its times are, and a row is never moved:
+-- 0: leaves of 6 hours for the next days, made ahead; most of what is scheduled. Emptied by TRUNCATE when all of it is long past.
+-- 1: leaves of a month for the year that can be asked for, made ahead; emptied in the same way.
+-- 2: one table for what no leaf was there for when it was accepted. Its rows are deleted, some at a time, when they are long past.
+-- The tier of a row is chosen when it is accepted (`scheduled_tiers`). All is read by (due, number), over all tiers.
 create table postroad_broker.scheduled_message (
     stream_id integer not null,
     due_at timestamptz not null,
@@ -31,14 +35,21 @@ create table postroad_broker.scheduled_message (
     accepted_at timestamptz not null,
     -- A person's act, and rare: the one update of a row.
     cancelled_at timestamptz,
-    primary key (stream_id, due_at, number),
+    tier smallint not null default 2,
+    primary key (stream_id, due_at, number, tier),
     constraint scheduled_message_number_positive check (number > 0),
     constraint scheduled_message_data_kind_known check (data_kind between 0 and 3),
     constraint scheduled_message_priority_known check (priority between 0 and 2)
-) partition by range (due_at);
+) partition by list (tier);
+create table postroad_broker.scheduled_near partition of postroad_broker.scheduled_message for values in (0)
+partition by range (due_at);
+create table postroad_broker.scheduled_month partition of postroad_broker.scheduled_message for values in (1)
+partition by range (due_at);
+create table postroad_broker.scheduled_rest partition of postroad_broker.scheduled_message for values in (2);
 
 -- One row per move of a horizon, inserted by the commit that appended what lay between: never an update per commit. The row with
--- the highest pair is the horizon. In leaves of its own, which are made as horizons come to them, so that there are few.
+-- the highest pair is the horizon. In leaves of 6 hours by when it was moved, or by the horizon where that is ahead of the clock: so a
+-- horizon that moves over years needs one leaf.
 create table postroad_broker.scheduled_publication (
     stream_id integer not null,
     due_at timestamptz not null,
@@ -47,8 +58,9 @@ create table postroad_broker.scheduled_publication (
     last_offset bigint not null,
     message_count integer not null,
     published_at timestamptz not null,
-    primary key (stream_id, due_at, number)
-) partition by range (due_at);
+    filed_at timestamptz not null,
+    primary key (stream_id, due_at, number, filed_at)
+) partition by range (filed_at);
 
 -- The streams that had something scheduled, with the horizon as far as its rows are gone from scheduled_publication.
 create table postroad_broker.scheduled_stream (
@@ -57,7 +69,7 @@ create table postroad_broker.scheduled_stream (
     number bigint not null default 0
 );
 
--- The leaves of both, by name: `message` and `publication`.
+-- The leaves of both, by kind: `near` and `month` of messages, `publication`.
 create table postroad_broker.scheduled_leaf (
     kind text not null,
     first_at timestamptz not null,
@@ -67,7 +79,7 @@ create table postroad_broker.scheduled_leaf (
     -- It was truncated; dropped when nobody has the parent open.
     emptied_at timestamptz,
     primary key (kind, first_at),
-    constraint scheduled_leaf_kind_known check (kind in ('message', 'publication')),
+    constraint scheduled_leaf_kind_known check (kind in ('near', 'month', 'publication')),
     constraint scheduled_leaf_not_empty check (last_at > first_at)
 );
 
@@ -90,11 +102,46 @@ begin atomic
     limit 1;
 end;
 
+-- The tier that a row goes to, by when it is due: the finest that has a leaf for that time. Asked under the head's lock: no leaf is
+-- emptied meanwhile.
+create function postroad_broker.scheduled_tiers(p_dues timestamptz[]) returns smallint[]
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    v_near_first timestamptz[];
+    v_near_last timestamptz[];
+    v_month_first timestamptz[];
+    v_month_last timestamptz[];
+begin
+    select coalesce(array_agg(l.first_at order by l.first_at), '{}'), coalesce(array_agg(l.last_at order by l.first_at), '{}')
+    into v_near_first, v_near_last
+    from postroad_broker.scheduled_leaf l where l.kind = 'near' and l.emptied_at is null;
+    select coalesce(array_agg(l.first_at order by l.first_at), '{}'), coalesce(array_agg(l.last_at order by l.first_at), '{}')
+    into v_month_first, v_month_last
+    from postroad_broker.scheduled_leaf l where l.kind = 'month' and l.emptied_at is null;
+    return array(
+        select case
+            when d.due < v_near_last[width_bucket(d.due, v_near_first)] then 0
+            when d.due < v_month_last[width_bucket(d.due, v_month_first)] then 1
+            else 2
+        end::smallint
+        from unnest(p_dues) with ordinality as d (due, place)
+        order by d.place);
+end
+$$;
+
+-- From when on messages that were published are remembered: rows of an earlier due time are there for longer in the coarse tiers, and
+-- cannot be counted by any more.
+create function postroad_broker.scheduled_remembered() returns timestamptz
+language sql stable set search_path = pg_catalog, pg_temp as $$
+    select coalesce(min(l.first_at), '-infinity') from postroad_broker.scheduled_leaf l
+    where l.kind = 'near' and l.emptied_at is null
+$$;
+
 -- For each message of a group its number if it is to be scheduled, null otherwise; empty when none is.
 --
 -- Scheduled is what is due later than the clock and than the horizon. What is due by now enters the stream at once, but for one
 -- thing: while older rows of the stream wait to be published, it queues behind those that are due no later than it. So a stream
--- has what was scheduled in the order (due, acceptance), also when much is due at one instant.
+-- has what was scheduled in the order (due, acceptance), also when much is due at one instant. p_clock is `agreed_clock`.
 create function postroad_broker.number_scheduled(
     p_clock timestamptz,
     s_id integer[],
@@ -137,49 +184,18 @@ begin
 end
 $$;
 
--- Makes the leaves that these times fall into, where they are missing. Statements of DDL, so never under a head's lock.
-create function postroad_broker.extend_scheduled(p_kind text, p_times timestamptz[]) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-    v_first timestamptz;
-    v_name text;
-begin
-    for v_first in
-        select distinct to_timestamp(floor(extract(epoch from t) / 21600) * 21600) as first_at
-        from unnest(p_times) as t
-        order by first_at
-    loop
-        v_name := format('scheduled_%s_%s', p_kind, to_char(v_first at time zone 'UTC', 'YYYYMMDDHH24'));
-        -- Two makers: the second waits here for the first, and has nothing to do.
-        insert into postroad_broker.scheduled_leaf (kind, first_at, last_at, table_name)
-        values (p_kind, v_first, v_first + interval '21600 seconds', v_name)
-        on conflict do nothing;
-        if found then
-            execute format(
-                'create table postroad_broker.%I (like postroad_broker.%I including all) '
-                'with (autovacuum_enabled = false, toast.autovacuum_enabled = false, toast_tuple_target = 4080)',
-                v_name, 'scheduled_' || p_kind);
-            if p_kind = 'message' then
-                execute format('alter table postroad_broker.%I alter column data set storage main', v_name);
-            end if;
-            execute format(
-                'alter table postroad_broker.%I attach partition postroad_broker.%I for values from (%L) to (%L)',
-                'scheduled_' || p_kind, v_name, v_first, v_first + interval '21600 seconds');
-        end if;
-    end loop;
-end
-$$;
-
 -- Publishes the next of a stream's messages that are due, in the order (due, number): p_max_messages at most, and p_max_bytes of
 -- payload, but always one. One commit: what it appended lies between the old horizon and the new one. Called at read committed
 -- and outside of a transaction, by any number of nodes; when the outcome of a call is unknown, the next call goes by what is there.
 --
--- Statuses: published (which can be 0 messages, all cancelled); idle, nothing is due; gone, there is no such stream.
+-- What is due, `agreed_clock` says. Statuses: published (which can be 0 messages, all cancelled); idle, nothing is due; gone, there is
+-- no such stream.
 create function postroad_broker.publish_scheduled(
     p_stream integer,
     p_hint bigint,
     p_max_messages integer,
     p_max_bytes bigint,
+    p_witness timestamptz,
     out status text,
     out last_offset bigint,
     out message_count integer
@@ -213,7 +229,7 @@ begin
         status := 'gone';
         return;
     end if;
-    v_clock := clock_timestamp();
+    v_clock := postroad_broker.agreed_clock(p_witness);
     select h.due_at, h.number into v_due, v_number from postroad_broker.scheduled_horizon(p_stream) h;
     -- A clock that went back does not bring the horizon back.
     v_now := greatest(v_clock, v_due);
@@ -236,9 +252,7 @@ begin
     from postroad_broker.stream_top(p_stream, greatest(p_hint, v_floor + 1)) t;
     if v_top is null and v_floor < p_hint then
         -- The hint is beyond the log, as in `append`.
-        execute 'select m."offset", m.appended_at from postroad_broker.message m '
-            'where m.stream_id = $1 order by m."offset" desc limit 1'
-        into v_top, v_top_at using p_stream;
+        select t.top, t.top_at into v_top, v_top_at from postroad_broker.stream_last(p_stream) t;
     end if;
 
     execute 'insert into postroad_broker.message ('
@@ -255,16 +269,19 @@ begin
         greatest(v_clock, v_top_at, v_floor_at);
     get diagnostics message_count = row_count;
     last_offset := greatest(v_top, v_floor) + message_count;
-    insert into postroad_broker.scheduled_publication (stream_id, due_at, number, last_offset, message_count, published_at)
-    values (p_stream, v_to_due, v_to_number, last_offset, message_count, v_clock);
+    insert into postroad_broker.scheduled_publication (
+        stream_id, due_at, number, last_offset, message_count, published_at, filed_at
+    ) values (
+        p_stream, v_to_due, v_to_number, last_offset, message_count, v_clock, greatest(v_clock, v_to_due)
+    );
     status := 'published';
 end
 $$;
 
 -- What comes next for each stream, within p_ahead of the clock: when its next row is due, a cancelled one included, since the horizon
--- has to move over it. `is_due` by the database's clock.
-create function postroad_broker.next_scheduled(p_ahead interval)
-returns table (stream_id integer, due_at timestamptz, clock timestamptz)
+-- has to move over it; and until when publications can be filed. The clock is `agreed_clock`.
+create function postroad_broker.next_scheduled(p_ahead interval, p_witness timestamptz)
+returns table (stream_id integer, due_at timestamptz, clock timestamptz, files_until timestamptz)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     v_stream integer;
@@ -277,12 +294,33 @@ begin
             'where m.stream_id = $1 and m.due_at >= $2 and m.due_at <= $4 and (m.due_at, m.number) > ($2, $3) '
             'order by m.due_at, m.number limit 1'
         into v_due
-        using v_stream, v_horizon.due_at, v_horizon.number, greatest(clock_timestamp(), v_horizon.due_at) + p_ahead;
+        using v_stream, v_horizon.due_at, v_horizon.number,
+            greatest(postroad_broker.agreed_clock(p_witness), v_horizon.due_at) + p_ahead;
         stream_id := v_stream;
         due_at := v_due;
-        clock := clock_timestamp();
+        clock := postroad_broker.agreed_clock(p_witness);
+        files_until := greatest(clock, v_horizon.due_at);
         return next;
     end loop;
+end
+$$;
+
+-- How many of a stream wait, p_most at most.
+create function postroad_broker.count_waiting(p_stream integer, p_most bigint) returns bigint
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    v_horizon record;
+    v_count bigint;
+begin
+    select h.due_at, h.number into v_horizon from postroad_broker.scheduled_horizon(p_stream) h;
+    execute 'select count(*) from (select from postroad_broker.scheduled_message m '
+        'where m.stream_id = $1 and m.due_at >= $2 and (m.due_at, m.number) > ($2, $3) and m.cancelled_at is null limit $4) w'
+    into v_count using p_stream, v_horizon.due_at, v_horizon.number, p_most;
+    return v_count;
 end
 $$;
 
@@ -327,7 +365,7 @@ begin
     if not found then
         return;
     end if;
-    -- Planned anew each time: only the leaf of that time is looked at.
+    -- Planned anew each time: only the leaves of that time are looked at.
     execute 'select true, m.cancelled_at from postroad_broker.scheduled_message m '
         'where m.stream_id = $1 and m.due_at = $2 and m.number = $3'
     into v_is_found, v_cancelled_at using p_stream, p_due, p_number;
@@ -335,11 +373,14 @@ begin
         return;
     end if;
     if v_cancelled_at is not null then
-        status := 'cancelled';
+        status := case when p_due < postroad_broker.scheduled_remembered() then 'unknown' else 'cancelled' end;
         return;
     end if;
     select h.due_at, h.number into v_horizon from postroad_broker.scheduled_horizon(p_stream) h;
     if (p_due, p_number) <= (v_horizon.due_at, v_horizon.number) then
+        if p_due < postroad_broker.scheduled_remembered() then
+            return;
+        end if;
         status := 'published';
         "offset" := postroad_broker.scheduled_offset(p_stream, p_due, p_number);
         return;
@@ -349,64 +390,5 @@ begin
     using p_stream, p_due, p_number;
     status := 'cancelled';
     is_new := true;
-end
-$$;
-
--- Empties a leaf whose time has been over for p_keep, if all of it is behind the horizons, and drops one that was emptied before.
--- Returns what it did: null is nothing. Fails at once, or after 50 ms, with lock_not_available when somebody is in the way.
---
--- The heads are locked first, then the leaf; what decides is looked at after that. A leaf of publications is left alone while one
--- of messages of its time is there, whose offsets it tells, and its last horizon goes into scheduled_stream.
-create function postroad_broker.empty_scheduled_leaf(p_kind text, p_first timestamptz, p_now timestamptz, p_keep interval)
-returns text
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '50ms'
-as $$
-declare
-    v_leaf record;
-    v_has_rows boolean;
-begin
-    if current_setting('transaction_isolation') <> 'read committed' then
-        raise exception 'empty_scheduled_leaf must run at read committed' using errcode = 'invalid_transaction_state';
-    end if;
-    select l.table_name, l.last_at, l.emptied_at into v_leaf
-    from postroad_broker.scheduled_leaf l where l.kind = p_kind and l.first_at = p_first;
-    if not found or v_leaf.last_at + p_keep > least(p_now, clock_timestamp()) then
-        return null;
-    end if;
-    if p_kind = 'publication' and exists (
-        select from postroad_broker.scheduled_leaf l
-        where l.kind = 'message' and l.first_at <= p_first and l.emptied_at is null
-    ) then
-        return null;
-    end if;
-    perform from postroad_broker.stream_head h order by h.stream_id for no key update;
-    execute format('lock table postroad_broker.%I in access exclusive mode nowait', v_leaf.table_name);
-    execute format('select exists (select from postroad_broker.%I)', v_leaf.table_name) into v_has_rows;
-    if not v_has_rows then
-        execute format('drop table postroad_broker.%I', v_leaf.table_name);
-        delete from postroad_broker.scheduled_leaf l where l.kind = p_kind and l.first_at = p_first;
-        return 'dropped';
-    end if;
-    if p_kind = 'message' then
-        execute format(
-            'select exists ('
-            'select from postroad_broker.scheduled_stream s cross join lateral postroad_broker.scheduled_horizon(s.stream_id) h '
-            'where exists (select from postroad_broker.%I m where m.stream_id = s.stream_id and (m.due_at, m.number) > (h.due_at, h.number)))',
-            v_leaf.table_name) into v_has_rows;
-        if v_has_rows then
-            return null;
-        end if;
-    else
-        execute format(
-            'update postroad_broker.scheduled_stream s set due_at = p.due_at, number = p.number from ('
-            'select distinct on (stream_id) stream_id, due_at, number from postroad_broker.%I '
-            'order by stream_id, due_at desc, number desc) p '
-            'where p.stream_id = s.stream_id and (p.due_at, p.number) > (s.due_at, s.number)', v_leaf.table_name);
-    end if;
-    execute format('truncate postroad_broker.%I', v_leaf.table_name);
-    update postroad_broker.scheduled_leaf l set emptied_at = clock_timestamp() where l.kind = p_kind and l.first_at = p_first;
-    return 'emptied';
 end
 $$;

@@ -32,7 +32,7 @@ create table postroad_broker.schedule_state (
 -- Declares a schedule. It begins now: what would have been due before, or while it was paused, or by its former cadence, is not missed.
 -- Statuses: created, changed, unchanged; full, when there are p_most of them.
 create function postroad_broker.declare_schedule(
-    p_name text, p_declaration text, p_cadence text, p_is_paused boolean, p_most bigint, out status text
+    p_name text, p_declaration text, p_cadence text, p_is_paused boolean, p_most bigint, p_witness timestamptz, out status text
 )
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -49,7 +49,7 @@ begin
     on conflict (name) do nothing
     returning id into v_id;
     if v_id is not null then
-        insert into postroad_broker.schedule_state (schedule_id, through_at) values (v_id, clock_timestamp());
+        insert into postroad_broker.schedule_state (schedule_id, through_at) values (v_id, postroad_broker.agreed_clock(p_witness));
         status := 'created';
         return;
     end if;
@@ -64,7 +64,7 @@ begin
         changed_at = clock_timestamp()
     where s.id = v_row.id;
     if v_row.cadence <> p_cadence or (v_row.is_paused and not p_is_paused) then
-        update postroad_broker.schedule_state t set through_at = clock_timestamp() where t.schedule_id = v_row.id;
+        update postroad_broker.schedule_state t set through_at = postroad_broker.agreed_clock(p_witness) where t.schedule_id = v_row.id;
     end if;
     status := 'changed';
 end
@@ -96,6 +96,7 @@ create function postroad_broker.fire_schedule(
     p_kind smallint,
     p_priority smallint,
     p_data bytea,
+    p_witness timestamptz,
     out status text
 )
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -130,14 +131,14 @@ begin
     if not found then
         return;
     end if;
-    v_clock := clock_timestamp();
+    v_clock := postroad_broker.agreed_clock(p_witness);
     select greatest(v_clock, h.due_at) into v_due from postroad_broker.scheduled_horizon(p_stream) h;
     insert into postroad_broker.scheduled_stream (stream_id) values (p_stream) on conflict (stream_id) do nothing;
     insert into postroad_broker.scheduled_message (
-        stream_id, due_at, number, topic_id, key_hash, key, id, source, type, subject, event_time, data_content_type,
+        tier, stream_id, due_at, number, topic_id, key_hash, key, id, source, type, subject, event_time, data_content_type,
         data_schema, extensions, data_kind, priority, data, accepted_at
     )
-    select p_stream, v_due, nextval('postroad_broker.scheduled_number'), p_topic, p_key_hash, p_key, o.id, p_source, p_type,
+    select (postroad_broker.scheduled_tiers(array[v_due]))[1], p_stream, v_due, nextval('postroad_broker.scheduled_number'), p_topic, p_key_hash, p_key, o.id, p_source, p_type,
         p_subject, o.time, p_content_type, p_schema, p_extensions, p_kind, p_priority, p_data, v_clock
     from (
         select u.id, u.time from unnest(o_id, o_time) with ordinality as u (id, time, place) order by u.place

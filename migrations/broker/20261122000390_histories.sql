@@ -38,6 +38,8 @@ declare
     database_now bigint := (select d.oid::bigint from pg_database d where d.datname = current_database());
     last record;
     next_era bigint;
+    v_stream integer;
+    v_first bigint;
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'begin_history needs read committed';
@@ -68,11 +70,18 @@ begin
             (pg_get_serial_sequence('postroad_broker.node', 'incarnation')),
             (pg_get_serial_sequence('postroad_broker.queue', 'id'))) s (name);
         perform from postroad_broker.stream_head h order by h.stream_id for no key update;
-        insert into postroad_broker.stream_history (stream_id, era, first_offset)
-            select h.stream_id, next_era, greatest(h.floor, coalesce((
-                select m."offset" from postroad_broker.message m
-                where m.stream_id = h.stream_id order by m."offset" desc limit 1), 0)) + 1
-            from postroad_broker.stream_head h;
+        for v_stream in select h.stream_id from postroad_broker.stream_head h order by h.stream_id loop
+            -- Undone when it is known, and with it the locks of the leaves that were looked at: those of thousands of streams would
+            -- fill the server's table of locks.
+            begin
+                select greatest(h.floor, t.top, 0) + 1 into v_first
+                from postroad_broker.stream_head h, postroad_broker.stream_last(v_stream) t where h.stream_id = v_stream;
+                raise exception 'looked' using errcode = 'PR001';
+            exception when sqlstate 'PR001' then
+                null;
+            end;
+            insert into postroad_broker.stream_history (stream_id, era, first_offset) values (v_stream, next_era, v_first);
+        end loop;
     end if;
     return query select h.era, h.salt, next_era > 1 from postroad_broker.history h where h.era = next_era;
 end $$;

@@ -169,7 +169,7 @@ pub async fn start(
     let (incarnation, now, inherited) =
         store::cluster::register_node(&mut connection, &options.address, &url, ttl_seconds).await?;
     // The clock was read after `asked`: now() lags by the round trip at most, and never runs ahead.
-    let started = (now, Instant::now());
+    let started = (believed(now), Instant::now());
     store::cluster::delete_old_nodes(&mut connection).await?;
     let beat = db.next_beat();
     let sign = store::cluster::Sign {
@@ -213,6 +213,17 @@ pub async fn start(
     Ok(handle)
 }
 
+/// The database's clock, unless it is more than a minute ahead of this process's: then one of the two is wrong, and what comes early by it
+/// cannot be taken back.
+fn believed(clock: DateTime<Utc>) -> DateTime<Utc> {
+    let lead = TimeDelta::seconds(crate::failpoint::limit("clock-lead-seconds", 0));
+    let own = Utc::now() + lead;
+    match clock > own + TimeDelta::minutes(1) {
+        true => own,
+        false => clock,
+    }
+}
+
 impl Handle {
     /// The number of this process's node row. Changes when the process was declared dead and registered again.
     #[must_use]
@@ -232,7 +243,8 @@ impl Handle {
         &self.shared.histories
     }
 
-    /// The database's clock, read once, plus the monotonic time since. Never steps back, whatever either clock does.
+    /// The database's clock, read once, plus the monotonic time since; this process's own where the database's was more than a minute
+    /// ahead of it. Never steps back, whatever either clock does.
     #[must_use]
     pub fn now(&self) -> DateTime<Utc> {
         let (at, instant) = self.shared.started;

@@ -95,7 +95,7 @@ problem_sets! {
         OutcomeUnknown Unavailable NoOwner Stopping;
     /// Of publishing.
     Publishes = MalformedRequest RequestTimeout IdConflict VersionConflict StreamNotKeyed PayloadTooLarge MessageTooLarge UnsupportedMediaType
-        InvalidRequest InvalidMessage SchemaMismatch RateLimited TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
+        InvalidRequest InvalidMessage SchemaMismatch RateLimited TooManyTopics TooManyRequests Internal OutcomeUnknown Unavailable Stopping;
     /// No settings for the topics.
     NoTopicSettings = TopicSettingsNotFound;
     /// Bounds of the settings of topics.
@@ -113,7 +113,7 @@ problem_sets! {
     /// Conflicts of beginning a generation.
     QueueMoved = GenerationMoved LogBehindQueue;
     /// Conflicts of declaring a stream.
-    StreamConflicts = StreamOverlap StreamKeyedFixed;
+    StreamConflicts = StreamOverlap StreamKeyedFixed TooManyStreams;
     /// Of the routes of keys.
     NotKeyed = StreamNotKeyed;
     /// Of a replay that asks for what is gone.
@@ -121,7 +121,7 @@ problem_sets! {
     /// Bounds of following a stream.
     TooManyReaders = TooManyRequests;
     /// Conflicts of deleting a stream.
-    StreamStays = StreamHasQueues StreamIsKept;
+    StreamStays = StreamHasQueues StreamHasScheduled StreamIsKept;
     /// Conflicts of declaring a queue.
     QueueConflicts = QueueStreamFixed TooManyQueues LogBehindQueue;
     /// No such queue or dead letter.

@@ -120,6 +120,12 @@ kinds! {
     LockHeld = "lock-held", 409, "The lock is held by another";
     /// A renewal came too late.
     LockLost = "lock-lost", 409, "The lock is not held under this token any more";
+    /// Messages wait to enter the stream.
+    StreamHasScheduled = "stream-has-scheduled", 409, "Messages wait to enter the stream";
+    /// As many streams as there can be.
+    TooManyStreams = "too-many-streams", 409, "There are as many streams as there can be";
+    /// As many topics as there can be.
+    TooManyTopics = "too-many-topics", 409, "There are as many topics as there can be";
     /// As many schedules as there can be.
     TooManySchedules = "too-many-schedules", 409, "There are as many schedules as there can be";
     /// Retention dropped what a reader asks for.

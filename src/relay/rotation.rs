@@ -14,10 +14,12 @@ use crate::domain::mapping::Pickup;
 use crate::store::origin::{Emptied, Passed};
 use crate::{failpoint, store};
 
-/// Positions in the journal of an origin at which it is folded.
-const JOURNAL_FOLD_APPENDS: i64 = 2_000;
+/// How often an origin's journal is folded: a fold leaves versions of the catalogue's rows behind, so not by the append.
+const JOURNAL_FOLD: Duration = Duration::from_secs(60);
+/// Positions in the journal of an origin at which it is folded before that.
+const JOURNAL_FOLD_APPENDS: i64 = 20_000;
 /// The same where each position names the rows that it took.
-const JOURNAL_FOLD_APPENDS_BY_DELETION: i64 = 200;
+const JOURNAL_FOLD_APPENDS_BY_DELETION: i64 = 500;
 /// Rows of a mapped table that are taken out in one turn.
 const DELETE_ROWS_PER_TURN: i64 = 10_000;
 /// Marks between two folds of an origin's marks.
@@ -30,6 +32,8 @@ const ROTATION_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// What upkeep remembers between its turns.
 pub(super) struct Rotation {
     folded_number: i64,
+    /// When that was.
+    folded_at: Instant,
     pub(super) mark_count: u32,
     noted: Option<(i64, Instant)>,
     rotated_at: Option<Instant>,
@@ -41,6 +45,7 @@ impl Rotation {
     pub(super) fn new(folded_number: i64) -> Self {
         Self {
             folded_number,
+            folded_at: Instant::now(),
             // Unknown how many there are: the first fold comes early.
             mark_count: MARK_FOLD_COUNT / 2,
             noted: None,
@@ -121,16 +126,19 @@ impl Run<'_> {
             Pickup::Delete => JOURNAL_FOLD_APPENDS_BY_DELETION,
         };
         let appends = failpoint::limit("relay-fold-appends", appends);
-        if self.number - self.rotation.folded_number < appends {
+        let unfolded = self.number - self.rotation.folded_number;
+        let is_due = unfolded >= appends
+            || (unfolded > 0 && self.rotation.folded_at.elapsed() >= JOURNAL_FOLD);
+        if !is_due {
             return Ok(());
         }
         failpoint::reach("relay.before_fold");
         let folded = store::relay::fold_journal(&self.relay.broker).await;
         failpoint::reach("relay.after_fold");
-        // Held by a reader: at the next turn again.
-        if folded.map_err(Trouble::Broker)? {
-            self.rotation.folded_number = self.number;
-        }
+        // The position is in the checkpoint now, also when an older snapshot or a reader keeps the segment.
+        folded.map_err(Trouble::Broker)?;
+        self.rotation.folded_number = self.number;
+        self.rotation.folded_at = Instant::now();
         Ok(())
     }
 

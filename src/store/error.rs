@@ -211,6 +211,12 @@ impl Error {
         }
     }
 
+    /// Whether the server's table of locks, or its memory, was full. Nothing was done.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        self.sqlstate().as_deref() == Some("53200")
+    }
+
     /// Whether the server refused the data itself, for a value or a constraint (SQLSTATE classes 22 and 23): it came as
     /// far as writing it.
     #[must_use]

@@ -117,9 +117,10 @@ pub async fn recover_position(
     read.await.map_err(Error::query(DOING))
 }
 
-/// Folds the journal of all relays into their checkpoints and empties it, in one transaction. It locks the leases first, in name
-/// order as every append does, so no relay's append is in flight; then the journal, without waiting: a dump that reads it must
-/// not hold up the appends that would queue behind a waiting lock. Returns whether it was done.
+/// Folds the journal of all relays into their checkpoints and turns to its other segment, in one transaction. It locks the leases first, in
+/// name order as every append does, so no relay's append is in flight. What the turn before left is emptied then, without waiting for a
+/// lock: a dump that reads it must not hold up the appends that would queue behind a waiting lock. Returns whether it turned: not while
+/// a snapshot is older than the turn before, which needs both segments to have a position that belongs to its log.
 ///
 /// # Errors
 /// The transaction failed.
@@ -132,33 +133,24 @@ pub async fn fold_journal(database: &Database) -> Result<bool, Error> {
         )
         .execute(&mut *transaction)
         .await?;
-        let locked =
-            sqlx::query("lock table postroad_broker.relay_journal in access exclusive mode nowait")
-                .execute(&mut *transaction)
-                .await;
-        match locked {
-            Ok(_) => {}
-            Err(sqlx::Error::Database(refusal)) if refusal.code().as_deref() == Some("55P03") => {
-                transaction.rollback().await?;
-                return Ok(false);
-            }
-            Err(error) => return Err(error),
-        }
         sqlx::query(
             "insert into postroad_broker.relay_checkpoint (origin_id, number, position)
-            select distinct on (origin_id) origin_id, number, position
-            from postroad_broker.relay_journal
-            order by origin_id, number desc
+            select o.id, j.number, j.position
+            from postroad_broker.origin o
+            cross join lateral (
+                select j.number, j.position from postroad_broker.relay_journal j
+                where j.origin_id = o.id order by j.number desc limit 1
+            ) j
             on conflict (origin_id) do update set number = excluded.number, position = excluded.position
             where relay_checkpoint.number < excluded.number",
         )
         .execute(&mut *transaction)
         .await?;
-        sqlx::query("truncate postroad_broker.relay_journal")
-            .execute(&mut *transaction)
+        let turned = sqlx::query_scalar("select postroad_broker.turn_relay_journal()")
+            .fetch_one(&mut *transaction)
             .await?;
         transaction.commit().await?;
-        Ok(true)
+        Ok(turned)
     };
     fold.await
         .map_err(Error::query("folding the journal of the relays"))

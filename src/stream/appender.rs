@@ -4,82 +4,66 @@
 //! same number until it knows, and the database answers a repeat with the first result. Callers wait only so long, then they
 //! are told that the outcome is unknown, while the appender goes on. Nothing else is appended meanwhile: order holds.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::mpsc;
 
 use super::Options;
-use super::error::{AppendError, Error};
+use super::attempt::Failure;
+use super::error::AppendError;
 use super::group::{Group, Joined, Router};
 use super::handle::State;
-use super::inbox::{Pending, Taken};
-use super::keys::{self, Counted};
-use super::plan::{Counts, Layout, Plan};
-use super::scheduled::ScheduledLeaves;
+use super::inbox::Taken;
+use super::lanes::{Lanes, Part, Source};
+use super::plan::{Layout, Plan};
+use super::request::Member;
 use super::tail::Appended as TailAppended;
+use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
-use crate::store::stream::{self as sql, Append, AppendOutcome, Appended, GroupKey, Previous};
+use crate::store::stream::{self as sql, AppendOutcome, Appended, GroupKey, Previous};
 use crate::store::{self, Connection, Database, Retry};
-use crate::supervisor::Supervisor;
-use crate::{cluster, failpoint};
+use crate::supervisor::{OnEnd, Supervisor};
 
 /// The shortest and the longest pause before a call is repeated or a group is laid out anew.
 const REPEAT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// After so many parts of a group in a row whose locks were not to be had, the others are not tried here: it is not a stream that is held.
+const HELD_IN_A_ROW: usize = 3;
+/// What one lane may have of the bound on what waits, as a fraction.
+const LANE_FRACTION: usize = 8;
+/// The pause between two tries of a lane.
+const LANE_PAUSE: Duration = Duration::from_millis(150);
+/// A lane gives up so much before its callers do: then they are told that nothing was done.
+const LANE_MARGIN: Duration = Duration::from_millis(500);
 
 pub(super) struct Appender {
     options: Options,
-    db: Database,
-    cluster: cluster::Handle,
-    state: Arc<State>,
+    pub(super) db: Database,
+    pub(super) cluster: cluster::Handle,
+    pub(super) state: Arc<State>,
     supervisor: Supervisor,
-    inbox: mpsc::Receiver<Pending>,
+    source: Source,
+    lanes: Lanes,
     tail: mpsc::Sender<Vec<TailAppended>>,
-    connection: Option<Connection>,
-    router: Router,
+    pub(super) connection: Option<Connection>,
+    pub(super) router: Router,
     /// The last offset of each stream that this node knows to be committed: where the look for the top starts.
-    lasts: HashMap<StreamId, Offset>,
+    pub(super) lasts: HashMap<StreamId, Offset>,
     /// This appender's latest group in each stream.
-    previous: HashMap<StreamId, Previous>,
+    pub(super) previous: HashMap<StreamId, Previous>,
     /// Up to where each log has leaves, as far as known.
-    ends: HashMap<StreamId, Offset>,
-    /// The leaves of scheduled messages that are there, as far as known.
-    scheduled_leaves: ScheduledLeaves,
+    pub(super) ends: HashMap<StreamId, Offset>,
     /// A member that could not join the last group.
     carried: Option<Taken>,
     /// Keys were counted from another base, or through another end, than the database goes by.
-    is_behind: bool,
-    number: i64,
+    pub(super) is_behind: bool,
+    /// The number of the node's latest group: its lanes count on with it.
+    number: Arc<AtomicI64>,
     /// The database's clock when it was last read.
     clock: (DateTime<Utc>, Instant),
-}
-
-/// Why an attempt did not come to a result.
-struct Failure {
-    error: store::Error,
-    /// Whether the append itself was sent, so that with a lost connection its outcome is unknown.
-    was_sent: bool,
-}
-
-impl Failure {
-    /// Whether the database refuses the group, whenever it is tried. While the outcome of an earlier try is not known, only
-    /// a refusal that came after the look for that outcome says so.
-    fn is_final(&self, is_unknown: bool) -> bool {
-        let is_refused = self.error.retry() == Retry::Never && !self.error.is_connection_lost();
-        let is_known = !is_unknown || (self.was_sent && self.error.is_data_refused());
-        is_refused && is_known
-    }
-}
-
-impl From<store::Error> for Failure {
-    fn from(error: store::Error) -> Self {
-        Self {
-            error,
-            was_sent: false,
-        }
-    }
 }
 
 impl Appender {
@@ -93,29 +77,34 @@ impl Appender {
         cluster: cluster::Handle,
         state: Arc<State>,
         supervisor: Supervisor,
-        inbox: mpsc::Receiver<Pending>,
+        source: Source,
         tail: mpsc::Sender<Vec<TailAppended>>,
         lasts: HashMap<StreamId, Offset>,
     ) -> Self {
+        let bytes = options.waiting_max_bytes / LANE_FRACTION;
         Self {
+            lanes: Lanes::new(bytes, state.metrics.lanes.clone()),
             options,
             db,
             clock: (cluster.now(), Instant::now()),
             cluster,
             state,
             supervisor,
-            inbox,
+            source,
             tail,
             connection: None,
             router: Router::default(),
             lasts,
             previous: HashMap::new(),
             ends: HashMap::new(),
-            scheduled_leaves: ScheduledLeaves::default(),
             carried: None,
             is_behind: false,
-            number: 0,
+            number: Arc::default(),
         }
+    }
+
+    pub(super) fn is_lane(&self) -> bool {
+        self.source.is_lane()
     }
 
     /// Runs until told to stop, then commits what is queued.
@@ -128,22 +117,24 @@ impl Appender {
             let Some(first) = first else { return };
             let group = self.gather(first);
             if !group.is_empty() {
+                let (members, bytes) = (group.members.len(), group.bytes);
                 self.commit(group).await;
+                self.source.done(members, bytes);
             }
         }
     }
 
     async fn wait(&mut self) -> Option<Taken> {
         loop {
-            let pending = tokio::select! {
-                pending = self.inbox.recv() => pending,
-                () = self.supervisor.stopping(), if !self.inbox.is_closed() => {
-                    self.inbox.close();
+            let taken = tokio::select! {
+                taken = self.source.recv() => taken?,
+                () = self.supervisor.stopping(), if self.source.is_open() => {
+                    self.source.close();
                     continue;
                 }
             };
             // Members whose callers gave up before they were tried are skipped.
-            if let Some(taken) = pending?.take() {
+            if let Some(taken) = taken {
                 return Some(taken);
             }
         }
@@ -151,7 +142,7 @@ impl Appender {
 
     fn gather(&mut self, first: Taken) -> Group {
         let mut group = Group::default();
-        let mut next = Some(first);
+        let mut next = self.pass_on(first);
         while let Some(taken) = next.take() {
             if let Joined::NextGroup(taken) = group.join(taken) {
                 self.carried = Some(taken);
@@ -162,8 +153,8 @@ impl Appender {
             {
                 break;
             }
-            while let Ok(pending) = self.inbox.try_recv() {
-                next = pending.take();
+            while let Some(taken) = self.source.try_recv() {
+                next = taken.and_then(|taken| self.pass_on(taken));
                 if next.is_some() {
                     break;
                 }
@@ -172,14 +163,71 @@ impl Appender {
         group
     }
 
-    /// Commits a group and answers its members, however long it takes to know.
-    async fn commit(&mut self, group: Group) {
-        self.number += 1;
+    /// Passes a member of a stream that is held on to its lane.
+    fn pass_on(&mut self, taken: Taken) -> Option<Taken> {
+        if self.lanes.is_empty() {
+            return Some(taken);
+        }
+        let parts = self.router.parts(&taken.member);
+        self.lanes.pass(&parts, taken)
+    }
+
+    /// The group does not get its locks: each part of it is tried alone, and what is held goes to a lane.
+    async fn part(&mut self, group: Group) -> bool {
+        let mut groups = group.by_part(&mut self.router);
+        if groups.len() == 1 {
+            let (parts, group) = groups.remove(0);
+            self.hold(&parts, group);
+            return true;
+        }
+        let mut held = 0;
+        for (parts, group) in groups {
+            if held >= HELD_IN_A_ROW {
+                self.hold(&parts, group);
+            } else if self.commit(group).await {
+                held += 1;
+            } else {
+                held = 0;
+            }
+        }
+        held > 0
+    }
+
+    fn hold(&mut self, parts: &BTreeSet<Part>, group: Group) {
+        let streams: BTreeSet<i32> = parts.iter().map(|(stream, _)| stream.0).collect();
+        tracing::warn!(
+            ?streams,
+            "another session holds a lock on the log of a stream: what is published there waits for it, other streams do not"
+        );
+        let members = group.members.into_iter().map(|member| member.taken);
+        let Some(source) = self.lanes.hold(parts, members.collect()) else {
+            return;
+        };
+        let mut lane = Self::new(
+            self.options.clone(),
+            self.db.clone(),
+            self.cluster.clone(),
+            Arc::clone(&self.state),
+            self.supervisor.clone(),
+            source,
+            self.tail.clone(),
+            self.lasts.clone(),
+        );
+        lane.number = Arc::clone(&self.number);
+        lane.clock = self.clock;
+        let run: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(lane.run());
+        self.supervisor.spawn("stream lane", OnEnd::Ordinary, run);
+    }
+
+    /// Commits a group and answers its members, however long it takes to know. Whether it went to a lane instead.
+    async fn commit(&mut self, group: Group) -> bool {
+        let number = self.number.fetch_add(1, Ordering::AcqRel) + 1;
         let mut key = GroupKey {
             incarnation: self.cluster.incarnation(),
-            number: self.number,
+            number,
             born_at: self.clock.0 + TimeDelta::from_std(self.clock.1.elapsed()).unwrap_or_default(),
             catalogue: self.router.version,
+            witness: self.state.witness.now(),
         };
         let started = Instant::now();
         let mut pause = REPEAT.0;
@@ -195,7 +243,8 @@ impl Appender {
                         .metrics
                         .append_seconds
                         .observe(started.elapsed().as_secs_f64());
-                    return self.finish(group, key, &layout, &appended).await;
+                    self.finish(group, key, &layout, &appended).await;
+                    return false;
                 }
                 Ok(AppendOutcome::Stale) => {
                     plan = None;
@@ -221,7 +270,8 @@ impl Appender {
                             "the result of an append is forgotten"
                         );
                         drop(plan);
-                        return group.answer_all(|| AppendError::OutcomeUnknown);
+                        group.answer_all(|| AppendError::OutcomeUnknown);
+                        return false;
                     }
                     key.born_at = clock;
                 }
@@ -230,18 +280,39 @@ impl Appender {
                         is_unknown = true;
                         self.state.metrics.groups_unknown.inc();
                     }
-                    let has_time = started.elapsed() < self.options.wait;
+                    let is_held = failure.is_held() && !is_unknown;
+                    if is_held && !self.source.is_lane() {
+                        drop(plan);
+                        return Box::pin(self.part(group)).await;
+                    }
+                    let mut has_time = started.elapsed() < self.options.wait;
+                    if is_held {
+                        let waited = group.members.iter().map(|m| m.taken.at.elapsed()).max();
+                        has_time = !self.supervisor.is_stopping()
+                            && waited.unwrap_or_default() + LANE_MARGIN < self.options.wait;
+                    }
                     let may_go_on = has_time || (is_unknown && !self.supervisor.is_stopping());
+                    let is_full = failure.error.is_out_of_memory() && !is_unknown;
+                    if is_full && Self::is_divisible(&group, has_time) {
+                        // Never the same again and again: members alone, and a relay's page in the pieces that the relay makes of it.
+                        drop(plan);
+                        Box::pin(self.refuse(group, failure.error)).await;
+                        return false;
+                    }
                     let can_mend = self.can_mend(&failure.error, &mut is_unknown);
                     if !can_mend && failure.is_final(is_unknown) {
                         drop(plan);
-                        return Box::pin(self.refuse(group, failure.error)).await;
+                        Box::pin(self.refuse(group, failure.error)).await;
+                        return false;
                     }
                     if !may_go_on {
                         drop(plan);
-                        return Self::give_up(group, is_unknown, failure.error);
+                        Self::give_up(group, is_unknown, failure.error);
+                        return false;
                     }
-                    if failure.error.retry() != Retry::Now {
+                    if is_held {
+                        tokio::time::sleep(LANE_PAUSE).await;
+                    } else if failure.error.retry() != Retry::Now {
                         tokio::time::sleep(pause).await;
                         pause = (pause * 2).min(REPEAT.1);
                     }
@@ -268,7 +339,6 @@ impl Appender {
             // No leaf takes an offset: others have appended, or leaves are gone. Where each log stands is read again.
             Some("23514") if error.constraint().is_none() => {
                 self.ends.clear();
-                self.scheduled_leaves.clear();
                 true
             }
             // An earlier try of this very group came through after all: its result is there.
@@ -283,6 +353,12 @@ impl Appender {
             }
             _ => false,
         }
+    }
+
+    fn is_divisible(group: &Group, has_time: bool) -> bool {
+        let is_page = |member: &Member| matches!(member, Member::Relay { messages, .. } if messages.len() > 1);
+        group.members.len() > 1
+            || (!has_time && group.members.iter().any(|m| is_page(&m.taken.member)))
     }
 
     fn give_up(group: Group, is_unknown: bool, error: store::Error) {
@@ -306,161 +382,17 @@ impl Appender {
             );
             if let Some(member) = group.members.pop() {
                 self.state.metrics.members_refused.inc();
-                let _ = member.taken.reply.send(Err(AppendError::Refused(error)));
+                let refusal = match error.sqlstate().as_deref() {
+                    Some(sql::TOO_MANY_TOPICS) => AppendError::TooManyTopics,
+                    _ => AppendError::Refused(error),
+                };
+                let _ = member.taken.reply.send(Err(refusal));
             }
             return;
         }
         for member in std::mem::take(&mut group.members) {
             self.commit(Group::of(member)).await;
         }
-    }
-
-    async fn attempt<'g>(
-        &mut self,
-        group: &'g Group,
-        plan: &mut Option<Plan<'g>>,
-        key: &mut GroupKey,
-        is_repeat: bool,
-    ) -> Result<AppendOutcome, Failure> {
-        if self.connection.is_none() {
-            self.connection = Some(self.db.connect().await?);
-        }
-        let connection = self.connection.as_mut().expect("connected just above");
-        let plan = match plan {
-            Some(plan) => plan,
-            None => {
-                if self.router.version == 0 {
-                    self.router.load(sql::load_catalogue(connection).await?);
-                }
-                key.catalogue = self.router.version;
-                intern(connection, &mut self.router, group).await?;
-                let counts = self.count_keys(group).await?;
-                let made = Plan::new(group, &mut self.router, &self.lasts, &counts);
-                plan.insert(made)
-            }
-        };
-        let connection = self.connection.as_mut().expect("connected just above");
-        for (stream, count) in plan.append.streams() {
-            let known_end = self.ends.get(&stream).copied();
-            if known_end.is_none() {
-                let Some(head) = sql::find_head(connection, stream).await? else {
-                    return Ok(AppendOutcome::Stale);
-                };
-                let last = self.lasts.entry(stream).or_default();
-                let top = sql::read_top(connection, stream, *last).await?;
-                *last = (*last).max(head.floor).max(top.unwrap_or_default());
-            }
-            let last = self.lasts.get(&stream).copied().unwrap_or_default();
-            let through = Offset(last.0 + i64::from(count));
-            let size = self.state.leaf_sizes.get(stream);
-            match known_end {
-                Some(end) if end >= through => {
-                    if end.0 - through.0 < size / 2 {
-                        self.state.maintain.notify_one();
-                    }
-                }
-                _ => {
-                    let extended = sql::extend_log(connection, stream, through, size).await?;
-                    let Some(end) = extended else {
-                        return Ok(AppendOutcome::Stale);
-                    };
-                    self.ends.insert(stream, end);
-                }
-            }
-        }
-        let missing = self.scheduled_leaves.missing(plan.append.dues());
-        if !missing.is_empty() {
-            sql::extend_scheduled(connection, sql::ScheduledKind::Message, &missing).await?;
-            self.scheduled_leaves.add(&missing);
-        }
-        self.send(&plan.append, *key, is_repeat)
-            .await
-            .map_err(|error| Failure {
-                error,
-                was_sent: true,
-            })
-    }
-
-    /// Sends what is laid out, the quick way if it can go there.
-    async fn send(
-        &mut self,
-        append: &Append<'_>,
-        key: GroupKey,
-        is_repeat: bool,
-    ) -> Result<AppendOutcome, store::Error> {
-        let next = append.plain_stream().filter(|_| !is_repeat);
-        let next = next.and_then(|stream| Some((stream, self.previous_in(stream)?)));
-        let connection = self.connection.as_mut().expect("connected before");
-        failpoint::reach("append.before_call");
-        let quick = match next {
-            Some((_, previous)) => sql::append_next(connection, key, previous, append).await?,
-            None => None,
-        };
-        let outcome = match (quick, next) {
-            (Some(appended), _) => AppendOutcome::Appended(appended),
-            (None, next) => {
-                if let Some((stream, _)) = next {
-                    self.previous.remove(&stream);
-                }
-                sql::append(connection, key, is_repeat, append).await?
-            }
-        };
-        if let AppendOutcome::Appended(_) = outcome {
-            failpoint::reach("append.after_commit");
-        }
-        Ok(outcome)
-    }
-
-    /// This appender's latest group in a stream, if nobody else appends there, as far as it is known. Whoever does, the quick way
-    /// is right; but it would be tried in vain.
-    fn previous_in(&self, stream: StreamId) -> Option<Previous> {
-        let previous = *self.previous.get(&stream)?;
-        let is_alone = !self.cluster.view().has_peers();
-        (is_alone && self.state.tails.last(stream) <= previous.last).then_some(previous)
-    }
-
-    /// Counts the keys that messages of the group expect versions of.
-    async fn count_keys<'g>(&mut self, group: &'g Group) -> Result<Counts<'g>, store::Error> {
-        let expected = self.router.expected_keys(group);
-        let mut counts = Counts::with_capacity(expected.len());
-        if expected.is_empty() {
-            return Ok(counts);
-        }
-        let state = Arc::clone(&self.state);
-        let connection = self.connection.as_mut().expect("connected before");
-        let is_behind = std::mem::take(&mut self.is_behind);
-        for (stream, own) in expected {
-            let mut counted = state.keys.count(stream, own.iter().copied());
-            let last = self.lasts.get(&stream).copied().unwrap_or_default();
-            if is_behind || counted.as_ref().is_none_or(|known| known.through < last) {
-                let through = match is_behind {
-                    false => last,
-                    // The log's end, which can be far beyond what this node knows, or before it.
-                    true => {
-                        let top = sql::read_top(connection, stream, Offset(0)).await?;
-                        let is_ahead =
-                            |known: &Counted<'_>| top.is_some_and(|top| known.through > top);
-                        if counted.as_ref().is_some_and(is_ahead) {
-                            state.keys.forget(stream);
-                        }
-                        top.unwrap_or_default()
-                    }
-                };
-                counted = match keys::catch_up(connection, &state.keys, stream, through).await {
-                    Ok(_) => state.keys.count(stream, own.iter().copied()),
-                    Err(Error::Store(error)) => return Err(error),
-                    Err(error) => {
-                        tracing::warn!(
-                            error = &error as &dyn std::error::Error,
-                            "keys are not counted"
-                        );
-                        None
-                    }
-                };
-            }
-            counts.insert(stream, counted);
-        }
-        Ok(counts)
     }
 
     async fn finish(&mut self, group: Group, key: GroupKey, layout: &Layout, appended: &Appended) {
@@ -503,27 +435,4 @@ impl Appender {
             let _ = self.tail.send(settled.tails).await;
         }
     }
-}
-
-async fn intern(
-    connection: &mut Connection,
-    router: &mut Router,
-    group: &Group,
-) -> Result<(), store::Error> {
-    let unknown = router.unknown_topics(group);
-    if unknown.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<&str> = unknown.iter().map(|topic| topic.as_str()).collect();
-    let found: HashMap<String, _> = sql::intern_topics(connection, &names)
-        .await?
-        .into_iter()
-        .map(|(id, name)| (name, id))
-        .collect();
-    for topic in unknown {
-        if let Some(&id) = found.get(topic.as_str()) {
-            router.learn(topic, id);
-        }
-    }
-    Ok(())
 }

@@ -11,9 +11,12 @@ use super::settings::{Declared, Description, Found, SCHEDULED_AHEAD, ScheduledSt
 use super::{Error, next_job};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
-use crate::store::stream::{self as sql, DeclareOutcome, NextScheduled};
+use crate::store::stream::{self as sql, DeclareOutcome, DeleteOutcome, NextScheduled};
 use crate::store::{self, Connection, Database, Patience};
 use crate::supervisor::Supervisor;
+
+/// As many of a stream's scheduled messages are counted for who looks at it.
+const WAITING_COUNTED_MAX: i64 = 100_000;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -38,6 +41,8 @@ pub(super) enum Job {
     },
     Delete {
         name: StreamName,
+        /// With what is to come later.
+        is_forced: bool,
         reply: Reply<()>,
     },
 }
@@ -99,8 +104,12 @@ impl CatalogueTask {
                 let answer = self.list().await;
                 self.answer(reply, answer);
             }
-            Job::Delete { name, reply } => {
-                let answer = self.delete(&name).await;
+            Job::Delete {
+                name,
+                is_forced,
+                reply,
+            } => {
+                let answer = self.delete(&name, is_forced).await;
                 self.answer(reply, answer);
             }
         }
@@ -152,6 +161,7 @@ impl CatalogueTask {
             DeclareOutcome::Created => Declared::Created,
             DeclareOutcome::Unchanged => Declared::Unchanged,
             DeclareOutcome::Changed => Declared::Changed,
+            DeclareOutcome::Full => return Err(Error::TooManyStreams),
             DeclareOutcome::KeyedIsFixed => {
                 return Err(Error::KeyedIsFixed { name: name.clone() });
             }
@@ -180,9 +190,15 @@ impl CatalogueTask {
             .await?
             .into_iter()
             .find(|stream| stream.name == *name);
-        found.ok_or_else(|| Error::NotFound {
+        let mut found = found.ok_or_else(|| Error::NotFound {
             stream: name.to_string(),
-        })
+        })?;
+        if let Some(scheduled) = &mut found.scheduled {
+            let connection = self.connected().await?;
+            let count = sql::count_waiting(connection, found.id, WAITING_COUNTED_MAX).await?;
+            scheduled.waiting = Some(count);
+        }
+        Ok(found)
     }
 
     /// What a reader needs to know, without the sizes.
@@ -208,7 +224,8 @@ impl CatalogueTask {
         let streams = sql::load_catalogue(connection).await?.streams;
         let sizes: HashMap<StreamId, i64> =
             sql::read_sizes(connection).await?.into_iter().collect();
-        let scheduled = sql::next_scheduled(connection, SCHEDULED_AHEAD).await?;
+        let scheduled =
+            sql::next_scheduled(connection, SCHEDULED_AHEAD, state.witness.now()).await?;
         let scheduled: HashMap<StreamId, ScheduledState> = scheduled
             .into_iter()
             .map(|next| (next.stream, scheduled_state(&next)))
@@ -242,20 +259,20 @@ impl CatalogueTask {
         Ok(descriptions)
     }
 
-    async fn delete(&mut self, name: &StreamName) -> Result<(), Error> {
+    async fn delete(&mut self, name: &StreamName, is_forced: bool) -> Result<(), Error> {
         if *name == StreamName::main() {
             return Err(Error::MainIsKept);
         }
         let stream = self.describe(name).await?.id;
         let mut patience = Patience::default();
-        let is_deleted = loop {
+        let outcome = loop {
             // By its number, which no other stream gets.
             let deleted = match self.connected().await {
-                Ok(connection) => sql::delete(connection, stream).await,
+                Ok(connection) => sql::delete(connection, stream, is_forced).await,
                 Err(error) => Err(error),
             };
             match deleted {
-                Ok(is_deleted) => break is_deleted,
+                Ok(outcome) => break outcome,
                 Err(error) => {
                     // On another connection.
                     self.connection = None;
@@ -263,8 +280,11 @@ impl CatalogueTask {
                 }
             }
         };
-        if !is_deleted {
-            return Err(Error::HasQueues { name: name.clone() });
+        let name = name.clone();
+        match outcome {
+            DeleteOutcome::Deleted => {}
+            DeleteOutcome::HasQueues => return Err(Error::HasQueues { name }),
+            DeleteOutcome::HasScheduled => return Err(Error::HasScheduled { name }),
         }
         tracing::info!(stream = name.as_str(), "stream deleted");
         self.state.tails.remove(stream);
@@ -279,6 +299,7 @@ fn scheduled_state(next: &NextScheduled) -> ScheduledState {
     let lag = next.due_at.map(|due_at| (next.clock - due_at).to_std());
     ScheduledState {
         next_due_at: next.due_at,
+        waiting: None,
         lag: lag.and_then(Result::ok).unwrap_or_default(),
     }
 }

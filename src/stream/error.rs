@@ -4,6 +4,7 @@ use crate::domain::id::{Offset, ScheduledId, StreamId};
 use crate::domain::name::{ScheduleName, StreamName, TopicPattern};
 use crate::domain::schedule::SCHEDULES_MAX;
 use crate::store;
+use crate::store::stream::{STREAMS_MAX, TOPICS_MAX};
 
 /// Why a stream could not be declared, described, read or deleted.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,17 @@ pub enum Error {
         /// The stream.
         name: StreamName,
     },
+    /// Messages wait to enter the stream.
+    #[error(
+        "messages wait to enter stream `{name}` later, and would go with it: cancel them, or delete it with `?force=true`"
+    )]
+    HasScheduled {
+        /// The stream.
+        name: StreamName,
+    },
+    /// There are as many streams as there can be.
+    #[error("there are {STREAMS_MAX} streams, as many as there can be")]
+    TooManyStreams,
     /// `main` takes what no other stream claims, so it is always there.
     #[error("stream `main` cannot be deleted")]
     MainIsKept,
@@ -126,6 +138,11 @@ pub enum AppendError {
     /// The database refuses the statement, whenever it is tried; nothing was appended.
     #[error("the database refuses the append")]
     Refused(#[source] store::Error),
+    /// The topic would be one more than there can be; nothing was appended.
+    #[error(
+        "there are {TOPICS_MAX} topics, as many as there can be: a name of a topic must not hold what differs from message to message"
+    )]
+    TooManyTopics,
     /// The engine has ended; nothing was appended.
     #[error("the stream engine is stopping")]
     Stopping,
@@ -136,8 +153,9 @@ impl AppendError {
     #[must_use]
     pub fn is_row_refused(&self) -> bool {
         match self {
-            Self::TooLarge { .. } | Self::Invalid { .. } => true,
-            Self::Refused(error) => error.is_row_refused(),
+            Self::TooLarge { .. } | Self::Invalid { .. } | Self::TooManyTopics => true,
+            // The server's table of locks is full: fewer rows need fewer. One row alone is never refused for it.
+            Self::Refused(error) => error.is_row_refused() || error.is_out_of_memory(),
             _ => false,
         }
     }

@@ -1,11 +1,12 @@
 //! One group commit: the members that gathered, where their messages go, and what came of it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 
 use super::error::{AppendError, ConflictItem, VersionConflict};
 use super::inbox::{Reply, Taken};
+use super::lanes::Part;
 use super::plan::{Layout, Refusal};
 use super::request::{Member, Placed};
 use super::tail::Appended as TailAppended;
@@ -51,6 +52,14 @@ impl Router {
         let stream = owner.map_or(self.main, |stream| stream.id);
         self.routes.insert(topic.clone(), stream);
         stream
+    }
+
+    /// What a member needs of the log, as far as it is held apart.
+    pub(super) fn parts(&mut self, member: &Member) -> BTreeSet<Part> {
+        let messages = member.messages().iter();
+        messages
+            .map(|message| (self.route(&message.topic), message.deliver_at().is_some()))
+            .collect()
     }
 
     pub(super) fn is_keyed(&self, stream: StreamId) -> bool {
@@ -132,6 +141,26 @@ impl Group {
 
     pub(super) fn is_empty(&self) -> bool {
         self.members.is_empty()
+    }
+
+    /// The group in parts that need the same of the log, in order.
+    pub(super) fn by_part(self, router: &mut Router) -> Vec<(BTreeSet<Part>, Self)> {
+        let mut groups: Vec<(BTreeSet<Part>, Self)> = Vec::new();
+        for member in self.members {
+            let parts = router.parts(&member.taken.member);
+            let messages = member.taken.member.messages().len();
+            let group = match groups.iter_mut().find(|(own, _)| *own == parts) {
+                Some((_, group)) => group,
+                None => {
+                    groups.push((parts, Self::default()));
+                    &mut groups.last_mut().expect("pushed just above").1
+                }
+            };
+            group.message_count += messages;
+            group.bytes += member.taken.bytes;
+            group.members.push(member);
+        }
+        groups
     }
 
     pub(super) fn messages(&self) -> impl Iterator<Item = &Message> {

@@ -12,7 +12,7 @@ use super::cache::Cache;
 use super::catalogue::{self, Watermarks};
 use super::inbox::{Inbox, Pending};
 use super::keys::Keys;
-use super::leaves::LeafSizes;
+use super::leaf_sizes::LeafSizes;
 use super::limits::Limits;
 use super::metrics::Metrics;
 use super::request::{
@@ -22,6 +22,7 @@ use super::request::{
 use super::settings::{Declared, Description, Found, Settings};
 use super::tail::Tails;
 use super::topics::Topics;
+use super::witness::Witness;
 use super::{AppendError, Error, reader, scheduled};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::Entry;
@@ -62,6 +63,7 @@ pub(super) struct State {
     /// As was heard from them.
     pub(super) appended_elsewhere: Notify,
     pub(super) schedule: scheduled::Schedule,
+    pub(super) witness: Witness,
     pub(super) metrics: Metrics,
 }
 
@@ -123,14 +125,18 @@ impl Handle {
         self.catalogue(|reply| catalogue::Job::List { reply }).await
     }
 
-    /// Deletes a stream with its messages. Its topics fall to `main` from then on.
+    /// Deletes a stream with its messages; with those that are to come later only if `is_forced`. Its topics fall to `main` from then on.
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::HasQueues`], [`Error::MainIsKept`], or the database's.
-    pub async fn delete(&self, name: &StreamName) -> Result<(), Error> {
+    /// [`Error::NotFound`], [`Error::HasQueues`], [`Error::HasScheduled`], [`Error::MainIsKept`], or the database's.
+    pub async fn delete(&self, name: &StreamName, is_forced: bool) -> Result<(), Error> {
         let name = name.clone();
-        self.catalogue(|reply| catalogue::Job::Delete { name, reply })
-            .await
+        self.catalogue(|reply| catalogue::Job::Delete {
+            name,
+            is_forced,
+            reply,
+        })
+        .await
     }
 
     /// Appends a member with the next group commit. Queued at the first poll; resolves after the commit, after the wait

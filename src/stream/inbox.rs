@@ -1,7 +1,7 @@
 //! Where members wait for the next group commit.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
@@ -42,7 +42,26 @@ pub(super) struct Taken {
     pub(super) member: Member,
     pub(super) reply: Reply,
     pub(super) bytes: usize,
-    pub(super) _permit: OwnedSemaphorePermit,
+    /// Since when.
+    pub(super) at: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Taken {
+    pub(super) fn new(
+        member: Member,
+        reply: Reply,
+        bytes: usize,
+        permit: OwnedSemaphorePermit,
+    ) -> Self {
+        Self {
+            member,
+            reply,
+            bytes,
+            at: Instant::now(),
+            _permit: permit,
+        }
+    }
 }
 
 impl Inbox {
@@ -105,12 +124,8 @@ impl Pending {
 impl Pending {
     /// Takes the member up, unless its caller has given up.
     pub(super) fn take(self) -> Option<Taken> {
-        Some(Taken {
-            member: take(&self.slot)?,
-            reply: self.reply,
-            bytes: self.bytes,
-            _permit: self.permit,
-        })
+        let member = take(&self.slot)?;
+        Some(Taken::new(member, self.reply, self.bytes, self.permit))
     }
 }
 

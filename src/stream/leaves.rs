@@ -1,17 +1,18 @@
 //! Maintenance of the log: leaves made ahead, summarised, emptied, dropped; ids and results rotated. One bounded pass per tick
 //! or wake-up, by the node that holds the lease. Each step is safe on any number of nodes; the lease only spares the work.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 
 use super::Options;
 use super::handle::State;
+use super::leaf_sizes::{next_size, size_for_kept, size_within};
 use super::limits::Unsettled;
 use crate::cluster;
-use crate::domain::id::{Fence, Offset, StreamId};
+use crate::domain::id::{Fence, Offset};
 use crate::failpoint;
 use crate::store::stream::{self as sql, Emptied, EmptyLeaf, Leaf, StreamRow};
 use crate::store::{self, Connection, Database};
@@ -22,61 +23,12 @@ const QUIET_FACTOR: u32 = 4;
 
 /// The lease of the node that does the maintenance.
 pub(super) const LEASE: &str = "duty/streams";
-/// A leaf that fills faster than this is followed by larger ones.
-const FILLS_FAST: Duration = Duration::from_secs(600);
-/// A leaf that fills slower than this is followed by smaller ones, so that retention has something to drop.
-const FILLS_SLOWLY: Duration = Duration::from_secs(6 * 3_600);
-/// How far sizes adapt from the configured one, as factors.
-const SMALLEST_FRACTION: i64 = 50;
-const LARGEST_MULTIPLE: i64 = 8;
-/// The same of keyed streams: what is not folded is in memory, and each leaf's index is looked at for a key's history.
-const SMALLEST_KEYED_FRACTION: i64 = 5;
-const LARGEST_KEYED_MULTIPLE: i64 = 1;
+/// Leaves of a deleted stream that one transaction drops, and how many such steps a pass takes.
+const DROP_LEAVES: i32 = 10;
+const DROP_STEPS: usize = 100;
 /// The pause between attempts to drop leaves while somebody has the log open: each may hold up appends for 50 ms.
 const DROP_PAUSE: Duration = Duration::from_secs(60);
 const ROTATE_PAUSE: Duration = Duration::from_secs(60);
-
-/// How many offsets the next leaf of each stream gets.
-#[derive(Debug)]
-pub(super) struct LeafSizes {
-    configured: i64,
-    sizes: Mutex<HashMap<StreamId, i64>>,
-}
-
-impl LeafSizes {
-    pub(super) fn new(configured: i64) -> Self {
-        Self {
-            configured: configured.max(1),
-            sizes: Mutex::default(),
-        }
-    }
-
-    pub(super) fn get(&self, stream: StreamId) -> i64 {
-        let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
-        sizes.get(&stream).copied().unwrap_or(self.configured)
-    }
-
-    fn set(&self, stream: StreamId, size: i64) {
-        let mut sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
-        sizes.insert(stream, size);
-    }
-}
-
-/// The size after a leaf of `size` offsets that took `filled_in` to fill.
-fn next_size(configured: i64, is_keyed: bool, size: i64, filled_in: Duration) -> i64 {
-    let (smallest, largest) = match is_keyed {
-        true => (SMALLEST_KEYED_FRACTION, LARGEST_KEYED_MULTIPLE),
-        false => (SMALLEST_FRACTION, LARGEST_MULTIPLE),
-    };
-    let next = if filled_in < FILLS_FAST {
-        size * 2
-    } else if filled_in > FILLS_SLOWLY {
-        size / 2
-    } else {
-        size
-    };
-    next.clamp((configured / smallest).max(1), configured * largest)
-}
 
 pub(super) struct Maintenance {
     pub(super) options: Options,
@@ -90,12 +42,15 @@ pub(super) struct Maintenance {
     pub(super) rotate_at: Instant,
     /// The streams' ends at the last pass, all added up.
     pub(super) ends: Option<i64>,
+    /// The node's clock and the database's were apart at the last look.
+    pub(super) is_apart: bool,
 }
 
 impl Maintenance {
     pub(super) async fn run(mut self) {
         let mut pause = self.options.maintenance;
         while !self.supervisor.is_stopping() {
+            self.watch_clocks();
             let ends = self.ends;
             let is_held = self.lease.borrow_and_update().is_some();
             if !is_held {
@@ -121,10 +76,30 @@ impl Maintenance {
         }
     }
 
+    /// Says so when nobody knows the time any more, and when it is known again.
+    fn watch_clocks(&mut self) {
+        let gap_seconds = self.state.witness.gap(&self.cluster).num_seconds();
+        let is_apart = self.state.witness.is_apart(&self.cluster);
+        if is_apart == std::mem::replace(&mut self.is_apart, is_apart) {
+            return;
+        }
+        match is_apart {
+            true => tracing::error!(
+                gap_seconds,
+                "the clock of the broker's database is not this node's: correct the wrong one. Until then scheduled messages wait \
+                 for the later of the two, retention goes by the earlier one, and ids are kept"
+            ),
+            false => tracing::info!(
+                gap_seconds,
+                "the clocks of the broker's database and of this node agree again"
+            ),
+        }
+    }
+
     async fn pass(&mut self) -> Result<(), store::Error> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.db.connect().await?,
+            None => sql::connect_duty(&self.db).await?,
         };
         let streams = sql::load_catalogue(&mut connection).await?.streams;
         let leaves = sql::list_leaves(&mut connection).await?;
@@ -132,32 +107,80 @@ impl Maintenance {
         self.ends = Some(ends.sum());
         let mut blocked = 0;
         for stream in &streams {
-            let own: Vec<&Leaf> = leaves
-                .iter()
-                .filter(|leaf| leaf.stream == stream.id)
-                .collect();
-            let sizes = match stream.retention.bytes() {
-                Some(_) => sql::read_leaf_sizes(&mut connection, stream.id).await?,
-                None => Vec::new(),
-            };
-            self.extend(&mut connection, stream, &own, &sizes).await?;
-            self.summarise(&mut connection, stream, &own).await?;
-            blocked += self.empty(&mut connection, stream, &own, &sizes).await?;
-            self.watch_limits(&mut connection, stream, &own, &sizes)
-                .await?;
+            let first = leaves.partition_point(|leaf| leaf.stream < stream.id);
+            let own = leaves[first..].iter();
+            let own: Vec<&Leaf> = own.take_while(|leaf| leaf.stream == stream.id).collect();
+            let kept = self.keep(&mut connection, stream, &own).await;
+            blocked += self.go_on(&stream.name, kept)?.unwrap_or_default();
         }
         let is_there = |id| streams.iter().any(|stream| stream.id == id);
         self.state.limits.keep(&self.state.metrics, is_there);
         self.state.metrics.leaves_blocked.set(blocked);
-        if Instant::now() >= self.drop_at {
-            self.drop_leaves(&mut connection, &leaves).await?;
-        }
         if Instant::now() >= self.rotate_at {
             self.rotate_at = Instant::now() + ROTATE_PAUSE;
-            skip_if_held(sql::rotate_buckets(&mut connection).await)?;
+            let now = self.state.witness.now();
+            let rotated = skip_if_held(sql::rotate_buckets(&mut connection, now).await);
+            self.go_on(&"the recent ids", rotated)?;
+            let corrected = sql::correct_leaves(&mut connection, self.now()).await;
+            self.go_on(&"the leaves", corrected)?;
+        }
+        if Instant::now() >= self.drop_at {
+            let dropped = self.drop_emptied(&mut connection, &leaves).await;
+            self.go_on(&"emptied leaves", dropped)?;
+            let dropped = self.drop_orphans(&mut connection).await;
+            self.go_on(&"deleted streams", dropped)?;
         }
         self.connection = Some(connection);
         Ok(())
+    }
+
+    /// One duty of the pass that fails does not end it, unless the connection is lost.
+    fn go_on<T>(
+        &self,
+        what: &dyn std::fmt::Display,
+        done: Result<T, store::Error>,
+    ) -> Result<Option<T>, store::Error> {
+        match done {
+            Ok(done) => Ok(Some(done)),
+            Err(error) if error.is_connection_spent() || error.sqlstate().is_none() => Err(error),
+            // The next pass tries again.
+            Err(error) if is_held(&error) => Ok(None),
+            Err(error) => {
+                self.state.metrics.maintenance_failures.inc();
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    of = %what,
+                    "a duty of the maintenance failed; the others go on"
+                );
+                Ok(None)
+            }
+        }
+    }
+
+    /// The time that makes messages old: the earliest of the clocks that this node knows. The database's is asked too.
+    fn now(&self) -> DateTime<Utc> {
+        self.cluster.now().min(self.state.witness.now())
+    }
+
+    /// All duties of one stream. Returns how many leaves could not be emptied.
+    async fn keep(
+        &self,
+        connection: &mut Connection,
+        stream: &StreamRow,
+        own: &[&Leaf],
+    ) -> Result<i64, store::Error> {
+        let sizes = match stream.retention.bytes() {
+            Some(_) => sql::read_leaf_sizes(connection, stream.id).await?,
+            None => Vec::new(),
+        };
+        let extended = self.extend(connection, stream, own, &sizes).await;
+        self.go_on(&stream.name, extended)?;
+        let summarised = self.summarise(connection, stream, own).await;
+        self.go_on(&stream.name, summarised)?;
+        let emptied = self.empty(connection, stream, own, &sizes).await;
+        let blocked = self.go_on(&stream.name, emptied)?;
+        self.watch_limits(connection, stream, own, &sizes).await?;
+        Ok(blocked.unwrap_or_default())
     }
 
     /// Keeps a whole leaf ahead of the one being filled.
@@ -186,11 +209,13 @@ impl Maintenance {
                 next_size(sizes.configured, stream.is_keyed, size, age)
             }
         };
+        let kept = last.0 - self.state.tails.floor_now(stream.id).0;
+        let size = size_for_kept(sizes.configured, stream.is_keyed, size, kept);
         let size = match stream.retention.bytes() {
             Some(limit) => {
                 let count = last.0 - self.state.tails.floor_now(stream.id).0;
                 size_within(limit, total(bytes), count)
-                    .max(sizes.configured / SMALLEST_FRACTION)
+                    .max(sizes.smallest())
                     .clamp(1, size)
             }
             None => size,
@@ -216,7 +241,7 @@ impl Maintenance {
                 if stream.is_keyed {
                     self.fold(connection, leaf).await?;
                 }
-                sql::summarise_leaf(connection, leaf.stream, leaf.first).await?;
+                sql::summarise_leaf(connection, (leaf.stream, leaf.first), self.now()).await?;
             }
         }
         Ok(())
@@ -250,7 +275,7 @@ impl Maintenance {
             let old = EmptyLeaf {
                 stream: stream.id,
                 first: leaf.first,
-                now: self.cluster.now(),
+                now: self.now(),
                 settled: retention.settled,
                 unsettled: retention.unsettled,
                 is_over_settled_bytes: is_over(retention.settled_bytes),
@@ -323,26 +348,60 @@ impl Maintenance {
         Ok(())
     }
 
-    /// Drops leaves that were emptied and the logs of deleted streams, until one cannot be had.
-    async fn drop_leaves(
+    /// Drops leaves that were emptied, until one cannot be had.
+    async fn drop_emptied(
         &mut self,
         connection: &mut Connection,
         leaves: &[Leaf],
     ) -> Result<(), store::Error> {
-        let emptied = leaves.iter().filter(|leaf| leaf.is_emptied);
-        let mut gone: Vec<(StreamId, Option<Offset>)> = emptied
-            .map(|leaf| (leaf.stream, Some(leaf.first)))
-            .collect();
-        let orphans = sql::list_orphans(connection).await?;
-        gone.extend(orphans.into_iter().map(|stream| (stream, None)));
-        for (stream, first) in gone {
-            if !skip_if_held(sql::drop_leaf(connection, stream, first).await)? {
+        for leaf in leaves.iter().filter(|leaf| leaf.is_emptied) {
+            let dropping = sql::drop_leaf(connection, leaf.stream, leaf.first).await;
+            if !skip_if_held(dropping)? {
                 self.drop_at = Instant::now() + DROP_PAUSE;
                 break;
             }
             self.state.metrics.leaves_dropped.inc();
         }
         Ok(())
+    }
+
+    /// Drops the logs of deleted streams, in steps, until one cannot be had. What is left is the next pass's.
+    async fn drop_orphans(&mut self, connection: &mut Connection) -> Result<(), store::Error> {
+        let mut steps = DROP_STEPS;
+        let mut failure = None;
+        'streams: for stream in sql::list_orphans(connection).await? {
+            loop {
+                if steps == 0 || self.supervisor.is_stopping() {
+                    self.state.maintain.notify_one();
+                    break 'streams;
+                }
+                steps -= 1;
+                match sql::drop_stream_log(connection, stream, DROP_LEAVES).await {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        self.state.metrics.leaves_dropped.inc();
+                        break;
+                    }
+                    Err(error) if is_held(&error) => {
+                        self.drop_at = Instant::now() + DROP_PAUSE;
+                        break 'streams;
+                    }
+                    Err(error) if error.is_connection_spent() => return Err(error),
+                    // Another deleted stream is not held up by this one.
+                    Err(error) => {
+                        failure = Some(error);
+                        break;
+                    }
+                }
+            }
+        }
+        match failure {
+            Some(error) => {
+                self.drop_at = Instant::now() + DROP_PAUSE;
+                Err(error)
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -358,18 +417,6 @@ fn size_of(sizes: &Sizes, leaf: &Leaf) -> u64 {
     found.map_or(0, |&(_, bytes)| bytes)
 }
 
-/// How many offsets a leaf may have, so that several make up a limit in bytes, by what a message has taken so far.
-fn size_within(limit: u64, bytes: u64, count: i64) -> i64 {
-    const LEAVES_PER_LIMIT: u64 = 8;
-    const USUAL_BYTES: u64 = 1_024;
-    let count = count.max(0).unsigned_abs();
-    let each = match count {
-        0 => USUAL_BYTES,
-        count => (bytes / count).max(64),
-    };
-    i64::try_from(limit / LEAVES_PER_LIMIT / each).unwrap_or(i64::MAX)
-}
-
 fn is_held(error: &store::Error) -> bool {
     error.sqlstate().as_deref() == Some("55P03")
 }
@@ -380,27 +427,5 @@ fn skip_if_held(result: Result<(), store::Error>) -> Result<bool, store::Error> 
         Ok(()) => Ok(true),
         Err(error) if is_held(&error) => Ok(false),
         Err(error) => Err(error),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn leaves_grow_while_they_fill_fast_and_shrink_while_slowly() {
-        let seconds = Duration::from_secs;
-        for (is_keyed, size, filled_in, next) in [
-            (false, 1_000, 5, 2_000),
-            (false, 8_000, 5, 8_000),
-            (false, 1_000, 3_600, 1_000),
-            (false, 1_000, 90_000, 500),
-            (false, 20, 90_000, 20),
-            (true, 1_000, 5, 1_000),
-            (true, 1_000, 90_000, 500),
-            (true, 200, 90_000, 200),
-        ] {
-            assert_eq!(next_size(1_000, is_keyed, size, seconds(filled_in)), next);
-        }
     }
 }

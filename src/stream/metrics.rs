@@ -25,6 +25,7 @@ pub(super) struct Metrics {
     pub(super) groups_unknown: Counter,
     pub(super) group_messages: Histogram,
     pub(super) append_seconds: Histogram,
+    pub(super) lanes: Gauge,
     pub(super) cache_bytes: Gauge,
     pub(super) gaps_read: Counter,
     pub(super) leaves_made: Counter,
@@ -81,6 +82,7 @@ impl Metrics {
             groups_unknown: Counter::default(),
             group_messages: Histogram::new(exponential_buckets(1.0, 4.0, 8)),
             append_seconds: Histogram::new(exponential_buckets(0.000_5, 2.0, 14)),
+            lanes: Gauge::default(),
             cache_bytes: Gauge::default(),
             gaps_read: Counter::default(),
             leaves_made: Counter::default(),
@@ -151,6 +153,11 @@ impl Metrics {
             "postroad_stream_messages_appended",
             "Messages appended by this node",
             self.messages_appended.clone(),
+        );
+        registry.register(
+            "postroad_stream_lanes",
+            "Lanes beside the appender that have something to do: streams whose log another session holds a lock on",
+            self.lanes.clone(),
         );
         registry.register(
             "postroad_stream_duplicates",

@@ -9,6 +9,7 @@
 //! if they were; the appender repeats a group under its number until it knows. Reads fail at once and may be repeated.
 
 mod appender;
+mod attempt;
 mod cache;
 mod catalogue;
 mod error;
@@ -18,6 +19,8 @@ mod hints;
 mod history;
 mod inbox;
 mod keys;
+mod lanes;
+mod leaf_sizes;
 mod leaves;
 mod limits;
 mod metrics;
@@ -29,6 +32,7 @@ mod search;
 mod settings;
 mod tail;
 mod topics;
+mod witness;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -91,6 +95,8 @@ pub struct Options {
     pub main_retention: Retention,
     /// What is asked of each occurrence of a schedule.
     pub acceptance: Acceptance,
+    /// How far the node's clock is set ahead of the system's: for tests that set the database's.
+    pub clock_lead: Duration,
 }
 
 impl Default for Options {
@@ -108,6 +114,7 @@ impl Default for Options {
             maintenance: Duration::from_secs(2),
             main_retention: Retention::default(),
             acceptance: Acceptance::default(),
+            clock_lead: Duration::ZERO,
         }
     }
 }
@@ -132,13 +139,15 @@ pub async fn start(
         watermarks: catalogue::Watermarks::default(),
         topics: topics::Topics::default(),
         limits: limits::Limits::default(),
-        leaf_sizes: leaves::LeafSizes::new(options.leaf_offsets),
+        leaf_sizes: leaf_sizes::LeafSizes::new(options.leaf_offsets),
         maintain: Notify::new(),
         appended_here: Notify::new(),
         appended_elsewhere: Notify::new(),
         schedule: scheduled::Schedule::default(),
+        witness: witness::Witness::new(options.clock_lead),
         metrics: metrics::Metrics::new(registry),
     });
+    witness::register(registry, &state, &cluster);
     registry.register_collector(Box::new(metrics::OpenKeys(Arc::clone(&state))));
     scheduled::register(registry, &state, &cluster);
     let lasts = start_tails(&mut connection, &state).await?;
@@ -160,7 +169,7 @@ pub async fn start(
         cluster.clone(),
         Arc::clone(&state),
         supervisor.clone(),
-        inbox,
+        lanes::Source::Inbox(inbox),
         tail,
         lasts,
     );
@@ -218,6 +227,7 @@ pub async fn start(
         drop_at: Instant::now(),
         rotate_at: Instant::now(),
         ends: None,
+        is_apart: false,
     };
     supervisor.spawn("stream maintenance", OnEnd::StopProcess, maintenance.run());
     let shared = Shared {
@@ -267,7 +277,15 @@ fn start_scheduled(
         acceptance,
         known: scheduled::DutyKnows::default(),
     };
+    let upkeep = scheduled::Upkeep {
+        db: db.clone(),
+        state: Arc::clone(state),
+        supervisor: supervisor.clone(),
+        lease: duty.lease.clone(),
+        connection: None,
+    };
     supervisor.spawn("stream schedule", OnEnd::StopProcess, duty.run());
+    supervisor.spawn("stream schedule upkeep", OnEnd::StopProcess, upkeep.run());
     let (desk, jobs) = mpsc::channel(JOBS_MAX);
     let task = scheduled::Desk {
         db: db.clone(),

@@ -191,7 +191,7 @@ impl Reader {
 
     pub(super) async fn connected(&mut self) -> Result<&mut Connection, Error> {
         if self.connection.is_none() {
-            self.connection = Some(sql::connect_reader(&self.db).await?);
+            self.connection = Some(sql::connect_shared_reader(&self.db).await?);
         }
         Ok(self.connection.as_mut().expect("connected just above"))
     }

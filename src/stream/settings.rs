@@ -160,6 +160,8 @@ pub struct ScheduledState {
     pub next_due_at: Option<DateTime<Utc>>,
     /// For how long it has been due.
     pub lag: Duration,
+    /// How many there are, 100,000 at most; `None` where streams are listed.
+    pub waiting: Option<i64>,
 }
 
 /// A stream, as who reads it needs it.

@@ -168,6 +168,9 @@ struct Scheduled {
     /// For how long it has been due: more than a moment when publishing it cannot go on.
     #[schema(minimum = 0)]
     lag_seconds: f64,
+    /// How many there are, 100,000 at most; null where streams are listed.
+    #[schema(minimum = 0)]
+    waiting: Option<i64>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -200,6 +203,7 @@ impl From<Description> for Stream {
             scheduled: stream.scheduled.map(|scheduled| Scheduled {
                 next_due_at: scheduled.next_due_at.map(wire::time),
                 lag_seconds: scheduled.lag.as_secs_f64(),
+                waiting: scheduled.waiting,
             }),
             first_offset: stream.first_offset.0,
             last_offset: stream.last_offset.0,
@@ -312,19 +316,27 @@ async fn describe(
     Ok(wire::json(StatusCode::OK, &Stream::from(stream)))
 }
 
-/// Delete a stream with its messages. Its topics fall to `main` from then on.
+/// Delete a stream with its messages. Its topics fall to `main` from then on. While messages wait to enter it later, only by force.
 #[utoipa::path(
     delete, path = "/v1/streams/{stream}", tag = "streams",
-    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "gone")),
+    params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "gone"),
+        ("force" = Option<bool>, Query, description = "Delete what waits to enter it, too"),
+    ),
     responses((status = 204, description = "Deleted"), NoStream, StreamStays, Reads),
 )]
 async fn delete(
     Extract(state): Extract<State>,
     Named(name): Named<StreamName>,
-    query: Query,
+    mut query: Query,
 ) -> Result<Response, Problem> {
+    let is_forced = query.parsed("force", |text| match text {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err("must be `true` or `false`"),
+    });
     query.finish()?;
-    state.parts.stream.delete(&name).await?;
+    let is_forced = is_forced.unwrap_or_default();
+    state.parts.stream.delete(&name, is_forced).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

@@ -115,6 +115,8 @@ impl From<stream::Error> for Problem {
                 allowed: None,
             }]),
             Error::HasQueues { .. } => Self::new(Kind::StreamHasQueues, error.to_string()),
+            Error::HasScheduled { .. } => Self::new(Kind::StreamHasScheduled, error.to_string()),
+            Error::TooManyStreams => Self::new(Kind::TooManyStreams, error.to_string()),
             Error::NotKeyed { .. } => Self::new(Kind::StreamNotKeyed, error.to_string()),
             Error::KeyedIsFixed { .. } => Self::new(Kind::StreamKeyedFixed, error.to_string()),
             Error::KeysNotCounted { .. } => Self::new(Kind::Unavailable, error.to_string()),
@@ -186,6 +188,7 @@ pub(super) fn append_problem(
                 allowed: None,
             }])
         }
+        AppendError::TooManyTopics => Problem::new(Kind::TooManyTopics, error.to_string()),
         AppendError::Stopping => stopping(),
         AppendError::Refused(source) => Problem::internal(source),
         AppendError::Fenced | AppendError::PositionMoved { .. } => Problem::internal(error),

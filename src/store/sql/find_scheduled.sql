@@ -7,3 +7,4 @@ from postroad_broker.scheduled_message m
 cross join lateral postroad_broker.scheduled_horizon(m.stream_id) h
 where m.stream_id = $1 and m.due_at = $2 and m.number = $3
     and exists (select from postroad_broker.scheduled_stream s where s.stream_id = m.stream_id)
+    and ((m.due_at, m.number) > (h.due_at, h.number) or m.due_at >= postroad_broker.scheduled_remembered())

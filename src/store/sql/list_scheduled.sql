@@ -1,4 +1,4 @@
--- Scheduled messages that wait, within a leaf, after a place in the order (due, number). Both pairs are conditions of the leaf's index.
+-- Scheduled messages that wait, after a place in the order (due, number). Both pairs are conditions of the leaves' indexes.
 select m.stream_id, m.due_at, m.number, m.topic_id, m.key, m.id, m.source, m.type, m.priority, m.accepted_at, m.bytes
 from postroad_broker.scheduled_stream s
 cross join lateral postroad_broker.scheduled_horizon(s.stream_id) h

@@ -228,11 +228,6 @@ impl<'a> Append<'a> {
         self.relays.rejected_rows.push(outbox_row);
     }
 
-    /// When messages are due that are not to come at once.
-    pub fn dues(&self) -> impl Iterator<Item = DateTime<Utc>> {
-        self.dues.iter().copied().flatten()
-    }
-
     /// The streams with the messages that go to each.
     pub fn streams(&self) -> impl Iterator<Item = (StreamId, i32)> {
         let counts = self.counts.iter().copied();
@@ -314,6 +309,8 @@ pub struct GroupKey {
     pub born_at: DateTime<Utc>,
     /// The catalogue's version that it was routed by.
     pub catalogue: i64,
+    /// The node's clock at this try.
+    pub witness: DateTime<Utc>,
 }
 
 /// Appends a group. `is_repeat`: an earlier call's outcome is not known; its result is looked up.
@@ -373,6 +370,7 @@ fn call<'q>(key: GroupKey, is_repeat: bool, group: &'q Append<'_>) -> Call<'q> {
         .bind(&group.expectations.seqs)
         .bind(&group.expectations.rows)
         .bind(&group.dues)
+        .bind(key.witness)
 }
 
 /// Binds what messages are made of, column by column.
@@ -439,7 +437,12 @@ fn read_outcome(columns: Columns) -> Result<AppendOutcome, Error> {
     }))
 }
 
-/// The numbers of topics, new ones included.
+/// As many topics as there can be: each is in the memory of every node.
+pub const TOPICS_MAX: i64 = 200_000;
+/// The SQLSTATE of one more.
+pub const TOO_MANY_TOPICS: &str = "PR002";
+
+/// The numbers of topics, new ones included. Fails with [`TOO_MANY_TOPICS`].
 ///
 /// # Errors
 /// The database's.
@@ -450,8 +453,9 @@ pub async fn intern_topics(
     let rows: Vec<(i32, String)> = bounded(
         "interning topics",
         STATEMENT,
-        sqlx::query_as("select topic_id, topic_name from postroad_broker.intern_topics($1)")
+        sqlx::query_as("select topic_id, topic_name from postroad_broker.intern_topics($1, $2)")
             .bind(names)
+            .bind(TOPICS_MAX)
             .fetch_all(connection),
     )
     .await?;

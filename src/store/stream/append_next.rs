@@ -96,5 +96,5 @@ fn call<'q>(key: GroupKey, previous: Previous, group: &'q Append<'_>) -> Call<'q
         .bind(relays.from.first())
         .bind(relays.to.first())
         .bind(relays.positions.first());
-    bind_messages(call, group)
+    bind_messages(call, group).bind(key.witness)
 }

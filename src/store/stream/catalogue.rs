@@ -6,6 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use super::scheduled::count_waiting;
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::{StreamName, TopicPattern};
 use crate::domain::retention::Retention;
@@ -49,6 +50,8 @@ pub enum DeclareOutcome {
     Changed,
     /// It has had messages: whether it is keyed cannot change; nothing was done.
     KeyedIsFixed,
+    /// There are as many streams as there can be; nothing was done.
+    Full,
     /// Another stream's pattern is in the way; nothing was done.
     Overlap {
         /// The pattern refused.
@@ -59,6 +62,20 @@ pub enum DeclareOutcome {
         other_pattern: TopicPattern,
     },
 }
+
+/// What a delete did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeleteOutcome {
+    /// It is gone.
+    Deleted,
+    /// Queues read it; nothing was done.
+    HasQueues,
+    /// Messages wait to enter it; nothing was done.
+    HasScheduled,
+}
+
+/// As many streams as there can be: a change of one locks the heads of all, and each node looks after each.
+pub const STREAMS_MAX: usize = 1_000;
 
 const DECLARING: &str = "declaring a stream";
 const DELETING: &str = "deleting a stream";
@@ -196,6 +213,10 @@ pub async fn declare(
     }
     let present = catalogue.streams.iter().find(|stream| stream.name == *name);
     let outcome = match present {
+        None if catalogue.streams.len() >= STREAMS_MAX => {
+            end(transaction, DECLARING).await?;
+            return Ok(DeclareOutcome::Full);
+        }
         None => DeclareOutcome::Created,
         Some(row) => {
             let mut wanted = patterns.to_vec();
@@ -336,14 +357,27 @@ async fn set_keyed(
         .map_err(Error::query(DECLARING))
 }
 
-/// Deletes a stream's rows; its log is dropped later. `false`: queues read it.
+/// Deletes a stream's rows; its log is dropped later. With what waits to enter it only if `is_forced`.
 ///
 /// # Errors
 /// The database's.
-pub async fn delete(connection: &mut Connection, stream: StreamId) -> Result<bool, Error> {
+pub async fn delete(
+    connection: &mut Connection,
+    stream: StreamId,
+    is_forced: bool,
+) -> Result<DeleteOutcome, Error> {
     let mut transaction = begin(connection, DELETING).await?;
     // The version and the heads first: the delete's cascade must not lock a head out of order.
     raise_version(&mut transaction, DELETING).await?;
+    // Under the heads' locks: nothing is accepted meanwhile.
+    let waiting = match is_forced {
+        true => 0,
+        false => count_waiting(&mut transaction, stream, 1).await?,
+    };
+    if waiting > 0 {
+        end(transaction, DELETING).await?;
+        return Ok(DeleteOutcome::HasScheduled);
+    }
     let deleted = sqlx::query("delete from postroad_broker.stream where id = $1")
         .bind(stream.0)
         .execute(&mut *transaction)
@@ -352,12 +386,12 @@ pub async fn delete(connection: &mut Connection, stream: StreamId) -> Result<boo
     match deleted {
         Err(error) if error.sqlstate().as_deref() == Some("23503") => {
             end(transaction, DELETING).await?;
-            return Ok(false);
+            return Ok(DeleteOutcome::HasQueues);
         }
         deleted => deleted?,
     };
     transaction.commit().await.map_err(Error::query(DELETING))?;
-    Ok(true)
+    Ok(DeleteOutcome::Deleted)
 }
 
 /// Bytes on disk of each stream's leaves.

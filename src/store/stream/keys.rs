@@ -56,6 +56,8 @@ pub async fn read_keys(
             .bind(stream.0)
             .bind(after.0)
             .bind(through.0)
+            // The appender asks it too, in a session that keeps plans: one for all offsets would lock all leaves.
+            .persistent(false)
             .fetch_all(connection),
     )
     .await?;

@@ -57,7 +57,7 @@ pub async fn list_leaves(connection: &mut Connection) -> Result<Vec<Leaf>, Error
         .collect())
 }
 
-/// Logs of streams that were deleted.
+/// Logs of streams that were deleted, as far as they are still there.
 ///
 /// # Errors
 /// The database's.
@@ -66,11 +66,11 @@ pub async fn list_orphans(connection: &mut Connection) -> Result<Vec<StreamId>, 
         "listing logs of deleted streams",
         STATEMENT,
         sqlx::query_as(
-            "select substring(c.relname from 9)::integer \
-         from pg_inherits i join pg_class c on c.oid = i.inhrelid \
-         where i.inhparent = 'postroad_broker.message'::regclass \
-           and not exists (select from postroad_broker.stream s \
-                           where s.id = substring(c.relname from 9)::integer)",
+            "select o.id from ( \
+             select substring(c.relname from 9)::integer as id from pg_class c \
+             where c.relnamespace = 'postroad_broker'::regnamespace and c.relkind = 'p' and c.relname ~ '^message_[0-9]+$' \
+         ) o \
+         where not exists (select from postroad_broker.stream s where s.id = o.id) order by o.id",
         )
         .fetch_all(connection),
     )
@@ -101,21 +101,22 @@ pub async fn extend_log(
     Ok(last.map(Offset))
 }
 
-/// Writes down which topics a full leaf holds.
+/// Writes down which topics a full leaf holds, and that it was full by now.
 ///
 /// # Errors
 /// The database's.
 pub async fn summarise_leaf(
     connection: &mut Connection,
-    stream: StreamId,
-    first: Offset,
+    (stream, first): (StreamId, Offset),
+    now: DateTime<Utc>,
 ) -> Result<(), Error> {
     bounded(
         "summarising a leaf",
         LONG_STATEMENT,
-        sqlx::query("select postroad_broker.summarise_leaf($1, $2)")
+        sqlx::query("select postroad_broker.summarise_leaf($1, $2, $3)")
             .bind(stream.0)
             .bind(first.0)
+            .bind(now)
             .execute(connection),
     )
     .await?;
@@ -193,37 +194,81 @@ fn interval(duration: Duration) -> PgInterval {
     }
 }
 
-/// Drops an emptied leaf, or with `None` all that a deleted stream left. Fails with SQLSTATE 55P03 after 50 ms behind anybody
-/// who has the parent open.
+/// Drops an emptied leaf. Fails with SQLSTATE 55P03 after 50 ms behind anybody who has the stream's log open.
 ///
 /// # Errors
 /// The database's.
 pub async fn drop_leaf(
     connection: &mut Connection,
     stream: StreamId,
-    first: Option<Offset>,
+    first: Offset,
 ) -> Result<(), Error> {
     bounded(
         "dropping a leaf",
         STATEMENT,
         sqlx::query("select postroad_broker.drop_leaf($1, $2)")
             .bind(stream.0)
-            .bind(first.map(|first| first.0))
+            .bind(first.0)
             .execute(connection),
     )
     .await?;
     Ok(())
 }
 
-/// Empties what is out of date of the recent ids and of the append results. Fails with SQLSTATE 55P03 when somebody holds it.
+/// The next step of dropping a deleted stream's log: takes it out of the log of all streams, then drops `leaves` of its leaves at
+/// most, at last what is left. Whether all is gone. Fails with SQLSTATE 55P03 after 50 ms behind anybody who has what it needs open.
 ///
 /// # Errors
 /// The database's.
-pub async fn rotate_buckets(connection: &mut Connection) -> Result<(), Error> {
+pub async fn drop_stream_log(
+    connection: &mut Connection,
+    stream: StreamId,
+    leaves: i32,
+) -> Result<bool, Error> {
+    bounded(
+        "dropping the log of a deleted stream",
+        STATEMENT,
+        sqlx::query_scalar("select postroad_broker.drop_stream_log($1, $2)")
+            .bind(stream.0)
+            .bind(leaves)
+            .fetch_one(connection),
+    )
+    .await
+}
+
+/// Leaves that were noted as full by a clock that was ahead were full by `now` at the latest.
+///
+/// # Errors
+/// The database's.
+pub async fn correct_leaves(connection: &mut Connection, now: DateTime<Utc>) -> Result<(), Error> {
+    bounded(
+        "correcting when leaves were full",
+        STATEMENT,
+        sqlx::query(
+            "update postroad_broker.message_leaf set noted_at = $1 where noted_at > $1 + interval '1 minute'",
+        )
+        .bind(now)
+        .execute(connection),
+    )
+    .await?;
+    Ok(())
+}
+
+/// Empties what is out of date of the recent ids and of the append results, unless the node's clock and the server's are too far apart.
+/// Fails with SQLSTATE 55P03 when somebody holds it.
+///
+/// # Errors
+/// The database's.
+pub async fn rotate_buckets(
+    connection: &mut Connection,
+    witness: DateTime<Utc>,
+) -> Result<(), Error> {
     bounded(
         "rotating the buckets of recent ids",
         STATEMENT,
-        sqlx::query("select postroad_broker.rotate_buckets()").execute(connection),
+        sqlx::query("select postroad_broker.rotate_buckets($1)")
+            .bind(witness)
+            .execute(connection),
     )
     .await?;
     Ok(())

@@ -1,4 +1,4 @@
-//! Reads of the log. All go through the primary key in offset order: see [`connect_reader`].
+//! Reads of the log. All go through the primary key in offset order: see [`connect_reader`](super::connect_reader).
 
 use chrono::{DateTime, Utc};
 use sqlx::postgres::PgRow;
@@ -9,22 +9,6 @@ use crate::domain::message::{Data, Message, Priority};
 use crate::domain::name::Topic;
 use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Database, Error};
-
-/// A connection for reads of the log. The leaves have no statistics (nothing analyzes them), so the planner is told: go by
-/// the index, in its order, and plan anew each time, so that leaves out of range are neither looked at nor locked.
-///
-/// # Errors
-/// The server cannot be reached or refuses.
-pub async fn connect_reader(database: &Database) -> Result<Connection, Error> {
-    let mut connection = database.connect().await?;
-    let setting_up = connection.execute(
-        "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; \
-         set enable_hashjoin = off; set enable_mergejoin = off; \
-         set plan_cache_mode = force_custom_plan; set jit = off",
-    );
-    bounded("setting up a reader's session", STATEMENT, setting_up).await?;
-    Ok(connection)
-}
 
 /// Every stream's head: its floor, up to which all is gone.
 ///
@@ -91,13 +75,10 @@ pub async fn read_top(
     let row: Option<(i64,)> = bounded(
         "reading the top of a stream",
         STATEMENT,
-        sqlx::query_as(
-            "select \"offset\" from postroad_broker.message \
-         where stream_id = $1 and \"offset\" >= $2 order by \"offset\" desc limit 1",
-        )
-        .bind(stream.0)
-        .bind(hint.0)
-        .fetch_optional(connection),
+        sqlx::query_as("select t.top from postroad_broker.stream_last($1) t where t.top >= $2")
+            .bind(stream.0)
+            .bind(hint.0)
+            .fetch_optional(connection),
     )
     .await?;
     Ok(row.map(|(offset,)| Offset(offset)))

@@ -14,25 +14,33 @@ use crate::domain::name::{StreamName, Topic};
 use crate::store::bounded::{LONG_STATEMENT, STATEMENT, bounded};
 use crate::store::{Connection, Error};
 
-/// How long a leaf of scheduled messages is, in seconds, as `extend_scheduled` in `migrations/broker` makes them.
-pub const SCHEDULED_LEAF_SECONDS: i64 = 21_600;
-
-/// Which of the two tables a leaf is of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ScheduledKind {
-    /// The messages, by when they are due.
-    Message,
-    /// The moves of horizons.
-    Publication,
+/// Makes the leaf that moves of horizons at a time are filed in, if it is missing.
+///
+/// # Errors
+/// The database's.
+pub async fn extend_publications(
+    connection: &mut Connection,
+    at: DateTime<Utc>,
+) -> Result<(), Error> {
+    extend_scheduled(connection, &("publication".to_owned(), at)).await
 }
 
-impl ScheduledKind {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Message => "message",
-            Self::Publication => "publication",
-        }
-    }
+/// The leaves that are to be there and are not, the nearest first: each by its kind and a time in it.
+///
+/// # Errors
+/// The database's.
+pub async fn missing_scheduled_leaves(
+    connection: &mut Connection,
+    now: DateTime<Utc>,
+) -> Result<Vec<(String, DateTime<Utc>)>, Error> {
+    bounded(
+        "looking for leaves of scheduled messages",
+        STATEMENT,
+        sqlx::query_as("select kind, leaf_at from postroad_broker.missing_scheduled_leaves($1)")
+            .bind(now)
+            .fetch_all(connection),
+    )
+    .await
 }
 
 /// The database's clock: what leaves are made for. A node's own view of it does not follow when it is set.
@@ -48,21 +56,20 @@ pub async fn read_clock(connection: &mut Connection) -> Result<DateTime<Utc>, Er
     .await
 }
 
-/// Makes the leaves that these times fall into, where they are missing.
+/// Makes a leaf, if it is missing.
 ///
 /// # Errors
 /// The database's.
 pub async fn extend_scheduled(
     connection: &mut Connection,
-    kind: ScheduledKind,
-    times: &[DateTime<Utc>],
+    (kind, at): &(String, DateTime<Utc>),
 ) -> Result<(), Error> {
     bounded(
         "making leaves for scheduled messages",
         STATEMENT,
         sqlx::query("select postroad_broker.extend_scheduled($1, $2)")
-            .bind(kind.as_str())
-            .bind(times)
+            .bind(kind)
+            .bind(at)
             .execute(connection),
     )
     .await?;
@@ -94,19 +101,20 @@ pub async fn publish_scheduled(
     connection: &mut Connection,
     stream: StreamId,
     hint: Offset,
-    max_messages: i32,
-    max_bytes: i64,
+    (max_messages, max_bytes): (i32, i64),
+    witness: DateTime<Utc>,
 ) -> Result<PublishedScheduled, Error> {
     let (status, last, count): (String, Option<i64>, i32) = bounded(
         "publishing scheduled messages",
         STATEMENT,
         sqlx::query_as(
-            "select status, last_offset, message_count from postroad_broker.publish_scheduled($1, $2, $3, $4)",
+            "select status, last_offset, message_count from postroad_broker.publish_scheduled($1, $2, $3, $4, $5)",
         )
         .bind(stream.0)
         .bind(hint.0)
         .bind(max_messages)
         .bind(max_bytes)
+        .bind(witness)
         .fetch_one(connection),
     )
     .await?;
@@ -133,32 +141,38 @@ pub struct NextScheduled {
     pub stream: StreamId,
     /// When the next of its messages is due; `None`: later than was looked for.
     pub due_at: Option<DateTime<Utc>>,
-    /// The database's clock.
+    /// The clock to go by, of the database's and the node's.
     pub clock: DateTime<Utc>,
+    /// When the next move of the horizon is filed at the latest.
+    pub files_until: DateTime<Utc>,
 }
 
-/// What comes next in each stream, `ahead` of the database's clock at most.
+/// What comes next in each stream, `ahead` of the clock at most.
 ///
 /// # Errors
 /// The database's.
 pub async fn next_scheduled(
     connection: &mut Connection,
     ahead: Duration,
+    witness: DateTime<Utc>,
 ) -> Result<Vec<NextScheduled>, Error> {
-    let rows: Vec<(i32, Option<DateTime<Utc>>, DateTime<Utc>)> = bounded(
+    type Columns = (i32, Option<DateTime<Utc>>, DateTime<Utc>, DateTime<Utc>);
+    let rows: Vec<Columns> = bounded(
         "looking for scheduled messages that are due",
         STATEMENT,
-        sqlx::query_as("select stream_id, due_at, clock from postroad_broker.next_scheduled($1)")
+        sqlx::query_as("select stream_id, due_at, clock, files_until from postroad_broker.next_scheduled($1, $2)")
             .bind(interval(ahead))
+            .bind(witness)
             .fetch_all(connection),
     )
     .await?;
     let next = rows
         .into_iter()
-        .map(|(stream, due_at, clock)| NextScheduled {
+        .map(|(stream, due_at, clock, files_until)| NextScheduled {
             stream: StreamId(stream),
             due_at,
             clock,
+            files_until,
         });
     Ok(next.collect())
 }
@@ -224,39 +238,36 @@ pub async fn cancel_scheduled(
 }
 
 /// A leaf of scheduled messages or of horizons.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScheduledLeaf {
-    /// Which table it is of.
-    pub kind: ScheduledKind,
+    /// `near` and `month` of messages, `publication` of moves of horizons.
+    pub kind: String,
     /// Its first due time.
     pub first_at: DateTime<Utc>,
     /// The first due time after it.
     pub last_at: DateTime<Utc>,
 }
 
-/// All leaves, those of messages first, each kind by time.
+/// All leaves, by kind and time, those of publications last.
 ///
 /// # Errors
 /// The database's.
 pub async fn list_scheduled_leaves(
     connection: &mut Connection,
 ) -> Result<Vec<ScheduledLeaf>, Error> {
-    let rows: Vec<(bool, DateTime<Utc>, DateTime<Utc>)> = bounded(
+    let rows: Vec<(String, DateTime<Utc>, DateTime<Utc>)> = bounded(
         "listing leaves of scheduled messages",
         STATEMENT,
         sqlx::query_as(
-            "select kind = 'message', first_at, last_at from postroad_broker.scheduled_leaf order by kind, first_at",
+            "select kind, first_at, last_at from postroad_broker.scheduled_leaf order by kind, first_at",
         )
         .fetch_all(connection),
     )
     .await?;
     let leaves = rows
         .into_iter()
-        .map(|(is_message, first_at, last_at)| ScheduledLeaf {
-            kind: match is_message {
-                true => ScheduledKind::Message,
-                false => ScheduledKind::Publication,
-            },
+        .map(|(kind, first_at, last_at)| ScheduledLeaf {
+            kind,
             first_at,
             last_at,
         });
@@ -278,7 +289,7 @@ pub async fn empty_scheduled_leaf(
         "emptying a leaf of scheduled messages",
         LONG_STATEMENT,
         sqlx::query_as("select postroad_broker.empty_scheduled_leaf($1, $2, $3, $4)")
-            .bind(leaf.kind.as_str())
+            .bind(&leaf.kind)
             .bind(leaf.first_at)
             .bind(now)
             .bind(interval(keep))
@@ -288,6 +299,21 @@ pub async fn empty_scheduled_leaf(
     Ok(done.is_some())
 }
 
+/// Deletes rows of no leaf that are remembered no more, `max` of a stream at most. Returns how many.
+///
+/// # Errors
+/// The database's.
+pub async fn forget_scheduled(connection: &mut Connection, max: i32) -> Result<i32, Error> {
+    bounded(
+        "deleting scheduled messages that are past",
+        LONG_STATEMENT,
+        sqlx::query_scalar("select postroad_broker.forget_scheduled($1)")
+            .bind(max)
+            .fetch_one(connection),
+    )
+    .await
+}
+
 /// Which scheduled messages are asked for.
 #[derive(Debug, Clone, Copy)]
 pub struct ScheduledSlice {
@@ -295,7 +321,7 @@ pub struct ScheduledSlice {
     pub stream: Option<StreamId>,
     /// Due from then on.
     pub from: DateTime<Utc>,
-    /// And before then: within a leaf.
+    /// And before then.
     pub until: DateTime<Utc>,
     /// After this one in the order (due, number).
     pub after: Option<ScheduledId>,
@@ -326,7 +352,7 @@ pub struct WaitingRow {
     pub data_bytes: u64,
 }
 
-/// Reads messages that wait, by (due, number). The session must be a reader's, which plans each time: only the leaf of the slice is
+/// Reads messages that wait, by (due, number). The session must be a reader's, which plans each time: only leaves of the slice are
 /// looked at.
 ///
 /// # Errors
@@ -431,6 +457,26 @@ pub async fn find_scheduled(
     }))
 }
 
+/// How many messages of a stream wait, `most` at most.
+///
+/// # Errors
+/// The database's.
+pub async fn count_waiting(
+    connection: &mut Connection,
+    stream: StreamId,
+    most: i64,
+) -> Result<i64, Error> {
+    bounded(
+        "counting scheduled messages of a stream",
+        STATEMENT,
+        sqlx::query_scalar("select postroad_broker.count_waiting($1, $2)")
+            .bind(stream.0)
+            .bind(most)
+            .fetch_one(connection),
+    )
+    .await
+}
+
 /// How many messages wait, by stream; streams that never had one are absent. Counts 1,000,000 of a stream at most.
 ///
 /// # Errors
@@ -453,22 +499,5 @@ pub async fn count_scheduled(
             })?;
             Ok((StreamId(id), (name, count)))
         })
-        .collect()
-}
-
-/// The start of the leaf that a time falls into, in leaves since 1970.
-#[must_use]
-pub fn scheduled_leaf_of(at: DateTime<Utc>) -> i64 {
-    at.timestamp().div_euclid(SCHEDULED_LEAF_SECONDS)
-}
-
-/// A time in each leaf from one time to another, both included; 4,000 leaves at most, the latest.
-#[must_use]
-pub fn scheduled_leaves_between(from: DateTime<Utc>, to: DateTime<Utc>) -> Vec<DateTime<Utc>> {
-    let last = scheduled_leaf_of(from.max(to));
-    let first = scheduled_leaf_of(from).max(last - 4_000);
-    let starts = (first..=last).map(|leaf| leaf * SCHEDULED_LEAF_SECONDS);
-    starts
-        .filter_map(|seconds| DateTime::from_timestamp(seconds, 0))
         .collect()
 }

@@ -47,12 +47,13 @@ pub struct ScheduleFailure {
     pub at: DateTime<Utc>,
 }
 
-/// All schedules, by name, and the database's clock.
+/// All schedules, by name, and the clock to go by, of the database's and the node's.
 ///
 /// # Errors
 /// The database's.
 pub async fn list_schedules(
     connection: &mut Connection,
+    witness: DateTime<Utc>,
 ) -> Result<(Vec<ScheduleRow>, DateTime<Utc>), Error> {
     const DOING: &str = "reading the schedules";
     let rows = bounded(
@@ -61,10 +62,11 @@ pub async fn list_schedules(
         sqlx::query(
             "select c.clock, s.id, s.name, s.declaration, s.revision, s.created_at, s.changed_at, t.through_at, \
                  t.last_at, t.published_count, t.failed_count, t.failed_at, t.failure, t.failure_at \
-             from (select clock_timestamp() as clock) c \
+             from (select postroad_broker.agreed_clock($1) as clock) c \
              left join (postroad_broker.schedule s join postroad_broker.schedule_state t on t.schedule_id = s.id) on true \
              order by s.name",
         )
+        .bind(witness)
         .fetch_all(connection),
     )
     .await?;
@@ -139,16 +141,18 @@ pub async fn declare_schedule(
     cadence: &str,
     is_paused: bool,
     most: i64,
+    witness: DateTime<Utc>,
 ) -> Result<ScheduleDeclared, Error> {
     let (status,): (String,) = bounded(
         "declaring a schedule",
         STATEMENT,
-        sqlx::query_as("select postroad_broker.declare_schedule($1, $2, $3, $4, $5)")
+        sqlx::query_as("select postroad_broker.declare_schedule($1, $2, $3, $4, $5, $6)")
             .bind(name)
             .bind(declaration)
             .bind(cadence)
             .bind(is_paused)
             .bind(most)
+            .bind(witness)
             .fetch_one(connection),
     )
     .await?;
@@ -201,6 +205,8 @@ pub struct Fire<'a> {
     pub occurrences: Vec<(String, DateTime<Utc>)>,
     /// What they have in common.
     pub message: &'a Message,
+    /// The node's clock.
+    pub witness: DateTime<Utc>,
 }
 
 /// What became of them.
@@ -235,7 +241,7 @@ pub async fn fire_schedule(connection: &mut Connection, fire: &Fire<'_>) -> Resu
         STATEMENT,
         sqlx::query_as(
             "select postroad_broker.fire_schedule($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, \
-             $17, $18, $19, $20)",
+             $17, $18, $19, $20, $21)",
         )
         .bind(fire.catalogue)
         .bind(fire.schedule)
@@ -257,6 +263,7 @@ pub async fn fire_schedule(connection: &mut Connection, fire: &Fire<'_>) -> Resu
         .bind(message.data.kind())
         .bind(message.priority().stored())
         .bind((message.data.kind() != 0).then_some(data))
+        .bind(fire.witness)
         .fetch_one(connection),
     )
     .await?;

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use tokio::sync::{mpsc, oneshot};
 
 use super::handle::{
@@ -12,7 +13,7 @@ use super::schedules::{self, ScheduleDescription};
 use crate::domain::id::{Offset, ScheduledId};
 use crate::domain::name::ScheduleName;
 use crate::domain::schedule::Declaration;
-use crate::store::stream::{self as sql, CancelledScheduled, ScheduledKind, ScheduledSlice};
+use crate::store::stream::{self as sql, CancelledScheduled, ScheduledSlice};
 use crate::store::{Connection, Database, Patience};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
@@ -23,6 +24,8 @@ use crate::supervisor::Supervisor;
 const LOOKED_AT_MAX: usize = 20_000;
 /// Rows read at a time.
 const SLICE_ROWS: u32 = 2_000;
+/// After whatever can be scheduled: the year 9999.
+const FOR_EVER: DateTime<Utc> = DateTime::from_timestamp(253_402_300_799, 0).expect("in range");
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -117,10 +120,11 @@ impl Desk {
         declaration: &Declaration,
     ) -> Result<(ScheduleDescription, Declared), Error> {
         let mut patience = Patience::default();
+        let witness = self.state.witness.now();
         loop {
             // Done once more it finds what it declared.
             let declared = match self.connected().await {
-                Ok(connection) => schedules::declare(connection, name, declaration).await,
+                Ok(connection) => schedules::declare(connection, name, declaration, witness).await,
                 Err(error) => Err(error),
             };
             match declared {
@@ -138,11 +142,13 @@ impl Desk {
     }
 
     async fn schedule(&mut self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
-        schedules::find(self.connected().await?, name).await
+        let witness = self.state.witness.now();
+        schedules::find(self.connected().await?, name, witness).await
     }
 
     async fn schedules(&mut self) -> Result<Vec<ScheduleDescription>, Error> {
-        schedules::list(self.connected().await?).await
+        let witness = self.state.witness.now();
+        schedules::list(self.connected().await?, witness).await
     }
 
     async fn delete(&mut self, name: &ScheduleName) -> Result<(), Error> {
@@ -184,63 +190,47 @@ impl Desk {
         Ok(self.connection.as_mut().expect("connected just above"))
     }
 
-    /// Walks over the leaves from the query's place on, as far as the bounds allow.
+    /// Walks over what waits from the query's place on, as far as the bounds allow.
     async fn list(&mut self, query: &ScheduledQuery) -> Result<ScheduledPage, Error> {
         let state = Arc::clone(&self.state);
         let connection = self.connected().await?;
         state.topics.refresh(connection).await?;
-        let leaves = sql::list_scheduled_leaves(connection).await?;
         let mut page = ScheduledPage::default();
         let mut looked_at = 0;
-        for leaf in leaves {
-            let is_past = query
-                .after
-                .is_some_and(|after| after.due_at >= leaf.last_at)
-                || query.due_from.is_some_and(|from| from >= leaf.last_at);
-            let is_ahead = query.due_until.is_some_and(|until| until <= leaf.first_at);
-            if leaf.kind != ScheduledKind::Message || is_past || is_ahead {
-                continue;
-            }
-            let mut after = query.after.filter(|after| after.due_at >= leaf.first_at);
-            loop {
-                let slice = ScheduledSlice {
-                    stream: query.stream,
-                    from: query
-                        .due_from
-                        .map_or(leaf.first_at, |from| from.max(leaf.first_at)),
-                    until: query
-                        .due_until
-                        .map_or(leaf.last_at, |until| until.min(leaf.last_at)),
-                    after,
-                    limit: SLICE_ROWS,
+        let mut after = query.after;
+        loop {
+            let slice = ScheduledSlice {
+                stream: query.stream,
+                from: query.due_from.unwrap_or(DateTime::UNIX_EPOCH),
+                until: query.due_until.unwrap_or(FOR_EVER),
+                after,
+                limit: SLICE_ROWS,
+            };
+            let rows = sql::list_scheduled(connection, &slice).await?;
+            let is_last = rows.len() < SLICE_ROWS as usize;
+            for row in rows {
+                after = Some(row.id);
+                looked_at += 1;
+                let Some(topic) = state.topics.name(row.topic) else {
+                    continue;
                 };
-                let rows = sql::list_scheduled(connection, &slice).await?;
-                let is_last = rows.len() < SLICE_ROWS as usize;
-                for row in rows {
-                    after = Some(row.id);
-                    looked_at += 1;
-                    let Some(topic) = state.topics.name(row.topic) else {
-                        continue;
-                    };
-                    let is_wanted = query.topic.as_ref().is_none_or(|p| p.matches(&topic))
-                        && query
-                            .key
-                            .as_ref()
-                            .is_none_or(|key| row.key.as_ref() == Some(key));
-                    if is_wanted {
-                        page.messages.push(Waiting { topic, row });
-                    }
-                    if page.messages.len() >= query.max_messages || looked_at >= LOOKED_AT_MAX {
-                        page.next = after;
-                        return Ok(page);
-                    }
+                let is_wanted = query.topic.as_ref().is_none_or(|p| p.matches(&topic))
+                    && query
+                        .key
+                        .as_ref()
+                        .is_none_or(|key| row.key.as_ref() == Some(key));
+                if is_wanted {
+                    page.messages.push(Waiting { topic, row });
                 }
-                if is_last {
-                    break;
+                if page.messages.len() >= query.max_messages || looked_at >= LOOKED_AT_MAX {
+                    page.next = after;
+                    return Ok(page);
                 }
+            }
+            if is_last {
+                return Ok(page);
             }
         }
-        Ok(page)
     }
 
     async fn find(&mut self, id: ScheduledId) -> Result<Option<Scheduled>, Error> {

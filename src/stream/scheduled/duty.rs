@@ -1,18 +1,17 @@
 //! The duty that publishes what has become due.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
-
-use chrono::{DateTime, Utc};
 use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::{mpsc, watch};
 
 use super::recurring::{Acceptance, Recurring};
-use super::{OfStream, ScheduledLeaves};
 use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
 use crate::failpoint;
-use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled, ScheduledKind};
+use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled};
 use crate::store::{self, Connection, Database, Retry};
 use crate::stream::handle::State;
 use crate::supervisor::Supervisor;
@@ -27,10 +26,8 @@ const AHEAD: Duration = Duration::from_secs(60);
 const BATCH_MESSAGES: i32 = 2_000;
 /// The most bytes of payload in one commit, but always one message.
 const BATCH_BYTES: i64 = 4 << 20;
-/// How often leaves are made and emptied, and messages counted.
-const UPKEEP: Duration = Duration::from_secs(60);
-/// How long what was published is remembered, so that a late cancel is told where it went.
-const KEEP: Duration = Duration::from_secs(86_400);
+/// How far ahead of a publication its leaf is made.
+const FILE_AHEAD: TimeDelta = TimeDelta::minutes(10);
 
 pub(in crate::stream) struct Duty {
     pub(in crate::stream) db: Database,
@@ -48,11 +45,10 @@ pub(in crate::stream) struct Duty {
 #[derive(Debug, Default)]
 pub(in crate::stream) struct DutyKnows {
     connection: Option<Connection>,
-    message_leaves: ScheduledLeaves,
-    publication_leaves: ScheduledLeaves,
+    /// Until when publications can be filed, as far as known, and since when.
+    filed: Option<(DateTime<Utc>, DateTime<Utc>)>,
     /// By stream: the last offset known, and up to where its log has leaves.
     ends: HashMap<StreamId, (Offset, Offset)>,
-    upkeep_at: Option<Instant>,
     recurring: Recurring,
 }
 
@@ -96,13 +92,8 @@ impl Duty {
     async fn pass(&mut self) -> Result<Duration, store::Error> {
         let mut connection = match self.known.connection.take() {
             Some(connection) => connection,
-            None => self.db.connect().await?,
+            None => sql::connect_duty(&self.db).await?,
         };
-        let now = Instant::now();
-        if self.known.upkeep_at.is_none_or(|at| now >= at) {
-            self.upkeep(&mut connection).await?;
-            self.known.upkeep_at = Some(now + UPKEEP);
-        }
         // What is accepted from here on says so itself.
         let has_changed = {
             let mut known = self.state.schedule.known();
@@ -117,26 +108,24 @@ impl Duty {
                 (&self.acceptance, self.state.as_ref()),
             )
             .await?;
-        let next = sql::next_scheduled(&mut connection, AHEAD).await?;
+        let next = sql::next_scheduled(&mut connection, AHEAD, self.state.witness.now()).await?;
         let mut pause = POLL.min(until_occurrence);
         for one in &next {
             if !self.note_next(one) {
-                // Its first: it is counted at once.
-                self.known.upkeep_at = None;
+                // Its first: it is counted at once, and has leaves made.
+                self.state.schedule.count.notify_one();
             }
             let Some(due_at) = one.due_at else { continue };
             if due_at > one.clock {
                 pause = pause.min((due_at - one.clock).to_std().unwrap_or_default());
                 continue;
             }
-            let publishing = self.publish(&mut connection, one.stream, due_at, one.clock);
+            let publishing = self.publish(&mut connection, one);
             match publishing.await {
                 Ok(true) => pause = Duration::ZERO,
                 Ok(false) => {}
-                // What the database refuses of one stream is in no other's way.
-                Err(error) if error.retry() == Retry::Never && error.sqlstate().is_some() => {
-                    self.note_failure(&error);
-                }
+                // What the database refuses of one stream, and what another session holds of its log, is in no other's way.
+                Err(error) if is_of_stream(&error) => self.note_failure(&error),
                 Err(error) => return Err(error),
             }
         }
@@ -152,16 +141,10 @@ impl Duty {
     async fn publish(
         &mut self,
         connection: &mut Connection,
-        stream: StreamId,
-        due_at: DateTime<Utc>,
-        clock: DateTime<Utc>,
+        next: &NextScheduled,
     ) -> Result<bool, store::Error> {
-        let leaves = sql::scheduled_leaves_between(due_at, clock);
-        let missing = self.known.publication_leaves.missing(leaves.into_iter());
-        if !missing.is_empty() {
-            sql::extend_scheduled(connection, ScheduledKind::Publication, &missing).await?;
-            self.known.publication_leaves.add(&missing);
-        }
+        let stream = next.stream;
+        self.file(connection, next.files_until).await?;
         let (mut last, mut end) = match self.known.ends.get(&stream) {
             Some(&known) => known,
             None => {
@@ -181,8 +164,9 @@ impl Duty {
             }
         }
         failpoint::reach("scheduled.before_publish");
-        let published =
-            sql::publish_scheduled(connection, stream, last, BATCH_MESSAGES, BATCH_BYTES).await;
+        let witness = self.state.witness.now();
+        let most = (BATCH_MESSAGES, BATCH_BYTES);
+        let published = sql::publish_scheduled(connection, stream, last, most, witness).await;
         failpoint::reach("scheduled.after_publish");
         match published {
             Ok(PublishedScheduled::Moved { last: now, count }) => {
@@ -199,54 +183,25 @@ impl Duty {
             // No leaf takes an offset or a horizon: others have appended, or leaves are gone. All is looked up again.
             Err(error) if error.sqlstate().as_deref() == Some("23514") => {
                 self.known.ends.remove(&stream);
-                self.known.publication_leaves.clear();
+                self.known.filed = None;
                 Ok(true)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Makes the leaves of now and of what comes next, empties those that are over, and counts.
-    async fn upkeep(&mut self, connection: &mut Connection) -> Result<(), store::Error> {
-        let now = sql::read_clock(connection).await?;
-        let ahead = now + chrono::TimeDelta::seconds(sql::SCHEDULED_LEAF_SECONDS);
-        for (kind, leaves) in [
-            (ScheduledKind::Message, &mut self.known.message_leaves),
-            (
-                ScheduledKind::Publication,
-                &mut self.known.publication_leaves,
-            ),
-        ] {
-            let missing = leaves.missing([now, ahead].into_iter());
-            if !missing.is_empty() {
-                sql::extend_scheduled(connection, kind, &missing).await?;
-                leaves.add(&missing);
-            }
+    /// Makes the leaf in which a move of a horizon is filed at this time, and some minutes later.
+    async fn file(
+        &mut self,
+        connection: &mut Connection,
+        at: DateTime<Utc>,
+    ) -> Result<(), store::Error> {
+        let is_there = |(from, until): (DateTime<Utc>, DateTime<Utc>)| from <= at && at < until;
+        if !self.known.filed.is_some_and(is_there) {
+            sql::extend_publications(connection, at).await?;
+            sql::extend_publications(connection, at + FILE_AHEAD).await?;
+            self.known.filed = Some((at, at + FILE_AHEAD / 2));
         }
-        for leaf in sql::list_scheduled_leaves(connection).await? {
-            match sql::empty_scheduled_leaf(connection, &leaf, now, KEEP).await {
-                Ok(false) => {}
-                Ok(true) => {
-                    tracing::debug!(first_at = %leaf.first_at, kind = ?leaf.kind, "scheduled messages forgotten");
-                }
-                // Somebody has it open: the next time. Each attempt can hold up appends for 50 ms.
-                Err(error) if error.sqlstate().as_deref() == Some("55P03") => break,
-                Err(error) => return Err(error),
-            }
-        }
-        let counts = sql::count_scheduled(connection).await?;
-        let mut known = self.state.schedule.known();
-        let streams = &mut known.streams;
-        let count = |(id, (name, count))| {
-            let next_due_at = streams.get(&id).and_then(|before| before.next_due_at);
-            let stream = OfStream {
-                name,
-                count,
-                next_due_at,
-            };
-            (id, stream)
-        };
-        *streams = counts.into_iter().map(count).collect();
         Ok(())
     }
 
@@ -259,4 +214,10 @@ impl Duty {
         stream.next_due_at = next.due_at;
         true
     }
+}
+
+/// Whether the trouble is one stream's.
+fn is_of_stream(error: &store::Error) -> bool {
+    let code = error.sqlstate();
+    code.as_deref() == Some("55P03") || (error.retry() == Retry::Never && code.is_some())
 }

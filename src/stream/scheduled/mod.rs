@@ -3,7 +3,8 @@
 //! An append accepts them under the head's lock, as rows beside the log (`number_scheduled` in `migrations/broker`). One task, on
 //! the node that holds the lease, publishes what has become due: one call moves a stream's horizon and copies what it passed to the
 //! end of the log, a bounded number at a time. Each call is right on any number of nodes and after any crash, since the horizon
-//! commits with what it passed; the lease only spares the work. The task sleeps until the next message that it knows of is due, and
+//! commits with what it passed; the lease only spares the work. A second task makes leaves ahead, empties those that are over and counts, so
+//! that nothing which takes long is in the way of what is due. The first task sleeps until the next message that it knows of is due, and
 //! looks every half second for what other nodes accepted.
 
 mod desk;
@@ -12,9 +13,10 @@ mod handle;
 mod metrics;
 mod recurring;
 mod schedules;
+mod upkeep;
 mod wire;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, Utc};
@@ -22,7 +24,6 @@ use tokio::sync::Notify;
 
 use crate::domain::id::{ScheduledId, StreamId};
 use crate::domain::name::StreamName;
-use crate::store::stream as sql;
 
 pub(super) use desk::{Desk, Job};
 pub(super) use duty::{Duty, DutyKnows, LEASE};
@@ -30,6 +31,7 @@ pub use handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledS
 pub(super) use metrics::register;
 pub use recurring::Acceptance;
 pub use schedules::{ScheduleDescription, ScheduleFailure, check_event};
+pub(super) use upkeep::Upkeep;
 
 use super::metrics::Metrics;
 
@@ -38,6 +40,8 @@ use super::metrics::Metrics;
 pub(super) struct Schedule {
     /// Wakes the duty: something is due before it meant to look again.
     wake: Notify,
+    /// Wakes the upkeep: a stream has its first.
+    count: Notify,
     known: Mutex<Known>,
 }
 
@@ -111,54 +115,5 @@ impl Schedule {
         let mut known = self.known();
         known.streams.clear();
         known.schedules = OfSchedules::default();
-    }
-}
-
-/// The leaves that are there for messages or horizons, as far as known.
-#[derive(Debug, Default)]
-pub(super) struct ScheduledLeaves {
-    known: HashSet<i64>,
-}
-
-impl ScheduledLeaves {
-    /// Of these times those whose leaf is not known, one per leaf.
-    pub(super) fn missing(&self, times: impl Iterator<Item = DateTime<Utc>>) -> Vec<DateTime<Utc>> {
-        let mut missing: HashMap<i64, DateTime<Utc>> = HashMap::new();
-        for time in times {
-            let leaf = sql::scheduled_leaf_of(time);
-            if !self.known.contains(&leaf) {
-                missing.entry(leaf).or_insert(time);
-            }
-        }
-        missing.into_values().collect()
-    }
-
-    pub(super) fn add(&mut self, times: &[DateTime<Utc>]) {
-        self.known
-            .extend(times.iter().map(|&time| sql::scheduled_leaf_of(time)));
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.known.clear();
-    }
-}
-
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_leaf_is_asked_for_once() {
-        let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap();
-        let mut leaves = ScheduledLeaves::default();
-        let times = [at(0), at(1), at(21_600), at(-1)];
-        let mut missing = leaves.missing(times.into_iter());
-        missing.sort();
-        assert_eq!(missing.len(), 3);
-        leaves.add(&missing);
-        assert!(leaves.missing(times.into_iter()).is_empty());
-        leaves.clear();
-        assert_eq!(leaves.missing(times.into_iter()).len(), 3);
     }
 }

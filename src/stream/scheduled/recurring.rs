@@ -100,7 +100,7 @@ impl Recurring {
     ) -> Result<Duration, store::Error> {
         let is_old = self.clock.is_none_or(|(_, read)| read.elapsed() >= RELOAD);
         if is_old || has_changed {
-            self.reload(connection).await?;
+            self.reload(connection, state.witness.now()).await?;
         }
         let now = self.now();
         state.schedule.known().schedules = self.look();
@@ -120,7 +120,13 @@ impl Recurring {
                 self.clock = None;
                 continue;
             }
-            let publishing = publish(connection, &mut self.router, (id, &*one), &due, acceptance);
+            let publishing = publish(
+                connection,
+                &mut self.router,
+                (id, &*one),
+                &due,
+                (acceptance, state.witness.now()),
+            );
             match publishing.await? {
                 Outcome::Published => {
                     metrics
@@ -173,9 +179,13 @@ impl Recurring {
         })
     }
 
-    async fn reload(&mut self, connection: &mut Connection) -> Result<(), store::Error> {
+    async fn reload(
+        &mut self,
+        connection: &mut Connection,
+        witness: DateTime<Utc>,
+    ) -> Result<(), store::Error> {
         let asked = Instant::now();
-        let (rows, clock) = sql::list_schedules(connection).await?;
+        let (rows, clock) = sql::list_schedules(connection, witness).await?;
         self.clock = Some((clock, asked));
         let is_there = |id: &i64| rows.iter().any(|row| row.id == *id);
         self.loaded.retain(|id, _| is_there(id));
@@ -272,7 +282,7 @@ async fn publish(
     router: &mut Option<Router>,
     (id, one): (i64, &Loaded),
     due: &Due,
-    acceptance: &Acceptance,
+    (acceptance, witness): (&Acceptance, DateTime<Utc>),
 ) -> Result<Outcome, store::Error> {
     let pass = Pass {
         schedule: id,
@@ -293,14 +303,18 @@ async fn publish(
     let is_taken = |message| acceptance.check(&message).map(|()| message);
     let (pass, reason, outcome) = match message.and_then(is_taken) {
         Ok(message) => {
-            let error = match fire(connection, router, (id, one), due, &message).await {
+            let error = match fire(connection, router, (id, one), due, (&message, witness)).await {
                 Ok(Fired::Fired) => return Ok(Outcome::Published),
                 Ok(Fired::Moved | Fired::Stale) => return Ok(Outcome::Moved),
                 Err(error) => error,
             };
             // No leaf takes the time: all is looked up again.
-            let is_own = error.sqlstate().is_some_and(|code| code != "23514");
-            if !is_own || error.retry() != Retry::Never {
+            let code = error.sqlstate();
+            if code.as_deref() == Some("55P03") {
+                // Somebody holds the stream's log: the other schedules go on.
+                return Ok(Outcome::Refused);
+            }
+            if code.is_none_or(|code| code == "23514") || error.retry() != Retry::Never {
                 return Err(error);
             }
             let pass = Pass {
@@ -340,7 +354,7 @@ async fn fire(
     router: &mut Option<Router>,
     (id, one): (i64, &Loaded),
     due: &Due,
-    message: &Message,
+    (message, witness): (&Message, DateTime<Utc>),
 ) -> Result<Fired, store::Error> {
     let router = match router {
         Some(router) => router,
@@ -367,6 +381,7 @@ async fn fire(
             .map(|&at| (occurrence_id(&one.name, at).to_string(), at))
             .collect(),
         message,
+        witness,
     };
     let fired = sql::fire_schedule(connection, &fire).await?;
     if fired == Fired::Stale {

@@ -134,8 +134,11 @@ fn describe(row: ScheduleRow, now: DateTime<Utc>) -> Result<ScheduleDescription,
     })
 }
 
-pub(super) async fn list(connection: &mut Connection) -> Result<Vec<ScheduleDescription>, Error> {
-    let (rows, now) = sql::list_schedules(connection).await?;
+pub(super) async fn list(
+    connection: &mut Connection,
+    witness: DateTime<Utc>,
+) -> Result<Vec<ScheduleDescription>, Error> {
+    let (rows, now) = sql::list_schedules(connection, witness).await?;
     let described = rows.into_iter().map(|row| describe(row, now));
     Ok(described.filter_map(Result::ok).collect())
 }
@@ -143,8 +146,9 @@ pub(super) async fn list(connection: &mut Connection) -> Result<Vec<ScheduleDesc
 pub(super) async fn find(
     connection: &mut Connection,
     name: &ScheduleName,
+    witness: DateTime<Utc>,
 ) -> Result<ScheduleDescription, Error> {
-    let (rows, now) = sql::list_schedules(connection).await?;
+    let (rows, now) = sql::list_schedules(connection, witness).await?;
     let row = rows.into_iter().find(|row| row.name == name.as_str());
     let row = row.ok_or_else(|| Error::ScheduleNotFound { name: name.clone() })?;
     Ok(describe(row, now)?)
@@ -154,6 +158,7 @@ pub(super) async fn declare(
     connection: &mut Connection,
     name: &ScheduleName,
     declaration: &Declaration,
+    witness: DateTime<Utc>,
 ) -> Result<(ScheduleDescription, Declared), Error> {
     let cadence = format!(
         "{}\n{}",
@@ -169,6 +174,7 @@ pub(super) async fn declare(
             &cadence,
             declaration.is_paused,
             SCHEDULES_MAX,
+            witness,
         );
         let declared = match declared.await? {
             ScheduleDeclared::Created => Declared::Created,
@@ -177,7 +183,7 @@ pub(super) async fn declare(
             ScheduleDeclared::Full => return Err(Error::TooManySchedules),
             ScheduleDeclared::Gone => continue,
         };
-        return Ok((find(connection, name).await?, declared));
+        return Ok((find(connection, name, witness).await?, declared));
     }
 }
 

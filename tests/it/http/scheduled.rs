@@ -29,6 +29,38 @@ async fn events(api: &Api, count: usize) -> Vec<Value> {
 }
 
 #[tokio::test]
+async fn a_stream_with_messages_to_come_is_deleted_by_force_alone() {
+    let api = Api::start().await;
+    let declared = api
+        .call(
+            "PUT",
+            "/v1/streams/orders",
+            Some(json!({"topics": ["orders.*"]})),
+        )
+        .await;
+    assert_eq!(declared.status, 201, "{declared:?}");
+    let none = api.get("/v1/streams/orders").await;
+    assert_eq!(none.body["scheduled"], Value::Null);
+    let event = json!({"messages": [
+        {"topic": "orders.a", "deliver_at": after(3_600_000), "data": 1},
+        {"topic": "orders.b", "deliver_at": after(3_600_000), "data": 2}]});
+    let accepted = api.call("POST", "/v1/messages", Some(event)).await;
+    assert_eq!(accepted.status, 200, "{accepted:?}");
+    let stream = api.get("/v1/streams/orders").await;
+    assert_eq!(stream.body["scheduled"]["waiting"], 2, "{stream:?}");
+    let path = "/v1/streams/orders";
+    assert_problem(&delete(&api, path).await, 409, "stream-has-scheduled");
+    let path = "/v1/streams/orders?force=perhaps";
+    assert_problem(&delete(&api, path).await, 422, "invalid-request");
+    assert_eq!(
+        delete(&api, "/v1/streams/orders?force=true").await.status,
+        204
+    );
+    let gone = api.get("/v1/streams/orders").await;
+    assert_problem(&gone, 404, "stream-not-found");
+}
+
+#[tokio::test]
 async fn every_way_to_publish_takes_a_time_to_come() {
     let api = Api::start().await;
     // Later than all that is asked before it comes.

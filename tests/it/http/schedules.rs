@@ -152,7 +152,7 @@ async fn what_is_due_and_held_up_shows_in_the_stream_and_the_metrics() {
     let (_, main) = http.get(path).await;
     assert_eq!(
         main["scheduled"],
-        json!({"next_due_at": hour, "lag_seconds": 0.0})
+        json!({"next_due_at": hour, "lag_seconds": 0.0, "waiting": 1})
     );
     http.declare(
         "/v1/schedules/tick",

@@ -62,10 +62,10 @@ async fn streams_own_their_topics_from_the_answer_of_the_declare_on() {
         Err(Error::Settings(_))
     ));
     assert!(matches!(
-        one.stream.delete(&StreamName::main()).await,
+        one.stream.delete(&StreamName::main(), false).await,
         Err(Error::MainIsKept)
     ));
-    one.stream.delete(&name).await.unwrap();
+    one.stream.delete(&name, false).await.unwrap();
     assert!(matches!(
         one.stream.describe(&name).await,
         Err(Error::NotFound { .. })

@@ -2,9 +2,11 @@
 
 mod append;
 mod faults;
+mod held;
 mod keeping;
 mod keyed;
 pub mod log;
+mod plans;
 mod priority;
 mod scheduled;
 
@@ -68,6 +70,14 @@ fn quick() -> Options {
         maintenance: Duration::from_millis(20),
         leaf_offsets: 100,
         ..Options::default()
+    }
+}
+
+/// The same, with a node's clock that is never behind: the database's alone decides, for tests that set it.
+fn leading() -> Options {
+    Options {
+        clock_lead: Duration::from_secs(10 * 365 * 86_400),
+        ..quick()
     }
 }
 

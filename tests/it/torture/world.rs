@@ -161,8 +161,18 @@ impl World {
             let file = point.to_str().unwrap().to_owned();
             variables.push(("POSTROAD_FAILPOINTS_FILE".to_owned(), file));
         }
+        let mut limits = Vec::new();
+        if ground.clock_jump.is_some() {
+            // The database's clock is the one that is set, and is believed.
+            limits.push("clock-lead-seconds=315360000");
+        }
+        if ground.is_rich {
+            limits.push(rare::LIMITS);
+        }
+        if cfg!(feature = "failpoints") && !limits.is_empty() {
+            variables.push(("POSTROAD_LIMITS".to_owned(), limits.join(",")));
+        }
         if cfg!(feature = "failpoints") && ground.is_rich {
-            variables.push(("POSTROAD_LIMITS".to_owned(), rare::LIMITS.to_owned()));
             let grace = ("POSTROAD_OUTBOX_GRACE_SECONDS".to_owned(), "1".to_owned());
             variables.push(grace);
         }

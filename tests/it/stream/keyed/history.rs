@@ -215,7 +215,7 @@ async fn retention_takes_messages_and_leaves_versions() {
         .unwrap();
     let page = node.key("k").await;
     assert_eq!((page.version, page.last_offset), (4, Some(Offset(155))));
-    node.stream.delete(&name()).await.unwrap();
+    node.stream.delete(&name(), false).await.unwrap();
     let pool = db.pool(1);
     eventually(
         "the heads of a deleted stream go with its log",

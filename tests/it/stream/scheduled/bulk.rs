@@ -64,27 +64,53 @@ async fn leaves_that_are_past_are_emptied_and_dropped_and_the_horizon_stays() {
     let db = support::database().await;
     let node = node(&db).await;
     let main = node.main().await;
+    // Leaves are made once a stream has something scheduled.
+    let none = node.schedule(super::due_in(&node, "none", 3_600_000)).await;
+    node.stream.cancel_scheduled(none).await.unwrap();
+    let mut owner = db.connect().await;
+    support::eventually("leaves to be made", async || {
+        let text = "select count(*) >= 26 from postroad_broker.scheduled_leaf";
+        let are_made: bool = sqlx::query_scalar(text)
+            .fetch_one(&db.pool(1))
+            .await
+            .unwrap();
+        are_made.then_some(())
+    })
+    .await;
     let first = node.schedule(super::due_in(&node, "1", 2_000)).await;
     node.ids(main, 1).await;
     node.stop().await;
     let mut connection = db.database.connect().await.unwrap();
-    // Two days on, as far as the leaves can tell.
-    let mut owner = db.connect().await;
+    // The leaves of now are of two days ago, as far as they can tell.
     owner
         .execute(
-            "do $$ declare l record; begin
-                for l in select * from postroad_broker.scheduled_leaf loop
-                    execute format('alter table postroad_broker.scheduled_%s detach partition postroad_broker.%I', l.kind, l.table_name);
+            "do $$ declare l record; p text; c text; begin
+                for l in select * from postroad_broker.scheduled_leaf
+                    where kind <> 'month' and first_at <= clock_timestamp() order by first_at
+                loop
+                    p := case l.kind when 'near' then 'scheduled_near' else 'scheduled_publication' end;
+                    c := case l.kind when 'near' then 'due_at' else 'filed_at' end;
+                    execute format('alter table postroad_broker.%I detach partition postroad_broker.%I', p, l.table_name);
                     execute format('update postroad_broker.%I set due_at = due_at - interval ''2 days''', l.table_name);
-                    execute format('alter table postroad_broker.scheduled_%s attach partition postroad_broker.%I for values from (%L) to (%L)',
-                        l.kind, l.table_name, l.first_at - interval '2 days', l.last_at - interval '2 days');
+                    if c = 'filed_at' then
+                        execute format('update postroad_broker.%I set filed_at = filed_at - interval ''2 days''', l.table_name);
+                    end if;
+                    execute format('alter table postroad_broker.%I attach partition postroad_broker.%I for values from (%L) to (%L)',
+                        p, l.table_name, l.first_at - interval '2 days', l.last_at - interval '2 days');
                 end loop;
-                update postroad_broker.scheduled_leaf set first_at = first_at - interval '2 days', last_at = last_at - interval '2 days';
+                update postroad_broker.scheduled_leaf set first_at = first_at - interval '2 days', last_at = last_at - interval '2 days'
+                where kind <> 'month' and first_at <= clock_timestamp();
             end $$",
         )
         .await
         .unwrap();
-    let leaves = sql::list_scheduled_leaves(&mut connection).await.unwrap();
+    let past = async |connection: &mut postroad::store::Connection| {
+        let leaves = sql::list_scheduled_leaves(connection).await.unwrap();
+        let is_past = |leaf: &sql::ScheduledLeaf| leaf.last_at < chrono::Utc::now();
+        leaves.into_iter().filter(is_past).collect::<Vec<_>>()
+    };
+    let leaves = past(&mut connection).await;
+    assert_eq!(leaves.len(), 2, "{leaves:?}");
     let day = Duration::from_secs(86_400);
     let now = node.cluster.now();
     // Once to empty those with rows and drop those without, once more to drop.
@@ -95,12 +121,7 @@ async fn leaves_that_are_past_are_emptied_and_dropped_and_the_horizon_stays() {
                 .unwrap();
         }
     }
-    assert!(
-        sql::list_scheduled_leaves(&mut connection)
-            .await
-            .unwrap()
-            .is_empty()
-    );
+    assert!(past(&mut connection).await.is_empty());
     let horizon: (bool,) = sqlx::query_as(
         "select h.due_at > now() - interval '3 days' from postroad_broker.scheduled_horizon(1) h",
     )
@@ -111,7 +132,7 @@ async fn leaves_that_are_past_are_emptied_and_dropped_and_the_horizon_stays() {
     let node = super::node(&db).await;
     let forgotten = node.stream.cancel_scheduled(first).await.unwrap();
     assert_eq!(forgotten, Cancelled::Unknown);
-    // Leaves come again when they are needed.
+    // The leaf of now is gone; what is accepted needs none.
     node.schedule(super::due_in(&node, "2", 2_000)).await;
     assert_eq!(node.ids(main, 2).await, ["1", "2"]);
     node.stop().await;

@@ -3,6 +3,7 @@
 
 mod bulk;
 mod clock;
+mod dues;
 mod life;
 mod race;
 mod recurring;
@@ -14,10 +15,10 @@ use postroad::domain::id::{ScheduledId, StreamId};
 use postroad::domain::message::Message;
 use postroad::stream::ScheduledQuery;
 
-use super::{Node, message, node, node_with, quick, read};
+use super::{Node, leading, message, node, node_with, quick, read};
 
 /// A message that is due at a time.
-fn due(id: &str, at: DateTime<Utc>) -> Message {
+pub(super) fn due(id: &str, at: DateTime<Utc>) -> Message {
     let mut message = message("later", id, "1");
     let at = at.to_rfc3339_opts(SecondsFormat::Micros, true);
     message.extensions.insert("deliverat".to_owned(), at.into());
@@ -40,7 +41,7 @@ impl Node {
     }
 
     /// Waits until the stream has so many messages, and gives their ids in order.
-    async fn ids(&self, stream: StreamId, count: i64) -> Vec<String> {
+    pub(super) async fn ids(&self, stream: StreamId, count: i64) -> Vec<String> {
         let mut last = self.stream.last_offset(stream);
         let waiting = last.wait_for(|last| last.0 >= count);
         tokio::time::timeout(Duration::from_secs(120), waiting)

@@ -9,7 +9,7 @@ use postroad::domain::schedule::{Cadence, Declaration, Misfire, occurrence_id};
 use postroad::stream::Declared;
 use serde_json::Value;
 
-use super::{Node, node, node_with, quick, read};
+use super::{Node, leading, node, node_with, quick, read};
 use crate::support::{self, clock};
 
 fn name() -> ScheduleName {
@@ -100,14 +100,14 @@ async fn what_was_missed_goes_by_the_policy() {
     for (misfire, expected) in [(Misfire::Skip, 0), (Misfire::One, 1), (Misfire::All, 9)] {
         let db = support::database().await;
         clock::settable(&db.url).await;
-        let node = node(&db).await;
+        let node = node_with(&db.database, "http://one", leading()).await;
         let main = node.main().await;
         node.declare_tick(declaration("*/10 * * * *", misfire))
             .await;
         node.stop().await;
         // An hour and a half on; the latest is more than a minute ago, unless it is just due.
         clock::set(&db.url, "90 minutes").await;
-        let node = node_with(&db.database, "http://two", quick()).await;
+        let node = node_with(&db.database, "http://two", leading()).await;
         let seen = support::eventually("the schedule to move", || async {
             let seen = node.stream.schedule(&name()).await.unwrap();
             (seen.through > seen.created_at + chrono::TimeDelta::hours(1)).then_some(seen)
@@ -132,7 +132,7 @@ async fn what_was_missed_goes_by_the_policy() {
 async fn a_clock_that_is_set_repeats_no_occurrence() {
     let db = support::database().await;
     clock::settable(&db.url).await;
-    let node = node(&db).await;
+    let node = node_with(&db.database, "http://one", leading()).await;
     let main = node.main().await;
     node.declare_tick(declaration("0 * * * *", Misfire::All))
         .await;
@@ -153,7 +153,7 @@ async fn a_clock_that_is_set_repeats_no_occurrence() {
 async fn a_pause_and_another_cadence_begin_anew() {
     let db = support::database().await;
     clock::settable(&db.url).await;
-    let node = node(&db).await;
+    let node = node_with(&db.database, "http://one", leading()).await;
     let main = node.main().await;
     let hourly = declaration("0 * * * *", Misfire::All);
     let paused = Declaration {

@@ -1,0 +1,60 @@
+//! Sessions of those who read and write the log, with what each has to be told.
+
+use sqlx::Executor as _;
+
+use crate::store::bounded::{STATEMENT, bounded};
+use crate::store::{Connection, Database, Error};
+
+/// A connection for reads of the log. The leaves have no statistics (nothing analyzes them), so the planner is told: go by
+/// the index, in its order, and plan anew each time, so that leaves out of range are neither looked at nor locked.
+///
+/// # Errors
+/// The server cannot be reached or refuses.
+pub async fn connect_reader(database: &Database) -> Result<Connection, Error> {
+    let mut connection = database.connect().await?;
+    let setting_up = connection.execute(
+        "set enable_seqscan = off; set enable_bitmapscan = off; set enable_sort = off; \
+         set enable_hashjoin = off; set enable_mergejoin = off; \
+         set plan_cache_mode = force_custom_plan; set jit = off",
+    );
+    bounded("setting up a reader's session", STATEMENT, setting_up).await?;
+    Ok(connection)
+}
+
+/// A reader that serves all streams: what one asks for under a lock of somebody else's is not waited for in the way of the others.
+///
+/// # Errors
+/// The server cannot be reached or refuses.
+pub async fn connect_shared_reader(database: &Database) -> Result<Connection, Error> {
+    let mut connection = connect_reader(database).await?;
+    let setting_up = connection.execute("set lock_timeout = '1s'");
+    bounded("setting up a reader's session", STATEMENT, setting_up).await?;
+    Ok(connection)
+}
+
+/// A connection of the appender. What it waits for under a lock of somebody else's is up to that one stream, so it waits for a moment only.
+/// A lane, for what is held already, tries again and again: it waits for less, since it has the heads of its streams meanwhile.
+///
+/// # Errors
+/// The server cannot be reached or refuses.
+pub async fn connect_appender(database: &Database, is_lane: bool) -> Result<Connection, Error> {
+    let mut connection = database.connect().await?;
+    let setting_up = connection.execute(match is_lane {
+        true => "set lock_timeout = '50ms'",
+        false => "set lock_timeout = '200ms'",
+    });
+    bounded("setting up an appender's session", STATEMENT, setting_up).await?;
+    Ok(connection)
+}
+
+/// A connection of a duty: one stream that is locked holds up no other for long, and no plan is kept, which would lock all leaves.
+///
+/// # Errors
+/// The server cannot be reached or refuses.
+pub async fn connect_duty(database: &Database) -> Result<Connection, Error> {
+    let mut connection = database.connect().await?;
+    let setting_up =
+        connection.execute("set lock_timeout = '200ms'; set plan_cache_mode = force_custom_plan");
+    bounded("setting up a duty's session", STATEMENT, setting_up).await?;
+    Ok(connection)
+}

@@ -1,0 +1,106 @@
+//! The upkeep of scheduled messages, beside the duty that publishes them and on a connection of its own: whatever it takes, what is due
+//! comes in time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::OfStream;
+use crate::domain::id::Fence;
+use crate::store::stream as sql;
+use crate::store::{self, Connection, Database};
+use crate::stream::handle::State;
+use crate::supervisor::Supervisor;
+
+/// How often leaves are made and emptied, and messages counted.
+const UPKEEP: Duration = Duration::from_secs(60);
+/// How long what was published is remembered, so that a late cancel is told where it went.
+const KEEP: Duration = Duration::from_secs(86_400);
+/// Rows of no leaf that one statement deletes of a stream.
+const FORGET_ROWS: i32 = 5_000;
+
+pub(in crate::stream) struct Upkeep {
+    pub(in crate::stream) db: Database,
+    pub(in crate::stream) state: Arc<State>,
+    pub(in crate::stream) supervisor: Supervisor,
+    pub(in crate::stream) lease: watch::Receiver<Option<Fence>>,
+    pub(in crate::stream) connection: Option<Connection>,
+}
+
+impl Upkeep {
+    pub(in crate::stream) async fn run(mut self) {
+        while !self.supervisor.is_stopping() {
+            if self.lease.borrow_and_update().is_some()
+                && let Err(error) = self.pass().await
+            {
+                self.connection = None;
+                self.state.metrics.scheduled_failures.inc();
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the upkeep of scheduled messages failed"
+                );
+            }
+            tokio::select! {
+                () = tokio::time::sleep(UPKEEP) => {}
+                () = self.state.schedule.count.notified() => {}
+                Ok(()) = self.lease.changed() => {}
+                () = self.supervisor.stopping() => {}
+            }
+        }
+    }
+
+    /// Counts, makes the leaves that are missing, and empties those that are over. Each statement is a transaction of few locks.
+    async fn pass(&mut self) -> Result<(), store::Error> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => sql::connect_duty(&self.db).await?,
+        };
+        self.count(&mut connection).await?;
+        let clock = sql::read_clock(&mut connection).await?;
+        let now = self.state.witness.agreed(clock);
+        for leaf in sql::missing_scheduled_leaves(&mut connection, now).await? {
+            match sql::extend_scheduled(&mut connection, &leaf).await {
+                Err(error) if is_held(&error) => break,
+                made => made?,
+            }
+        }
+        for leaf in sql::list_scheduled_leaves(&mut connection).await? {
+            match sql::empty_scheduled_leaf(&mut connection, &leaf, now, KEEP).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::debug!(first_at = %leaf.first_at, kind = leaf.kind, "scheduled messages forgotten");
+                }
+                // Somebody has it open: the next time. Each attempt can hold up appends for 50 ms.
+                Err(error) if is_held(&error) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        while !self.supervisor.is_stopping()
+            && sql::forget_scheduled(&mut connection, FORGET_ROWS).await? >= FORGET_ROWS
+        {}
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    async fn count(&self, connection: &mut Connection) -> Result<(), store::Error> {
+        let counts = sql::count_scheduled(connection).await?;
+        let mut known = self.state.schedule.known();
+        let streams = &mut known.streams;
+        let count = |(id, (name, count))| {
+            let next_due_at = streams.get(&id).and_then(|before| before.next_due_at);
+            let stream = OfStream {
+                name,
+                count,
+                next_due_at,
+            };
+            (id, stream)
+        };
+        *streams = counts.into_iter().map(count).collect();
+        Ok(())
+    }
+}
+
+fn is_held(error: &store::Error) -> bool {
+    error.sqlstate().as_deref() == Some("55P03")
+}
