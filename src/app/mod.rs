@@ -5,7 +5,9 @@
 
 mod database;
 mod declarations;
+mod error;
 mod files;
+mod options;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,13 +18,12 @@ use tokio::net::TcpListener;
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::domain::cloudevents::Limits;
-use crate::domain::name::OriginName;
-use crate::store::{self, Database};
+use crate::store::Database;
 use crate::supervisor::Supervisor;
-use crate::{
-    cluster, failpoint, http, local_postgres, lock, queue, relay, stream, telemetry, topic,
-};
+use crate::{cluster, http, local_postgres, lock, queue, relay, stream, telemetry, topic};
+use options::{http_options, node_address, node_url, queue_options, relay_options, stream_options};
+
+pub use error::{Error, NotStopped};
 
 /// How long parts have to end whose work is void.
 const ABANDON: Duration = Duration::from_secs(1);
@@ -30,65 +31,6 @@ const ABANDON: Duration = Duration::from_secs(1);
 const POOL_CLOSE: Duration = Duration::from_secs(5);
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
-
-/// Why the broker did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The address is taken or not ours.
-    #[error("listening on {address} failed")]
-    Bind {
-        /// The address asked for.
-        address: SocketAddr,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// No private Postgres.
-    #[error("the local Postgres did not start")]
-    LocalPostgres(#[from] local_postgres::Error),
-    /// The database is there and not fit.
-    #[error("the database {place} cannot be used: {reason}")]
-    Refused {
-        /// Host, port and name.
-        place: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The database failed.
-    #[error("the database failed")]
-    Store(#[from] store::Error),
-    /// The node could not be registered.
-    #[error("the node did not start")]
-    Cluster(#[from] cluster::Error),
-    /// The streams.
-    #[error("the streams did not start")]
-    Stream(#[from] stream::Error),
-    /// The queues.
-    #[error("the queues did not start")]
-    Queue(#[from] queue::Error),
-    /// The settings of topics.
-    #[error("the settings of topics did not start")]
-    Topic(#[from] topic::Error),
-    /// The relays.
-    #[error("the relays did not start")]
-    Relay(#[from] relay::Error),
-    /// The HTTP server.
-    #[error("the HTTP server did not start")]
-    Http(#[from] http::Error),
-    /// A stream or queue of the configuration breaks a rule.
-    #[error("the configuration's `{key}` cannot be had: {reason}")]
-    Declaration {
-        /// `streams.orders`.
-        key: String,
-        /// The rule.
-        reason: String,
-    },
-}
-
-/// Parts that had not stopped when their time was over.
-#[derive(Debug, thiserror::Error)]
-#[error("these had not stopped in time: {}", .0.join(", "))]
-pub struct NotStopped(pub Vec<String>);
 
 /// The supervisors of a broker, one per step of the stop.
 #[derive(Debug)]
@@ -270,27 +212,6 @@ struct Parts {
     histories: Vec<Uuid>,
 }
 
-/// The address that the node's row has when none is advertised. A node takes over at once what is held under its own address,
-/// so it must be one that no process elsewhere has: loopback and `0.0.0.0` are those of every machine.
-fn node_address(listening: SocketAddr) -> String {
-    let ip = listening.ip();
-    if ip.is_loopback() || ip.is_unspecified() {
-        let host = rustix::system::uname();
-        let host = host.nodename().to_string_lossy().into_owned();
-        format!("http://{host}:{}", listening.port())
-    } else {
-        format!("http://{listening}")
-    }
-}
-
-/// Where other nodes reach this one when nothing is advertised: those of the same machine by its loopback address.
-fn node_url(listening: SocketAddr) -> String {
-    match listening.ip().is_unspecified() {
-        true => node_address(listening),
-        false => format!("http://{listening}"),
-    }
-}
-
 async fn assemble(
     config: &Config,
     mut void: Vec<Uuid>,
@@ -384,15 +305,6 @@ async fn assemble(
     })
 }
 
-/// What a schedule's occurrence must be for its topic to take it.
-fn acceptance(topics: &topic::Handle, message_max_bytes: usize) -> stream::Acceptance {
-    let topics = topics.clone();
-    stream::Acceptance::new(move |message| {
-        let refusal = topics.rules().refusal_within(message, message_max_bytes);
-        refusal.map_or(Ok(()), Err)
-    })
-}
-
 /// What to do about an unsafe Postgres stands beside the reason.
 fn refused(database: &Database, error: cluster::Error) -> Error {
     match &error {
@@ -402,69 +314,6 @@ fn refused(database: &Database, error: cluster::Error) -> Error {
         },
         _ => error.into(),
     }
-}
-
-fn stream_options(config: &Config, topics: &topic::Handle) -> stream::Options {
-    let defaults = stream::Options::default();
-    stream::Options {
-        cache_bytes: config.stream_cache_bytes,
-        acceptance: acceptance(topics, config.message_max_bytes),
-        leaf_offsets: failpoint::limit("leaf-offsets", defaults.leaf_offsets),
-        ..defaults
-    }
-}
-
-fn queue_options() -> queue::Options {
-    let defaults = queue::Options::default();
-    queue::Options {
-        journal_full_bytes: failpoint::limit("journal-bytes", defaults.journal_full_bytes),
-        ..defaults
-    }
-}
-
-fn relay_options(config: &Config) -> relay::Options {
-    let local = relay::OriginOptions {
-        name: OriginName::local(),
-        url: None,
-        mapping: None,
-    };
-    let others = config.origins.iter().map(|origin| relay::OriginOptions {
-        name: origin.name.clone(),
-        url: Some(origin.url.clone()),
-        mapping: origin.mapping.clone(),
-    });
-    relay::Options {
-        origins: std::iter::once(local).chain(others).collect(),
-        grace: config.outbox_grace,
-        ..relay::Options::default()
-    }
-}
-
-fn http_options(config: &Config) -> http::Options {
-    let defaults = http::Options::default();
-    // No balancer stands before a loopback address.
-    let lame_duck = if config.bind.ip().is_loopback() {
-        Duration::ZERO
-    } else {
-        config.lame_duck
-    };
-    http::Options {
-        publish: Limits {
-            message_bytes: config.message_max_bytes,
-            ..Limits::default()
-        },
-        connections_max: files::connections_within(config.connections_max),
-        lame_duck,
-        node_secret: config.node_secret.clone(),
-        allowed_hosts: config.allowed_hosts.clone(),
-        advertise_url: config.advertise_url.clone(),
-        // Half of the time is left for what the engines have to finish.
-        drain: defaults
-            .drain
-            .min(config.shutdown.saturating_sub(lame_duck) / 2),
-        ..defaults
-    }
-    .with_keep_alive(config.keep_alive)
 }
 
 /// The configured database, or a private one.

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::{Config, Declared, Error, Fault, KEYS, Key, fault::unknown, origin};
+use super::{
+    Config, Declared, Environment, Error, Fault, Flags, KEYS, Key, fault::unknown, origin,
+};
 use crate::failpoint;
 
 /// The file that is read when none is named.
@@ -14,46 +16,6 @@ const DEFAULT_FILE: &str = "postroad.toml";
 const ORIGINS_VARIABLE: &str = "POSTROAD_ORIGINS";
 /// The tables of the file.
 const TABLES: [&str; 4] = ["origins", "streams", "topics", "queues"];
-
-/// What the command line said.
-#[derive(Debug, Clone, Default)]
-pub struct Flags {
-    /// `--config`.
-    pub file: Option<PathBuf>,
-    /// Values by the key's name.
-    pub values: BTreeMap<&'static str, String>,
-}
-
-/// The environment's variables, given as a value so that tests need not change the process.
-#[derive(Debug, Clone, Default)]
-pub struct Environment(BTreeMap<String, String>);
-
-impl Environment {
-    /// The process's own. Variables that are not UTF-8 are left out.
-    #[must_use]
-    pub fn of_process() -> Self {
-        let utf8 = std::env::vars_os().filter_map(|(name, value)| {
-            Some((name.into_string().ok()?, value.into_string().ok()?))
-        });
-        Self(utf8.collect())
-    }
-
-    /// A variable's value; one set to nothing is not set.
-    #[must_use]
-    pub fn get(&self, name: &str) -> Option<&str> {
-        self.0
-            .get(name)
-            .map(String::as_str)
-            .filter(|value| !value.is_empty())
-    }
-}
-
-impl<const N: usize> From<[(&str, &str); N]> for Environment {
-    fn from(variables: [(&str, &str); N]) -> Self {
-        let owned = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        Self(owned.into_iter().collect())
-    }
-}
 
 struct Loader<'a> {
     environment: &'a Environment,

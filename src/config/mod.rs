@@ -4,6 +4,7 @@
 //! value and what is allowed.
 
 mod fault;
+mod given;
 mod keys;
 mod load;
 mod origin;
@@ -18,8 +19,9 @@ use serde_json::{Map, Value};
 use crate::domain::name::{QueueName, StreamName, TopicPattern};
 
 pub use fault::{Error, Fault};
+pub use given::{Environment, Flags};
 pub use keys::{KEYS, Key};
-pub use load::{Environment, Flags, load};
+pub use load::load;
 pub use origin::{Origin, UrlFrom};
 pub use render::{effective, markdown_table};
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::{Fault, fault::unknown, keys::postgres_url, load::Environment};
+use super::{Environment, Fault, fault::unknown, keys::postgres_url};
 use crate::domain::mapping::{Draft, Mapping};
 use crate::domain::name::OriginName;
 
