@@ -16,6 +16,8 @@ RUN apt-get update \
     && useradd --system --uid 10001 --no-create-home postroad
 COPY --from=build /postroad /usr/local/bin/postroad
 USER 10001
+# All addresses: whoever reaches the port may publish, receive, purge and delete, since nobody signs in. Publish it to those alone
+# who may: `-p 127.0.0.1:8080:8080`, a network of its own, a proxy that signs in. The start says so in the log.
 ENV POSTROAD_BIND=0.0.0.0:8080 POSTROAD_LOG_FORMAT=json
 EXPOSE 8080
 STOPSIGNAL SIGTERM

@@ -2,7 +2,8 @@
 //! `failpoints`, which no release is built with.
 //!
 //! `POSTROAD_FAILPOINTS="append.before_call=abort@3,lease.after_take=stop@1"`: at the third passing of the one the process is gone, as
-//! after kill -9; at the first of the other it stops by SIGSTOP before the call returns, until somebody sends SIGCONT.
+//! after kill -9; at the first of the other it stops by SIGSTOP before the call returns, until somebody sends SIGCONT. `hang@1` keeps the
+//! thread for good, as a computation without end does.
 //! `POSTROAD_FAILPOINTS_FILE` names a file by which a point is armed while the process runs: once it holds `append.before_call=abort`,
 //! the next passing takes the file away and acts. `POSTROAD_LIMITS="leaf-offsets=200"` lowers a limit of [`LIMITS`].
 //! `POSTROAD_MUTANT` names a fault of [`MUTANTS`]. What cannot be read ends the process: a test with a slip in it proves nothing.
@@ -106,6 +107,7 @@ mod on {
     enum Act {
         Abort,
         Stop,
+        Hang,
     }
 
     /// What is to happen at a point.
@@ -145,6 +147,9 @@ mod on {
         match act {
             Act::Abort => std::process::abort(),
             Act::Stop => stop(),
+            Act::Hang => loop {
+                std::thread::park();
+            },
         }
     }
 
@@ -209,6 +214,7 @@ mod on {
         match text {
             "abort" => Some(Act::Abort),
             "stop" => Some(Act::Stop),
+            "hang" => Some(Act::Hang),
             _ => None,
         }
     }
@@ -216,7 +222,8 @@ mod on {
     fn parse(points: &str, mutant: &str, limits: &str) -> Result<Plan, String> {
         let mut plan = Plan::default();
         for text in points.split(',').filter(|text| !text.is_empty()) {
-            let unread = || format!("`{text}` is not <name>=abort@<n> or <name>=stop@<n>");
+            let unread =
+                || format!("`{text}` is not <name>=abort@<n>, <name>=stop@<n> or <name>=hang@<n>");
             let (name, rest) = text.split_once('=').ok_or_else(unread)?;
             let (act, at) = rest.split_once('@').ok_or_else(unread)?;
             let name = known(name, NAMES)?;

@@ -157,6 +157,15 @@ impl Default for Supervisor {
     }
 }
 
+/// Starts a thread that lasts as long as the process: for what must go on when the runtime does not. It must need nothing at the end.
+///
+/// # Errors
+/// The system has no room for another.
+pub fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let builder = std::thread::Builder::new().name(name.to_owned());
+    builder.spawn(work).map(|_| ())
+}
+
 /// Waits. Tokio's timer counts whole milliseconds and rounds up, so a time below one is slept on a thread for what blocks: nothing is
 /// lost with it at the stop.
 pub async fn pause(time: Duration) {

@@ -5,10 +5,11 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::Error;
+use super::{Error, START};
+use crate::http::Readiness;
 use crate::store::history::{self, Present};
 use crate::store::migrate::{self, Grants};
-use crate::store::{Database, Retry, server};
+use crate::store::{Database, server};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -17,8 +18,17 @@ const MENTION_EVERY: Duration = Duration::from_secs(60);
 
 /// Waits until the database answers, checks it, brings its schemas up to date, and finds out which history it is in: none
 /// of those that are `void`. Gives what that and all before it are known by.
-pub(super) async fn prepare(database: &Database, void: &[Uuid]) -> Result<Vec<Uuid>, Error> {
-    wait_until_up(database).await?;
+pub(super) async fn prepare(
+    database: &Database,
+    void: &[Uuid],
+    readiness: &Readiness,
+) -> Result<Vec<Uuid>, Error> {
+    readiness.not_ready(START, "the database is being looked for");
+    wait_until_up(database, readiness).await?;
+    readiness.not_ready(
+        START,
+        "the database is being migrated, by this process or another",
+    );
     // The server can still go away in between; what was done is done again then.
     let mut pause = FIRST_PAUSE;
     loop {
@@ -33,12 +43,13 @@ pub(super) async fn prepare(database: &Database, void: &[Uuid]) -> Result<Vec<Uu
                 }
                 return Ok(present.salts);
             }
-            Err(error) if error.retry() == Retry::Never || error.is_login_refused() => {
-                return Err(error.into());
+            Err(error) if error.is_setup_wrong() || pause > LONGEST_PAUSE => {
+                return Err(unusable(database, &error));
             }
-            Err(error) if pause > LONGEST_PAUSE => return Err(error.into()),
             Err(error) => {
-                tracing::warn!(error = %chain(&error), "migrating failed; trying again in {pause:?}");
+                let why = error.explained();
+                readiness.not_ready(START, format!("migrating the database: {why}"));
+                tracing::warn!(error = why, "migrating failed; trying again in {pause:?}");
                 sleep(pause).await;
                 pause *= 2;
             }
@@ -64,7 +75,7 @@ async fn migrate_all(
     Ok((grants, present))
 }
 
-async fn wait_until_up(database: &Database) -> Result<(), Error> {
+async fn wait_until_up(database: &Database, readiness: &Readiness) -> Result<(), Error> {
     let place = database.place();
     let mut pause = FIRST_PAUSE;
     let mut mentioned: Option<Instant> = None;
@@ -79,12 +90,12 @@ async fn wait_until_up(database: &Database) -> Result<(), Error> {
                     None => Ok(()),
                 };
             }
-            Err(error) if error.retry() == Retry::Never || error.is_login_refused() => {
-                return Err(error.into());
-            }
+            Err(error) if error.is_setup_wrong() => return Err(unusable(database, &error)),
             Err(error) => {
+                let why = error.explained();
+                readiness.not_ready(START, format!("waiting for the database: {why}"));
                 if mentioned.is_none_or(|at| at.elapsed() >= MENTION_EVERY) {
-                    tracing::warn!(database = %place, error = %chain(&error), "waiting for the database");
+                    tracing::warn!(database = %place, error = why, "waiting for the database");
                     mentioned = Some(Instant::now());
                 }
             }
@@ -94,14 +105,10 @@ async fn wait_until_up(database: &Database) -> Result<(), Error> {
     }
 }
 
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
+/// An error that waiting does not put right, with what to do about it.
+fn unusable(database: &Database, error: &crate::store::Error) -> Error {
+    Error::Refused {
+        place: database.place(),
+        reason: error.explained(),
     }
-    text
 }

@@ -27,6 +27,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The start was to be given up, and parts of it did not stop.
+    #[error("the start was given up, and the stop was not clean")]
+    NotStopped(#[source] NotStopped),
     /// The database failed.
     #[error("the database failed")]
     Store(#[from] store::Error),

@@ -1,7 +1,8 @@
 //! The program: starts the engines in order, and stops them in the opposite one, each step with a deadline.
 //!
 //! The socket is bound first: a port that is taken is known at once, and a node that holds the socket of an address knows
-//! that no former process of that address lives. Requests that come before the start is done wait in the socket's backlog.
+//! that no former process of that address lives. It is served at once: the process says that it lives and what it waits for, and refuses
+//! the rest until the start is done.
 
 mod database;
 mod declarations;
@@ -25,12 +26,31 @@ use options::{http_options, node_address, node_url, queue_options, relay_options
 
 pub use error::{Error, NotStopped};
 
+/// The part of readiness that says how far the start is.
+const START: &str = "start";
+/// What a stop may take beyond the sum of its deadlines.
+const STOP_MARGIN: Duration = Duration::from_secs(5);
 /// How long parts have to end whose work is void.
 const ABANDON: Duration = Duration::from_secs(1);
 /// For the pool's connections, once nothing uses them.
 const POOL_CLOSE: Duration = Duration::from_secs(5);
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
+
+/// How long a stop takes at most, unless something is stuck.
+#[must_use]
+pub fn longest_stop(config: &Config) -> Duration {
+    let postgres = match config.database_url {
+        Some(_) => Duration::ZERO,
+        None => POSTGRES_STOP,
+    };
+    config.shutdown + postgres + STOP_MARGIN
+}
+
+/// Tells the private Postgres to stop, if one still runs, and does not wait for it: for a process that has to end now.
+pub fn let_postgres_go() {
+    local_postgres::let_go();
+}
 
 /// The supervisors of a broker, one per step of the stop.
 #[derive(Debug)]
@@ -127,31 +147,50 @@ impl Broker {
     /// # Errors
     /// See [`Error`]. What was started before is stopped again.
     pub async fn start(config: Config) -> Result<Self, Error> {
-        Self::start_anew(config, Vec::new()).await
+        let started = Self::start_until(config, Vec::new(), std::future::pending()).await?;
+        Ok(started.expect("it was not asked to stop"))
     }
 
-    /// As [`Broker::start`], after [`Broker::history_changed`] made these histories of the database void.
+    /// As [`Broker::start`], after [`Broker::history_changed`] made these histories of the database void. When `asked` resolves
+    /// first, what was started is stopped again, and there is no broker.
     ///
     /// # Errors
     /// As [`Broker::start`].
-    pub async fn start_anew(config: Config, void: Vec<Uuid>) -> Result<Self, Error> {
+    pub async fn start_until(
+        config: Config,
+        void: Vec<Uuid>,
+        asked: impl Future<Output = ()>,
+    ) -> Result<Option<Self>, Error> {
         let steps = Steps::new();
         let mut held = Held::default();
-        match Box::pin(assemble(&config, void, &steps, &mut held)).await {
-            Ok(parts) => Ok(Self {
-                address: parts.address,
-                url: parts.url,
-                database: parts.database,
-                histories: parts.histories,
-                shutdown: config.shutdown,
-                steps,
-                held,
-            }),
-            Err(error) => {
-                // What could not start has nothing to finish; what did stops by itself.
-                let _ = steps.stop(None, config.shutdown).await;
-                Err(error)
+        let started = {
+            let starting = Box::pin(assemble(&config, void, &steps, &mut held));
+            // Nothing was promised to anybody yet: what the start was about to write is undone by the database.
+            tokio::select! {
+                started = starting => Some(started),
+                () = asked => None,
             }
+        };
+        let failed = match started {
+            Some(Ok(parts)) => {
+                return Ok(Some(Self {
+                    address: parts.address,
+                    url: parts.url,
+                    database: parts.database,
+                    histories: parts.histories,
+                    shutdown: config.shutdown,
+                    steps,
+                    held,
+                }));
+            }
+            Some(Err(error)) => Some(error),
+            None => None,
+        };
+        // What could not start has nothing to finish; what did stops by itself.
+        let stopped = steps.stop(None, config.shutdown).await;
+        match failed {
+            Some(error) => Err(error),
+            None => stopped.map(|()| None).map_err(Error::NotStopped),
         }
     }
 
@@ -227,10 +266,21 @@ async fn assemble(
         });
     let (address, listener) = listener?;
     let url = format!("http://{address}");
-    let database = open_database(config, steps).await?;
-    void.extend(database::prepare(&database, &void).await?);
     let mut registry = Registry::default();
     telemetry::register(&mut registry);
+    let metrics = http::Metrics::new(&mut registry);
+    let readiness = http::Readiness::new();
+    readiness.not_ready(START, "the private Postgres is being started");
+    held.readiness = Some(readiness.clone());
+    let early = http::Early {
+        readiness: readiness.clone(),
+        metrics: metrics.clone(),
+        registry: early_registry(),
+    };
+    let server = http::serve(listener, early, http_options(config), &steps.http)?;
+    let database = open_database(config, steps).await?;
+    void.extend(database::prepare(&database, &void, &readiness).await?);
+    readiness.not_ready(START, "the engines are being started");
     let cluster = cluster::start(
         cluster::Options {
             address: (config.advertise_url.clone()).unwrap_or_else(|| node_address(address)),
@@ -282,9 +332,8 @@ async fn assemble(
     .await?;
     held.relay = Some(relay.clone());
     cluster.has_started();
-    let metrics = http::Metrics::new(&mut registry);
-    let readiness = http::Readiness::new();
-    held.readiness = Some(readiness.clone());
+    let writes = cluster.clone();
+    readiness.ask("database", move || writes.unwritable());
     let parts = http::Parts {
         stream,
         queue,
@@ -294,15 +343,23 @@ async fn assemble(
         cluster,
         registry: Arc::new(registry),
         metrics,
-        readiness,
+        readiness: readiness.clone(),
     };
-    http::serve(listener, parts, http_options(config), &steps.http)?;
+    server.open(parts);
+    readiness.ready(START);
     Ok(Parts {
         address,
         url,
         database,
         histories: void,
     })
+}
+
+/// What is known of a process that is starting: what it uses of the machine.
+fn early_registry() -> Arc<Registry> {
+    let mut registry = Registry::default();
+    telemetry::register(&mut registry);
+    Arc::new(registry)
 }
 
 /// What to do about an unsafe Postgres stands beside the reason.

@@ -16,6 +16,7 @@ use crate::config::{self, Environment, Flags};
 use crate::local_postgres;
 use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
+use crate::telemetry::tell;
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
 /// Longer than `serve` gives itself.
@@ -168,9 +169,9 @@ impl Broker {
             Ok(Ok(status)) if status.success() => {
                 let _ = std::fs::remove_file(&own.log_path);
             }
-            Ok(_) => eprintln!("the broker failed; its log is {}", own.log_path.display()),
+            Ok(_) => tell!("the broker failed; its log is {}", own.log_path.display()),
             Err(_) => {
-                eprintln!(
+                tell!(
                     "the broker did not stop in time; its log is {}",
                     own.log_path.display()
                 );
@@ -178,7 +179,7 @@ impl Broker {
             }
         }
         if let Err(error) = store::bench::drop_database(&mut own.admin, &own.name).await {
-            eprintln!("the database {} stays: {error}", own.name);
+            tell!("the database {} stays: {error}", own.name);
         }
     }
 }

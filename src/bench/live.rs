@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::load::Shared;
 use super::series;
+use crate::telemetry::{self, tell};
 
 /// How often it is redrawn on a terminal, and printed elsewhere.
 const REDRAW: Duration = Duration::from_millis(500);
@@ -71,14 +72,14 @@ impl Live {
     pub(super) fn note(&self, text: &str) {
         self.show(text);
         if self.is_terminal {
-            eprintln!();
+            tell!();
         }
     }
 
     /// Clears the line.
     pub(super) fn end(&self) {
         if self.is_terminal {
-            eprint!("\r\x1b[K");
+            telemetry::to_stderr(format_args!("\r\x1b[K"));
         }
     }
 }

@@ -42,6 +42,7 @@ use crate::local_postgres;
 use crate::store::bench::{Server, Tables};
 use crate::store::{self, Connection};
 use crate::supervisor::{OnEnd, Supervisor};
+use crate::telemetry::{self, tell};
 
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
@@ -147,12 +148,15 @@ pub enum Error {
     /// Ctrl-C.
     #[error("interrupted")]
     Interrupted,
+    /// The report cannot be printed.
+    #[error("writing the report to standard output failed")]
+    Print(#[source] std::io::Error),
     /// A task ended without a word, or did not end.
     #[error("a task of the bench did not end as it should")]
     TaskEnded,
 }
 
-/// Ctrl-C and SIGTERM: the bench ends in order, so that it leaves nothing behind.
+/// Ctrl-C, SIGTERM and SIGHUP: the bench ends in order, so that it leaves nothing behind.
 #[derive(Debug, Clone)]
 struct Interrupt(CancellationToken);
 
@@ -161,12 +165,14 @@ impl Interrupt {
         use tokio::signal::unix::{SignalKind, signal};
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(Error::Signal)?;
         let token = CancellationToken::new();
         let (heard, stop) = (token.clone(), supervisor.clone());
         supervisor.spawn("interrupt", OnEnd::Ordinary, async move {
             tokio::select! {
                 _ = interrupt.recv() => heard.cancel(),
                 _ = terminate.recv() => heard.cancel(),
+                _ = hangup.recv() => heard.cancel(),
                 () = stop.stopping() => {}
             }
         });
@@ -225,7 +231,7 @@ pub async fn run(options: Options) -> Result<Report, Error> {
     let result = run_with(options, &supervisor, interrupt).await;
     // After everything that uses it.
     if supervisor.stop(POSTGRES_STOP).await.is_err() {
-        eprintln!("the private Postgres is still stopping");
+        tell!("the private Postgres is still stopping");
     }
     result
 }
@@ -255,7 +261,7 @@ async fn run_with(
     bench.broker.stop().await;
     dropped?;
     let report = report?;
-    print!("{}", report.to_text());
+    telemetry::print(&report.to_text()).map_err(Error::Print)?;
     report.write(&options)?;
     Ok(report)
 }
@@ -306,7 +312,7 @@ async fn measure(bench: &mut Bench) -> Result<Vec<(Variant, Vec<Measured>)>, Err
         .into_iter()
         .map(|variant| (variant, Vec::new()))
         .collect();
-    eprintln!(
+    tell!(
         "postroad bench {}: broker {}",
         bench.options.scenario.name(),
         bench.broker.place

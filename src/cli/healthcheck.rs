@@ -14,6 +14,9 @@ pub(super) struct Healthcheck {
     /// The broker's base URL; by default the address that the configuration binds
     #[arg(long)]
     url: Option<String>,
+    /// Ask whether it lives, and not whether it is ready: for whoever restarts what does not answer
+    #[arg(long)]
+    live: bool,
     #[command(flatten)]
     config: ConfigFlags,
 }
@@ -27,7 +30,8 @@ impl Healthcheck {
                 format!("http://{}", reachable(config.bind))
             }
         };
-        let url = format!("{}/readyz", base.trim_end_matches('/'));
+        let path = if self.live { "healthz" } else { "readyz" };
+        let url = format!("{}/{path}", base.trim_end_matches('/'));
         let client = reqwest::Client::builder()
             .timeout(Duration::from_secs(5))
             .build()
@@ -40,8 +44,7 @@ impl Healthcheck {
         if !answer.status().is_success() {
             bail!("{url} answers {}", answer.status());
         }
-        println!("ready");
-        Ok(())
+        super::print(if self.live { "alive\n" } else { "ready\n" })
     }
 }
 

@@ -8,17 +8,15 @@ use clap::Args;
 
 use crate::config::{self, Environment, Flags};
 use crate::store::migrate::{self, Grants};
-use crate::store::{Database, mapped, server};
+use crate::store::{self, Database, mapped, server};
+use crate::telemetry::{say, tell};
 
 #[derive(Debug, Args)]
 pub(super) struct Install {
     /// The database, as a user who owns it
-    #[arg(
-        long,
-        env = "DATABASE_URL",
-        hide_env_values = true,
-        required_unless_present = "print"
-    )]
+    ///
+    /// [env: DATABASE_URL]
+    #[arg(long)]
     database_url: Option<String>,
     /// Install the inbox, for a service that consumes, instead of the outbox
     #[arg(long)]
@@ -76,32 +74,48 @@ impl Install {
         }
     }
 
+    /// The URL, by the flag or by the variable.
+    fn url(&self) -> anyhow::Result<String> {
+        if let Some(url) = &self.database_url {
+            if let Some(warning) = config::exposed_password("--database-url", url) {
+                tell!("warning: {warning}");
+            }
+            return Ok(url.clone());
+        }
+        let environment = Environment::of_process();
+        let url = environment.get("DATABASE_URL").map(ToOwned::to_owned);
+        url.context(
+            "name the database, as a user who owns it: set DATABASE_URL, or give --database-url",
+        )
+    }
+
     pub(super) async fn run(self) -> anyhow::Result<()> {
         if let Some(origin) = &self.map {
             return self.map(origin).await;
         }
         let side = self.side();
         if self.print {
-            print!("{}", (side.script)());
-            return Ok(());
+            return super::print(&(side.script)());
         }
-        let url = self.database_url.context("--database-url is needed")?;
-        let database = Database::new(&url, 2)?;
+        let database = Database::new(&self.url()?, 2)?;
         let place = database.place();
-        let server = server::look(&database).await?;
+        let what = format!("the {} cannot be installed in {place}", side.name);
+        let server = server::look(&database).await;
+        let server = server.map_err(|error| explained(&what, &error))?;
         if let Some(reason) = server.refusal() {
-            anyhow::bail!("the {} cannot be installed in {place}: {reason}", side.name);
+            anyhow::bail!("{what}: {reason}");
         }
         let grants = match (self.inbox, self.fence) {
-            (true, _) => migrate::inbox(&database).await?,
-            (false, true) => migrate::fence(&database).await?,
-            (false, false) => migrate::origin(&database).await?,
+            (true, _) => migrate::inbox(&database).await,
+            (false, true) => migrate::fence(&database).await,
+            (false, false) => migrate::origin(&database).await,
         };
+        let grants = grants.map_err(|error| explained(&what, &error))?;
         database.close().await;
-        println!("the {} is installed in {place}", side.name);
+        say!("the {} is installed in {place}", side.name);
         match grants {
-            Grants::Given => println!("{}", side.next),
-            Grants::Skipped => println!(
+            Grants::Given => say!("{}", side.next),
+            Grants::Skipped => say!(
                 "{} must exist, and this user may not create roles: have them created, then install again",
                 side.roles
             ),
@@ -121,27 +135,31 @@ impl Install {
         let mapping = origin.mapping.with_context(|| {
             format!("the origin `{name}` maps no table: install its outbox without --map")
         })?;
-        let url = self.database_url.as_deref();
-        let url = url.context("--database-url is needed, as a user who owns the table")?;
-        let database = Database::new(url, 2)?;
+        let database = Database::new(&self.url()?, 2)?;
         let place = database.place();
-        let server = server::look(&database).await?;
+        let what = format!("the table cannot be mapped in {place}");
+        let server = server::look(&database).await;
+        let server = server.map_err(|error| explained(&what, &error))?;
         if let Some(reason) = server.refusal() {
-            anyhow::bail!("the table cannot be mapped in {place}: {reason}");
+            anyhow::bail!("{what}: {reason}");
         }
         if self.print {
-            print!("{}", mapped::install::script(&database, &mapping).await?);
-            return Ok(());
+            return super::print(&mapped::install::script(&database, &mapping).await?);
         }
         let grants = mapped::install::install(&database, &mapping).await?;
         database.close().await;
-        println!("the table {} is mapped in {place}", mapping.table);
+        say!("the table {} is mapped in {place}", mapping.table);
         match grants {
-            Grants::Given => println!("grant the relay's user the role postroad_relay"),
-            Grants::Skipped => println!(
+            Grants::Given => say!("grant the relay's user the role postroad_relay"),
+            Grants::Skipped => say!(
                 "postroad_relay must exist, and this user may not create roles: have it created, then install again"
             ),
         }
         Ok(())
     }
+}
+
+/// One line: what cannot be done, why, and what to do about it.
+fn explained(what: &str, error: &store::Error) -> anyhow::Error {
+    anyhow::anyhow!("{what}: {}", error.explained())
 }

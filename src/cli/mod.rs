@@ -1,17 +1,23 @@
 //! The command line. Each command's work is elsewhere; here it is parsed, started and ended with an exit status:
-//! 0 done, 1 failed, 2 the command line or the configuration is wrong.
+//! 0 done, 1 failed, 2 the command line or the configuration is wrong. Nothing that is printed panics when nobody reads it.
 
 mod flags;
 mod healthcheck;
 mod install;
 mod serve;
+mod signals;
 
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt as _;
+use std::process::{self, ExitCode};
+use std::time::Duration;
+
+use anyhow::Context as _;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{self, Config, Environment};
-use crate::{bench, demo, http, telemetry};
+use crate::config::{self, Config, Environment, Flags};
+use crate::telemetry::{self, tell};
+use crate::{bench, demo, http};
 
 use flags::ConfigFlags;
 
@@ -52,40 +58,77 @@ enum ConfigCommand {
     Print(ConfigFlags),
 }
 
+/// How long the last lines of the log have.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// Parses the process's arguments, runs the command and gives the exit status.
 #[must_use]
 pub fn main() -> ExitCode {
-    match Cli::parse().command {
+    let code = run(Cli::parse().command);
+    telemetry::flush(LAST_WORDS);
+    code
+}
+
+fn run(command: Command) -> ExitCode {
+    match command {
         // Takes a runtime for each history of the database.
         Command::Serve(flags) => serve::main(&flags),
-        Command::Demo(options) => on_runtime(async {
-            let report = demo::run(options).await;
-            judged(report.map(|report| report.is_clean()))
-        }),
-        Command::Bench(options) => on_runtime(async {
-            let report = bench::run(*options).await;
-            judged(report.map(|report| report.is_clean()))
-        }),
+        Command::Demo(options) => {
+            if options.database_url.is_none() && !has_database() {
+                forget_pgoptions();
+            }
+            on_runtime(async {
+                let report = demo::run(options).await;
+                judged(report.map(|report| report.is_clean()))
+            })
+        }
+        Command::Bench(options) => {
+            if options.database_url.is_none() && !has_database() {
+                forget_pgoptions();
+            }
+            on_runtime(async {
+                let report = bench::run(*options).await;
+                judged(report.map(|report| report.is_clean()))
+            })
+        }
         Command::Install(install) => on_runtime(async { ended(install.run().await) }),
         Command::Healthcheck(healthcheck) => on_runtime(async { ended(healthcheck.run().await) }),
         Command::Config(ConfigCommand::Check(flags)) => with_config(&flags, |config| {
-            for warning in &config.warnings {
-                println!("warning: {warning}");
-            }
-            println!("the configuration is valid");
+            let warnings = config.warnings.iter();
+            let mut text: String = warnings.map(|it| format!("warning: {it}\n")).collect();
+            text.push_str("the configuration is valid\n");
+            text
         }),
-        Command::Config(ConfigCommand::Print(flags)) => {
-            with_config(&flags, |config| print!("{}", config::effective(config)))
-        }
-        Command::Openapi => {
-            print!("{}", http::openapi_yaml());
-            ExitCode::SUCCESS
-        }
-        Command::Version => {
-            println!("postroad {}", env!("CARGO_PKG_VERSION"));
-            ExitCode::SUCCESS
-        }
+        Command::Config(ConfigCommand::Print(flags)) => with_config(&flags, config::effective),
+        Command::Openapi => ended(print(&http::openapi_yaml())),
+        Command::Version => ended(print(&format!("postroad {}\n", env!("CARGO_PKG_VERSION")))),
     }
+}
+
+/// Whether variables or the file name a database.
+fn has_database() -> bool {
+    let config = config::load(&Flags::default(), &Environment::of_process());
+    config.is_ok_and(|config| config.database_url.is_some())
+}
+
+/// Begins the program anew without `PGOPTIONS`, if it is set: the private Postgres is to be reached whatever a developer has in there,
+/// and the driver cannot be told to disregard it.
+fn forget_pgoptions() {
+    const NAME: &str = "PGOPTIONS";
+    if std::env::var_os(NAME).is_none() {
+        return;
+    }
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_else(|| "postroad".into());
+    let error = match std::env::current_exe() {
+        Ok(program) => process::Command::new(program)
+            .arg0(name)
+            .args(arguments)
+            .env_remove(NAME)
+            .exec(),
+        Err(error) => error,
+    };
+    tell!("warning: {NAME} cannot be disregarded: {error}");
 }
 
 /// Runs to the end on a runtime of its own.
@@ -96,7 +139,7 @@ fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: starting the runtime failed: {error}");
+            tell!("error: starting the runtime failed: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -115,12 +158,16 @@ fn judged(is_clean: Result<bool, impl Into<anyhow::Error>>) -> ExitCode {
     }
 }
 
-fn with_config(flags: &ConfigFlags, show: impl FnOnce(&Config)) -> ExitCode {
+/// Prints a command's result.
+fn print(text: &str) -> anyhow::Result<()> {
+    telemetry::print(text).context("writing to standard output failed")
+}
+
+fn with_config(flags: &ConfigFlags, show: impl FnOnce(&Config) -> String) -> ExitCode {
     match config::load(&flags.0, &Environment::of_process()) {
         Ok(config) => {
             telemetry::start(&config);
-            show(&config);
-            ExitCode::SUCCESS
+            ended(print(&show(&config)))
         }
         Err(error) => {
             print_error(&error.into());
@@ -141,7 +188,7 @@ fn ended(outcome: anyhow::Result<()>) -> ExitCode {
 
 /// One line, causes after colons.
 fn print_error(error: &anyhow::Error) {
-    eprintln!("error: {error:#}");
+    tell!("error: {error:#}");
 }
 
 #[cfg(test)]

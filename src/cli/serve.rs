@@ -10,41 +10,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use uuid::Uuid;
 
 use super::flags::ConfigFlags;
+use super::signals::Signals;
 use super::{ended, print_error};
-use crate::app::Broker;
+use crate::app::{self, Broker};
 use crate::config::{self, Config, Environment};
 use crate::telemetry;
 
 /// How long what runs on threads of its own may take when a runtime ends.
 const RUNTIME_END: Duration = Duration::from_secs(5);
-
-/// SIGTERM and SIGINT.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn listen() -> anyhow::Result<Self> {
-        let listen = |kind| signal(kind).context("listening for signals failed");
-        Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-        })
-    }
-
-    /// The next one's name. Cancel-safe.
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
 
 /// How a run came to its end.
 enum Ended {
@@ -62,16 +38,31 @@ pub(super) fn main(flags: &ConfigFlags) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if config.database_url.is_none() {
+        super::forget_pgoptions();
+    }
     telemetry::start(&config);
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let served = serve(&mut config);
+    // What was not stopped in order, because there was no time for it, ends by itself.
+    app::let_postgres_go();
+    ended(served)
+}
+
+fn serve(config: &mut Config) -> anyhow::Result<()> {
+    let mut signals = Signals::listen(app::longest_stop(config))?;
     let mut void = Vec::new();
     loop {
-        match on_own_runtime(run(config.clone(), std::mem::take(&mut void))) {
-            Ok(Ended::Stopped) => return ExitCode::SUCCESS,
-            Ok(Ended::Anew(address, histories)) => {
+        let work = run(config.clone(), std::mem::take(&mut void), &mut signals);
+        match on_own_runtime(work)? {
+            Ended::Stopped => return Ok(()),
+            Ended::Anew(address, histories) => {
                 config.bind = address;
                 void = histories;
+                signals.stop_ended();
             }
-            Err(error) => return ended(Err(error)),
         }
     }
 }
@@ -88,19 +79,14 @@ fn on_own_runtime(work: impl Future<Output = anyhow::Result<Ended>>) -> anyhow::
     ended
 }
 
-async fn run(config: Config, void: Vec<Uuid>) -> anyhow::Result<Ended> {
-    for warning in &config.warnings {
-        tracing::warn!("{warning}");
-    }
-    let mut signals = Signals::listen()?;
-    let starting = Broker::start_anew(config, void);
-    let broker = tokio::select! {
-        // Nothing was promised to anybody yet: the process may end here, and what it began is undone by the database.
-        name = signals.next() => {
-            tracing::info!("stopping on {name}, before the start was done");
-            return Ok(Ended::Stopped);
-        }
-        started = starting => started?,
+async fn run(config: Config, void: Vec<Uuid>, signals: &mut Signals) -> anyhow::Result<Ended> {
+    let asked = async {
+        let name = signals.next().await;
+        tracing::info!("stopping on {name}, before the start was done");
+    };
+    let Some(broker) = Broker::start_until(config, void, asked).await? else {
+        tracing::info!("stopped");
+        return Ok(Ended::Stopped);
     };
     tracing::info!(url = %broker.url(), "postroad is ready");
     let has_failed = tokio::select! {
@@ -112,9 +98,13 @@ async fn run(config: Config, void: Vec<Uuid>) -> anyhow::Result<Ended> {
         why = broker.history_changed() => {
             tracing::error!(why, "the broker's database has another history than before: starting anew");
             let address = broker.address;
+            signals.stop_begins();
             return Ok(Ended::Anew(address, broker.abandon().await));
         }
     };
+    if has_failed {
+        signals.stop_begins();
+    }
     let tasks = broker.tasks();
     tokio::select! {
         stopped = broker.stop() => stopped.context("the stop was not clean")?,

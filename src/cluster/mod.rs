@@ -88,6 +88,18 @@ pub enum Error {
     Store(#[from] store::Error),
 }
 
+/// The signs of life that the database confirmed.
+#[derive(Debug)]
+struct Pulse {
+    /// The last one.
+    at: Instant,
+    /// Why none came since, if that is known.
+    why: Option<String>,
+}
+
+/// A heartbeat that is so much later than its time is a write that does not come through: longer than a slow disk takes.
+const SILENCE: Duration = Duration::from_secs(2);
+
 /// The node of this process. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Handle {
@@ -102,6 +114,8 @@ struct Shared {
     /// The database's clock and this process's, read together.
     started: (DateTime<Utc>, Instant),
     ttl: Duration,
+    heartbeat: Duration,
+    pulse: Mutex<Pulse>,
     state: Mutex<State>,
     view: watch::Sender<Arc<View>>,
     wake: Notify,
@@ -113,6 +127,16 @@ struct Shared {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pulse(&self) -> MutexGuard<'_, Pulse> {
+        self.pulse.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether no heartbeat has come through for longer than it may take; then for how long.
+    fn silence(&self) -> Option<Duration> {
+        let silence = self.pulse().at.elapsed();
+        (silence > self.heartbeat * 2 + SILENCE).then_some(silence)
     }
 
     /// Whether it is time to look at the loads of slots; then it is noted that it was done.
@@ -195,6 +219,11 @@ pub async fn start(
             histories,
             started,
             ttl: options.ttl,
+            heartbeat: options.heartbeat,
+            pulse: Mutex::new(Pulse {
+                at: Instant::now(),
+                why: None,
+            }),
             state: Mutex::new(State::new(inherited, asked + options.ttl)),
             view: watch::Sender::new(Arc::new(view)),
             wake: Notify::new(),
@@ -255,6 +284,17 @@ impl Handle {
     #[must_use]
     pub fn is_trusted(&self) -> bool {
         Instant::now() < self.shared.state().trusted_until
+    }
+
+    /// Why no write comes through to the database, if none does: heartbeats are writes, and none was confirmed for twice their interval
+    /// and two seconds more.
+    #[must_use]
+    pub fn unwritable(&self) -> Option<String> {
+        let silence = self.shared.silence()?.as_secs();
+        let pulse = self.shared.pulse();
+        let why = pulse.why.as_deref();
+        let why = why.unwrap_or("the database does not answer");
+        Some(format!("no write has come through for {silence} s: {why}"))
     }
 
     /// How long a node lives without a heartbeat.

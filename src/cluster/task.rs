@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::lead::lead;
 use super::tenure::State;
 use super::view::{Observer, View};
-use super::{Options, Shared};
+use super::{Options, Pulse, Shared};
 use crate::domain::id::Fence;
 use crate::failpoint;
 use crate::store::cluster::Sign;
@@ -67,6 +67,7 @@ impl Heartbeat {
                 Err(error) => {
                     self.shared.metrics.heartbeat_failures.inc();
                     tracing::warn!(error = &error as &dyn std::error::Error, "heartbeat failed");
+                    self.explain(&error);
                     if error.is_connection_spent() {
                         self.connection = None;
                     }
@@ -93,9 +94,23 @@ impl Heartbeat {
         self.retire().await;
     }
 
+    /// Keeps why the heartbeat failed, for whoever asks whether writes come through.
+    fn explain(&self, error: &store::Error) {
+        let mut pulse = self.shared.pulse();
+        // That it was not answered says less than what was found out about that.
+        if pulse.why.is_none() || !error.is_timed_out() {
+            pulse.why = Some(error.explained());
+        }
+    }
+
     async fn connected(&mut self) -> Result<&mut Connection, store::Error> {
         if self.connection.is_none() {
-            self.connection = Some(self.db.connect().await?);
+            let mut connection = self.db.connect().await?;
+            if self.shared.silence().is_some() {
+                let why = store::cluster::why_no_commit(&mut connection).await?;
+                self.shared.pulse().why = why.map(str::to_owned);
+            }
+            self.connection = Some(connection);
         }
         Ok(self.connection.as_mut().expect("connected just above"))
     }
@@ -173,6 +188,10 @@ impl Heartbeat {
             };
             failpoint::reach("node.before_renewal");
             let seen = store::cluster::beat(self.connected().await?, sign).await?;
+            *self.shared.pulse() = Pulse {
+                at: Instant::now(),
+                why: None,
+            };
             if seen.is_renewed {
                 self.db.note_beat(incarnation, beat);
                 self.shared.state().trusted_until = asked + ttl;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Config, LogFormat};
 use crate::domain::authority::Authority;
+use crate::domain::database_url::{DatabaseUrl, Fault};
 
 const SWITCH: &str = "true or false";
 
@@ -47,6 +48,26 @@ impl Key {
     /// Takes a value; `None` when it is not one of those allowed.
     pub(super) fn set(&self, config: &mut Config, text: &str) -> Option<()> {
         (self.set)(config, text)
+    }
+
+    /// Why a value is not taken, where more can be said than what is allowed. Never a part of a secret.
+    pub(super) fn why_not(&self, text: &str) -> Option<String> {
+        let url = match self.name {
+            "database_url" => text.to_owned(),
+            "database_url_file" | "node_secret_file" => match secret_in(text) {
+                Ok(secret) if self.name == "database_url_file" => secret,
+                Ok(_) => return Some("it holds something else".to_owned()),
+                Err(error) => return Some(format!("reading it failed: {error}")),
+            },
+            _ => return None,
+        };
+        postgres_url(&url).err().map(|fault| fault.to_string())
+    }
+
+    /// Whether the value itself is a secret, or has one in it.
+    pub(super) fn holds_secret(&self, text: &str) -> bool {
+        let has_password = || DatabaseUrl::parse(text).is_ok_and(|url| url.has_password());
+        self.is_secret && (self.name != "database_url" || has_password())
     }
 
     pub(super) fn set_default(&self, config: &mut Config) {
@@ -112,9 +133,18 @@ fn allowed_hosts(text: &str) -> Option<Vec<String>> {
         .collect()
 }
 
-pub(super) fn postgres_url(text: &str) -> Option<String> {
-    let url = reqwest::Url::parse(text).ok()?;
-    matches!(url.scheme(), "postgres" | "postgresql").then(|| text.to_owned())
+pub(super) fn postgres_url(text: &str) -> Result<String, Fault> {
+    DatabaseUrl::parse(text).map(|_| text.to_owned())
+}
+
+/// What a mounted secret holds.
+fn secret_in(file: &str) -> std::io::Result<String> {
+    Ok(std::fs::read_to_string(file)?.trim().to_owned())
+}
+
+fn node_secret(text: &str) -> Option<String> {
+    let is_fit = (16..=255).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+    is_fit.then(|| text.to_owned())
 }
 
 /// All keys, in the order of the documentation.
@@ -147,24 +177,30 @@ pub const KEYS: &[Key] = &[
         ..key(
             "node_secret",
             "",
-            "16 to 255 visible ASCII characters, the same for all nodes",
+            "16 to 255 visible ASCII characters, the same for all nodes; not in the file, but in a variable or by node_secret_file",
             "What nodes know each other by when they pass requests on. Without it they use a key that is in the broker's database, \
              so that whoever reads that is a node.",
-            |c, t| {
-                let is_fit =
-                    (16..=255).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_graphic());
-                is_fit.then(|| c.node_secret = Some(t.to_owned()))
-            },
+            |c, t| node_secret(t).map(|v| c.node_secret = Some(v)),
         )
     },
+    key(
+        "node_secret_file",
+        "",
+        "the path of a file that holds nothing but the secret",
+        "Read instead of `node_secret`: a mounted secret.",
+        |c, t| {
+            let secret = secret_in(t).ok()?;
+            node_secret(&secret).map(|v| c.node_secret = Some(v))
+        },
+    ),
     Key {
         is_secret: true,
         ..key(
             "database_url",
             "",
-            "a URL like postgres://user:password@host:5432/database; with a password not in the file, but in a variable or by database_url_file",
+            "a URL like postgres://user:password@host:5432/database, or keywords like host=… dbname=…; with a password not in the file, but in a variable or by database_url_file",
             "The broker's Postgres. `DATABASE_URL` is read too. Without any, a private local Postgres is started.",
-            |c, t| postgres_url(t).map(|v| c.database_url = Some(v)),
+            |c, t| postgres_url(t).ok().map(|v| c.database_url = Some(v)),
         )
     },
     key(
@@ -173,8 +209,9 @@ pub const KEYS: &[Key] = &[
         "the path of a file that holds nothing but the URL",
         "Read instead of `database_url`: a mounted secret.",
         |c, t| {
-            let text = std::fs::read_to_string(path(t)?).ok()?;
-            postgres_url(text.trim()).map(|v| c.database_url = Some(v))
+            let url = postgres_url(&secret_in(t).ok()?).ok()?;
+            c.database_url = Some(url);
+            Some(())
         },
     ),
     key(

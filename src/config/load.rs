@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::{
     Config, Declared, Environment, Error, Fault, Flags, KEYS, Key, fault::unknown, origin,
 };
+use crate::domain::database_url::DatabaseUrl;
 use crate::failpoint;
 
 /// The file that is read when none is named.
@@ -37,10 +38,14 @@ pub fn load(flags: &Flags, environment: &Environment) -> Result<Config, Error> {
     loader.variables();
     for (place, key) in KEYS.iter().enumerate() {
         if let Some(text) = flags.values.get(key.name) {
-            loader.set(place, key, text, &format!("--{}", key.flag()));
+            let flag = format!("--{}", key.flag());
+            loader.set(place, key, text, &flag);
+            loader.config.warnings.extend(exposed(key, text, &flag));
         }
     }
     loader.check_together();
+    loader.note_database_url();
+    loader.note_bind();
     if loader.faults.is_empty() {
         Ok(loader.config)
     } else {
@@ -55,11 +60,11 @@ impl Loader<'_> {
             return;
         }
         let value = if key.is_secret { "…" } else { text };
-        self.fault(
-            source,
-            key.name,
-            format!("is `{value}`, and must be {}", key.allowed),
-        );
+        let mut what = format!("is `{value}`, and must be {}", key.allowed);
+        if let Some(why) = key.why_not(text) {
+            what = format!("{what}: {why}");
+        }
+        self.fault(source, key.name, what);
     }
 
     fn fault(&mut self, source: &str, key: &str, what: String) {
@@ -134,9 +139,8 @@ impl Loader<'_> {
                 return self.fault(file, name, what);
             }
         };
-        let has_password = || reqwest::Url::parse(&text).is_ok_and(|url| url.password().is_some());
-        if key.is_secret && has_password() {
-            let what = format!("holds a password, and must be {}", key.allowed);
+        if key.holds_secret(&text) {
+            let what = format!("holds a secret, and must be {}", key.allowed);
             return self.fault(file, name, what);
         }
         self.set(place, key, &text, file);
@@ -236,6 +240,28 @@ impl Loader<'_> {
         )
     }
 
+    fn note_database_url(&mut self) {
+        let url = self.config.database_url.as_deref();
+        let url = url.and_then(|url| DatabaseUrl::parse(url).ok());
+        let unheeded = url.map(|url| url.unheeded).unwrap_or_default();
+        if !unheeded.is_empty() {
+            self.config.warnings.push(format!(
+                "of the database URL's parameters these have no effect: {}. Postroad bounds its statements and sessions itself",
+                unheeded.join(", ")
+            ));
+        }
+    }
+
+    fn note_bind(&mut self) {
+        let bind = self.config.bind;
+        if !bind.ip().is_loopback() {
+            self.config.warnings.push(format!(
+                "the API at {bind} can be reached from other machines, and nobody signs in: whoever reaches it may publish, receive, seek, \
+                 purge and delete. Let only those reach it who may: by a network of its own, a firewall, or a proxy that signs in"
+            ));
+        }
+    }
+
     fn check_together(&mut self) {
         let Config {
             node_ttl,
@@ -251,6 +277,17 @@ impl Loader<'_> {
             self.fault("configuration", "node_heartbeat_seconds", what);
         }
     }
+}
+
+/// A secret on the command line, which whoever lists the processes of the machine can read.
+pub(super) fn exposed(key: &Key, text: &str, flag: &str) -> Option<String> {
+    key.holds_secret(text).then(|| {
+        format!(
+            "everybody on this machine can read the secret in {flag}, in the list of processes: set {} instead, or name a file with {}_file",
+            key.variable(),
+            key.name
+        )
+    })
 }
 
 /// A declared stream or queue. Its body is checked by what checks the API's.
@@ -359,7 +396,7 @@ mod tests {
                 "outbox_grace_seconds = 0",
                 "`outbox_grace_seconds` is `0`, and must be seconds from 1",
             ),
-            ("bind = ['a']", "`bind` is of type array"),
+            ("bind = [1]", "`bind` is of type array"),
             (
                 "node_ttl_seconds = 2",
                 "at most a third of node_ttl_seconds, which is 2",
@@ -410,12 +447,12 @@ mod tests {
 
     #[test]
     fn a_password_is_neither_taken_from_the_file_nor_shown() {
-        let found = fault("database_url = 'postgres://u:secret@h/d'");
-        assert!(found.contains("holds a password") && !found.contains("secret"));
-        let environment = Environment::from([("DATABASE_URL", "mysql://u:secret@h/d")]);
+        let found = fault("database_url = 'postgres://u:hunter2@h/d'");
+        assert!(found.contains("holds a secret, and") && !found.contains("hunter2"));
+        let environment = Environment::from([("DATABASE_URL", "mysql://u:hunter2@h/d")]);
         let error = load(&Flags::default(), &environment).unwrap_err();
         let text = format!("{error} {error:?}");
-        assert!(text.contains("DATABASE_URL: `database_url`") && !text.contains("secret"));
+        assert!(text.contains("DATABASE_URL: `database_url`") && !text.contains("hunter2"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use crate::domain::database_url::DatabaseUrl;
 use crate::domain::name::{QueueName, StreamName, TopicPattern};
 
 pub use fault::{Error, Fault};
@@ -92,6 +93,15 @@ pub struct Config {
     pub warnings: Vec<String>,
     /// Where each key's value came from, by the order of [`KEYS`].
     sources: Vec<String>,
+}
+
+/// A warning, if a database URL given by this flag has a password that whoever lists the processes of the machine can read.
+#[must_use]
+pub fn exposed_password(flag: &str, url: &str) -> Option<String> {
+    let has_password = DatabaseUrl::parse(url).is_ok_and(|url| url.has_password());
+    has_password.then(|| {
+        format!("everybody on this machine can read the password in {flag}, in the list of processes: set DATABASE_URL instead")
+    })
 }
 
 impl std::fmt::Debug for Config {

@@ -98,10 +98,11 @@ pub(super) fn read(
         }
     };
     let url = found.map_err(|what| fault(key, what))?;
-    let url = postgres_url(&url).ok_or_else(|| {
-        let what =
-            "leads to something that is no URL like postgres://user:password@host:5432/database";
-        fault(key, what.to_owned())
+    let url = postgres_url(&url).map_err(|why| {
+        let what = format!(
+            "leads to something that is no URL like postgres://user:password@host:5432/database: {why}"
+        );
+        fault(key, what)
     })?;
     Ok(Origin {
         name: parsed,

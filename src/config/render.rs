@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Config, KEYS, LogFormat, UrlFrom};
+use crate::domain::database_url::DatabaseUrl;
 
 /// The table of docs/configuration.md.
 #[must_use]
@@ -85,7 +86,8 @@ fn value(config: &Config, name: &str) -> Option<String> {
         "database_url" => config
             .database_url
             .as_deref()
-            .map(|url| quoted(&without_password(url))),
+            .map(|url| DatabaseUrl::parse(url).map_or_else(|_| "…".to_owned(), |url| url.shown()))
+            .map(|url| quoted(&url)),
         "data_dir" => config.data_dir.as_ref().map(path),
         "postgres_bin" => config.postgres_bin.as_ref().map(path),
         "database_pool_size" => Some(config.database_pool_size.to_string()),
@@ -106,21 +108,6 @@ fn value(config: &Config, name: &str) -> Option<String> {
         "shutdown_seconds" => Some(config.shutdown.as_secs_f64().to_string()),
         _ => None,
     }
-}
-
-/// The URL with its password, if any, made dots.
-fn without_password(url: &str) -> String {
-    let Ok(mut url) = reqwest::Url::parse(url) else {
-        return "…".to_owned();
-    };
-    if url.password().is_some() {
-        let _ = url.set_password(Some("..."));
-    }
-    let has_secret = url.query_pairs().any(|(name, _)| name.contains("password"));
-    if has_secret {
-        url.set_query(None);
-    }
-    url.to_string()
 }
 
 #[cfg(test)]

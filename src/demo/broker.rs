@@ -13,6 +13,7 @@ use super::Options;
 use crate::app;
 use crate::client::{self, Client};
 use crate::config::Config;
+use crate::telemetry::tell;
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
 /// Longer than `serve` gives itself.
@@ -175,7 +176,7 @@ impl Broker {
                 if let Some(broker) = broker.lock().await.take()
                     && let Err(late) = broker.stop().await
                 {
-                    eprintln!("the broker did not stop in order: {late}");
+                    tell!("the broker did not stop in order: {late}");
                 }
             }
             Running::Process(process) => process.stop().await,

@@ -34,7 +34,7 @@ use crate::local_postgres;
 use crate::store::shop::{self, End};
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
-use crate::telemetry;
+use crate::telemetry::{self, say, tell};
 
 const DEFAULT_ORDERS: u64 = 2_000;
 const STREAM: &str = "shop";
@@ -143,6 +143,9 @@ pub enum Error {
         /// The stream it reads.
         stream: String,
     },
+    /// Ctrl-C before there was anything to reconcile.
+    #[error("interrupted while it was starting")]
+    Interrupted,
     /// No handler for Ctrl-C.
     #[error("listening for signals failed")]
     Signal(#[source] std::io::Error),
@@ -162,7 +165,7 @@ pub async fn run(options: Options) -> Result<Report, Error> {
     let result = run_with(&options, &mut config, &postgres).await;
     // After everything that uses it; a private server that does not stop in time is adopted by the next run.
     if postgres.stop(Duration::from_secs(30)).await.is_err() {
-        eprintln!("the private Postgres is still stopping");
+        tell!("the private Postgres is still stopping");
     }
     result
 }
@@ -172,41 +175,48 @@ async fn run_with(
     config: &mut Config,
     postgres: &Supervisor,
 ) -> Result<Report, Error> {
-    println!(
+    say!(
         "Postroad demo: a shop, its orders, and two services that must hear of every one of them\n"
     );
+    let mut interrupt = Interrupt::new()?;
     let (url, local) = match config.database_url.clone() {
         Some(url) => (url, None),
         None => {
-            let server = start_postgres(config, postgres).await?;
+            let server = tokio::select! {
+                server = start_postgres(config, postgres) => server?,
+                () = interrupt.received() => return Err(Error::Interrupted),
+            };
             (server.url(), Some(server))
         }
     };
     config.database_url = Some(url.clone());
     let database = Database::new(&url, 4)?;
     match &local {
-        Some(server) => println!(
+        Some(server) => say!(
             "  Postgres   a private server; its data stays in {}",
             server.cluster_dir().display()
         ),
-        None => println!("  Postgres   {}", database.place()),
+        None => say!("  Postgres   {}", database.place()),
     }
-    let broker = Arc::new(Broker::start(options, config).await?);
+    let broker = tokio::select! {
+        broker = Broker::start(options, config) => Arc::new(broker?),
+        () = interrupt.received() => return Err(Error::Interrupted),
+    };
     let result = run_shop(options, &database, &broker).await;
     if let Ok(report) = &result {
-        println!(
+        say!(
             "\nReconciliation, read from the shop's tables, the stream's table and the consumers' own records\n"
         );
-        println!("{}", report.to_text());
-        println!(
+        say!("{}", report.to_text());
+        say!(
             "  Time is taken by one monotonic clock, from just before the producer sends COMMIT until a consumer has read"
         );
-        println!("  the answer with the order in it for the first time.\n");
-        println!("{}\n", report.verdict());
+        say!("  the answer with the order in it for the first time.\n");
+        say!("{}\n", report.verdict());
         print_next_steps(options, &url, local.as_ref(), &broker);
         if options.serve {
             Interrupt::new()?.received().await;
-            println!("\nStopping.");
+            say!("\nStopping.");
         }
     }
     broker.stop().await;
@@ -232,18 +242,18 @@ async fn run_shop(
     broker: &Arc<Broker>,
 ) -> Result<Report, Error> {
     let client = broker.client();
-    println!("  Broker     {}, {}", broker.base(), broker.describe());
+    say!("  Broker     {}, {}", broker.base(), broker.describe());
     let mut connection = database.connect().await?;
     if !shop::create(&mut connection, producer::PRODUCTS).await? {
         return Err(Error::SchemaTaken);
     }
     declare(client).await?;
     let before = shop::last_offset(&mut connection, STREAM).await?;
-    println!(
+    say!(
         "  Producers  {}, in transactions: lock and update a stock row, insert an order, insert a message",
         options.producers
     );
-    println!(
+    say!(
         "  Consumers  {consumers} of billing, {consumers} of shipping, over HTTP; shipping refuses some orders at first\n",
         consumers = options.consumers
     );
@@ -510,33 +520,34 @@ fn print_next_steps(
     };
     let base = broker.base();
     if !options.serve {
-        println!(
+        say!(
             "Run it again with --serve to keep the broker running and try it by hand. The data is kept."
         );
         return;
     }
-    println!(
+    say!(
         "The broker keeps running until Ctrl-C. In another terminal, send a message by a transaction:\n"
     );
-    println!(
+    say!(
         "  {psql} -c \"insert into postroad.outbox (topic, payload) values ('shop.orders.created', '{{\\\"order\\\": 1}}')\"\n"
     );
-    println!("receive it:\n");
-    println!("  curl -s {base}/v1/queues/billing/receive -d '{{\"wait_seconds\": 5}}'\n");
-    println!("and acknowledge it with the receipt from the answer:\n");
-    println!(
+    say!("receive it:\n");
+    say!("  curl -s {base}/v1/queues/billing/receive -d '{{\"wait_seconds\": 5}}'\n");
+    say!("and acknowledge it with the receipt from the answer:\n");
+    say!(
         "  curl -s {base}/v1/queues/billing/ack -d '{{\"deliveries\": [{{\"receipt\": \"…\"}}]}}'\n"
     );
-    println!("See how the queue does, read the stream from its start, browse the API:\n");
-    println!("  curl -s {base}/v1/queues/billing");
-    println!("  curl -s '{base}/v1/streams/shop/messages?max_messages=3'");
-    println!("  {base}/docs");
+    say!("See how the queue does, read the stream from its start, browse the API:\n");
+    say!("  curl -s {base}/v1/queues/billing");
+    say!("  curl -s '{base}/v1/streams/shop/messages?max_messages=3'");
+    say!("  {base}/docs");
 }
 
-/// Ctrl-C and SIGTERM.
+/// Ctrl-C, SIGTERM, and SIGHUP of a terminal that closes.
 struct Interrupt {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
 }
 
 impl Interrupt {
@@ -545,14 +556,16 @@ impl Interrupt {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).map_err(Error::Signal)?,
             terminate: signal(SignalKind::terminate()).map_err(Error::Signal)?,
+            hangup: signal(SignalKind::hangup()).map_err(Error::Signal)?,
         })
     }
 
-    /// Resolves at the next of the two. Cancel-safe.
+    /// Resolves at the next of them. Cancel-safe.
     async fn received(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
         }
     }
 }

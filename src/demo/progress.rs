@@ -1,9 +1,11 @@
 //! What the demo shows while it runs: counts that its own producers and consumers keep, for display alone.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use crate::telemetry::{self, say};
 
 /// Counts of the run so far. The reconciliation at the end does not read them.
 #[derive(Debug, Default)]
@@ -66,20 +68,22 @@ impl Display {
     pub(super) fn tick(&mut self) {
         if self.is_terminal {
             // Back to the line's start, and clear what a longer line left behind.
-            print!("\r  {}\x1b[K", self.progress.line(self.started));
-            let _ = std::io::stdout().flush();
+            telemetry::to_stdout(format_args!(
+                "\r  {}\x1b[K",
+                self.progress.line(self.started)
+            ));
         } else if self.printed.elapsed() >= Duration::from_secs(2) {
             self.printed = Instant::now();
-            println!("  {}", self.progress.line(self.started));
+            say!("  {}", self.progress.line(self.started));
         }
     }
 
     /// Prints something between the redrawn lines.
     pub(super) fn note(&self, text: &str) {
         if self.is_terminal {
-            println!("\r  {text}\x1b[K");
+            say!("\r  {text}\x1b[K");
         } else {
-            println!("  {text}");
+            say!("  {text}");
         }
     }
 

@@ -5,6 +5,7 @@ pub mod assignment;
 pub mod authority;
 pub mod cadence;
 pub mod cloudevents;
+pub mod database_url;
 pub mod id;
 pub mod json;
 pub mod letter;

@@ -13,6 +13,7 @@ mod exposition;
 mod extract;
 mod follow;
 mod forward;
+mod front;
 mod metrics;
 mod observe;
 mod openapi;
@@ -27,6 +28,7 @@ use axum::middleware::from_fn_with_state;
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use declaration::{queue_declaration, stream_declaration, topic_declaration};
+pub use front::Early;
 pub use metrics::Metrics;
 pub use openapi::openapi_yaml;
 pub use problem::{Kind, Problem};

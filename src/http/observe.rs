@@ -15,12 +15,12 @@ use super::state::State;
 use crate::failpoint;
 
 /// The header that carries a request's id, both ways.
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(in crate::http) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// How long the connection stays open.
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
 /// Takes the client's id if it is fit for a log, or makes one.
-fn request_id(request: &Request) -> String {
+pub(in crate::http) fn request_id(request: &Request) -> String {
     request
         .headers()
         .get(REQUEST_ID)
@@ -80,7 +80,7 @@ pub(in crate::http) async fn observe(
 }
 
 /// Renders the problem that an answer carries, keeping headers that a layer added, `Allow` above all.
-fn finish(mut response: Response, path: &str, id: &str) -> Response {
+pub(in crate::http) fn finish(mut response: Response, path: &str, id: &str) -> Response {
     let Some(problem) = response.extensions_mut().remove::<Problem>() else {
         return response;
     };

@@ -1,5 +1,7 @@
 //! The server: accepts connections, speaks HTTP/1.1 and HTTP/2 without TLS on each, and ends them in order.
 //!
+//! It serves from the first moment on: until the engines are there, `front` answers.
+//!
 //! What keeps a client from holding resources: a cap on connections, a time for a request's head and for idling, limits on
 //! the head's size, and (in the extractors) a size and a time for bodies. At the end readiness goes off first, then long
 //! polls answer with what they have, then each connection finishes the requests it has; what is left after that is cut.
@@ -12,9 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, Version};
+use futures_util::FutureExt as _;
+use futures_util::future::Either;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -28,6 +31,7 @@ use tower::ServiceExt as _;
 
 use super::body::Outgoing;
 use super::connection::{Activity, Watched};
+use super::front::{Early, Front};
 use super::state::{Options, Parts, State};
 use crate::supervisor::{OnEnd, Supervisor};
 
@@ -43,6 +47,17 @@ const PING_INTERVAL: Duration = Duration::from_secs(20);
 pub struct Server {
     /// Where it listens.
     pub address: SocketAddr,
+    front: Arc<Front>,
+    supervisor: Supervisor,
+}
+
+impl Server {
+    /// The engines are there: the whole API is served from now on.
+    pub fn open(&self, parts: Parts) {
+        let ends = (self.supervisor.clone(), self.front.stopping.clone());
+        let state = State::new(parts, self.front.options.clone(), self.address, ends);
+        self.front.open(super::router(state));
+    }
 }
 
 /// Why the server did not start.
@@ -53,22 +68,21 @@ pub enum Error {
     Listener(#[source] std::io::Error),
 }
 
-/// Serves the API until the supervisor says stop; its stop waits until all connections are done.
+/// Serves until the supervisor says stop; its stop waits until all connections are done. The API is there once the server is opened
+/// ([`Server::open`]).
 ///
 /// # Errors
 /// A listener that cannot be used.
 pub fn serve(
     listener: TcpListener,
-    parts: Parts,
+    early: Early,
     options: Options,
     supervisor: &Supervisor,
 ) -> Result<Server, Error> {
     let address = listener.local_addr().map_err(Error::Listener)?;
-    let state = State::new(parts, options, address, supervisor.clone());
-    let router = super::router(state.clone());
+    let front = Arc::new(Front::new(early, options));
     let server = Accept {
-        state,
-        router,
+        front: Arc::clone(&front),
         listener,
         supervisor: supervisor.clone(),
         close: CancellationToken::new(),
@@ -76,13 +90,16 @@ pub fn serve(
         open: TaskTracker::new(),
     };
     supervisor.spawn("http server", OnEnd::StopProcess, server.run());
-    Ok(Server { address })
+    Ok(Server {
+        address,
+        front,
+        supervisor: supervisor.clone(),
+    })
 }
 
 /// The accept loop.
 struct Accept {
-    state: State,
-    router: Router,
+    front: Arc<Front>,
     listener: TcpListener,
     supervisor: Supervisor,
     /// Connections finish what they have.
@@ -94,7 +111,7 @@ struct Accept {
 
 impl Accept {
     async fn run(self) {
-        let permits = Arc::new(Semaphore::new(self.state.options.connections_max));
+        let permits = Arc::new(Semaphore::new(self.front.options.connections_max));
         let mut stopping = pin!(self.supervisor.stopping());
         loop {
             tokio::select! {
@@ -104,11 +121,10 @@ impl Accept {
         }
         let Options {
             lame_duck, drain, ..
-        } = self.state.options;
-        self.state
-            .parts
-            .readiness
-            .not_ready("http", "the process is stopping");
+        } = self.front.options;
+        (self.front.early.readiness).not_ready("http", "the process is stopping");
+        // Who never was ready, no balancer has to notice.
+        let lame_duck = self.front.routes().map_or(Duration::ZERO, |_| lame_duck);
         let ready_until = Instant::now() + lame_duck;
         loop {
             tokio::select! {
@@ -116,7 +132,7 @@ impl Accept {
                 (permit, stream) = self.accept(&permits) => self.spawn(stream, permit),
             }
         }
-        self.state.stopping.cancel();
+        self.front.stopping.cancel();
         self.close.cancel();
         self.open.close();
         if timeout(drain, self.open.wait()).await.is_err() {
@@ -149,8 +165,7 @@ impl Accept {
 
     fn spawn(&self, stream: TcpStream, permit: OwnedSemaphorePermit) {
         let connection = Connection {
-            state: self.state.clone(),
-            router: self.router.clone(),
+            front: Arc::clone(&self.front),
             close: self.close.clone(),
             cut: self.cut.clone(),
         };
@@ -165,8 +180,7 @@ impl Accept {
 
 /// One connection.
 struct Connection {
-    state: State,
-    router: Router,
+    front: Arc<Front>,
     close: CancellationToken,
     cut: CancellationToken,
 }
@@ -191,7 +205,7 @@ impl Connection {
     async fn run(self, stream: TcpStream) {
         // Answers are small and somebody waits for them.
         let _ = stream.set_nodelay(true);
-        let gauge = self.state.parts.metrics.connections.clone();
+        let gauge = self.front.early.metrics.connections.clone();
         gauge.inc();
         self.serve(stream).await;
         gauge.dec();
@@ -204,7 +218,7 @@ impl Connection {
         let outgoing = Outgoing::default();
         let busy = Arc::new(AtomicUsize::new(0));
         let (io, activity) = Watched::new(stream, outgoing.clone());
-        let (router, requests) = (self.router.clone(), Arc::clone(&busy));
+        let (front, requests) = (Arc::clone(&self.front), Arc::clone(&busy));
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let busy = Busy::new(&requests);
             let mut request = request.map(Body::new);
@@ -214,14 +228,20 @@ impl Connection {
                 outgoing.clone()
             };
             request.extensions_mut().insert(outgoing);
-            let answer = router.clone().oneshot(request);
+            let answer = match front.routes() {
+                Some(routes) => Either::Left(routes.clone().oneshot(request)),
+                None => {
+                    let answer = Arc::clone(&front).answer_early(request);
+                    Either::Right(Box::pin(answer.map(Ok)))
+                }
+            };
             async move {
                 let answer: Result<Response<Body>, Infallible> = answer.await;
                 drop(busy);
                 answer
             }
         });
-        let options = &self.state.options;
+        let options = &self.front.options;
         // Boxed, since a connection is one or the other: it does not take the place of both.
         if is_http2 {
             let connection = http2_builder(options).serve_connection(TokioIo::new(io), service);
@@ -236,7 +256,7 @@ impl Connection {
     /// again, they would have hyper take a second buffer for the life of the connection. None when it says nothing.
     async fn speaks_http2(&self, stream: &TcpStream) -> Option<bool> {
         const START: &[u8] = b"PRI ";
-        let over = sleep(self.state.options.idle_timeout);
+        let over = sleep(self.front.options.idle_timeout);
         let mut over = pin!(over);
         let mut start = [0; START.len()];
         loop {
@@ -265,7 +285,7 @@ impl Connection {
         C: GracefulConnection,
         C::Error: Display,
     {
-        let idle_timeout = self.state.options.idle_timeout;
+        let idle_timeout = self.front.options.idle_timeout;
         let mut is_closing = false;
         loop {
             let idle_at = activity.last() + idle_timeout;

@@ -152,7 +152,7 @@ impl State {
         parts: Parts,
         options: Options,
         address: SocketAddr,
-        supervisor: Supervisor,
+        (supervisor, stopping): (Supervisor, CancellationToken),
     ) -> Self {
         let secret = match &options.node_secret {
             Some(secret) => Secret::new(secret.as_bytes()),
@@ -171,7 +171,7 @@ impl State {
             readers: Readers::new(supervisor, options.readers_max),
             parts,
             options,
-            stopping: CancellationToken::new(),
+            stopping,
             names: RwLock::default(),
         }))
     }

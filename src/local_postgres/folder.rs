@@ -1,17 +1,25 @@
 //! The data folder: its lock, its parts, and the making of the database cluster in it.
 
-use std::fs::{File, OpenOptions, Permissions, TryLockError};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rustix::process::Signal;
 use tokio::process::Command;
+use tokio::time::timeout;
 
 use super::{Account, DATABASE, Error, Installation, Settings, USER};
+use crate::supervisor::Supervisor;
 
 /// The longest folder that still leaves room for `/.s.PGSQL.5432` in a socket's address (104 bytes on the BSDs).
 const SOCKET_DIR_MAX_BYTES: usize = 86;
+
+/// How long a program has to end after it was told to.
+const PROGRAM_STOP: Duration = Duration::from_secs(5);
 
 /// Where the parts are. Holds the lock while any clone lives.
 #[derive(Debug, Clone)]
@@ -78,7 +86,7 @@ impl Folder {
 /// Makes and locks the data folder.
 pub(super) fn prepare(settings: &Settings, account: Option<Account>) -> Result<Folder, Error> {
     let asked = &settings.data_dir;
-    std::fs::create_dir_all(asked).map_err(Error::file("making the folder", asked))?;
+    make_data_dir(asked, account.as_ref())?;
     let data_dir = asked
         .canonicalize()
         .map_err(Error::file("finding", asked))?;
@@ -113,6 +121,28 @@ pub(super) fn prepare(settings: &Settings, account: Option<Account>) -> Result<F
     };
     make_private(&folder)?;
     Ok(folder)
+}
+
+/// The folder of it all is closed to others where it is made here. One that is there keeps its mode.
+fn make_data_dir(path: &Path, account: Option<&Account>) -> Result<(), Error> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let failed = || Error::file("making the folder", path);
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(failed())?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => {}
+        // By another process, meanwhile; the lock says whose it is.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(error) => return Err(failed()(error)),
+    }
+    if let Some(account) = account {
+        chown(path, Some(account.uid), Some(account.gid))
+            .map_err(Error::file("giving away", path))?;
+    }
+    Ok(())
 }
 
 /// The socket's folder: only the server's account may enter it, which is all the authentication there is.
@@ -164,6 +194,7 @@ pub(super) async fn initialise(
     folder: &Folder,
     installation: &Installation,
     sync: bool,
+    supervisor: &Supervisor,
 ) -> Result<(), Error> {
     if folder.cluster_version().is_some() {
         return Ok(());
@@ -187,7 +218,7 @@ pub(super) async fn initialise(
     if !sync {
         initdb.arg("--no-sync");
     }
-    run("initdb", &mut initdb).await?;
+    run("initdb", &mut initdb, supervisor).await?;
     // The server in its single-user mode reads statements from its input: no client program is needed.
     let statements = fresh.join("create_database.sql");
     std::fs::write(&statements, format!("create database {DATABASE}\n"))
@@ -199,7 +230,7 @@ pub(super) async fn initialise(
         single.arg("-F");
     }
     single.arg("postgres").stdin(input);
-    run("postgres --single", &mut single).await?;
+    run("postgres --single", &mut single, supervisor).await?;
     std::fs::remove_file(&statements).map_err(Error::file("removing", &statements))?;
     std::fs::rename(&fresh, &folder.cluster_dir)
         .map_err(Error::file("naming", &folder.cluster_dir))?;
@@ -212,15 +243,44 @@ pub(super) async fn initialise(
     Ok(())
 }
 
-async fn run(program: &'static str, command: &mut Command) -> Result<(), Error> {
-    let output = command
-        .output()
-        .await
-        .map_err(Error::file("running", Path::new(program)))?;
+/// Runs a program to its end, or ends it when the supervisor is stopped.
+async fn run(
+    program: &'static str,
+    command: &mut Command,
+    supervisor: &Supervisor,
+) -> Result<(), Error> {
+    let failed = || Error::file("running", Path::new(program));
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed())?;
+    let group = child.id().and_then(|id| i32::try_from(id).ok());
+    let group = group.and_then(rustix::process::Pid::from_raw);
+    let mut output = pin!(child.wait_with_output());
+    let output = tokio::select! {
+        output = &mut output => output.map_err(failed())?,
+        () = supervisor.stopping() => {
+            // It is in a group of its own, and takes away what it made.
+            for signal in [Signal::TERM, Signal::KILL] {
+                if let Some(group) = group {
+                    let _ = rustix::process::kill_process_group(group, signal);
+                }
+                if timeout(PROGRAM_STOP, &mut output).await.is_ok() {
+                    break;
+                }
+            }
+            return Err(Error::Stopped);
+        }
+    };
     if output.status.success() {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr);
+    if text.contains("could not look up effective user ID") {
+        let uid = rustix::process::geteuid().as_raw();
+        return Err(Error::Nameless { uid });
+    }
     Err(Error::Program {
         program,
         output: last_lines(&text, 4),

@@ -15,15 +15,21 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::sync::oneshot;
+
 use crate::supervisor::{OnEnd, Supervisor};
 
 pub use account::Account;
 pub use binaries::{Installation, find};
+pub use server::let_go;
 
 /// The superuser of the private server. Not named like the schema `postroad`, which would come first in its search path.
 pub const USER: &str = "postgres";
 /// The database that is made with the server.
 pub const DATABASE: &str = "postroad";
+
+/// The port that its socket is named for.
+pub const PORT: u16 = 5432;
 
 /// How to run the private server.
 #[derive(Debug, Clone)]
@@ -88,6 +94,14 @@ pub enum Error {
     /// Running as root, and no account to run the server as.
     #[error("Postgres does not run as root, and neither the user `postgres` nor `nobody` exists")]
     NoAccount,
+    /// A user id that has no name, as containers can be given.
+    #[error(
+        "the user id {uid} has no name, and Postgres does not run without: add it to /etc/passwd, run as another user, or set DATABASE_URL to a running server"
+    )]
+    Nameless {
+        /// The user id.
+        uid: u32,
+    },
     /// The account that runs the server may not enter a folder on the way to the data.
     #[error(
         "the user `{user}`, which runs Postgres when postroad is run by root, may not enter {folder}: choose another --data-dir",
@@ -124,6 +138,9 @@ pub enum Error {
         /// The last lines it wrote.
         output: String,
     },
+    /// The supervisor was stopped meanwhile.
+    #[error("the start was given up before the server was up")]
+    Stopped,
     /// The server neither accepts connections nor ends.
     #[error("Postgres did not accept connections within {waited:?}; see {log}", log = log.display())]
     StartDeadline {
@@ -158,7 +175,7 @@ impl Handle {
         self.url_of(DATABASE)
     }
 
-    /// The URL of another database of the server.
+    /// The URL of another database of the server. It says all that it could, so that no variable of the environment leads elsewhere.
     #[must_use]
     pub fn url_of(&self, database: &str) -> String {
         let host = percent_encoding::utf8_percent_encode(
@@ -166,7 +183,9 @@ impl Handle {
             URL_QUERY,
         )
         .to_string();
-        format!("postgres://{USER}@localhost/{database}?host={host}")
+        format!(
+            "postgres://{USER}:@localhost:{PORT}/{database}?host={host}&sslmode=disable&application_name=postroad"
+        )
     }
 
     /// The folder of the socket `.s.PGSQL.5432`, what `psql -h` takes.
@@ -228,16 +247,28 @@ pub fn default_data_dir() -> PathBuf {
 }
 
 /// Starts (or adopts) the private server and keeps it running until `supervisor` is stopped; then it is shut down, so
-/// stop that supervisor after everything that uses the database. Resolves when the server accepts connections.
+/// stop that supervisor after everything that uses the database. Resolves when the server accepts connections. Cancel-safe: what was
+/// begun goes on in a task, until the supervisor is stopped.
 ///
 /// # Errors
 /// See [`Error`]. Nothing is left running after an error.
 pub async fn start(settings: Settings, supervisor: &Supervisor) -> Result<Handle, Error> {
+    let (started, has_started) = oneshot::channel();
+    let watch = supervisor.clone();
+    supervisor.spawn("local-postgres start", OnEnd::Ordinary, async move {
+        // Who asked may have left; the keeper does not, until it is told to.
+        let _ = started.send(begin(settings, &watch).await);
+    });
+    has_started.await.unwrap_or(Err(Error::Stopped))
+}
+
+/// Starts the server, and its keeper.
+async fn begin(settings: Settings, supervisor: &Supervisor) -> Result<Handle, Error> {
     let account = account::server_account()?;
     let folder = folder::prepare(&settings, account)?;
     let installation = binaries::choose(&settings, &folder)?;
-    folder::initialise(&folder, &installation, settings.sync_initdb).await?;
-    let running = server::start(&folder, &installation, &settings).await?;
+    folder::initialise(&folder, &installation, settings.sync_initdb, supervisor).await?;
+    let running = server::start(&folder, &installation, &settings, supervisor).await?;
     tracing::info!(
         data = %folder.cluster_dir.display(),
         psql = ?format!("psql -h {} -U {USER} {DATABASE}", folder.socket_dir.display()),

@@ -1,7 +1,10 @@
 //! The server's process: started or adopted, watched, started again, shut down.
 
-use std::fs::OpenOptions;
+use std::collections::BTreeSet;
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
@@ -20,6 +23,21 @@ const LEFTOVERS: Duration = Duration::from_secs(15);
 /// A log longer than this, in bytes, is put aside at start; one old log is kept.
 const LOG_MAX_BYTES: u64 = 16 * 1024 * 1024;
 
+/// The servers that this process started or adopted, by process id, as long as they run.
+static RUNNING: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+fn running() -> MutexGuard<'static, BTreeSet<i32>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Tells every server that this process started or adopted to stop, and waits for none: for a process that has to end now.
+pub fn let_go() {
+    for pid in running().iter().filter_map(|&pid| Pid::from_raw(pid)) {
+        // It may have ended by itself.
+        let _ = rustix::process::kill_process(pid, Signal::INT);
+    }
+}
+
 /// A running server.
 #[derive(Debug)]
 pub(super) enum Running {
@@ -30,6 +48,16 @@ pub(super) enum Running {
 }
 
 impl Running {
+    fn child(child: Child, pid: Pid) -> Self {
+        running().insert(pid.as_raw_pid());
+        Self::Child(child, pid)
+    }
+
+    fn adopted(pid: Pid) -> Self {
+        running().insert(pid.as_raw_pid());
+        Self::Adopted(pid)
+    }
+
     pub(super) fn is_adopted(&self) -> bool {
         matches!(self, Self::Adopted(_))
     }
@@ -40,9 +68,21 @@ impl Running {
         }
     }
 
+    /// How our child has ended, if it has.
+    fn has_ended(&mut self) -> Option<std::process::ExitStatus> {
+        let Self::Child(child, pid) = self else {
+            return None;
+        };
+        let ended = child.try_wait().ok().flatten();
+        if ended.is_some() {
+            running().remove(&pid.as_raw_pid());
+        }
+        ended
+    }
+
     /// Resolves when the process has ended, with how. Cancel-safe.
     async fn ended(&mut self) -> String {
-        match self {
+        let how = match self {
             Self::Child(child, _) => child
                 .wait()
                 .await
@@ -53,7 +93,9 @@ impl Running {
                 }
                 "it was not our child".to_owned()
             }
-        }
+        };
+        running().remove(&self.pid().as_raw_pid());
+        how
     }
 }
 
@@ -112,11 +154,12 @@ pub(super) fn running_pid(folder: &Folder) -> Option<i32> {
         .map(|file| file.pid.as_raw_pid())
 }
 
-/// Adopts the server that runs, or starts one, and waits until it accepts connections.
+/// Adopts the server that runs, or starts one, and waits until it accepts connections, or until the supervisor is stopped.
 pub(super) async fn start(
     folder: &Folder,
     installation: &Installation,
     settings: &Settings,
+    supervisor: &Supervisor,
 ) -> Result<Running, Error> {
     let deadline = Instant::now() + settings.start_deadline;
     loop {
@@ -124,10 +167,13 @@ pub(super) async fn start(
             Some(file) if is_server_of(file.pid, &folder.cluster_dir) => {
                 // Ready: ours now. Starting or stopping: wait for what becomes of it.
                 if file.is_ready {
-                    return Ok(Running::Adopted(file.pid));
+                    return Ok(Running::adopted(file.pid));
                 }
                 if Instant::now() > deadline {
                     return Err(start_deadline(folder, settings));
+                }
+                if supervisor.is_stopping() {
+                    return Err(Error::Stopped);
                 }
                 sleep(LOOK_EVERY).await;
             }
@@ -140,9 +186,11 @@ pub(super) async fn start(
     }
     let leftovers = Instant::now() + LEFTOVERS;
     loop {
-        match launch(folder, installation, settings, deadline).await {
+        match launch(folder, installation, settings, (deadline, supervisor)).await {
             Err(Error::Program { output, .. })
-                if output.contains("shared memory") && Instant::now() < leftovers =>
+                if output.contains("shared memory")
+                    && Instant::now() < leftovers
+                    && !supervisor.is_stopping() =>
             {
                 sleep(Duration::from_millis(300)).await;
             }
@@ -162,7 +210,7 @@ async fn launch(
     folder: &Folder,
     installation: &Installation,
     settings: &Settings,
-    deadline: Instant,
+    (deadline, supervisor): (Instant, &Supervisor),
 ) -> Result<Running, Error> {
     let log_path = &folder.log_path;
     if std::fs::metadata(log_path).is_ok_and(|log| log.len() > LOG_MAX_BYTES) {
@@ -172,8 +220,12 @@ async fn launch(
     let log = OpenOptions::new()
         .create(true)
         .append(true)
+        .mode(0o600)
         .open(log_path)
         .map_err(Error::file("opening", log_path))?;
+    // One that was there already.
+    log.set_permissions(Permissions::from_mode(0o600))
+        .map_err(Error::file("closing", log_path))?;
     let log_start = log.metadata().map_or(0, |log| log.len());
     let mut command = folder.command(installation, "postgres");
     command.arg("-D").arg(&folder.cluster_dir);
@@ -184,10 +236,15 @@ async fn launch(
             folder.socket_dir.to_string_lossy().into_owned(),
         ),
         ("unix_socket_permissions", "0700".to_owned()),
-        ("port", "5432".to_owned()),
+        ("port", super::PORT.to_string()),
         ("max_connections", "200".to_owned()),
         ("cluster_name", "postroad".to_owned()),
         ("log_line_prefix", "%m [%p] ".to_owned()),
+        // Payloads are in statements, in their parameters and in the rows that a check refuses: none of it is for a log.
+        ("log_min_error_statement", "panic".to_owned()),
+        ("log_parameter_max_length", "0".to_owned()),
+        ("log_parameter_max_length_on_error", "0".to_owned()),
+        ("log_error_verbosity", "terse".to_owned()),
     ];
     for (name, value) in &own {
         command.arg("-c").arg(format!("{name}={value}"));
@@ -196,7 +253,7 @@ async fn launch(
         command.arg("-c").arg(format!("{name}={value}"));
     }
     let out = log.try_clone().map_err(Error::file("opening", log_path))?;
-    let mut child = command
+    let child = command
         .stdout(out)
         .stderr(log)
         .spawn()
@@ -205,8 +262,9 @@ async fn launch(
         .id()
         .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
         .expect("a child that was not waited for has its id");
+    let mut running = Running::child(child, pid);
     loop {
-        if let Ok(Some(status)) = child.try_wait() {
+        if let Some(status) = running.has_ended() {
             let text = std::fs::read(log_path).unwrap_or_default();
             let from = usize::try_from(log_start).map_or(0, |at| at.min(text.len()));
             let text = String::from_utf8_lossy(&text[from..]);
@@ -216,11 +274,15 @@ async fn launch(
             });
         }
         if read_pid_file(&folder.cluster_dir).is_some_and(|file| file.pid == pid && file.is_ready) {
-            return Ok(Running::Child(child, pid));
+            return Ok(running);
         }
         if Instant::now() > deadline {
-            stop(&mut Running::Child(child, pid)).await;
+            stop(&mut running).await;
             return Err(start_deadline(folder, settings));
+        }
+        if supervisor.is_stopping() {
+            stop(&mut running).await;
+            return Err(Error::Stopped);
         }
         sleep(LOOK_EVERY).await;
     }
@@ -263,7 +325,7 @@ pub(super) async fn keep(
         };
         tracing::error!(how, log = %folder.log_path.display(), "local Postgres ended; starting it again");
         loop {
-            match start(folder, installation, settings).await {
+            match start(folder, installation, settings, supervisor).await {
                 Ok(started) => {
                     running = started;
                     pause = Duration::from_millis(100);

@@ -1,7 +1,7 @@
 //! Why a relay's session with its origin ended, and what its status says then.
 
 use super::status::State;
-use crate::store::{self, Retry};
+use crate::store;
 use crate::stream::AppendError;
 
 /// Why a session ended.
@@ -62,9 +62,7 @@ impl Trouble {
             Self::Standby => State::Standby,
             Self::NotInstalled(_) => State::NotInstalled,
             Self::Mapping(_) => State::Refused,
-            Self::Origin(error) if error.retry() == Retry::Never || error.is_login_refused() => {
-                State::Refused
-            }
+            Self::Origin(error) if error.is_setup_wrong() => State::Refused,
             Self::Origin(_) => State::Unreachable,
             Self::RowsRefused { .. } => State::RowsRefused,
             Self::Append(error) if error.is_row_refused() => State::RowsRefused,

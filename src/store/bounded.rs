@@ -114,9 +114,10 @@ async fn bounded_by<T>(
 
 /// Waits at most so long for a connection.
 pub(in crate::store) async fn connecting<T>(
+    longest: Duration,
     connect: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, Error> {
-    let connected = tokio::time::timeout(CONNECT, connect).await;
+    let connected = tokio::time::timeout(longest, connect).await;
     connected.unwrap_or_else(timed_out).map_err(Error::Connect)
 }
 

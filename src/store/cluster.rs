@@ -134,6 +134,27 @@ pub async fn register_node(
     .await
 }
 
+/// Why commits of this user's sessions do not end, if the server says so.
+///
+/// # Errors
+/// The database's.
+pub async fn why_no_commit(connection: &mut Connection) -> Result<Option<&'static str>, Error> {
+    let waits: bool = bounded(
+        "looking for commits that wait",
+        HEARTBEAT,
+        sqlx::query_scalar(
+            "select exists (
+                select from pg_catalog.pg_stat_activity a
+                 where a.datname = current_database() and a.wait_event_type = 'IPC' and a.wait_event = 'SyncRep')",
+        )
+        .fetch_one(connection),
+    )
+    .await?;
+    Ok(waits.then_some(
+        "commits wait for a synchronous standby that is missing (synchronous_standby_names)",
+    ))
+}
+
 /// What a node says with its heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sign<'a> {

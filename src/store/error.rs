@@ -1,14 +1,38 @@
 //! What can go wrong with a statement, and whether to try again.
 
+use sqlx::migrate::MigrateError;
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
+
+use crate::domain::database_url::Fault;
+
 /// A failed statement or connection.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The text is not a URL of a Postgres database.
     #[error("the database URL is not valid")]
-    Url(#[source] sqlx::Error),
+    Url(#[source] Fault),
+    /// A variable that the URL is read with does not fit.
+    #[error("the database URL cannot be used: {0}")]
+    Variable(&'static str),
+    /// Sessions are shared with others.
+    #[error(
+        "a pooler in transaction mode is in between: settings, locks and prepared statements of a session would be lost, or be others'. \
+         Point the URL at the server itself, or at a pool in session mode"
+    )]
+    Pooled,
     /// Migrations did not run.
     #[error("migrating the database failed")]
     Migrate(#[source] sqlx::migrate::MigrateError),
+    /// Another session migrates, and does not end.
+    #[error(
+        "another session has migrated the database for {} s and longer: {holder}. If it hangs, end it by pg_terminate_backend", waited.as_secs()
+    )]
+    MigrationHeld {
+        /// How long it was waited for.
+        waited: std::time::Duration,
+        /// Who it is.
+        holder: String,
+    },
     /// The schema was changed by a later version in a way that this one cannot run with.
     #[error(
         "the database's schema is of a later version of postroad: it needs one that knows migration {needed}, and this one knows {known} at most"
@@ -56,10 +80,6 @@ pub enum Retry {
 }
 
 impl Error {
-    pub(in crate::store) fn url(source: sqlx::Error) -> Self {
-        Self::Url(source)
-    }
-
     /// A value that no version of Postroad has written.
     #[must_use]
     pub const fn corrupt(doing: &'static str, what: String) -> Self {
@@ -79,6 +99,9 @@ impl Error {
     fn driver(&self) -> Option<&sqlx::Error> {
         match self {
             Self::Query { source, .. } | Self::Connect(source) => Some(source),
+            Self::Migrate(
+                MigrateError::Execute(source) | MigrateError::ExecuteMigration(source, _),
+            ) => Some(source),
             Self::OutcomeUnknown(error) => error.driver(),
             _ => None,
         }
@@ -110,7 +133,14 @@ impl Error {
     #[must_use]
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Url(_) | Self::Corrupt { .. } | Self::SchemaTooNew { .. } => Retry::Never,
+            Self::Url(_)
+            | Self::Variable(_)
+            | Self::Pooled
+            | Self::Corrupt { .. }
+            | Self::SchemaTooNew { .. }
+            | Self::MigrationHeld { .. } => Retry::Never,
+            // An edited migration, say.
+            Self::Migrate(_) if self.driver().is_none() || self.is_right_missing() => Retry::Never,
             Self::Migrate(_) | Self::Connect(_) | Self::OutcomeUnknown(_) => Retry::Backoff,
             Self::Query { source, .. } => match source {
                 sqlx::Error::Database(error) => match error.code().as_deref().unwrap_or_default() {
@@ -122,8 +152,10 @@ impl Error {
                     {
                         Retry::Backoff
                     }
-                    // The session's transaction timeout ended it; the server is a standby.
-                    "25P03" | "25006" => Retry::Backoff,
+                    // A timeout of the session or of its transaction ended it; the server is a standby.
+                    "25P03" | "25P04" | "25006" => Retry::Backoff,
+                    // Whatever else ended the session says nothing about the statement.
+                    code if is_fatal(&**error) && !is_refused_session(code) => Retry::Backoff,
                     // The pool could not connect: the user or the database is refused.
                     code if is_refused_login(code) => Retry::Backoff,
                     _ => Retry::Never,
@@ -145,6 +177,80 @@ impl Error {
         self.sqlstate().is_some_and(|code| is_refused_login(&code))
     }
 
+    /// Whether this user lacks a right: SQLSTATE 42501.
+    #[must_use]
+    pub fn is_right_missing(&self) -> bool {
+        self.sqlstate().as_deref() == Some("42501")
+    }
+
+    /// Whether something between takes the place of the server's sessions: a pooler that knows no settings of sessions.
+    #[must_use]
+    pub fn is_pooler(&self) -> bool {
+        // pgbouncer's words. A server of version 15 and later takes all parameters that a session of Postroad begins with.
+        matches!(self, Self::Connect(sqlx::Error::Database(error))
+            if error.message().contains("unsupported startup parameter"))
+    }
+
+    /// Whether at the start of a process it is a mistake that only a person can put right.
+    #[must_use]
+    pub fn is_setup_wrong(&self) -> bool {
+        self.retry() == Retry::Never
+            || self.is_login_refused()
+            || self.is_right_missing()
+            || self.is_pooler()
+    }
+
+    /// With its causes and what to do about it, in one line.
+    #[must_use]
+    pub fn explained(&self) -> String {
+        let mut text = self.to_string();
+        if let Some(sqlx::Error::Database(error)) = self.driver() {
+            text.push_str(": ");
+            text.push_str(error.message());
+        } else {
+            let mut cause = std::error::Error::source(self);
+            while let Some(error) = cause {
+                text.push_str(": ");
+                text.push_str(&error.to_string());
+                cause = error.source();
+            }
+        }
+        if let Some(advice) = self.advice() {
+            text.push_str("; ");
+            text.push_str(advice);
+        }
+        text
+    }
+
+    /// What to do about it, as a clause.
+    fn advice(&self) -> Option<&'static str> {
+        if self.is_pooler() {
+            return Some(
+                "a pooler is in between, and refuses the settings of Postroad's sessions: point the URL at the server itself",
+            );
+        }
+        if let Some(sqlx::Error::Tls(_)) = self.driver() {
+            return Some(
+                "look at sslmode and sslrootcert of the URL, and at the server's certificate",
+            );
+        }
+        match self.sqlstate()?.as_str() {
+            "28P01" => Some("the URL's user or password is wrong"),
+            "28000" => Some(
+                "the server lets this user in from elsewhere only, or by TLS only (sslmode=require): see its pg_hba.conf",
+            ),
+            "3D000" => Some("create the database, or correct its name in the URL"),
+            "42501" => Some(
+                "grant this user what it lacks: Postroad's user owns its schemas, and needs CREATE on the database to make them",
+            ),
+            "25006" => Some(
+                "nothing can be written there: point the URL at the primary, or end its being read only",
+            ),
+            "53300" => Some("raise max_connections, or have others leave room"),
+            _ => None,
+        }
+    }
+
     /// Whether the connection is lost, so that the outcome of what ran on it is unknown.
     #[must_use]
     pub fn is_connection_lost(&self) -> bool {
@@ -154,11 +260,17 @@ impl Error {
         match self.driver() {
             Some(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
-                code.starts_with("08") || matches!(&*code, "57P01" | "57P02" | "57P03" | "25P03")
+                ends_session(&code) || (is_fatal(&**error) && !is_refused_session(&code))
             }
             Some(sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_)) => true,
             _ => false,
         }
+    }
+
+    /// Whether there was no answer in time.
+    #[must_use]
+    pub fn is_timed_out(&self) -> bool {
+        matches!(self.driver(), Some(sqlx::Error::Io(error)) if error.kind() == std::io::ErrorKind::TimedOut)
     }
 
     /// Whether a new connection is needed: this one is lost, or its server has become a standby.
@@ -228,7 +340,49 @@ impl Error {
     }
 }
 
+/// The session is gone: class 08 (the connection), 57P (shut down, crashed, not up, its database dropped, idle for too long), and the
+/// timeouts of a transaction.
+fn ends_session(code: &str) -> bool {
+    code.starts_with("08") || code.starts_with("57P") || matches!(code, "25P03" | "25P04")
+}
+
+/// Whether the server ends the session with this, whatever its code: it may be of a later version, or an extension.
+fn is_fatal(error: &dyn sqlx::error::DatabaseError) -> bool {
+    let error = error.try_downcast_ref::<PgDatabaseError>();
+    error.is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+/// No session came about: what was to run on it has not begun. Logins that are refused, missing rights, no room, a database that takes
+/// no connections.
+fn is_refused_session(code: &str) -> bool {
+    is_refused_login(code)
+        || ["42", "53", "55"]
+            .iter()
+            .any(|class| code.starts_with(class))
+}
+
 /// Classes 28, invalid authorization, and 3D, invalid catalogue name.
 fn is_refused_login(code: &str) -> bool {
     code.starts_with("28") || code.starts_with("3D")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_that_end_a_session_are_told_from_those_that_refuse_one() {
+        for code in [
+            "08006", "57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25P04",
+        ] {
+            assert!(ends_session(code) && !is_refused_session(code), "{code}");
+        }
+        // A statement that was cancelled, a lock that was not to be had, a value that does not fit, a server that is a standby.
+        for code in ["57014", "55P03", "22003", "25006", "40001"] {
+            assert!(!ends_session(code), "{code}");
+        }
+        for code in ["28P01", "28000", "3D000", "42501", "53300", "55000"] {
+            assert!(is_refused_session(code), "{code}");
+        }
+    }
 }

@@ -36,7 +36,7 @@ impl Hints {
     pub async fn listen(database: &Database) -> Result<Self, Error> {
         let pool = PgPoolOptions::new()
             .max_connections(1)
-            .connect_lazy_with(database.options.clone());
+            .connect_lazy_with(database.options());
         let listening = async {
             let mut listener = PgListener::connect_with(&pool).await?;
             listener.listen(CHANNEL).await?;

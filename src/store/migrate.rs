@@ -1,9 +1,14 @@
-//! The schema's migrations, embedded. Up-only, never edited once released, each in its own transaction under one lock.
+//! The schema's migrations, embedded. Up-only, never edited once released, each in its own transaction, by one process at a time.
+
+mod turn;
+
+use std::time::Duration;
 
 use sqlx::SqlSafeStr as _;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
-use super::{Database, Error};
+use super::{Connection, Database, Error};
+use turn::Turn;
 
 /// A migration file: version, name, text.
 type File = (i64, &'static str, &'static str);
@@ -70,6 +75,9 @@ const FENCE_GRANTS: &str = include_str!("../../migrations/fence/grants.sql");
 /// The same beside mapped tables.
 const MAPPED_GRANTS: &str = include_str!("../../migrations/mapped/grants.sql");
 
+/// The schema of the broker's own tables.
+const BROKER_SCHEMA: &str = "postroad_broker";
+
 /// Held while rights are granted: `grants` in ASCII.
 const GRANT_LOCK: i64 = 0x6772_616e_7473;
 
@@ -91,38 +99,66 @@ fn migrator(files: &[File], schema: &'static str) -> Migrator {
     migrator.dangerous_set_table_name(format!("{schema}.migration"));
     // The previous version of the binary runs on a newer schema: expand, then contract.
     migrator.set_ignore_missing(true);
+    // Its own lock stays with the session when a migration fails.
+    migrator.set_locking(false);
     migrator
+}
+
+/// Runs what is missing, once it is this session's turn.
+async fn migrate(
+    database: &Database,
+    (files, schema): (&[File], &'static str),
+    longest_wait: Duration,
+) -> Result<(), Error> {
+    let mut turn = Turn::take(database, longest_wait).await?;
+    if schema == BROKER_SCHEMA {
+        refuse_newer(&mut turn.0).await?;
+    }
+    let migrated = migrator(files, schema)
+        .run_direct(None, &mut turn.0, false)
+        .await;
+    migrated.map_err(Error::Migrate)?;
+    turn.end().await
 }
 
 /// Brings the broker's schema, `postroad_broker`, up to date. Safe to call from several processes at once.
 ///
 /// # Errors
-/// A migration that failed, or one applied before that was edited; [`Error::SchemaTooNew`].
+/// A migration that failed, or one applied before that was edited; [`Error::SchemaTooNew`]; [`Error::MigrationHeld`].
 pub async fn broker(database: &Database) -> Result<(), Error> {
+    broker_within(database, turn::LONGEST).await
+}
+
+/// The same; another process that migrates is waited for no longer than `longest_wait`.
+///
+/// # Errors
+/// As [`broker`].
+pub async fn broker_within(database: &Database, longest_wait: Duration) -> Result<(), Error> {
+    migrate(database, (BROKER, BROKER_SCHEMA), longest_wait).await
+}
+
+async fn refuse_newer(connection: &mut Connection) -> Result<(), Error> {
     let known = BROKER.last().map_or(0, |file| file.0);
-    if let Some(needed) = needed(database).await?.filter(|needed| *needed > known) {
-        return Err(Error::SchemaTooNew { needed, known });
+    match needed(connection).await? {
+        Some(needed) if needed > known => Err(Error::SchemaTooNew { needed, known }),
+        _ => Ok(()),
     }
-    migrator(BROKER, "postroad_broker")
-        .run(database.pool())
-        .await
-        .map_err(Error::Migrate)
 }
 
 /// The migration that a program must know, if the schema is there and says so. Migrations beyond those that this program knows only
 /// add, unless they say otherwise here.
-async fn needed(database: &Database) -> Result<Option<i64>, Error> {
+async fn needed(connection: &mut Connection) -> Result<Option<i64>, Error> {
     const DOING: &str = "looking at the schema's version";
     let is_there: bool =
         sqlx::query_scalar("select to_regclass('postroad_broker.schema_needs') is not null")
-            .fetch_one(database.pool())
+            .fetch_one(&mut *connection)
             .await
             .map_err(Error::query(DOING))?;
     if !is_there {
         return Ok(None);
     }
     sqlx::query_scalar("select version from postroad_broker.schema_needs")
-        .fetch_optional(database.pool())
+        .fetch_optional(connection)
         .await
         .map_err(Error::query(DOING))
 }
@@ -193,10 +229,7 @@ async fn install(
     grants: &'static str,
     roles: &[&str],
 ) -> Result<Grants, Error> {
-    migrator(files, "postroad")
-        .run(database.pool())
-        .await
-        .map_err(Error::Migrate)?;
+    migrate(database, (files, "postroad"), turn::LONGEST).await?;
     let mut connection = database.connect().await?;
     // Sent as one message, it is one transaction. One at a time: two that grant at once update the same rows of the catalogue, which
     // Postgres refuses.

@@ -17,6 +17,7 @@ pub mod migrate;
 mod mutant;
 pub mod origin;
 mod pooled;
+mod pooler;
 pub mod queue;
 pub mod redrive;
 pub mod relay;
@@ -25,14 +26,18 @@ mod repeat;
 pub mod server;
 pub mod shop;
 pub mod stream;
+mod target;
 pub mod topic;
 
+use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
-use sqlx::{ConnectOptions as _, Connection as _};
+use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
+use crate::domain::database_url::DatabaseUrl;
 pub use error::{Error, Retry};
 use guard::Guard;
 use pooled::Pooled;
@@ -72,7 +77,7 @@ const SESSION: [(&str, &str); 15] = [
 
 /// Settings that not every server has, which would refuse a session that asks for them. A session whose statement was given up waits
 /// for a lock, or for a standby, and would not notice that its client is gone: it would stay for as long, one more each time.
-async fn settle(connection: &mut Connection) -> Result<(), sqlx::Error> {
+pub(in crate::store) async fn settle(connection: &mut Connection) -> Result<(), sqlx::Error> {
     const SETTLE: &str = "select set_config(s.name, s.value, false)
         from (values
             ('client_connection_check_interval', '5s', version() like '%linux%'),
@@ -94,42 +99,83 @@ async fn settle(connection: &mut Connection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
+/// How long each of several servers may take to be connected to, unless the URL says otherwise: the next may be the one.
+const EACH_OF_SEVERAL: Duration = Duration::from_secs(3);
+
 /// A Postgres database, reached by its URL. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Database {
-    options: PgConnectOptions,
+    reached: Arc<Reached>,
     pool: PgPool,
     guard: Arc<Guard>,
+}
+
+/// How a database is reached.
+struct Reached {
+    /// Its servers, in the order in which they are tried.
+    targets: Vec<PgConnectOptions>,
+    /// The one that was a primary last.
+    last: AtomicUsize,
+    /// For each of them.
+    patience: Duration,
+    /// A pooler drops what sessions begin with: it is set afterwards.
+    sets_sessions: AtomicBool,
+}
+
+impl fmt::Debug for Database {
+    /// The driver's options have the password in them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Database").field(&self.place()).finish()
+    }
 }
 
 impl Database {
     /// Parses the URL and makes a pool that connects when first used.
     ///
     /// # Errors
-    /// A URL that is not one of Postgres.
+    /// A URL that is not one of Postgres, or asks for what is not supported.
     pub fn new(url: &str, pool_size: u32) -> Result<Self, Error> {
-        let options = url
-            .parse::<PgConnectOptions>()
-            .map_err(Error::url)?
-            .options(SESSION)
-            .disable_statement_logging();
+        let url = DatabaseUrl::parse(url).map_err(Error::Url)?;
+        let targets = target::targets(&url)?.into_iter();
+        let targets = targets.map(|target| {
+            let target = target.options(SESSION).options([pooler::MARKER]);
+            target.disable_statement_logging()
+        });
+        let targets: Vec<PgConnectOptions> = targets.collect();
+        let patience = match (url.connect_timeout, targets.len()) {
+            (Some(seconds), _) => Duration::from_secs(seconds).min(bounded::CONNECT),
+            (None, 1) => bounded::CONNECT,
+            (None, _) => EACH_OF_SEVERAL,
+        };
+        let first = targets.first().cloned().unwrap_or_default();
+        let reached = Arc::new(Reached {
+            targets,
+            last: AtomicUsize::new(0),
+            patience,
+            sets_sessions: AtomicBool::new(false),
+        });
         let guard = Arc::new(Guard::new());
-        let of_pool = Arc::clone(&guard);
+        let of_pool = (Arc::clone(&guard), Arc::clone(&reached));
         let pool = PgPoolOptions::new()
             .max_connections(pool_size)
             .acquire_timeout(Duration::from_secs(10))
             .test_before_acquire(false)
             .before_acquire(|connection, _| Box::pin(pooled::is_alive(connection)))
             .after_connect(move |connection, _| {
-                let guard = Arc::clone(&of_pool);
+                let (guard, reached) = of_pool.clone();
                 Box::pin(async move {
+                    if reached.sets_sessions.load(Ordering::Relaxed) {
+                        let settings = pooler::text_of(&session(&[]));
+                        let setting = sqlx::raw_sql(sqlx::AssertSqlSafe(settings));
+                        setting.execute(&mut *connection).await?;
+                    }
                     settle(connection).await?;
                     guard.check(connection).await
                 })
             })
-            .connect_lazy_with(options.clone());
+            .connect_lazy_with(first);
         Ok(Self {
-            options,
+            reached,
             pool,
             guard,
         })
@@ -140,13 +186,73 @@ impl Database {
     /// # Errors
     /// The server cannot be reached within 10 s or refuses, or has another history than before ([`Database::history_changed`]).
     pub async fn connect(&self) -> Result<Connection, Error> {
-        bounded::connecting(async {
-            let mut connection = Connection::connect_with(&self.options).await?;
-            settle(&mut connection).await?;
-            self.guard.check(&mut connection).await?;
-            Ok(connection)
-        })
-        .await
+        let mut connection = self.open(&[]).await?;
+        bounded::connecting(bounded::CONNECT, self.guard.check(&mut connection)).await?;
+        Ok(connection)
+    }
+
+    /// A connection with further settings, to whatever history.
+    pub(in crate::store) async fn open(
+        &self,
+        further: &[(&'static str, &'static str)],
+    ) -> Result<Connection, Error> {
+        let mut connection = self.open_unchecked(further).await?;
+        if self.sets_sessions() {
+            pooler::set(&mut connection, &session(further)).await?;
+        }
+        bounded::connecting(bounded::CONNECT, settle(&mut connection)).await?;
+        Ok(connection)
+    }
+
+    /// A connection that may lack settings, since a pooler may be in between. Of several servers, the first that is a primary: beginning with
+    /// the one that was it last.
+    pub(in crate::store) async fn open_unchecked(
+        &self,
+        further: &[(&'static str, &'static str)],
+    ) -> Result<Connection, Error> {
+        let Reached {
+            targets,
+            last,
+            patience,
+            ..
+        } = &*self.reached;
+        let first = last.load(Ordering::Relaxed);
+        let mut failed = None;
+        for index in (0..targets.len()).map(|step| (first + step) % targets.len()) {
+            let target = targets[index].clone().options(further.iter().copied());
+            let connecting = async {
+                let mut connection = Connection::connect_with(&target).await?;
+                if targets.len() > 1 {
+                    refuse_standby(&mut connection).await?;
+                }
+                Ok(connection)
+            };
+            match bounded::connecting(*patience, connecting).await {
+                Ok(connection) => {
+                    if index != first {
+                        last.store(index, Ordering::Relaxed);
+                        self.pool.set_connect_options(targets[index].clone());
+                    }
+                    return Ok(connection);
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        Err(failed.expect("a URL names one server at least"))
+    }
+
+    /// How to reach the server that was a primary last.
+    pub(in crate::store) fn options(&self) -> PgConnectOptions {
+        let last = self.reached.last.load(Ordering::Relaxed);
+        self.reached.targets[last].clone()
+    }
+
+    pub(in crate::store) fn sets_sessions(&self) -> bool {
+        self.reached.sets_sessions.load(Ordering::Relaxed)
+    }
+
+    pub(in crate::store) fn set_sessions(&self) {
+        self.reached.sets_sessions.store(true, Ordering::Relaxed);
     }
 
     /// The number of the next heartbeat.
@@ -180,20 +286,44 @@ impl Database {
     /// Where the database is, for logs: host (or the socket's folder), port and name, never the password.
     #[must_use]
     pub fn place(&self) -> String {
-        let name = self.options.get_database().unwrap_or_default();
-        if let Some(socket) = self.options.get_socket() {
-            return format!("{}:{}/{name}", socket.display(), self.options.get_port());
-        }
+        let servers = self.reached.targets.iter();
+        let servers = servers.map(|target| match target.get_socket() {
+            Some(socket) => format!("{}:{}", socket.display(), target.get_port()),
+            None => format!("{}:{}", target.get_host(), target.get_port()),
+        });
+        let servers: Vec<String> = servers.collect();
+        let options = self.options();
+        let user = options.get_username();
         format!(
-            "{}:{}/{}",
-            self.options.get_host(),
-            self.options.get_port(),
-            name
+            "{}/{}",
+            servers.join(","),
+            options.get_database().unwrap_or(user)
         )
     }
 
     /// Closes the pool and waits for its connections to end.
     pub async fn close(&self) {
         self.pool.close().await;
+    }
+}
+
+/// All settings of a session.
+pub(in crate::store) fn session(
+    further: &[(&'static str, &'static str)],
+) -> Vec<(&'static str, &'static str)> {
+    SESSION
+        .iter()
+        .chain(&[pooler::MARKER])
+        .chain(further)
+        .copied()
+        .collect()
+}
+
+async fn refuse_standby(connection: &mut Connection) -> Result<(), sqlx::Error> {
+    let looking = sqlx::raw_sql("select pg_catalog.pg_is_in_recovery()");
+    let is_standby: bool = looking.fetch_one(connection).await?.try_get(0)?;
+    match is_standby {
+        true => Err(sqlx::Error::Protocol("the server is a standby".to_owned())),
+        false => Ok(()),
     }
 }

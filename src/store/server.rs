@@ -1,6 +1,6 @@
 //! What the broker must know about a Postgres server before it trusts it with acknowledged messages.
 
-use super::{Database, Error};
+use super::{Database, Error, pooler, session};
 
 /// The oldest major version that is supported and tested: older ones get no fixes any more.
 pub const OLDEST_MAJOR: i32 = 15;
@@ -47,12 +47,13 @@ impl Server {
     }
 }
 
-/// Looks at the server.
+/// Looks at the server, and at what stands before it.
 ///
 /// # Errors
-/// It cannot be reached or refuses the session.
+/// It cannot be reached or refuses the session; [`Error::Pooled`].
 pub async fn look(database: &Database) -> Result<Server, Error> {
-    let mut connection = database.connect().await?;
+    let mut connection = database.open_unchecked(&[]).await?;
+    pooler::check(database, &mut connection, &session(&[]), true).await?;
     let (version_number, is_in_recovery, encoding, isolation) =
         sqlx::query_as::<_, (i32, bool, String, String)>(
             "select current_setting('server_version_num')::int,

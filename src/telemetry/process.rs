@@ -1,5 +1,5 @@
 //! What this process uses of the machine, by the names that every Prometheus client gives them. Read from /proc at scrape
-//! time; nothing where there is none.
+//! time; nothing where there is none. And what became of its log.
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
@@ -43,7 +43,15 @@ impl Collector for Process {
             )?;
             gauge.encode(described)?;
         }
-        Ok(())
+        let help = "Lines of the log that standard error did not take, or not in time";
+        let counter = ConstCounter::new(super::dropped());
+        let described = encoder.encode_descriptor(
+            "postroad_log_lines_dropped",
+            help,
+            None,
+            MetricType::Counter,
+        )?;
+        counter.encode(described)
     }
 }
 
@@ -75,6 +83,10 @@ mod tests {
         register(&mut registry);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        assert!(
+            text.contains("\npostroad_log_lines_dropped_total "),
+            "{text}"
+        );
         if cfg!(target_os = "linux") {
             assert!(text.contains("\nprocess_cpu_seconds_total "), "{text}");
             assert!(resident_bytes().unwrap() > 100_000);

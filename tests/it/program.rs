@@ -1,5 +1,12 @@
 //! The program as a whole: start, ready, stop, restart, kill; what it says when something is wrong.
 
+mod logs;
+mod pooler;
+mod private;
+mod readiness;
+mod secrets;
+mod start;
+
 use std::process::Stdio;
 use std::time::Duration;
 

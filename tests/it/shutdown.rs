@@ -155,3 +155,76 @@ async fn a_second_signal_ends_it_at_once_and_the_deadline_ends_it_too() {
     let ids = stream_ids(&program.http, "main").await;
     assert_eq!(ids, [(1, "one".to_owned())]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_that_closes_stops_it_in_order_unless_it_is_to_live_on() {
+    let database = support::database().await;
+    let mut program = support::program(&database.url, &[]).await;
+    program.signal(Signal::HUP);
+    let ended = tokio::time::timeout(Duration::from_secs(20), program.ended()).await;
+    assert!(ended.expect("it ends in time").success());
+    // As `nohup` does it: the signal is ignored from the start.
+    let mut command = tokio::process::Command::new("sh");
+    command
+        .args([
+            "-c",
+            "trap '' HUP; exec \"$0\" serve",
+            env!("CARGO_BIN_EXE_postroad"),
+        ])
+        .envs(support::broker::variables(&database.url))
+        .stderr(std::process::Stdio::piped())
+        .kill_on_drop(true);
+    let mut child = command.spawn().unwrap();
+    let pid = i32::try_from(child.id().unwrap()).unwrap();
+    let mut log = support::broker::Log::of(&mut child);
+    let entry = log.wait_for("postroad is ready").await;
+    let http = Http::new(entry["fields"]["url"].as_str().unwrap());
+    log.read_on(None);
+    support::send_signal(pid, Signal::HUP);
+    // The signal is handled by the time that the next ones are.
+    publish_ids(&http, "orders.created", &["one".to_owned()]).await;
+    assert!(child.try_wait().unwrap().is_none());
+    support::send_signal(pid, Signal::TERM);
+    assert!(child.wait().await.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_ends_in_time_even_when_no_thread_of_the_runtime_is_free() {
+    let database = support::database().await;
+    // One thread, which the first answer keeps for good.
+    let variables = [
+        ("TOKIO_WORKER_THREADS", "1"),
+        ("POSTROAD_FAILPOINTS", "http.answer_decided=hang@1"),
+        ("POSTROAD_SHUTDOWN_SECONDS", "1"),
+    ];
+    let mut program = support::program(&database.url, &variables).await;
+    let http = program.http.clone();
+    let asked = tokio::spawn(async move {
+        let call = http.call(reqwest::Method::GET, "/healthz", None);
+        tokio::time::timeout(Duration::from_secs(2), call).await
+    });
+    assert!(
+        asked.await.unwrap().is_err(),
+        "nothing is answered any more"
+    );
+    let began = Instant::now();
+    let status = end(&mut program, Duration::from_secs(30)).await;
+    assert_eq!(status.code(), Some(1));
+    assert!(began.elapsed() >= Duration::from_secs(1));
+    assert!(
+        began.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        began.elapsed()
+    );
+    // A second signal is not waited for either.
+    let mut program = support::program(&database.url, &variables[..2]).await;
+    let http = program.http.clone();
+    let asked = tokio::spawn(async move {
+        let call = http.call(reqwest::Method::GET, "/healthz", None);
+        tokio::time::timeout(Duration::from_secs(2), call).await
+    });
+    assert!(asked.await.unwrap().is_err());
+    program.signal(Signal::INT);
+    let status = end(&mut program, Duration::from_secs(10)).await;
+    assert_eq!(status.code(), Some(1));
+}

@@ -51,7 +51,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     ("config", &["domain"]),
-    ("telemetry", &["config"]),
+    ("telemetry", &["config", "supervisor"]),
     ("local_postgres", &["supervisor"]),
     (
         "app",
@@ -86,7 +86,14 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "bench",
-        &["domain", "supervisor", "store", "config", "local_postgres"],
+        &[
+            "domain",
+            "supervisor",
+            "store",
+            "config",
+            "telemetry",
+            "local_postgres",
+        ],
     ),
     (
         "cli",
@@ -97,6 +104,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "demo",
             "http",
             "store",
+            "supervisor",
             "telemetry",
         ],
     ),

@@ -46,6 +46,8 @@ fn every_check_finds_its_fault() {
         ("src/queue/a.rs", "use sqlx::Row;"),
         ("src/relay/a.rs", "fn f() { tokio::spawn(g()); }"),
         ("src/domain/a.rs", "fn f() { Utc::now(); }"),
+        ("src/store/a.rs", "fn f() { eprintln!(); }"),
+        ("src/relay/a.rs", "fn f() { println!(); }"),
         ("src/http/utils.rs", ""),
         ("src/http/a.rs", &"\n".repeat(shape::LINES_MAX + 1)),
     ] {

@@ -32,6 +32,31 @@ const PLACES: &[(&str, &[&str], &str)] = &[
         "a task that nobody waits for is lost at the stop",
     ),
     (
+        "thread::Builder",
+        &["supervisor"],
+        "a thread that nobody knows of is lost at the stop",
+    ),
+    (
+        "println!",
+        &["failpoint", "simulation"],
+        "it panics when nobody reads: say!, or telemetry::print",
+    ),
+    (
+        "print!",
+        &["failpoint", "simulation"],
+        "it panics when nobody reads: say!, or telemetry::print",
+    ),
+    (
+        "eprintln!",
+        &["failpoint"],
+        "it panics when nobody reads: tell!, or a line of the log",
+    ),
+    (
+        "eprint!",
+        &["failpoint"],
+        "it panics when nobody reads: tell!, or a line of the log",
+    ),
+    (
         "JoinSet",
         // A worker that is dropped drops its handlers: nobody would settle what they do.
         &["supervisor", "client"],

@@ -141,6 +141,11 @@ fn forwarded(state: &State, headers: &HeaderMap) -> Option<Forwarded> {
     })
 }
 
+/// Whether it says that a node passes it on, whether that is believed or not.
+pub(in crate::http) fn is_passed_on(headers: &HeaderMap) -> bool {
+    headers.contains_key(NODE)
+}
+
 /// Whether other nodes are to be asked for their part of the answer, too: there are some, and none of them asks.
 pub(in crate::http) fn has_others(state: &State, headers: &HeaderMap) -> bool {
     state.parts.cluster.view().has_peers() && forwarded(state, headers).is_none()

@@ -17,7 +17,7 @@ mod retry;
 mod scheduled_messages;
 mod schedules;
 pub(in crate::http) mod streams;
-mod system;
+pub(in crate::http) mod system;
 pub(in crate::http) mod topics;
 pub(in crate::http) mod wire;
 

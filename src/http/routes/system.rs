@@ -6,12 +6,14 @@ use axum::extract::State as Extract;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
+use prometheus_client::registry::Registry;
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
+use crate::http::Readiness;
 use crate::http::exposition::Format;
 use crate::http::extract::{Named, PathPart, Query};
 use crate::http::openapi::{Fails, NoPage, Reads, openapi_yaml};
@@ -76,6 +78,11 @@ fn text(content_type: &'static str, body: String) -> Response {
     responses((status = 200, description = "It does", body = Health), Fails),
 )]
 async fn healthz() -> Response {
+    health()
+}
+
+/// The process lives.
+pub(in crate::http) fn health() -> Response {
     wire::json(StatusCode::OK, &Health { status: "ok" })
 }
 
@@ -89,7 +96,12 @@ async fn healthz() -> Response {
     ),
 )]
 async fn readyz(Extract(state): Extract<State>) -> Response {
-    let reasons = state.parts.readiness.reasons();
+    ready(&state.parts.readiness)
+}
+
+/// Whether the process is ready, and if not, why.
+pub(in crate::http) fn ready(readiness: &Readiness) -> Response {
+    let reasons = readiness.reasons();
     let status = match reasons.is_empty() {
         true => StatusCode::OK,
         false => StatusCode::SERVICE_UNAVAILABLE,
@@ -116,9 +128,17 @@ async fn readyz(Extract(state): Extract<State>) -> Response {
     ),
 )]
 async fn metrics(Extract(state): Extract<State>, headers: HeaderMap) -> Result<Response, Problem> {
-    let format = Format::asked(&headers);
+    scrape(&state.parts.registry, &headers)
+}
+
+/// All metrics of a registry, in the format that is asked for.
+pub(in crate::http) fn scrape(
+    registry: &Registry,
+    headers: &HeaderMap,
+) -> Result<Response, Problem> {
+    let format = Format::asked(headers);
     let mut body = String::new();
-    prometheus_client::encoding::text::encode(&mut body, &state.parts.registry)
+    prometheus_client::encoding::text::encode(&mut body, registry)
         .map_err(|error| Problem::internal(&error))?;
     Ok(text(format.content_type(), format.print(body)))
 }

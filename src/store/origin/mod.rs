@@ -16,9 +16,9 @@ use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, Connection as _, SqlSafeStr as _, SqlStr};
 use uuid::Uuid;
 
-use super::bounded::{LONG_STATEMENT, STATEMENT, bounded, connecting};
+use super::bounded::{CONNECT, LONG_STATEMENT, STATEMENT, bounded, connecting};
 use super::mapped::{Misfit, Relation};
-use super::{Connection, Database, Error, settle};
+use super::{Connection, Database, Error, pooler, session, settle};
 use crate::domain::mapping::Mapping;
 
 pub use leaf::{Emptied, LEAF_COUNT, LEAF_PERIOD, Passed};
@@ -70,15 +70,11 @@ impl Session {
     /// statement was given up can wait for a lock for hours, and each of them takes one of the places of the origin's producers.
     ///
     /// # Errors
-    /// The origin cannot be reached within 10 s, or refuses.
+    /// The origin cannot be reached within 10 s, or refuses; [`Error::Pooled`].
     pub async fn open(database: &Database, former: Option<Backend>) -> Result<Self, Error> {
-        let options = database.options.clone().options(SESSION);
-        let mut connection = connecting(async {
-            let mut connection = Connection::connect_with(&options).await?;
-            settle(&mut connection).await?;
-            Ok(connection)
-        })
-        .await?;
+        let mut connection = database.open_unchecked(&SESSION).await?;
+        pooler::check(database, &mut connection, &session(&SESSION), false).await?;
+        connecting(CONNECT, settle(&mut connection)).await?;
         if let Some(former) = former {
             let ending = sqlx::query(
                 "select pg_terminate_backend(a.pid, 1000) from pg_stat_activity as a

@@ -23,7 +23,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use postroad::http::{self, Metrics, Options, Parts, Readiness};
+use postroad::http::{self, Early, Metrics, Options, Parts, Readiness};
 use postroad::supervisor::Supervisor;
 use postroad::{cluster, lock, queue, relay, stream, topic};
 use prometheus_client::registry::Registry;
@@ -104,6 +104,11 @@ impl Api {
         .unwrap();
         let metrics = Metrics::new(&mut registry);
         let readiness = Readiness::new();
+        let early = Early {
+            readiness: readiness.clone(),
+            metrics: metrics.clone(),
+            registry: Arc::default(),
+        };
         let parts = Parts {
             stream,
             queue,
@@ -115,7 +120,8 @@ impl Api {
             metrics,
             readiness: readiness.clone(),
         };
-        http::serve(listener, parts, options, &server).unwrap();
+        let served = http::serve(listener, early, options, &server).unwrap();
+        served.open(parts);
         Self {
             address,
             client: reqwest::Client::new(),

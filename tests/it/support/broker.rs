@@ -257,6 +257,13 @@ pub struct Log {
 }
 
 impl Log {
+    /// Of a program whose standard error is a pipe.
+    pub fn of(child: &mut Child) -> Self {
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let seen = Vec::new();
+        Self { lines, seen }
+    }
+
     /// Reads until a line has this message, and gives the line.
     ///
     /// # Panics
@@ -327,9 +334,8 @@ fn launch_of(file: Option<&OsString>, variables: &[(String, String)]) -> (Child,
         command.env(name, value);
     }
     let mut child = command.spawn().unwrap();
-    let lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let seen = Vec::new();
-    (child, Log { lines, seen })
+    let log = Log::of(&mut child);
+    (child, log)
 }
 
 impl Program {

@@ -15,6 +15,7 @@ pub mod database;
 pub mod events;
 pub mod leases;
 pub mod mutant;
+pub mod pooler;
 pub mod process;
 pub mod proxy;
 pub mod worker;

@@ -1,0 +1,191 @@
+//! Signals, and the end of a stop that does not end.
+//!
+//! A thread of its own hears them: a runtime whose threads are all busy hears nothing any more. The same thread ends the process when
+//! a stop takes longer than it may, or when a second signal was not heard.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+
+use crate::supervisor::thread;
+use crate::{app, telemetry};
+
+/// How long the process has to end by itself after a second signal.
+const AT_ONCE: Duration = Duration::from_secs(2);
+/// How long the last lines of the log have.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// The status of a process that had to be ended.
+const STATUS: i32 = 1;
+
+/// The signals that came so far: how many, and the last one's name.
+#[derive(Debug, Clone, Copy, Default)]
+struct Heard {
+    count: usize,
+    last: &'static str,
+}
+
+/// What asks the process to stop: SIGTERM, SIGINT and SIGHUP, which a terminal sends when it closes.
+pub(super) struct Signals {
+    heard: watch::Receiver<Heard>,
+    seen: usize,
+    deadline: watch::Sender<Option<Instant>>,
+    longest_stop: Duration,
+}
+
+impl Signals {
+    /// Listens from now on. After the first signal the process ends within `longest_stop`, come what may.
+    pub(super) fn listen(longest_stop: Duration) -> anyhow::Result<Self> {
+        let (heard, receiver) = watch::channel(Heard::default());
+        let (deadline, deadlines) = watch::channel(None);
+        let (started, has_started) = oneshot::channel();
+        let hangs_up = !is_hangup_ignored();
+        let work = move || {
+            let begun = begin(hangs_up);
+            let (runtime, ears) = match begun {
+                Ok(begun) => {
+                    let _ = started.send(Ok(()));
+                    begun
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                    return;
+                }
+            };
+            runtime.block_on(hear(ears, heard, deadlines, longest_stop));
+        };
+        thread("signals", work).context("starting a thread failed")?;
+        has_started
+            .blocking_recv()
+            .context("the thread for signals ended")??;
+        Ok(Self {
+            heard: receiver,
+            seen: 0,
+            deadline,
+            longest_stop,
+        })
+    }
+
+    /// The next one's name. Cancel-safe.
+    pub(super) async fn next(&mut self) -> &'static str {
+        let seen = self.seen;
+        let name = match self.heard.wait_for(|heard| heard.count > seen).await {
+            Ok(heard) => heard.last,
+            // The thread never ends.
+            Err(_) => std::future::pending().await,
+        };
+        self.seen += 1;
+        name
+    }
+
+    /// A stop begins that no signal asked for.
+    pub(super) fn stop_begins(&self) {
+        let until = Instant::now() + self.longest_stop;
+        self.deadline.send_replace(Some(until));
+    }
+
+    /// It ended, and the process goes on.
+    pub(super) fn stop_ended(&self) {
+        self.deadline.send_replace(None);
+    }
+}
+
+type Ears = (Signal, Signal, Option<Signal>);
+
+fn begin(hangs_up: bool) -> anyhow::Result<(Runtime, Ears)> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting a runtime for signals failed")?;
+    let entered = runtime.enter();
+    let listen = |kind| signal(kind).context("listening for signals failed");
+    let ears = (
+        listen(SignalKind::terminate())?,
+        listen(SignalKind::interrupt())?,
+        hangs_up.then(|| listen(SignalKind::hangup())).transpose()?,
+    );
+    drop(entered);
+    Ok((runtime, ears))
+}
+
+async fn hear(
+    (mut terminate, mut interrupt, mut hangup): Ears,
+    heard: watch::Sender<Heard>,
+    mut deadlines: watch::Receiver<Option<Instant>>,
+    longest_stop: Duration,
+) {
+    let mut signalled: Option<Instant> = None;
+    loop {
+        let asked = *deadlines.borrow_and_update();
+        let until = signalled.into_iter().chain(asked).min();
+        let hung_up = async {
+            match &mut hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        let over = async {
+            match until {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = hung_up => "SIGHUP",
+            changed = deadlines.changed() => match changed {
+                Ok(()) => continue,
+                // The program is at its end: nobody is told any more.
+                Err(_) => std::future::pending().await,
+            },
+            () = over => end(),
+        };
+        let mut count = 0;
+        heard.send_modify(|heard| {
+            heard.count += 1;
+            heard.last = name;
+            count = heard.count;
+        });
+        let longest = if count == 1 { longest_stop } else { AT_ONCE };
+        let until = Instant::now() + longest;
+        signalled = Some(signalled.map_or(until, |before| before.min(until)));
+    }
+}
+
+/// Ends the process, whatever its other threads do.
+fn end() -> ! {
+    tracing::error!(
+        "the stop did not end in time: the process ends regardless, with status {STATUS}"
+    );
+    app::let_postgres_go();
+    telemetry::flush(LAST_WORDS);
+    std::process::exit(STATUS);
+}
+
+/// Whether whoever started the process has it live on when the terminal closes, as `nohup` does. Listening would undo that.
+fn is_hangup_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    is_ignored(&status, SignalKind::hangup().as_raw_value())
+}
+
+fn is_ignored(status: &str, signal: i32) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_ignored;
+
+    #[test]
+    fn ignored_signals_are_read_from_the_mask() {
+        let status = "Name:\tpostroad\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n";
+        assert!(is_ignored(status, 1) && is_ignored(status, 13));
+        assert!(!is_ignored(status, 2) && !is_ignored("", 1));
+    }
+}
