@@ -169,6 +169,12 @@ create table postroad.relay_emptied (
     emptied_at timestamptz not null default clock_timestamp()
 );
 
+-- When each leaf was emptied last, by the broker's clock: no row in it is older, so a re-relay need not look further back in the streams.
+create table postroad.outbox_leaf (
+    leaf smallint primary key,
+    emptied_at timestamptz not null
+);
+
 -- Called by a relay that found this database gone back in time (restored, failed over, crashed with transactions not yet
 -- flushed). Rows that were restored from elsewhere can carry transaction ids that this cluster has not handed out yet, or has
 -- handed out to a transaction that is still running: no snapshot would show them for a long time. They get the id of this

@@ -56,7 +56,7 @@ begin
         execute format('grant select, truncate on %s to postroad_relay', leaf);
     end loop;
     grant select, insert, truncate on postroad.relay_mark to postroad_relay;
-    grant select, insert, update on postroad.relay_emptied to postroad_relay;
+    grant select, insert, update on postroad.relay_emptied, postroad.outbox_leaf to postroad_relay;
     grant execute on function postroad.relay_restamp() to postroad_relay;
     if to_regclass('postroad.migration') is not null then
         grant select on postroad.migration to postroad_relay;

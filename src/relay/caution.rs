@@ -1,10 +1,11 @@
-//! What a relay remembers beyond its sessions of rows that were refused. An append that is refused for what some row holds is tried
+//! What a relay remembers beyond its sessions. An append that is refused for what some row holds is tried
 //! again with half of its rows, until the row stands alone: then it is listed as rejected, and the rows behind it go on. After each
 //! append that passes the next takes twice as many.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
 
+use super::backlog::{Backlog, Effort};
 use super::row;
 use crate::store::origin::OutboxRow;
 use crate::stream::Rejected;
@@ -12,8 +13,12 @@ use crate::stream::Rejected;
 /// Rows of a mapped table that are left where they are, since not even their text can be had.
 const LEFT_MAX: usize = 1_000;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Caution {
+    /// How much is asked of the origin at a time.
+    pub(super) effort: Effort,
+    /// The window that is relayed, as far as it is counted.
+    pub(super) backlog: Option<Backlog>,
     /// The most rows in the next append; none is as many as usual.
     rows: Option<usize>,
     /// Rows that were refused alone.
@@ -31,6 +36,21 @@ struct Doomed {
 }
 
 impl Caution {
+    pub(super) fn new(manifest_rows: usize) -> Self {
+        Self {
+            effort: Effort::new(manifest_rows),
+            backlog: None,
+            rows: None,
+            doomed: None,
+            left: Vec::new(),
+        }
+    }
+
+    /// Whether appends are of fewer rows than usual.
+    pub(super) const fn is_active(&self) -> bool {
+        self.rows.is_some()
+    }
+
     /// The most rows of the next append.
     pub(super) fn page_rows(&self, usual: usize) -> usize {
         self.rows.map_or(usual, |rows| rows.min(usual))
@@ -149,7 +169,7 @@ mod tests {
 
     #[test]
     fn pages_are_halved_until_the_row_is_found_and_doubled_after() {
-        let mut caution = Caution::default();
+        let mut caution = Caution::new(200_000);
         let rows: Vec<OutboxRow> = (0..100).map(|seq| row(seq, "k\u{e9}")).collect();
         let (mut at, mut appends, mut listed) = (0, 0, Vec::new());
         while at < rows.len() {
@@ -187,7 +207,7 @@ mod tests {
             (true, [true, true, true, false]),
             (false, [true, true, false, false]),
         ] {
-            let mut caution = Caution::default();
+            let mut caution = Caution::new(200_000);
             let copies = vec![row::copy(&row(5, "k")).to_string()];
             let mut refuse = || caution.refused(1, copies.clone(), "no".into(), keeps_rows);
             assert_eq!([(); 4].map(|()| refuse()), expected);

@@ -24,12 +24,13 @@ use super::task::{Run, Stepped};
 use super::trouble::Trouble;
 use crate::failpoint;
 use crate::store::mapped::Batch;
-use crate::stream::Rejected;
+use crate::store::origin::Ids;
+use crate::stream::{Rejected, Wanted};
 
 /// Rows that are read at a time when some cannot be read.
 const UNREADABLE_PART_ROWS: usize = 100;
 /// Rows that are looked up in the streams at a time.
-const RECHECK_CHUNK_ROWS: usize = 50_000;
+const RECHECK_CHUNK_ROWS: usize = 200_000;
 
 impl Run<'_> {
     /// Relays a batch.
@@ -250,13 +251,14 @@ impl Run<'_> {
             let reading = self.session.read_keys(after.as_deref(), RECHECK_CHUNK_ROWS);
             let found = reading.await.map_err(Trouble::Origin)?;
             let is_last = found.len() < RECHECK_CHUNK_ROWS;
-            let (keys, ids): (Vec<_>, Vec<_>) = found.into_iter().unzip();
-            after = keys.last().cloned();
-            let looked_up = relay.stream.find_present(ids).await;
-            let present = looked_up.map_err(|error| match error {
-                crate::stream::Error::Store(error) => Trouble::Broker(error),
-                _ => Trouble::Stopping,
-            })?;
+            after = found.last().map(|(key, _)| key.clone());
+            let mut wanted = Wanted::default();
+            let mut keys = Vec::with_capacity(found.len());
+            for (key, Ids { topic, source, id }) in found {
+                wanted.push(&topic, &source, &id);
+                keys.push(key);
+            }
+            let present = self.find_present(wanted, None).await?;
             let relayed = keys.into_iter().zip(present);
             let relayed: Vec<_> = relayed
                 .filter_map(|(key, is_present)| is_present.then_some(key))

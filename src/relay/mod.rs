@@ -1,15 +1,17 @@
 //! Relays: one supervised task per origin moves what producers commit to its outbox into the streams, exactly once and in order.
 //!
-//! The mechanism is in the parts: `window` for what newly became visible, `position` for what is remembered, `rerelay`
+//! The mechanism is in the parts: `window` for what newly became visible, `backlog` for very much of it, `position` for what is remembered, `rerelay`
 //! for an origin that went back in time, `deletion` for a mapped table whose rows leave as they are relayed, `rotation` for the outbox's space, `row` for what a row becomes, and `task` for the
 //! loop around them. The failure story is the same everywhere: a step that did not end well drops its session with the
 //! origin and everything it knew, and the next one begins from the position that the broker's database holds.
 
 mod append;
+mod backlog;
 mod caution;
 mod decide;
 mod deletion;
 mod handle;
+mod lookups;
 mod metrics;
 mod pace;
 mod page;
@@ -20,6 +22,7 @@ mod rotation;
 mod row;
 #[cfg(test)]
 mod simulation;
+mod snapshot;
 mod status;
 mod task;
 mod trouble;
@@ -85,8 +88,11 @@ pub struct Options {
     pub page_rows: usize,
     /// The most bytes of payload in one append, but always one row.
     pub page_bytes: usize,
-    /// The most rows of a large window whose places are known at a time, about 24 bytes each.
+    /// The most rows of a large window whose places are known at a time, about 24 bytes each. A piece of it that is counted has half
+    /// as many.
     pub manifest_rows: usize,
+    /// How long the origin may take for a piece of a large window. A piece that takes longer is ended, and tried smaller.
+    pub piece_time: Duration,
     /// The longest pause before an origin in trouble is tried again.
     pub retry_max: Duration,
 }
@@ -105,6 +111,7 @@ impl Default for Options {
             page_rows: 4_000,
             page_bytes: 4 << 20,
             manifest_rows: 200_000,
+            piece_time: Duration::from_secs(10),
             retry_max: Duration::from_secs(5),
         }
     }
@@ -186,6 +193,7 @@ pub async fn start(
 ) -> Result<Handle, Error> {
     check(&options)?;
     let options = Arc::new(options);
+    let lookups = Arc::new(lookups::Lookups::default());
     let mut statuses = Vec::new();
     for origin in &options.origins {
         let id = store::relay::insert_origin(&db, &origin.name).await?;
@@ -215,6 +223,7 @@ pub async fn start(
             cluster: cluster.clone(),
             supervisor: supervisor.clone(),
             options: Arc::clone(&options),
+            lookups: Arc::clone(&lookups),
             status,
             session: Mutex::default(),
         };

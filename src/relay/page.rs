@@ -1,10 +1,12 @@
 //! A page of rows, read by their places. When one of them cannot be read, for what it holds, the page is read in halves until that
 //! row stands alone: it is listed as rejected, with as much of it as the server gives out, and the others go on.
 
+use std::collections::HashMap;
+
 use super::row;
 use crate::store;
 use crate::store::mapped::ROW_MAX_BYTES;
-use crate::store::origin::{OutboxRow, Place, Session};
+use crate::store::origin::{Ids, OutboxRow, Place, Session};
 use crate::stream::Rejected;
 
 /// What came of reading some rows.
@@ -50,8 +52,11 @@ impl Page {
         while let Some(part) = parts.pop() {
             match session.read_places(part).await {
                 Ok(rows) => page.rows.extend(rows),
-                Err(error) if !error.is_row_unreadable() => return Err(error),
+                Err(error) if !error.is_row_unreadable() && !error.is_canceled() => {
+                    return Err(error);
+                }
                 Err(error) => match part {
+                    [_] if error.is_canceled() => return Err(error),
                     [place] => broken.push((*place, error)),
                     _ => {
                         let (first, second) = part.split_at(part.len() / 2);
@@ -70,6 +75,40 @@ impl Page {
         }
         Ok(page)
     }
+}
+
+/// What the messages of the rows at these places are known by, in their order; none of a row that cannot say it. Fewer, when a row is
+/// not where it was.
+pub(super) async fn read_ids(
+    session: &mut Session,
+    places: &[Place],
+) -> Result<Vec<Option<Ids>>, store::Error> {
+    let mut known: HashMap<(i64, i16, u32, u16), Option<Ids>> = HashMap::new();
+    let name = |place: &Place| (place.seq, place.leaf, place.block, place.line);
+    let mut parts = vec![places];
+    while let Some(part) = parts.pop() {
+        match session.read_ids(part).await {
+            Ok(found) => {
+                let found = found.into_iter();
+                known.extend(found.map(|(place, ids)| (name(&place), Some(ids))));
+            }
+            Err(error) if !error.is_row_unreadable() && !error.is_canceled() => return Err(error),
+            Err(error) => match part {
+                [_] if error.is_canceled() => return Err(error),
+                [place] => {
+                    known.insert(name(place), None);
+                }
+                _ => {
+                    let (first, second) = part.split_at(part.len() / 2);
+                    parts.extend([second, first]);
+                }
+            },
+        }
+    }
+    Ok(places
+        .iter()
+        .filter_map(|place| known.remove(&name(place)))
+        .collect())
 }
 
 /// What the server gives out of a row that cannot be read, which can be nothing.

@@ -62,6 +62,9 @@ pub(super) struct Window {
     /// A re-relay: rows that a stream has already are dropped, by (source, id).
     #[serde(default)]
     pub(super) is_rerelay: bool,
+    /// In a re-relay: when the oldest of its rows was committed, or before, by the broker's clock; none where nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) oldest: Option<DateTime<Utc>>,
 }
 
 impl Position {
@@ -115,6 +118,7 @@ mod tests {
             since: NOTHING.into(),
             after_seq: 5,
             is_rerelay: true,
+            oldest: Some(DateTime::UNIX_EPOCH),
         });
         position.mark = Some(Uuid::nil());
         position.gaps = Some(Gaps {

@@ -1,7 +1,7 @@
 //! An origin that went back in time: restored, failed over to a standby that lacked the end, or crashed with transactions whose
 //! ends were not flushed and whose ids it then hands out again. The stored snapshot says "seen" of ids that now belong to
 //! others, so it is worth nothing: everything that the outbox holds is read through one new snapshot, and what the streams
-//! have is dropped by (source, id). What the grace keeps in the outbox is what this can repair.
+//! have of this origin is dropped, by topic, source and id; the ids of all of it first, then the log once. What the grace keeps in the outbox is what this can repair.
 //!
 //! It begins with a position that says so, stored before the first row: a crash in the middle goes on where it was, and a
 //! second step back in time begins it again. An origin seen for the first time goes the same way without the looking up.
@@ -70,11 +70,21 @@ impl Run<'_> {
         let opening = self.session.open_window(NOTHING, None, 0, 0);
         let opened = opening.await.map_err(Trouble::Origin)?;
         self.check_session(&opened.identity)?;
+        // What lies there from another life of the database, nobody knows the age of.
+        let stored = self.position.as_ref();
+        let is_same = stored.is_some_and(|position| {
+            position.system_identifier == opened.identity.system_identifier
+        });
+        let oldest = match is_same && restamped == 0 && relay.mapping.is_none() {
+            true => self.session.find_oldest().await.map_err(Trouble::Origin)?,
+            false => None,
+        };
         let mut position = self.mark(opened.identity).await?;
         position.window = Some(Window {
             since: NOTHING.to_owned(),
             after_seq: i64::MIN,
             is_rerelay: !is_first,
+            oldest: oldest.filter(|_| !is_first),
         });
         self.append(position.clone(), Page::default()).await?;
         self.relay_window(position).await

@@ -182,6 +182,7 @@ impl Run<'_> {
         for leaf in leaves {
             let passed = Passed {
                 broker: self.relay.cluster.identity().id,
+                now,
                 number,
                 snapshot: &passed.snapshot,
             };

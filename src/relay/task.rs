@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::Options;
 use super::caution::Caution;
+use super::lookups::Lookups;
 use super::pace::Pace;
 use super::position::{Gaps, Position};
 use super::rotation::Rotation;
@@ -45,6 +46,7 @@ pub(super) struct Relay {
     pub(super) cluster: cluster::Handle,
     pub(super) supervisor: supervisor::Supervisor,
     pub(super) options: Arc<Options>,
+    pub(super) lookups: Arc<Lookups>,
     pub(super) status: watch::Sender<Status>,
     /// The last session with the origin, which is ended before there is another.
     pub(super) session: Mutex<Option<Backend>>,
@@ -70,7 +72,7 @@ pub(super) struct Run<'a> {
     /// The rows that the stored position took are out of the table, as this session knows.
     pub(super) is_settled: bool,
     pub(super) rotation: Rotation,
-    /// What is known of rows that were refused, in this session and before.
+    /// What is known of rows that were refused, and of the backlog, in this session and before.
     pub(super) caution: &'a mut Caution,
 }
 
@@ -85,7 +87,7 @@ impl Relay {
     pub(super) async fn run(self) {
         let mut lease = self.cluster.hold(self.id.lease_name());
         let mut retry = RETRY_MIN;
-        let mut caution = Caution::default();
+        let mut caution = Caution::new(self.options.manifest_rows);
         loop {
             let fence = lease.borrow_and_update().clone();
             let trouble = match fence {

@@ -1,35 +1,31 @@
 //! A step: what became visible between two snapshots, in the order of seq. A small window comes with the statement that opens
-//! it. A large one is read as a manifest of places in chunks, then page by page by place, the next page while the last one
-//! is being appended; the position inside the window is the last seq, so that memory is bounded and a crash resumes there.
+//! it. A large one is counted (`backlog`), then its places are found part by part, and its pages read by place, the next page while the
+//! last one is being appended; the position inside the window is the last seq, so that memory is bounded and a crash resumes there.
 
 use std::time::Instant;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use uuid::Uuid;
 
 use super::append::Prepared;
-use super::decide::{Next, Since, leave_last_seq, passed_through};
-use super::page::Page;
+use super::backlog::Part;
+use super::decide::{Next, Since, passed_through};
+use super::page::{self, Page};
 use super::position::{Position, Window};
 use super::status::State;
 use super::task::{Run, Stepped};
 use super::trouble::Trouble;
 use crate::domain::mapping::Pickup;
 use crate::failpoint;
-use crate::store::origin::{Identity, Place};
+use crate::store::origin::{Identity, Ids, Place};
+use crate::stream::Wanted;
 
-/// In a re-relay the ids of a chunk are in memory too, and the streams' log is read once per chunk.
-const RERELAY_CHUNK_ROWS: usize = 50_000;
-
-/// A part of a window's manifest.
-struct Chunk {
-    /// What is to be relayed, by seq.
-    places: Vec<Place>,
-    /// Everything up to here was looked at.
-    through: i64,
-    /// The window ends here.
-    is_last: bool,
-}
+/// Rows whose ids are read at a time.
+const IDS_CHUNK_ROWS: usize = 10_000;
+/// How often a window is counted again whose rows are not where they were.
+const RECOUNTS_MAX: usize = 5;
+/// How far the clocks of the broker's nodes can be from its database's.
+const CLOCKS_APART: TimeDelta = TimeDelta::hours(1);
 
 impl Run<'_> {
     /// Moves on by one step, as the outbox is read.
@@ -112,7 +108,12 @@ impl Run<'_> {
                     since: last,
                     after_seq: i64::MIN,
                     is_rerelay: false,
+                    oldest: None,
                 });
+                if self.caution.is_active() {
+                    // Tried again, it is this window, and counted already.
+                    self.append(position.clone(), Page::default()).await?;
+                }
                 self.relay_window(position).await?
             }
         };
@@ -175,87 +176,125 @@ impl Run<'_> {
 
     /// Relays what is left of the position's window. Returns how many rows that was.
     pub(super) async fn relay_window(&mut self, position: Position) -> Result<usize, Trouble> {
+        let longest = self.relay.options.piece_time;
+        let setting = self.session.read_backlog(Some(longest)).await;
+        setting.map_err(Trouble::Origin)?;
+        let relayed = self.relay_parts(position).await;
+        // After other troubles the session is dropped.
+        if matches!(relayed, Ok(_) | Err(Trouble::RowsRefused { .. })) {
+            let setting = self.session.read_backlog(None).await;
+            setting.map_err(Trouble::Origin)?;
+        }
+        relayed
+    }
+
+    async fn relay_parts(&mut self, position: Position) -> Result<usize, Trouble> {
         let Some(window) = position.window.clone() else {
             return Ok(0);
         };
-        let counting =
-            self.session
-                .count_window(&window.since, &position.snapshot, window.after_seq);
-        let count = counting.await.map_err(Trouble::Origin)?;
-        self.relay
-            .status
-            .send_modify(|status| status.lag_rows = count);
         if !window.is_rerelay {
             self.relay.set_state(State::Running, None);
         }
         let mut after = window.after_seq;
+        let mut rows = None;
+        let mut recounts = 0;
         loop {
-            let chunk = self.read_chunk(&position, &window, after).await?;
-            let pages = cut(
-                &chunk.places,
-                self.caution.page_rows(self.relay.options.page_rows),
-                self.relay.options.page_bytes,
-            );
-            let is_done = self.relay_pages(&position, &chunk, &pages).await?;
-            if !is_done {
-                // A row was not where the manifest saw it: look again, after what was appended.
+            let left = self.count_backlog(&position, &window, after).await?;
+            if rows.is_none() {
+                rows = Some(left);
+                self.relay
+                    .status
+                    .send_modify(|status| status.lag_rows = left);
+            }
+            let part = self.read_part(&window, after).await?;
+            let is_done = match &part {
+                None => false,
+                Some(part) => {
+                    let pages = cut(
+                        &part.places,
+                        self.caution.page_rows(self.relay.options.page_rows),
+                        self.relay.options.page_bytes,
+                    );
+                    self.relay_pages(&position, part, &pages).await?
+                }
+            };
+            let Some(part) = part.filter(|_| is_done) else {
+                // A row was not where it was counted: look again, after what was appended.
+                recounts += 1;
+                if recounts > RECOUNTS_MAX {
+                    return Err(Trouble::Reload(
+                        "rows of the outbox are moved again and again",
+                    ));
+                }
+                self.caution.backlog = None;
                 let stored = self.position.as_ref().and_then(|p| p.window.as_ref());
                 after = stored.map_or(window.after_seq, |stored| stored.after_seq);
                 continue;
+            };
+            if part.is_last {
+                self.caution.backlog = None;
+                let rows = rows.unwrap_or(left);
+                return Ok(usize::try_from(rows).unwrap_or(usize::MAX));
             }
-            if chunk.is_last {
-                return Ok(usize::try_from(count).unwrap_or(usize::MAX));
-            }
-            after = chunk.through;
+            after = part.through;
         }
     }
 
-    async fn read_chunk(
-        &mut self,
-        position: &Position,
-        window: &Window,
-        after: i64,
-    ) -> Result<Chunk, Trouble> {
+    /// The next part of the window; in a re-relay without what the streams have.
+    async fn read_part(&mut self, window: &Window, after: i64) -> Result<Option<Part>, Trouble> {
+        let Some(mut part) = self.find_part(after).await? else {
+            return Ok(None);
+        };
         if !window.is_rerelay {
-            let limit = self.relay.options.manifest_rows.max(2);
-            let reading =
-                self.session
-                    .read_manifest(&window.since, &position.snapshot, after, limit);
-            let mut places = reading.await.map_err(Trouble::Origin)?;
-            let is_last = places.len() < limit;
-            if !is_last {
-                leave_last_seq(&mut places, |place| place.seq);
+            return Ok(Some(part));
+        }
+        let relay = self.relay;
+        let grant = relay.lookups.take();
+        while !part.is_last && part.places.len() < grant.rows() {
+            let Some(next) = self.find_part(part.through).await? else {
+                return Ok(None);
+            };
+            part.places.extend(next.places);
+            (part.through, part.is_last) = (next.through, next.is_last);
+        }
+        let mut wanted = Wanted::default();
+        for places in part.places.chunks(IDS_CHUNK_ROWS) {
+            if relay.supervisor.is_stopping() {
+                return Err(Trouble::Stopping);
             }
-            return Ok(Chunk {
-                through: places.last().map_or(after, |place| place.seq),
-                places,
-                is_last,
-            });
+            let ids = page::read_ids(&mut self.session, places).await;
+            let ids = ids.map_err(Trouble::Origin)?;
+            if ids.len() < places.len() {
+                return Ok(None);
+            }
+            for ids in ids {
+                match ids {
+                    Some(Ids { topic, source, id }) => wanted.push(&topic, &source, &id),
+                    None => wanted.push_unknown(),
+                }
+            }
         }
-        let limit = RERELAY_CHUNK_ROWS;
-        let reading =
-            self.session
-                .read_manifest_ids(&window.since, &position.snapshot, after, limit);
-        let mut found = reading.await.map_err(Trouble::Origin)?;
-        let is_last = found.len() < limit;
-        if !is_last {
-            leave_last_seq(&mut found, |(place, _)| place.seq);
-        }
-        let through = found.last().map_or(after, |(place, _)| place.seq);
-        let (places, ids): (Vec<Place>, Vec<_>) = found.into_iter().unzip();
-        let looked_up = self.relay.stream.find_present(ids).await;
-        let present = looked_up.map_err(|error| match error {
+        let since = window.oldest.map(|oldest| oldest - CLOCKS_APART);
+        let present = self.find_present(wanted, since).await?;
+        let mut is_present = present.into_iter();
+        part.places.retain(|_| !is_present.next().unwrap_or(false));
+        Ok(Some(part))
+    }
+
+    /// Which of an origin's messages the streams have.
+    pub(super) async fn find_present(
+        &self,
+        wanted: Wanted,
+        since: Option<DateTime<Utc>>,
+    ) -> Result<Vec<bool>, Trouble> {
+        let relay = self.relay;
+        let is_stopping = || relay.supervisor.is_stopping();
+        let finding = relay
+            .stream
+            .find_present(relay.id, wanted, since, is_stopping);
+        finding.await.map_err(|error| match error {
             crate::stream::Error::Store(error) => Trouble::Broker(error),
             _ => Trouble::Stopping,
-        })?;
-        let missing = places
-            .into_iter()
-            .zip(present)
-            .filter_map(|(place, is_present)| (!is_present).then_some(place));
-        Ok(Chunk {
-            places: missing.collect(),
-            through,
-            is_last,
         })
     }
 
@@ -263,7 +302,7 @@ impl Run<'_> {
     async fn relay_pages(
         &mut self,
         position: &Position,
-        chunk: &Chunk,
+        chunk: &Part,
         pages: &[&[Place]],
     ) -> Result<bool, Trouble> {
         let mut in_flight: Option<Prepared> = None;
@@ -296,9 +335,13 @@ impl Run<'_> {
             let placed = self.relay.stream.append(prepared.member).await;
             self.settle(prepared.sent, placed)?;
         }
-        // A window that ends with rows that the streams have, or without any, is closed all the same.
-        if is_whole && chunk.is_last && pages.is_empty() {
-            self.append(position.passed(None), Page::default()).await?;
+        // A window that ends with rows that the streams have, or without any, is closed all the same; and a part of them is not looked
+        // up twice.
+        let is_looked_up = position.is_rerelay();
+        if is_whole && pages.is_empty() && (chunk.is_last || is_looked_up) {
+            let passed = passed_through(chunk.through, true, chunk.through, chunk.is_last);
+            self.append(position.passed(passed), Page::default())
+                .await?;
         }
         Ok(is_whole)
     }

@@ -313,6 +313,12 @@ impl Error {
         }
     }
 
+    /// Whether the server ended the statement, for its time or since somebody asked for it. The session is as good as before.
+    #[must_use]
+    pub fn is_canceled(&self) -> bool {
+        self.sqlstate().as_deref() == Some("57014")
+    }
+
     /// What the server says, in its own words and without what was being done.
     #[must_use]
     pub fn reason(&self) -> String {

@@ -27,6 +27,7 @@ use super::{AppendError, Error, reader, scheduled};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::StreamName;
+use crate::store::Database;
 
 /// The stream engine of this process. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -37,6 +38,8 @@ pub struct Handle {
 /// What the handles and the tasks share.
 #[derive(Debug)]
 pub(super) struct Shared {
+    /// For looks that no reader is to be kept from its work for.
+    pub(super) db: Database,
     pub(super) appends: Inbox,
     pub(super) reads: mpsc::Sender<reader::Job>,
     /// Replays that may ask the log at a time: one reader is left for the queues.
@@ -256,16 +259,6 @@ impl Handle {
     /// [`Error::NotFound`], or the database's.
     pub async fn search(&self, search: Search) -> Result<SearchPage, Error> {
         self.ask(|reply| reader::Job::Search { search, reply })
-            .await
-    }
-
-    /// Says for each (source, id) whether some stream's log has it. Reads the log once per call: for a re-relay, in chunks
-    /// as large as memory allows, and for nothing that happens often.
-    ///
-    /// # Errors
-    /// The database's.
-    pub async fn find_present(&self, ids: Vec<(String, String)>) -> Result<Vec<bool>, Error> {
-        self.ask(|reply| reader::Job::FindPresent { ids, reply })
             .await
     }
 

@@ -25,6 +25,7 @@ mod leaves;
 mod limits;
 mod metrics;
 mod plan;
+mod present;
 mod reader;
 mod request;
 mod scheduled;
@@ -51,6 +52,7 @@ pub use error::{AppendError, ConflictItem, Error, VersionConflict};
 pub use handle::Handle;
 use handle::{Shared, State};
 pub use inbox::{MEMBER_MAX_BYTES, MEMBER_MAX_MESSAGES};
+pub use present::Wanted;
 pub use request::{
     Attributes, Batch, Conditional, KeyEntry, KeyPage, KeyRead, KeysPage, KeysRead, Member, Page,
     Placed, Read, Rejected, Scan, ScanItem, Scanned, Search, SearchPage, key_hash,
@@ -219,7 +221,7 @@ pub async fn start(
     let maintenance = leaves::Maintenance {
         lease: cluster.hold(leaves::LEASE.to_owned()),
         options,
-        db,
+        db: db.clone(),
         cluster,
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
@@ -231,6 +233,7 @@ pub async fn start(
     };
     supervisor.spawn("stream maintenance", OnEnd::StopProcess, maintenance.run());
     let shared = Shared {
+        db,
         appends,
         reads,
         replays: Semaphore::new(read_count.saturating_sub(1).max(1)),

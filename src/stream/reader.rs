@@ -59,10 +59,6 @@ pub(super) enum Job {
         search: Search,
         reply: Reply<SearchPage>,
     },
-    FindPresent {
-        ids: Vec<(String, String)>,
-        reply: Reply<Vec<bool>>,
-    },
     OffsetAt {
         stream: StreamId,
         at: DateTime<Utc>,
@@ -167,10 +163,6 @@ impl Reader {
             Job::Search { search, reply } if !reply.is_closed() => {
                 let answer = self.search(search).await;
                 self.answer(reply, answer);
-            }
-            Job::FindPresent { ids, reply } if !reply.is_closed() => {
-                let found = store::stream::find_present(&self.db, &ids).await;
-                self.answer(reply, found.map_err(Error::from));
             }
             Job::OffsetAt { stream, at, reply } if !reply.is_closed() => {
                 let answer = self.offset_at(stream, at).await;

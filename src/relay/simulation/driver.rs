@@ -271,6 +271,7 @@ impl Driver {
                     since,
                     after_seq: i64::MIN,
                     is_rerelay: false,
+                    oldest: None,
                 });
                 self.stage = Stage::Window(position, i64::MIN);
                 Asks::Nothing
@@ -280,6 +281,7 @@ impl Driver {
                     since: NOTHING.to_owned(),
                     after_seq: i64::MIN,
                     is_rerelay: self.number != 0,
+                    oldest: None,
                 });
                 let then = Stage::Window(position.clone(), i64::MIN);
                 self.append(position, Vec::new(), then)

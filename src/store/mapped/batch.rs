@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::ROW_MAX_BYTES;
 use crate::store::Error;
-use crate::store::origin::{Identity, OutboxRow, Session, read_identity, read_row, statement};
+use crate::store::origin::{Identity, Ids, OutboxRow, Session, read_identity, read_row, statement};
 
 /// What stands between the parts of a key in one text.
 const KEY_END: &str = "\u{1f}";
@@ -136,7 +136,7 @@ impl Session {
         Ok(left)
     }
 
-    /// The primary keys after `after` (none: from the start) with each row's (source, id), at most `limit`, by primary key.
+    /// The primary keys after `after` (none: from the start) with what each row's message is known by, at most `limit`, by primary key.
     ///
     /// # Errors
     /// The statement failed.
@@ -144,7 +144,7 @@ impl Session {
         &mut self,
         after: Option<&[String]>,
         limit: usize,
-    ) -> Result<Vec<(Vec<String>, (String, String))>, Error> {
+    ) -> Result<Vec<(Vec<String>, Ids)>, Error> {
         const DOING: &str = "reading the ids of a mapped table";
         let relation = self.relation()?;
         let names: Vec<String> = (0..relation.keys.len())
@@ -167,8 +167,8 @@ impl Session {
             None => String::new(),
         };
         let text = relation.rewrite(&format!(
-            "select keys, source, id
-            from (select keys, source, id, {} from postroad.outbox) as o
+            "select keys, topic, source, id
+            from (select keys, topic, source, id, {} from postroad.outbox) as o
             {condition}
             order by {}
             limit $1",
@@ -182,9 +182,11 @@ impl Session {
         }
         let found = statement(DOING, reading.fetch_all(&mut self.connection)).await?;
         let read = |row: &sqlx::postgres::PgRow| {
-            let source: Option<String> = row.try_get("source")?;
-            let id: Option<String> = row.try_get("id")?;
-            let ids = (source.unwrap_or_default(), id.unwrap_or_default());
+            let ids = Ids {
+                topic: row.try_get::<Option<_>, _>("topic")?.unwrap_or_default(),
+                source: row.try_get::<Option<_>, _>("source")?.unwrap_or_default(),
+                id: row.try_get::<Option<_>, _>("id")?.unwrap_or_default(),
+            };
             Ok((row.try_get("keys")?, ids))
         };
         let rows: Result<Vec<_>, sqlx::Error> = found.iter().map(read).collect();

@@ -42,6 +42,7 @@ impl Relation {
     /// A statement over the relay's own outbox, made one over this table.
     pub(in crate::store) fn rewrite(&self, statement: &str) -> String {
         statement
+            .replace("postroad.outbox as outbox", "postroad.outbox")
             .replace("postroad.outbox", &format!("{} as outbox", self.source))
             .replace("postroad.relay_mark", "postroad.mapped_mark")
             .replace(SIZE, "size")

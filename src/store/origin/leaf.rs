@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, Connection as _};
 use uuid::Uuid;
 
@@ -19,6 +20,8 @@ pub const LEAF_PERIOD: Duration = Duration::from_secs(300);
 pub struct Passed<'a> {
     /// The broker that stored it.
     pub broker: Uuid,
+    /// The broker's clock now.
+    pub now: DateTime<Utc>,
     /// Its number.
     pub number: i64,
     /// Its snapshot.
@@ -54,6 +57,23 @@ impl Session {
         statement("looking for leaves to empty", looking).await
     }
 
+    /// A time by the broker's clock before which none of the outbox's rows was committed: each came after its leaf was emptied last. None,
+    /// when a leaf that has rows was never emptied.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn find_oldest(&mut self) -> Result<Option<DateTime<Utc>>, Error> {
+        self.keep_plans(false).await?;
+        let finding = sqlx::query_scalar(
+            "select case when bool_and(noted.emptied_at is not null) then min(noted.emptied_at) end
+            from generate_series(0, 7) as leaves (leaf)
+            left join postroad.outbox_leaf as noted on noted.leaf = leaves.leaf
+            where pg_relation_size(format('postroad.outbox_%s', leaves.leaf)::regclass) > 0",
+        )
+        .fetch_one(&mut self.connection);
+        statement("finding the age of the outbox", finding).await
+    }
+
     /// The highest number of a position of this broker that an emptied row was passed by; 0 when none was.
     ///
     /// # Errors
@@ -86,10 +106,12 @@ impl Session {
     pub async fn empty_leaf(&mut self, leaf: i16, passed: Passed<'_>) -> Result<Emptied, Error> {
         self.keep_plans(false).await?;
         let snapshot = passed.snapshot;
-        // The leaf is one of eight names of the schema.
+        // The leaf is one of eight names of the schema. What the snapshot does not show has an id from its xmax on, or one of those that
+        // were in progress in it: each is looked for by the index. All rows since the oldest of those would be walked through otherwise.
         let probe = format!(
-            "select exists (select from postroad.outbox_{leaf}
-                where xid >= pg_snapshot_xmin($1::text::pg_snapshot) and not pg_visible_in_snapshot(xid, $1::text::pg_snapshot))"
+            "select exists (select from postroad.outbox_{leaf} where xid >= pg_snapshot_xmax($1::text::pg_snapshot))
+                or exists (select from pg_snapshot_xip($1::text::pg_snapshot) as held (xid),
+                    lateral (select from postroad.outbox_{leaf} as o where o.xid = held.xid limit 1) as o)"
         );
         statement("emptying a leaf of the outbox", async {
             // Without a lock first: a leaf that is not ready need not be locked to find out.
@@ -124,6 +146,14 @@ impl Session {
             sqlx::query(AssertSqlSafe(format!("truncate postroad.outbox_{leaf}")))
                 .execute(&mut *transaction)
                 .await?;
+            sqlx::query(
+                "insert into postroad.outbox_leaf (leaf, emptied_at) values ($1, $2)
+                on conflict (leaf) do update set emptied_at = excluded.emptied_at",
+            )
+            .bind(leaf)
+            .bind(passed.now)
+            .execute(&mut *transaction)
+            .await?;
             failpoint::reach("outbox.leaf_truncated");
             transaction.commit().await?;
             Ok(Emptied::Yes)

@@ -4,8 +4,9 @@
 //! statement failed or did not end is dropped with its connection, which is safe since reads, marks and truncations can all be
 //! repeated. A statement's snapshot matters in each of them; the header of its text says why it is the right one.
 //!
-//! Here is the session with its marks; `window` reads what is new, `leaf` gives back the space of what was passed.
+//! Here is the session with its marks; `window` reads what is new, `backlog` finds where it lies when it is much, `leaf` gives back the space of what was passed.
 
+mod backlog;
 mod leaf;
 mod row;
 mod window;
@@ -21,12 +22,13 @@ use super::mapped::{Misfit, Relation};
 use super::{Connection, Database, Error, pooler, session, settle};
 use crate::domain::mapping::Mapping;
 
+pub use backlog::{Asked, Group, Piece, Range, Where};
 pub use leaf::{Emptied, LEAF_COUNT, LEAF_PERIOD, Passed};
 use row::OWN_SIZE;
 pub use row::{OutboxRow, Place};
 pub(in crate::store) use row::{SIZE, read_row};
 pub(in crate::store) use window::read_identity;
-pub use window::{Identity, Opened};
+pub use window::{Identity, Ids, Opened};
 
 /// On top of what every session of Postroad sets. A plan made while a leaf was small froze a sequential scan: 150 ms a step
 /// instead of 0.3. So plans are not kept, but for that of a window. A policy that hides rows of a table is an expression of the table's
@@ -54,6 +56,7 @@ pub struct Session {
     pub(in crate::store) connection: Connection,
     backend: Option<Backend>,
     keeps_plans: bool,
+    reads_backlog: bool,
     /// The table that is read in place of the outbox.
     mapped: Option<Relation>,
 }
@@ -110,6 +113,7 @@ impl Session {
             connection,
             backend,
             keeps_plans: false,
+            reads_backlog: false,
             mapped: None,
         })
     }

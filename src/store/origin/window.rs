@@ -1,10 +1,9 @@
 //! What became visible in an outbox between two snapshots: opened in one statement, and read in pages when it is large.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
 
 use chrono::{DateTime, Utc};
-use futures_util::TryStreamExt as _;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Row as _, SqlSafeStr as _};
 use uuid::Uuid;
@@ -63,6 +62,25 @@ const ROWS_BY_PLACE: &str = "select seq, topic, payload, payload_bytes, key, typ
             as deliver_at_is_valid
     from postroad.outbox_/*leaf*/ where ctid = any($1::text[]::tid[])";
 
+const IDS_BY_PLACE: &str = "select outbox.seq, 0::smallint as leaf, outbox.ctid::text as place, 0 as bytes, outbox.topic, outbox.source, outbox.id
+    from postroad.outbox_/*leaf*/ as outbox where outbox.ctid = any($1::text[]::tid[])";
+
+/// What a message is known by, in the streams of its origin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the columns")]
+pub struct Ids {
+    pub topic: String,
+    pub source: String,
+    pub id: String,
+}
+
+fn ctids(places: &[Place], leaf: i16) -> Vec<String> {
+    let of_leaf = places.iter().filter(|place| place.leaf == leaf);
+    of_leaf
+        .map(|place| format!("({},{})", place.block, place.line))
+        .collect()
+}
+
 impl Session {
     /// Whether this is the backend that took the snapshot, and would take the very same one now: nothing that writes began or
     /// ended. Costs a tenth of opening a window.
@@ -118,88 +136,6 @@ impl Session {
         opened.map_err(Error::query(DOING))
     }
 
-    /// The places of a window's first `limit` rows after seq `after`, by seq.
-    ///
-    /// # Errors
-    /// The statement failed.
-    pub async fn read_manifest(
-        &mut self,
-        since: &str,
-        snapshot: &str,
-        after: i64,
-        limit: usize,
-    ) -> Result<Vec<Place>, Error> {
-        self.keep_plans(false).await?;
-        let text = self.text(include_str!("../sql/read_outbox_manifest.sql"));
-        statement("reading the manifest of a window", async {
-            let mut rows = sqlx::query(text)
-                .bind(since)
-                .bind(snapshot)
-                .bind(after)
-                .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-                .fetch(&mut self.connection);
-            let mut places = Vec::new();
-            while let Some(row) = rows.try_next().await? {
-                places.push(read_place(&row)?);
-            }
-            Ok(places)
-        })
-        .await
-    }
-
-    /// [`Session::read_manifest`] with each row's (source, id).
-    ///
-    /// # Errors
-    /// The statement failed.
-    pub async fn read_manifest_ids(
-        &mut self,
-        since: &str,
-        snapshot: &str,
-        after: i64,
-        limit: usize,
-    ) -> Result<Vec<(Place, (String, String))>, Error> {
-        self.keep_plans(false).await?;
-        let text = self.text(include_str!("../sql/read_outbox_manifest_ids.sql"));
-        statement("reading the manifest of a re-relay", async {
-            let mut rows = sqlx::query(text)
-                .bind(since)
-                .bind(snapshot)
-                .bind(after)
-                .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-                .fetch(&mut self.connection);
-            let mut places = Vec::new();
-            while let Some(row) = rows.try_next().await? {
-                let source: Option<String> = row.try_get("source")?;
-                let id: Option<String> = row.try_get("id")?;
-                let ids = (source.unwrap_or_default(), id.unwrap_or_default());
-                places.push((read_place(&row)?, ids));
-            }
-            Ok(places)
-        })
-        .await
-    }
-
-    /// How many rows of a window there are after seq `after`.
-    ///
-    /// # Errors
-    /// The statement failed.
-    pub async fn count_window(
-        &mut self,
-        since: &str,
-        snapshot: &str,
-        after: i64,
-    ) -> Result<u64, Error> {
-        self.keep_plans(false).await?;
-        let text = self.text(include_str!("../sql/count_outbox_window.sql"));
-        let counting = sqlx::query_scalar(text)
-            .bind(since)
-            .bind(snapshot)
-            .bind(after)
-            .fetch_one(&mut self.connection);
-        let count: i64 = statement("counting a window of the outbox", counting).await?;
-        Ok(count.unsigned_abs())
-    }
-
     /// The rows at these places, by seq. Fewer, when a row is not where the manifest saw it (VACUUM FULL, a person): the
     /// manifest must be read again.
     ///
@@ -212,14 +148,12 @@ impl Session {
         // A mapped table is one leaf; of a partitioned one, rows of other leaves at the same place have other numbers.
         let leaves = if self.mapped.is_some() { 1 } else { LEAF_COUNT };
         for leaf in 0..leaves {
-            let of_leaf = || places.iter().filter(|place| place.leaf == leaf);
-            let ctids: Vec<String> = of_leaf()
-                .map(|place| format!("({},{})", place.block, place.line))
-                .collect();
+            let ctids = ctids(places, leaf);
             if ctids.is_empty() {
                 continue;
             }
-            let seqs: HashSet<i64> = of_leaf().map(|place| place.seq).collect();
+            let of_leaf = places.iter().filter(|place| place.leaf == leaf);
+            let seqs: HashSet<i64> = of_leaf.map(|place| place.seq).collect();
             // The leaf is one of eight names of the schema, each with a statement of its own.
             let text = ROWS_BY_PLACE.replace("/*leaf*/", &leaf.to_string());
             let text = match &self.mapped {
@@ -238,6 +172,50 @@ impl Session {
         }
         rows.sort_by_key(|row| row.seq);
         Ok(rows)
+    }
+
+    /// The topic, source and id of the rows at these places, each with its place, in any order.
+    ///
+    /// # Errors
+    /// The statement failed.
+    pub async fn read_ids(&mut self, places: &[Place]) -> Result<Vec<(Place, Ids)>, Error> {
+        const DOING: &str = "reading ids of the outbox";
+        self.keep_plans(false).await?;
+        let at: HashMap<(i64, u32, u16), Place> = places
+            .iter()
+            .map(|place| ((place.seq, place.block, place.line), *place))
+            .collect();
+        let leaves = if self.mapped.is_some() { 1 } else { LEAF_COUNT };
+        let mut found = Vec::with_capacity(places.len());
+        for leaf in 0..leaves {
+            let ctids = ctids(places, leaf);
+            if ctids.is_empty() {
+                continue;
+            }
+            let text = IDS_BY_PLACE.replace("/*leaf*/", &leaf.to_string());
+            let text = match &self.mapped {
+                Some(relation) => relation.rewrite(&IDS_BY_PLACE.replace("_/*leaf*/", "")),
+                None => text,
+            };
+            let reading = sqlx::query(AssertSqlSafe(text))
+                .bind(ctids)
+                .fetch_all(&mut self.connection);
+            for row in statement(DOING, reading).await? {
+                let read = || {
+                    let place = read_place(&row)?;
+                    let known = at.get(&(place.seq, place.block, place.line));
+                    let known = known.filter(|known| known.leaf == leaf);
+                    let ids = Ids {
+                        topic: row.try_get::<Option<_>, _>("topic")?.unwrap_or_default(),
+                        source: row.try_get::<Option<_>, _>("source")?.unwrap_or_default(),
+                        id: row.try_get::<Option<_>, _>("id")?.unwrap_or_default(),
+                    };
+                    Ok(known.map(|known| (*known, ids)))
+                };
+                found.extend(read().map_err(Error::query(DOING))?);
+            }
+        }
+        Ok(found)
     }
 
     /// The row at a place as the server prints it, in its own encoding and then in base64; none, when it is not there.

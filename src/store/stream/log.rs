@@ -2,13 +2,13 @@
 
 use chrono::{DateTime, Utc};
 use sqlx::postgres::PgRow;
-use sqlx::{Executor as _, Row as _};
+use sqlx::Row as _;
 
 use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::{Data, Message, Priority};
 use crate::domain::name::Topic;
 use crate::store::bounded::{STATEMENT, bounded};
-use crate::store::{Connection, Database, Error};
+use crate::store::{Connection, Error};
 
 /// Every stream's head: its floor, up to which all is gone.
 ///
@@ -458,42 +458,4 @@ pub async fn read_appended_at(
     .bind(offset.0)
     .fetch_optional(connection)).await?;
     Ok(row.map(|(at,)| at))
-}
-
-/// Ids looked for by one pass over the log.
-const FIND_PRESENT_CHUNK: usize = 200_000;
-
-/// Says which (source, id) the log has, in the order asked. The ids are hashed and the log is read through once per 200,000 of
-/// them: an index on ids would cost every append.
-///
-/// # Errors
-/// The database's.
-pub async fn find_present(
-    database: &Database,
-    ids: &[(String, String)],
-) -> Result<Vec<bool>, Error> {
-    const DOING: &str = "looking for ids in the log";
-    let mut connection = database.connect().await?;
-    connection
-        .execute("set enable_nestloop = off; set enable_mergejoin = off; set work_mem = '64MB'")
-        .await
-        .map_err(Error::query(DOING))?;
-    let mut present = vec![false; ids.len()];
-    for (chunk, ids) in ids.chunks(FIND_PRESENT_CHUNK).enumerate() {
-        let (sources, names): (Vec<&str>, Vec<&str>) = ids
-            .iter()
-            .map(|(source, id)| (source.as_str(), id.as_str()))
-            .unzip();
-        let found: Vec<(i64,)> = sqlx::query_as(include_str!("../sql/find_present.sql"))
-            .bind(sources)
-            .bind(names)
-            .persistent(false)
-            .fetch_all(&mut connection)
-            .await
-            .map_err(Error::query(DOING))?;
-        for (place,) in found {
-            present[chunk * FIND_PRESENT_CHUNK + place as usize - 1] = true;
-        }
-    }
-    Ok(present)
 }

@@ -3,6 +3,7 @@
 mod append;
 mod append_next;
 mod catalogue;
+mod ids;
 mod keys;
 mod leaf;
 mod log;
@@ -19,6 +20,7 @@ pub use catalogue::{
     Catalogue, DeclareOutcome, DeleteOutcome, STREAMS_MAX, StreamRow, create_main, declare, delete,
     load_catalogue, read_leaf_sizes, read_sizes,
 };
+pub use ids::{ScheduledName, find_topics, read_ids, read_scheduled_ids};
 pub use keys::{
     KeyHead, fetch_items, find_key_head, find_span_end, fold_keys, list_key_heads, read_key_slice,
     read_keys,
@@ -29,7 +31,7 @@ pub use leaf::{
 };
 pub use log::{
     AttributesRow, Head, MatchRange, Row, Slice, SliceItem, are_dense, fetch_attributes,
-    fetch_entries, find_head, find_present, list_heads, list_match_ranges, list_topics,
+    fetch_entries, find_head, list_heads, list_match_ranges, list_topics,
     read_appended_at, read_slice, read_top,
 };
 pub use scheduled::*;

@@ -1,6 +1,7 @@
 //! The relay against real outboxes. Producers and relays run as the granted roles, never as the owner, and what must be in the
 //! stream is read from a ledger that the producers' own transactions wrote.
 
+mod backlog;
 mod expected;
 mod faults;
 mod install;
@@ -10,6 +11,7 @@ mod order;
 mod race;
 mod refused;
 mod rejected;
+mod rerelay;
 mod rotation;
 mod scheduled;
 pub mod shop;
