@@ -102,6 +102,8 @@ create table postroad_broker.rejected_message (
     resent_at timestamptz
 );
 create index rejected_message_by_origin on postroad_broker.rejected_message (origin_id, id);
+-- A re-relay asks whether a row is listed. Rows of a mapped table without numbers all have seq 0.
+create index rejected_message_by_row on postroad_broker.rejected_message (origin_id, seq, hashtextextended(outbox_row, 0));
 
 -- Positions that a relay had passed, a few per grace period: rows of an outbox may go once they are all before a position
 -- that is stored for longer than the grace. Emptied when an origin went back in time, since its old snapshots then lie.

@@ -1,5 +1,6 @@
 //! The way to the relays: what they do, and the rows that they could not relay.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -136,6 +137,19 @@ impl Handle {
             reply,
         })
         .await
+    }
+
+    /// Deletes rejected rows of an origin, those with numbers in a range. Returns how many were there. Safe to repeat.
+    ///
+    /// # Errors
+    /// [`RejectedError::OriginNotFound`], or the database's.
+    pub async fn delete_rejected(
+        &self,
+        name: &OriginName,
+        ids: RangeInclusive<i64>,
+    ) -> Result<u64, RejectedError> {
+        let origin = self.find(name)?;
+        self.ask(|reply| Job::Delete { origin, ids, reply }).await
     }
 
     fn find(&self, name: &OriginName) -> Result<OriginId, RejectedError> {

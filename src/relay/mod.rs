@@ -38,6 +38,7 @@ use tokio::sync::{mpsc, watch};
 use crate::domain::mapping::Mapping;
 use crate::domain::name::OriginName;
 use crate::store::origin::{LEAF_COUNT, LEAF_PERIOD};
+use crate::store::relay::RejectedBounds;
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 use crate::{cluster, stream, topic};
@@ -93,6 +94,8 @@ pub struct Options {
     pub manifest_rows: usize,
     /// How long the origin may take for a piece of a large window. A piece that takes longer is ended, and tried smaller.
     pub piece_time: Duration,
+    /// How much of an origin's rejected rows is kept.
+    pub rejected: RejectedBounds,
     /// The longest pause before an origin in trouble is tried again.
     pub retry_max: Duration,
 }
@@ -112,6 +115,11 @@ impl Default for Options {
             page_bytes: 4 << 20,
             manifest_rows: 200_000,
             piece_time: Duration::from_secs(10),
+            rejected: RejectedBounds {
+                rows: 100_000,
+                bytes: 1 << 30,
+                age: Duration::from_secs(30 * 86_400),
+            },
             retry_max: Duration::from_secs(5),
         }
     }

@@ -1,5 +1,7 @@
-//! The desk of rejected rows: lists them, and sends one on when a person says so. A task of its own, so that a caller who goes
+//! The desk of rejected rows: lists them, deletes them, and sends one on when a person says so. A task of its own, so that a caller who goes
 //! away leaves nothing half done.
+
+use std::ops::RangeInclusive;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -32,6 +34,11 @@ pub(super) enum Job {
         after: i64,
         limit: u32,
         reply: oneshot::Sender<Result<RejectedPage, RejectedError>>,
+    },
+    Delete {
+        origin: OriginId,
+        ids: RangeInclusive<i64>,
+        reply: oneshot::Sender<Result<u64, RejectedError>>,
     },
     Resend {
         origin: OriginId,
@@ -67,6 +74,9 @@ impl Desk {
                 }) => {
                     let _ = reply.send(self.list(origin, after, limit).await);
                 }
+                Some(Job::Delete { origin, ids, reply }) => {
+                    let _ = reply.send(self.delete(origin, ids).await);
+                }
                 Some(Job::Resend {
                     origin,
                     id,
@@ -91,6 +101,24 @@ impl Desk {
             store::relay::list_rejected(&self.broker, origin, after, limit).await?;
         let next_after = rows.last().filter(|_| has_next).map(|row| row.id);
         Ok(RejectedPage { rows, next_after })
+    }
+
+    /// A chunk at a time: a repeat after a failure goes on.
+    async fn delete(
+        &self,
+        origin: OriginId,
+        ids: RangeInclusive<i64>,
+    ) -> Result<u64, RejectedError> {
+        let mut count = 0;
+        loop {
+            let deleting =
+                store::relay::delete_rejected(&self.broker, origin, ids.clone(), REJECTED_PAGE_MAX);
+            let deleted = deleting.await?;
+            count += deleted;
+            if deleted < u64::from(REJECTED_PAGE_MAX) || self.supervisor.is_stopping() {
+                return Ok(count);
+            }
+        }
     }
 
     /// Appends first and marks then: if the process dies in between, the repeat finds the id and appends nothing.

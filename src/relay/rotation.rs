@@ -29,6 +29,11 @@ const HISTORY_PER_GRACE: u32 = 8;
 /// The longest pause between two looks for leaves to empty.
 const ROTATION_INTERVAL_MAX: Duration = Duration::from_secs(10);
 
+/// How often the list of rejected rows is looked at.
+const REJECTED_INTERVAL: Duration = Duration::from_secs(60);
+/// Rejected rows that one statement deletes.
+const REJECTED_DELETE_ROWS: u32 = 1_000;
+
 /// What upkeep remembers between its turns.
 pub(super) struct Rotation {
     folded_number: i64,
@@ -37,6 +42,7 @@ pub(super) struct Rotation {
     pub(super) mark_count: u32,
     noted: Option<(i64, Instant)>,
     rotated_at: Option<Instant>,
+    rejected_at: Option<Instant>,
     blocked: BTreeMap<i16, (DateTime<Utc>, Option<i32>)>,
 }
 
@@ -50,6 +56,7 @@ impl Rotation {
             mark_count: MARK_FOLD_COUNT / 2,
             noted: None,
             rotated_at: None,
+            rejected_at: None,
             blocked: BTreeMap::new(),
         }
     }
@@ -66,6 +73,7 @@ impl Run<'_> {
         if is_kept {
             self.note_history(&position).await?;
         }
+        self.drop_rejected().await?;
         self.fold_journal().await?;
         self.fold_marks(&position).await?;
         match &self.relay.mapping {
@@ -73,6 +81,42 @@ impl Run<'_> {
             Some(mapping) if mapping.deletes_relayed => self.delete_passed().await,
             Some(_) => Ok(()),
         }
+    }
+
+    /// Drops the oldest rejected rows that are beyond the bounds of their list, and counts what is left.
+    async fn drop_rejected(&mut self) -> Result<(), Trouble> {
+        let relay = self.relay;
+        let interval = REJECTED_INTERVAL.min(relay.options.rejected.age / 2);
+        let last = self.rotation.rejected_at;
+        if last.is_some_and(|at| at.elapsed() < interval) {
+            return Ok(());
+        }
+        self.rotation.rejected_at = Some(Instant::now());
+        let (broker, origin) = (&relay.broker, relay.id);
+        let finding = store::relay::find_rejected_beyond(broker, origin, relay.options.rejected);
+        if let Some(through) = finding.await.map_err(Trouble::Broker)? {
+            let mut dropped = 0;
+            loop {
+                let deleting = store::relay::delete_rejected(
+                    broker,
+                    origin,
+                    0..=through,
+                    REJECTED_DELETE_ROWS,
+                );
+                let deleted = deleting.await.map_err(Trouble::Broker)?;
+                dropped += deleted;
+                if deleted < u64::from(REJECTED_DELETE_ROWS) || relay.supervisor.is_stopping() {
+                    break;
+                }
+            }
+            tracing::warn!(origin = %relay.name, dropped, "the oldest rejected rows were dropped: their list is bounded");
+        }
+        let rejected = store::relay::count_rejected(broker, origin).await;
+        let rejected = rejected.map_err(Trouble::Broker)?;
+        relay.status.send_if_modified(|status| {
+            std::mem::replace(&mut status.rejected_count, rejected) != rejected
+        });
+        Ok(())
     }
 
     /// Takes rows out of a mapped table that were passed a grace ago, a bounded number in a turn.

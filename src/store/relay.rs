@@ -372,6 +372,74 @@ pub async fn mark_resent(database: &Database, origin: OriginId, id: i64) -> Resu
     .await
 }
 
+/// Deletes rejected rows of an origin up to a number, or the one with it, at most `limit`. Returns how many were there.
+///
+/// # Errors
+/// The statement failed; it can be repeated.
+pub async fn delete_rejected(
+    database: &Database,
+    origin: OriginId,
+    ids: std::ops::RangeInclusive<i64>,
+    limit: u32,
+) -> Result<u64, Error> {
+    let deleting = sqlx::query(
+        "delete from postroad_broker.rejected_message where id in (
+            select id from postroad_broker.rejected_message
+            where origin_id = $1 and id between $2 and $3 order by id limit $4
+        )",
+    )
+    .bind(origin.0)
+    .bind(*ids.start())
+    .bind(*ids.end())
+    .bind(i64::from(limit))
+    .execute(database.pooled());
+    let deleted = deleting
+        .await
+        .map_err(Error::query("deleting rejected rows"))?;
+    Ok(deleted.rows_affected())
+}
+
+/// How much of an origin's rejected rows is kept, the youngest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RejectedBounds {
+    /// At most so many.
+    pub rows: u64,
+    /// At most so many bytes.
+    pub bytes: u64,
+    /// None that is older.
+    pub age: Duration,
+}
+
+/// Up to which number an origin's rejected rows are beyond the bounds; none when no row is.
+///
+/// # Errors
+/// The statement failed.
+pub async fn find_rejected_beyond(
+    database: &Database,
+    origin: OriginId,
+    bounds: RejectedBounds,
+) -> Result<Option<i64>, Error> {
+    let finding = sqlx::query_scalar(
+        "select max(id)
+        from (
+            select id, rejected_at, row_number() over by_id as n,
+                sum(octet_length(outbox_row)) over (by_id rows unbounded preceding) as bytes
+            from postroad_broker.rejected_message
+            where origin_id = $1
+            window by_id as (order by id desc)
+        ) as kept
+        where n > $2 or bytes > $3 or rejected_at < clock_timestamp() - make_interval(secs => $4)",
+    )
+    .bind(origin.0)
+    .bind(i64::try_from(bounds.rows).unwrap_or(i64::MAX))
+    .bind(i64::try_from(bounds.bytes).unwrap_or(i64::MAX))
+    .bind(bounds.age.as_secs_f64())
+    .fetch_one(database.pooled());
+    finding
+        .await
+        .map_err(Error::query("looking at rejected rows"))
+}
+
 /// For each (seq, outbox row), whether it is in the origin's list of rejected rows, sent on or not.
 ///
 /// # Errors
@@ -385,7 +453,9 @@ pub async fn find_listed_rejected(
     let finding = sqlx::query_scalar(
         "select exists (
             select from postroad_broker.rejected_message as listed
-            where listed.origin_id = $1 and listed.seq = asked.seq and listed.outbox_row = asked.outbox_row
+            where listed.origin_id = $1 and listed.seq = asked.seq
+                and hashtextextended(listed.outbox_row, 0) = hashtextextended(asked.outbox_row, 0)
+                and listed.outbox_row = asked.outbox_row
         )
         from unnest($2::bigint[], $3::text[]) with ordinality as asked (seq, outbox_row, n)
         order by n",

@@ -2,7 +2,7 @@
 
 use axum::extract::State as Extract;
 use axum::http::{HeaderMap, StatusCode};
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -16,7 +16,7 @@ use crate::domain::name::{OriginName, Topic};
 use crate::http::extract::{Check, Json, Named, Query, RejectedId};
 use crate::http::forward;
 use crate::http::openapi::{NoOrigin, NoRejected, Reads, Resends};
-use crate::http::problem::Problem;
+use crate::http::problem::{Kind, Problem};
 use crate::http::state::State;
 use crate::relay::{self, Correction, Status};
 
@@ -110,6 +110,15 @@ struct RejectedRow {
     resent_at: Option<String>,
 }
 
+/// What was deleted.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = RejectedCleared)]
+struct Cleared {
+    /// Rows that were there.
+    #[schema(minimum = 0)]
+    deleted: u64,
+}
+
 /// What to change about the row; what is left out stays.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -144,7 +153,8 @@ pub(super) fn routes() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(describe))
-        .routes(routes!(rejected))
+        .routes(routes!(rejected, clear_rejected))
+        .routes(routes!(remove_rejected))
         .routes(routes!(resend))
 }
 
@@ -274,6 +284,56 @@ async fn rejected(
         next_after: page.next_after,
     };
     Ok(wire::json(StatusCode::OK, &answer))
+}
+
+/// Delete the rejected rows of an origin up to a number.
+#[utoipa::path(
+    delete, path = "/v1/origins/{origin}/rejected", tag = "origins",
+    params(
+        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
+        ("through" = i64, Query, description = "Rows up to this number", minimum = 1, maximum = 9_007_199_254_740_991_i64),
+    ),
+    responses((status = 200, description = "Deleted", body = Cleared), NoOrigin, Reads),
+)]
+async fn clear_rejected(
+    Extract(state): Extract<State>,
+    Named(name): Named<OriginName>,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let through = query.integer("through", 1..=OFFSET_MAX);
+    query.finish()?;
+    let Some(through) = through else {
+        return Err(Problem::new(
+            Kind::InvalidRequest,
+            "`through` says up to which number rows are deleted, and is missing",
+        ));
+    };
+    let deleted = state
+        .parts
+        .relay
+        .delete_rejected(&name, 0..=through)
+        .await?;
+    Ok(wire::json(StatusCode::OK, &Cleared { deleted }))
+}
+
+/// Delete a rejected row. One that is not there is deleted already.
+#[utoipa::path(
+    delete, path = "/v1/origins/{origin}/rejected/{id}", tag = "origins",
+    params(
+        ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
+        ("id" = i64, Path, description = "Its number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
+    ),
+    responses((status = 204, description = "It is not there"), NoOrigin, Reads),
+)]
+async fn remove_rejected(
+    Extract(state): Extract<State>,
+    Named(name): Named<OriginName>,
+    Named(RejectedId(id)): Named<RejectedId>,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.finish()?;
+    state.parts.relay.delete_rejected(&name, id..=id).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// Send a rejected row on, corrected or as it is.

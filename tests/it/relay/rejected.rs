@@ -1,9 +1,12 @@
 //! Rows that cannot become messages do not stop the rows behind them, and can be sent on.
 
-use postroad::domain::name::{OriginName, Topic};
-use postroad::relay::{Correction, RejectedError};
+use std::time::Duration;
 
-use super::{Origin, execute, read_log, rig};
+use postroad::domain::name::{OriginName, Topic};
+use postroad::relay::{self, Correction, RejectedError, State};
+use postroad::store::relay::RejectedBounds;
+
+use super::{Origin, execute, read_log, rig, rig_with};
 use crate::support;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -56,4 +59,103 @@ async fn a_row_that_cannot_become_a_message_is_listed_and_can_be_sent_on() {
     ));
     assert_eq!(ids(&read_log(&broker.url).await), ["one", "three", "two"]);
     rig.stop().await;
+}
+
+/// A list that nobody looks after does not grow for ever, and whoever has looked at rows deletes them.
+#[tokio::test(flavor = "multi_thread")]
+async fn rejected_rows_leave_when_they_are_deleted_or_beyond_the_bounds() {
+    let broker = support::database().await;
+    let origin = Origin::install(&broker.url).await;
+    let mut owner = origin.owner().await;
+    execute(
+        &mut owner,
+        "alter table postroad.outbox drop constraint outbox_row_is_valid;
+        insert into postroad.outbox (topic, payload, id) select 'b..c', repeat('x', 100), n::text from generate_series(1, 2500) as n",
+    )
+    .await;
+    let local = OriginName::local();
+    let first = rig(&broker.database, &[("local", None)]).await;
+    first.caught_up("local").await;
+    assert_eq!(first.status("local").rejected_count, 2_500);
+    let ids = async |rig: &super::Rig| {
+        let page = rig.relay.rejected(&local, 0, 1_000).await.unwrap();
+        page.rows.iter().map(|row| row.id).collect::<Vec<_>>()
+    };
+    let before = ids(&first).await;
+    let one = before[1]..=before[1];
+    assert_eq!(
+        first
+            .relay
+            .delete_rejected(&local, one.clone())
+            .await
+            .unwrap(),
+        1
+    );
+    assert_eq!(first.relay.delete_rejected(&local, one).await.unwrap(), 0);
+    assert_eq!(
+        first
+            .relay
+            .delete_rejected(&local, 0..=before[9])
+            .await
+            .unwrap(),
+        9
+    );
+    assert_eq!(ids(&first).await[0], before[10]);
+    first.stop().await;
+    for (bounds, left) in [
+        (
+            RejectedBounds {
+                rows: 2_000,
+                bytes: 1 << 30,
+                age: Duration::from_secs(3_600),
+            },
+            2_000,
+        ),
+        (
+            RejectedBounds {
+                rows: 2_000,
+                bytes: 100_000,
+                age: Duration::from_secs(3_600),
+            },
+            0,
+        ),
+        (
+            RejectedBounds {
+                rows: 2_000,
+                bytes: 1 << 30,
+                age: Duration::ZERO,
+            },
+            0,
+        ),
+    ] {
+        let options = relay::Options {
+            rejected: bounds,
+            ..relay::Options::default()
+        };
+        let bounded = rig_with(&broker.database, &[("local", None)], options).await;
+        let status = bounded
+            .until("local", "the list to be bounded", |status| {
+                status.state == State::Running && status.rejected_count < 2_490
+            })
+            .await;
+        if left > 0 {
+            assert_eq!(status.rejected_count, left);
+        } else {
+            assert!(status.rejected_count < 1_000, "{status:?}");
+        }
+        bounded.stop().await;
+    }
+    // A re-relay finds what is listed by an index.
+    let plan: Vec<(String,)> = sqlx::query_as(
+        "explain select from postroad_broker.rejected_message
+        where origin_id = 1 and seq = 1 and hashtextextended(outbox_row, 0) = 5 and outbox_row = 'x'",
+    )
+    .fetch_all(&mut owner)
+    .await
+    .unwrap();
+    assert!(
+        plan.iter()
+            .any(|(line,)| line.contains("rejected_message_by_row")),
+        "{plan:?}"
+    );
 }
