@@ -29,6 +29,9 @@ begin
             then 'outbox_id_is_1_to_1024_bytes'
         when pg_catalog.octet_length(source) operator(pg_catalog.<) 1 or pg_catalog.octet_length(source) operator(pg_catalog.>) 1024
             then 'outbox_source_is_1_to_1024_bytes'
+        -- As over HTTP: CloudEvents has neither control characters nor noncharacters.
+        when pg_catalog.concat(key, id, source) operator(pg_catalog.~) '[\u0001-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffe\uffff]'
+            then 'outbox_attributes_have_no_control_characters'
         when "time" operator(pg_catalog.<) pg_catalog.timestamptz '0001-01-01 00:00:00+00'
             or "time" operator(pg_catalog.>=) pg_catalog.timestamptz '10000-01-01 00:00:00+00'
             then 'outbox_time_has_a_four_digit_year'
@@ -48,6 +51,8 @@ begin
                 or pg_catalog.octet_length(content_type) operator(pg_catalog.>) 255
                 or content_type collate pg_catalog."C" operator(pg_catalog.!~) '^[!-~]([ -~]*[!-~])?$'
                 then 'outbox_content_type_is_valid'
+            when pg_catalog.concat(type, subject, data_schema) operator(pg_catalog.~) '[\u0001-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffe\uffff]'
+                then 'outbox_attributes_have_no_control_characters'
             when pg_catalog.octet_length(data_schema) operator(pg_catalog.<) 1
                 or pg_catalog.octet_length(data_schema) operator(pg_catalog.>) 1024
                 then 'outbox_data_schema_is_1_to_1024_bytes'
@@ -66,6 +71,7 @@ begin
                     !(@.key like_regex "^[a-z0-9]{1,20}$")
                     || @.key like_regex "^(specversion|id|source|type|subject|time|datacontenttype|dataschema|data|partitionkey|expectedversion|deliverat)$"
                     || !(@.value.type() == "string" || @.value.type() == "boolean" || @.value.type() == "number")
+                    || (@.value.type() == "string" && @.value like_regex "[\u0001-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffe\uffff]")
                     || (@.value.type() == "number"
                         && (@.value < -2147483648 || @.value > 2147483647 || @.value.floor() != @.value)))')
                 then 'outbox_headers_are_extension_attributes'

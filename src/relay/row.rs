@@ -6,6 +6,7 @@ use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Map, Value};
 
+use crate::domain::cloudevents::check_characters;
 use crate::domain::json;
 use crate::domain::message::{DELIVER_AHEAD_MAX, DELIVER_AT, Data, Message};
 use crate::domain::name::Topic;
@@ -148,6 +149,16 @@ fn check(row: &OutboxRow, now: DateTime<Utc>) -> Result<(Topic, Map<String, Valu
         row.content_type.as_deref(),
         CONTENT_TYPE_MAX_BYTES,
     )?;
+    for (name, text) in [
+        ("key", &row.key),
+        ("id", &row.id),
+        ("source", &row.source),
+        ("type", &row.kind),
+        ("subject", &row.subject),
+        ("data_schema", &row.data_schema),
+    ] {
+        check_characters(name, text.as_deref().unwrap_or_default())?;
+    }
     if let Some(content_type) = &row.content_type
         && !content_type
             .bytes()
@@ -233,7 +244,9 @@ fn to_extensions(headers: Option<&str>) -> Result<Map<String, Value>, String> {
         }
         match to_integer(value) {
             Some(integer) => *value = Value::from(integer),
-            None if value.is_string() || value.is_boolean() => {}
+            None if value.is_string() || value.is_boolean() => {
+                check_characters(name, value.as_str().unwrap_or_default())?;
+            }
             None => {
                 return Err(format!(
                     "the header `{name}` is not a string, a boolean or a 32-bit integer"
@@ -481,6 +494,15 @@ mod tests {
             "the key is 513 bytes",
         );
         check(&|row| row.id = Some(String::new()), "the id is empty");
+        check(
+            &|row| row.key = Some("a\u{1b}[2J".into()),
+            "`key` has the character U+001B",
+        );
+        check(&|row| row.kind = Some("t\u{ffff}".into()), "U+FFFF");
+        check(
+            &|row| row.headers = Some("{\"a\":\"\\u0007\"}".into()),
+            "`a` has the character U+0007",
+        );
         check(&|row| row.headers = Some("[]".into()), "not a JSON object");
         check(&|row| row.headers = Some("{\"A\":1}".into()), "`A`");
         check(&|row| row.headers = Some("{\"id\":\"1\"}".into()), "`id`");

@@ -299,8 +299,12 @@ fn check_text(name: &str, text: &str, limit: usize) -> Result<(), String> {
     check_characters(name, text)
 }
 
-/// CloudEvents' strings have no control characters (and Postgres' text could not hold U+0000) and no noncharacters.
-fn check_characters(name: &str, text: &str) -> Result<(), String> {
+/// CloudEvents' strings have no control characters (and Postgres' text could not hold U+0000) and no noncharacters. The rule of every
+/// way in.
+///
+/// # Errors
+/// The first such character, as one clause.
+pub fn check_characters(name: &str, text: &str) -> Result<(), String> {
     let refused = |c: &char| {
         let code = u32::from(*c);
         c.is_control() || (0xfdd0..=0xfdef).contains(&code) || code & 0xfffe == 0xfffe

@@ -11,6 +11,8 @@ mod structured;
 #[cfg(test)]
 mod tests;
 
+pub use attributes::check_characters;
+
 use std::fmt;
 
 use bytes::Bytes;

@@ -176,6 +176,12 @@ async fn a_row_that_the_origin_cannot_send_is_listed_by_its_number_and_the_rest_
     let rig = rig(&broker.database, &[("legacy", Some(&url))]).await;
     rig.caught_up("legacy").await;
     let mut owner = origin.owner().await;
+    // Its patterns are of characters.
+    execute(
+        &mut owner,
+        "alter table postroad.outbox drop constraint outbox_row_is_valid",
+    )
+    .await;
     for (count, before) in [(20, 0), (6_000, 20)] {
         execute(
             &mut owner,
@@ -325,4 +331,61 @@ async fn rows_of_a_mapped_table_that_cannot_be_read_are_listed_whole_and_the_res
         }
         rig.stop().await;
     }
+}
+
+/// As over HTTP: no way in has control characters or noncharacters.
+#[tokio::test(flavor = "multi_thread")]
+async fn attributes_with_control_characters_come_in_nowhere() {
+    let broker = support::database().await;
+    let origin = Origin::install(&broker.url).await;
+    let mut producer = origin.producer().await;
+    let mut columns = Vec::new();
+    for column in ["key", "id", "source", "type", "subject", "data_schema"] {
+        for text in ["E'a\\u0007'", "E'a\\nb'", "E'\\u009b'", "E'\\uffff'"] {
+            columns.push((column, text.to_owned()));
+        }
+    }
+    columns.push(("headers", "'{\"a\": \"\\u001b[2J\"}'".to_owned()));
+    for (column, text) in &columns {
+        let insert = format!("insert into postroad.outbox (topic, {column}) values ('a', {text})");
+        let refused = sqlx::raw_sql(sqlx::AssertSqlSafe(insert))
+            .execute(&mut producer)
+            .await
+            .unwrap_err();
+        let refused = refused.into_database_error().unwrap();
+        assert_eq!(
+            refused.code().as_deref(),
+            Some("23514"),
+            "{column} {text}: {refused}"
+        );
+    }
+    let fine = "insert into postroad.outbox (topic, key, id, source, type, headers)
+        values ('a', E'\\u00e9 \\u00ad', 'fine', '/s', E'\\U0001F600', '{\"a\": \"\\u00e9\"}')";
+    execute(&mut producer, fine).await;
+    // With the constraint gone they are listed.
+    let mut owner = origin.owner().await;
+    execute(
+        &mut owner,
+        "alter table postroad.outbox drop constraint outbox_row_is_valid",
+    )
+    .await;
+    for (column, text) in &columns {
+        execute(
+            &mut owner,
+            &format!("insert into postroad.outbox (topic, {column}) values ('a', {text})"),
+        )
+        .await;
+    }
+    let rig = rig(&broker.database, &[("local", None)]).await;
+    let status = rig.caught_up("local").await;
+    assert_eq!(status.rejected_count, columns.len() as u64);
+    assert_eq!(ids(&broker.url).await, ["fine"]);
+    for row in listed(&rig, "local").await {
+        assert!(
+            row.reason.contains("has the character U+"),
+            "{}",
+            row.reason
+        );
+    }
+    rig.stop().await;
 }
