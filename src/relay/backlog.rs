@@ -173,8 +173,10 @@ impl Backlog {
         self.spans.is_empty() && has_leaves && (self.large.is_empty() || self.leaves.is_some())
     }
 
-    fn add(&mut self, bucket: i64, found: Bucket) {
+    /// Adds what a group has. `shift` is what it was grouped by, which the table may be beyond by now.
+    fn add(&mut self, (bucket, shift): (i64, u32), found: Bucket) {
         self.count += found.count;
+        let bucket = bucket >> (self.shift - shift);
         self.buckets.entry(bucket).or_default().join(found);
         while self.buckets.len() > BUCKETS_MAX {
             self.shift += 1;
@@ -258,6 +260,7 @@ impl Run<'_> {
 
     async fn count_piece(&mut self, backlog: &mut Backlog) -> Result<(), crate::store::Error> {
         let limit = self.caution.effort.rows;
+        let shift = backlog.shift;
         let of_ids = |count, ids| Bucket {
             count,
             spans: vec![ids],
@@ -273,7 +276,7 @@ impl Run<'_> {
             if !piece.is_cut {
                 backlog.spans.clear();
                 for group in piece.groups {
-                    backlog.add(group.bucket, of_ids(group.count, group.ids));
+                    backlog.add((group.bucket, shift), of_ids(group.count, group.ids));
                 }
             }
             return Ok(());
@@ -285,7 +288,7 @@ impl Run<'_> {
                 .count_by_ids(backlog.asked(), &span, backlog.shift, limit);
             let piece = counting.await?;
             for group in piece.groups {
-                backlog.add(group.bucket, of_ids(group.count, group.ids));
+                backlog.add((group.bucket, shift), of_ids(group.count, group.ids));
             }
             backlog.spans.pop_front();
             let rest = match piece.ids.filter(|_| piece.is_cut) {
@@ -335,7 +338,7 @@ impl Run<'_> {
                 spans: Vec::new(),
                 blocks: vec![(leaf, (low, end))],
             };
-            backlog.add(bucket, found);
+            backlog.add((bucket, shift), found);
         }
         Ok(())
     }
@@ -466,7 +469,7 @@ mod tests {
             (2, 9, (8, 12)),
             (3, 1, (4, 4)),
         ] {
-            backlog.add(bucket, found(count, ids));
+            backlog.add((bucket, 4), found(count, ids));
         }
         let (seqs, part, has_more) = backlog.next(i64::MIN, 8);
         assert_eq!((seqs.1, part.count, has_more), (15, 8, true));
@@ -483,7 +486,7 @@ mod tests {
     fn its_size_is_bounded_and_it_loses_nothing() {
         let mut backlog = backlog(0);
         for n in 0..50_000_i64 {
-            backlog.add(n * 7 - 1_000, found(1, (n * 3, n * 3 + 1)));
+            backlog.add((n * 7 - 1_000, 0), found(1, (n * 3, n * 3 + 1)));
         }
         assert!(backlog.buckets.len() <= BUCKETS_MAX);
         assert_eq!(backlog.count, 50_000);
