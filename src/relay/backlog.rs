@@ -54,6 +54,8 @@ impl Effort {
     fn failed(&mut self) -> bool {
         let is_left = self.rows > ROWS_MIN;
         self.rows = (self.rows / 4).max(ROWS_MIN);
+        // Not tried again in this window.
+        self.most = (self.rows * 2).min(self.most);
         is_left
     }
 }
@@ -192,8 +194,8 @@ impl Backlog {
         parsed.is_none_or(|(now, since)| now.shows(id) && !since.shows(id))
     }
 
-    /// The groups after a seq, up to so many rows but always one; with whether there are more.
-    fn next(&self, after: i64, rows: usize) -> (Range, Bucket, bool) {
+    /// The groups after a seq, up to so many rows but always one: from which seq to which, the last one's end, and whether there are more.
+    fn next(&self, after: i64, rows: usize) -> (Range, i64, Bucket, bool) {
         let first = after.saturating_add(1) >> self.shift;
         let mut groups = self.buckets.range(first..).peekable();
         let mut all = Bucket::default();
@@ -210,7 +212,8 @@ impl Backlog {
         let has_more = groups.peek().is_some();
         let low = (first << self.shift).max(self.after.saturating_add(1));
         let high = (last << self.shift) | ((1 << self.shift) - 1);
-        ((low, if has_more { high } else { i64::MAX }), all, has_more)
+        let end = if has_more { high } else { i64::MAX };
+        ((low, end), high, all, has_more)
     }
 }
 
@@ -350,7 +353,7 @@ impl Run<'_> {
         };
         let usual = self.relay.options.manifest_rows.max(2);
         let rows = usual.min(self.caution.effort.rows.saturating_mul(2));
-        let (mut seqs, found, has_more) = backlog.next(after, rows);
+        let (mut seqs, last, found, has_more) = backlog.next(after, rows);
         // One group of very many is read from its place on, the others whole: then it is known how many there are.
         let is_whole = found.count <= 2 * usual as u64;
         let limit = match is_whole {
@@ -366,10 +369,15 @@ impl Run<'_> {
         let places = self.find_places(&backlog, seqs, limit, &found).await;
         let mut places = match places {
             Ok(places) => places,
-            // Smaller parts take smaller groups: all is counted again.
+            // Fewer groups at a time; and if it is one, smaller groups: then all is counted again.
             Err(error) if error.is_canceled() && self.caution.effort.failed() => {
                 self.note_slow();
-                return Ok(None);
+                let is_one = seqs.0 >> backlog.shift == last >> backlog.shift;
+                if is_one {
+                    return Ok(None);
+                }
+                self.caution.backlog = Some(backlog);
+                return Box::pin(self.find_part(after)).await;
             }
             Err(error) => {
                 self.caution.backlog = Some(backlog);
@@ -471,15 +479,15 @@ mod tests {
         ] {
             backlog.add((bucket, 4), found(count, ids));
         }
-        let (seqs, part, has_more) = backlog.next(i64::MIN, 8);
+        let (seqs, _, part, has_more) = backlog.next(i64::MIN, 8);
         assert_eq!((seqs.1, part.count, has_more), (15, 8, true));
         assert_eq!(part.spans, [(3, 9)]);
-        let (seqs, part, has_more) = backlog.next(15, 8);
+        let (seqs, _, part, has_more) = backlog.next(15, 8);
         assert_eq!((seqs, part.count, has_more), ((16, 47), 9, true));
-        let (seqs, part, has_more) = backlog.next(47, 8);
+        let (seqs, _, part, has_more) = backlog.next(47, 8);
         assert_eq!((seqs, part.count, has_more), ((48, i64::MAX), 1, false));
         assert_eq!(part.spans, [(4, 4)]);
-        assert_eq!(backlog.next(63, 8).1.count, 0);
+        assert_eq!(backlog.next(63, 8).2.count, 0);
     }
 
     #[test]
@@ -515,8 +523,10 @@ mod tests {
         assert_eq!(effort.rows, ROWS_MIN);
         effort.took(Duration::from_secs(1));
         assert_eq!(effort.rows, ROWS_MIN);
-        effort.took(Duration::from_millis(10));
-        assert_eq!(effort.rows, 2 * ROWS_MIN);
+        for _ in 0..3 {
+            effort.took(Duration::from_millis(10));
+            assert_eq!(effort.rows, 2 * ROWS_MIN);
+        }
         effort.took(Duration::from_secs(3));
         assert_eq!(effort.rows, ROWS_MIN);
     }

@@ -1,7 +1,7 @@
 //! Upkeep beside the steps: the outbox's leaves are emptied once every row in them was passed a grace ago, and the journals and
 //! marks that appends leave behind are folded. Nothing here waits for a lock: what cannot be had stays for the next time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
@@ -11,7 +11,8 @@ use super::status::Blocked;
 use super::task::Run;
 use super::trouble::Trouble;
 use crate::domain::mapping::Pickup;
-use crate::store::origin::{Emptied, Passed};
+use crate::domain::name::StreamName;
+use crate::store::origin::{Emptied, LEAF_PERIOD, Passed};
 use crate::{failpoint, store};
 
 /// How often an origin's journal is folded: a fold leaves versions of the catalogue's rows behind, so not by the append.
@@ -34,6 +35,11 @@ const REJECTED_INTERVAL: Duration = Duration::from_secs(60);
 /// Rejected rows that one statement deletes.
 const REJECTED_DELETE_ROWS: u32 = 1_000;
 
+/// How long rows stay in the outbox beyond the grace: a leaf is filled, and the one after it.
+const LEAVES_KEPT: Duration = Duration::from_secs(3 * LEAF_PERIOD.as_secs());
+/// How often the streams' retention is looked at.
+const RETENTION_INTERVAL: Duration = Duration::from_secs(600);
+
 /// What upkeep remembers between its turns.
 pub(super) struct Rotation {
     folded_number: i64,
@@ -43,6 +49,9 @@ pub(super) struct Rotation {
     noted: Option<(i64, Instant)>,
     rotated_at: Option<Instant>,
     rejected_at: Option<Instant>,
+    retention_at: Option<Instant>,
+    /// Streams that were warned of.
+    short: BTreeSet<StreamName>,
     blocked: BTreeMap<i16, (DateTime<Utc>, Option<i32>)>,
 }
 
@@ -57,6 +66,8 @@ impl Rotation {
             noted: None,
             rotated_at: None,
             rejected_at: None,
+            retention_at: None,
+            short: BTreeSet::new(),
             blocked: BTreeMap::new(),
         }
     }
@@ -77,7 +88,10 @@ impl Run<'_> {
         self.fold_journal().await?;
         self.fold_marks(&position).await?;
         match &self.relay.mapping {
-            None => self.rotate().await,
+            None => {
+                self.look_at_retention().await?;
+                self.rotate().await
+            }
             Some(mapping) if mapping.deletes_relayed => self.delete_passed().await,
             Some(_) => Ok(()),
         }
@@ -116,6 +130,32 @@ impl Run<'_> {
         relay.status.send_if_modified(|status| {
             std::mem::replace(&mut status.rejected_count, rejected) != rejected
         });
+        Ok(())
+    }
+
+    /// A stream that forgets a message before the outbox forgets its row takes the row for a new one after a failover.
+    async fn look_at_retention(&mut self) -> Result<(), Trouble> {
+        let relay = self.relay;
+        let last = self.rotation.retention_at;
+        if last.is_some_and(|at| at.elapsed() < RETENTION_INTERVAL) {
+            return Ok(());
+        }
+        self.rotation.retention_at = Some(Instant::now());
+        let least = relay.options.grace + LEAVES_KEPT;
+        let looking = relay.stream.kept_for_less(least).await;
+        let short = looking.map_err(|error| match error {
+            crate::stream::Error::Store(error) => Trouble::Broker(error),
+            _ => Trouble::Stopping,
+        })?;
+        for stream in short {
+            if self.rotation.short.insert(stream.clone()) {
+                tracing::warn!(
+                    origin = %relay.name, %stream, least_seconds = least.as_secs(),
+                    "a stream keeps settled messages for less time than the outbox keeps its rows: after a failover of the \
+                     origin they are relayed again, or listed as rejected where the stream is keyed; raise its retention"
+                );
+            }
+        }
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use uuid::Uuid;
 
 use super::append::Prepared;
-use super::backlog::Part;
+use super::backlog::{Effort, Part};
 use super::decide::{Next, Since, passed_through};
 use super::page::{self, Page};
 use super::position::{Position, Window};
@@ -233,6 +233,7 @@ impl Run<'_> {
             };
             if part.is_last {
                 self.caution.backlog = None;
+                self.caution.effort = Effort::new(self.relay.options.manifest_rows);
                 let rows = rows.unwrap_or(left);
                 return Ok(usize::try_from(rows).unwrap_or(usize::MAX));
             }

@@ -9,6 +9,7 @@ use chrono::{DateTime, Utc};
 
 use super::{Error, Handle};
 use crate::domain::id::{Offset, OriginId, StreamId, TopicId};
+use crate::domain::name::StreamName;
 use crate::store::Connection;
 use crate::store::stream as sql;
 
@@ -193,6 +194,20 @@ impl Handle {
             }
         }
         Ok(found.present)
+    }
+}
+
+impl Handle {
+    /// The streams that can drop what every queue has settled at an age below this one.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn kept_for_less(&self, age: Duration) -> Result<Vec<StreamName>, Error> {
+        let connection = &mut sql::connect_reader(&self.shared.db).await?;
+        let catalogue = sql::load_catalogue(connection).await?;
+        let streams = catalogue.streams.into_iter();
+        let short = streams.filter(|row| row.retention.settled.is_some_and(|kept| kept < age));
+        Ok(short.map(|row| row.name).collect())
     }
 }
 

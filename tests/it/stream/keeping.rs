@@ -106,6 +106,11 @@ async fn retention_drops_all_and_offsets_go_on() {
         .declare(name.clone(), settings(&["short"], retention))
         .await
         .unwrap();
+    // What a relay warns of.
+    for (seconds, expected) in [(1, &[][..]), (2, std::slice::from_ref(&name))] {
+        let short = node.stream.kept_for_less(Duration::from_secs(seconds));
+        assert_eq!(short.await.unwrap(), expected);
+    }
     let batch = |from: i64| (from..from + 250).map(|n| message("short", &n.to_string(), "1"));
     node.publish(batch(0).collect(), false).await.unwrap();
     let mut tail = node.stream.tail(description.id);
