@@ -1,8 +1,8 @@
 //! Reads of the log. All go through the primary key in offset order: see [`connect_reader`](super::connect_reader).
 
 use chrono::{DateTime, Utc};
-use sqlx::postgres::PgRow;
 use sqlx::Row as _;
+use sqlx::postgres::PgRow;
 
 use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::{Data, Message, Priority};

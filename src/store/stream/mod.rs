@@ -31,8 +31,8 @@ pub use leaf::{
 };
 pub use log::{
     AttributesRow, Head, MatchRange, Row, Slice, SliceItem, are_dense, fetch_attributes,
-    fetch_entries, find_head, list_heads, list_match_ranges, list_topics,
-    read_appended_at, read_slice, read_top,
+    fetch_entries, find_head, list_heads, list_match_ranges, list_topics, read_appended_at,
+    read_slice, read_top,
 };
 pub use scheduled::*;
 pub use schedules::*;

@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 
+use sqlx::Connection as _;
+
 use super::{Origin, connect, execute, read_log, rig};
 use crate::support;
 
@@ -87,11 +89,14 @@ async fn the_log_is_read_once_and_no_further_back_than_the_outbox_reaches() {
     // Read all of it, then only the last hours: the rest is older than any row of the outbox.
     for bound in [false, true] {
         if bound {
+            // A session that ends tells at once what it has read.
+            let mut once = connect(&broker.url).await;
             execute(
-                &mut owner,
+                &mut once,
                 "update postroad_broker.message set appended_at = appended_at - interval '3 hours' where \"offset\" <= 50000",
             )
             .await;
+            once.close().await.unwrap();
             execute(
                 &mut origin_owner,
                 "create temp table kept as select * from postroad.outbox order by seq desc limit 10000;
