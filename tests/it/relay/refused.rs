@@ -389,3 +389,37 @@ async fn attributes_with_control_characters_come_in_nowhere() {
     }
     rig.stop().await;
 }
+
+/// Inside an answer they would cost a consumer the messages beside them.
+#[tokio::test(flavor = "multi_thread")]
+async fn json_that_parsers_refuse_goes_out_as_bytes() {
+    let broker = support::database().await;
+    let origin = Origin::install(&broker.url).await;
+    let mut producer = origin.producer().await;
+    let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+    let payloads = [
+        ("fine", nested(60), 1),
+        ("deep", nested(61), 3),
+        ("deeper", nested(3_000), 3),
+        ("digits", "9".repeat(5_000), 3),
+        ("infinite", "1e400".to_owned(), 3),
+        ("half", "\"\\ud83d\"".to_owned(), 3),
+        ("pair", "\"\\ud83d\\ude00\"".to_owned(), 1),
+    ];
+    for (id, payload, _) in &payloads {
+        let text = "insert into postroad.outbox (topic, id, payload) values ('a', $1, $2)";
+        let inserting = sqlx::query(text).bind(id).bind(payload);
+        inserting.execute(&mut producer).await.unwrap();
+    }
+    let rig = rig(&broker.database, &[("local", None)]).await;
+    let status = rig.caught_up("local").await;
+    assert_eq!(status.rejected_count, 0);
+    let text = "select id, convert_from(data, 'UTF8'), data_kind::int from postroad_broker.message order by \"offset\"";
+    let found: Vec<(String, String, i32)> = sqlx::query_as(text)
+        .fetch_all(&mut connect(&broker.url).await)
+        .await
+        .unwrap();
+    let expected = payloads.map(|(id, payload, kind)| (id.to_owned(), payload, kind));
+    assert_eq!(found, expected);
+    rig.stop().await;
+}
