@@ -52,6 +52,10 @@ torture: ## Run nodes, producers and consumers under faults drawn by a seed, and
 bench: ## Measure the broker on a private Postgres, beside a queue made from a table: make bench ARGS="latency"
 	@$(WITH_POSTGRES) cargo run --release --quiet -- bench $(if $(strip $(ARGS)),$(ARGS),outbox --batch 100 --baseline)
 
+.PHONY: check-openapi
+check-openapi: ## Give openapi.yaml to strict validators and to generators of clients (needs python3 and node; packages are fetched)
+	@scripts/check-openapi.sh
+
 .PHONY: check-api
 check-api: ## Run schemathesis over the API of a broker of its own (needs python3; a few minutes)
 	@$(WITH_POSTGRES) cargo build --release --quiet; scripts/check-api.sh --max-time 180

@@ -8,6 +8,7 @@ mod database;
 mod declarations;
 mod error;
 mod files;
+mod memory;
 mod options;
 
 use std::net::SocketAddr;

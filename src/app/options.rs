@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::files;
+use super::{files, memory};
 use crate::config::Config;
 use crate::domain::cloudevents::Limits;
 use crate::domain::name::OriginName;
@@ -89,6 +89,7 @@ pub(super) fn http_options(config: &Config) -> http::Options {
             ..Limits::default()
         },
         connections_max: files::connections_within(config.connections_max),
+        memory_bytes: config.http_memory_bytes.unwrap_or_else(memory::for_http),
         lame_duck,
         node_secret: config.node_secret.clone(),
         allowed_hosts: config.allowed_hosts.clone(),

@@ -8,6 +8,7 @@ use super::{Config, LogFormat};
 use crate::domain::authority::Authority;
 use crate::domain::database_url::{DatabaseUrl, Fault};
 
+const LIST: &str = "separated by commas";
 const SWITCH: &str = "true or false";
 
 /// A key of the configuration.
@@ -43,6 +44,11 @@ impl Key {
     #[must_use]
     pub fn is_switch(&self) -> bool {
         self.allowed == SWITCH
+    }
+
+    /// Whether the file may say it as a list of texts.
+    pub(super) fn is_list(&self) -> bool {
+        self.allowed.contains(LIST)
     }
 
     /// Takes a value; `None` when it is not one of those allowed.
@@ -310,6 +316,14 @@ pub const KEYS: &[Key] = &[
         "How long an HTTP connection without a request stays open, at least; answers say it (`Keep-Alive`). Longer than a proxy before \
          the broker keeps its own, or the proxy sends requests into a connection that ends.",
         |c, t| seconds(t, 1.0, 3_600.0).map(|v| c.keep_alive = v),
+    ),
+    key(
+        "http_memory_bytes",
+        "",
+        "a whole number from 67108864 to 1099511627776",
+        "Memory for the bodies of requests and for answers that clients have not read yet, half of it each; beyond it they are answered \
+         503. Without it, an eighth of the memory that the machine or the container has, from 64 MiB to 1 GiB.",
+        |c, t| within(t, 64 << 20, 1 << 40).map(|v| c.http_memory_bytes = Some(v)),
     ),
     key(
         "stream_cache_bytes",

@@ -126,7 +126,7 @@ impl Loader<'_> {
             toml::Value::Integer(number) => number.to_string(),
             toml::Value::Float(number) => number.to_string(),
             toml::Value::Boolean(value) => value.to_string(),
-            toml::Value::Array(texts) if texts.iter().all(toml::Value::is_str) => {
+            toml::Value::Array(texts) if key.is_list() && texts.iter().all(toml::Value::is_str) => {
                 let texts: Vec<&str> = texts.iter().filter_map(toml::Value::as_str).collect();
                 texts.join(",")
             }
@@ -397,6 +397,10 @@ mod tests {
                 "`outbox_grace_seconds` is `0`, and must be seconds from 1",
             ),
             ("bind = [1]", "`bind` is of type array"),
+            (
+                "allowed_hosts = ['a', 'b:80']",
+                "`allowed_hosts` is `a,b:80`",
+            ),
             (
                 "node_ttl_seconds = 2",
                 "at most a third of node_ttl_seconds, which is 2",

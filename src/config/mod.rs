@@ -75,6 +75,8 @@ pub struct Config {
     pub connections_max: usize,
     /// `keep_alive_seconds`
     pub keep_alive: Duration,
+    /// `http_memory_bytes`
+    pub http_memory_bytes: Option<usize>,
     /// `message_max_bytes`
     pub message_max_bytes: usize,
     /// `stream_cache_bytes`
@@ -143,6 +145,7 @@ impl Config {
             lame_duck: Duration::ZERO,
             connections_max: 0,
             keep_alive: Duration::ZERO,
+            http_memory_bytes: None,
             message_max_bytes: 0,
             stream_cache_bytes: 0,
             shutdown: Duration::ZERO,

@@ -102,6 +102,7 @@ fn value(config: &Config, name: &str) -> Option<String> {
         "outbox_grace_seconds" => Some(config.outbox_grace.as_secs_f64().to_string()),
         "message_max_bytes" => Some(config.message_max_bytes.to_string()),
         "connections_max" => Some(config.connections_max.to_string()),
+        "http_memory_bytes" => config.http_memory_bytes.map(|bytes| bytes.to_string()),
         "keep_alive_seconds" => Some(config.keep_alive.as_secs_f64().to_string()),
         "stream_cache_bytes" => Some(config.stream_cache_bytes.to_string()),
         "lame_duck_seconds" => Some(config.lame_duck.as_secs_f64().to_string()),

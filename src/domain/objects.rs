@@ -1,4 +1,4 @@
-//! A struct is read from a JSON object and from nothing else. What serde derives takes an array of the fields in their order as
+//! A struct is read from a JSON object and from nothing else. The code that serde derives takes an array of the fields in their order as
 //! well, at every depth: a body that means something else would pass, and every field added later would change what it says.
 //!
 //! Enums that try one form after the other (`untagged`) read from a copy of their own, beyond the reach of this: their

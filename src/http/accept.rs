@@ -1,4 +1,4 @@
-//! What a client would rather have, by `Accept` (RFC 9110, 12.5.1).
+//! The type that a client would rather have, by `Accept` (RFC 9110, 12.5.1).
 
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;

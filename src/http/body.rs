@@ -11,12 +11,17 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
+use tokio::sync::Notify;
+use tokio::time::Instant;
 
+use super::budget::Share;
 use crate::failpoint;
 
 /// Something that must know whether an answer was written. Dropped without [`OnWritten::written`], it was not.
@@ -25,24 +30,73 @@ pub(in crate::http) trait OnWritten: Send + fmt::Debug {
     fn written(self: Box<Self>);
 }
 
-/// What waits for the connection's next flush.
+/// All that a connection and those who answer on it know of each other. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(in crate::http) struct Outgoing {
     has_windows: bool,
-    waiting: Arc<Mutex<Vec<Box<dyn OnWritten>>>>,
+    shared: Arc<Shared>,
 }
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// These wait for the connection's next flush.
+    waiting: Mutex<Vec<Box<dyn OnWritten>>>,
+    /// Large answers that were made, and when each is to be in the kernel's hands.
+    due: Mutex<Vec<(Weak<Share>, Instant)>>,
+    /// The connection looks at itself anew.
+    attention: Notify,
+    is_to_end: AtomicBool,
+    /// Bytes wait to be written.
+    is_writing: AtomicBool,
+    /// Answers without a known end are under way.
+    endless: AtomicUsize,
+    /// How far the request is, by the numbers of [`Phase`].
+    phase: AtomicU8,
+    /// The sender's end was seen meanwhile; who is to be woken to see it again.
+    hidden_end: Mutex<Option<Waker>>,
+    /// It was seen while the body was read.
+    end_seen: Notify,
+}
+
+/// How far the request of an HTTP/1 connection is. It says whether hyper may see that the client sends nothing more, which it takes for
+/// the end of the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    /// There is none, or it waits for what may come for as long as its sender is there: the end is shown.
+    Open = 0,
+    /// Its body is read. The end may come right behind it: whoever reads says when the body is cut short by it.
+    Reading = 1,
+    /// It was read whole, and is answered.
+    Answering = 2,
+}
+
+/// An answer without a known end, until it is dropped.
+#[derive(Debug)]
+pub(in crate::http) struct Endless(Arc<Shared>);
+
+impl Drop for Endless {
+    fn drop(&mut self) {
+        self.0.endless.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// How long a client may take for an answer: so long, and what it takes at this rate.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_BYTES_PER_SECOND: f64 = 65_536.0;
 
 impl Outgoing {
     /// The same, for a request whose answer is subject to the client's window: one of HTTP/2.
     pub(in crate::http) fn with_windows(&self) -> Self {
         Self {
             has_windows: true,
-            waiting: Arc::clone(&self.waiting),
+            shared: Arc::clone(&self.shared),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Box<dyn OnWritten>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        let waiting = self.shared.waiting.lock();
+        waiting.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn push(&self, item: Box<dyn OnWritten>) {
@@ -51,12 +105,139 @@ impl Outgoing {
 
     /// All that hyper had buffered is written.
     pub(in crate::http) fn flushed(&self) {
+        self.set_writing(false);
+        self.show_end();
         let written = std::mem::take(&mut *self.lock());
         if !written.is_empty() {
             failpoint::reach("http.deliveries_written");
         }
         for item in written {
             item.written();
+        }
+    }
+
+    /// An answer of so many bytes was made: its share must be given back in time, or the connection ends.
+    pub(in crate::http) fn is_due(&self, share: &Arc<Share>, bytes: usize) {
+        let time = Duration::from_secs_f64(bytes as f64 / ANSWER_BYTES_PER_SECOND);
+        let due = (
+            Arc::downgrade(share),
+            Instant::now() + ANSWER_PATIENCE + time,
+        );
+        self.due().push(due);
+        self.shared.attention.notify_one();
+    }
+
+    fn due(&self) -> MutexGuard<'_, Vec<(Weak<Share>, Instant)>> {
+        let due = self.shared.due.lock();
+        due.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the next answer is to be written that is not yet; with HTTP/2 the client may take others first.
+    pub(in crate::http) fn next_due(&self) -> Option<Instant> {
+        let mut due = self.due();
+        due.retain(|(share, _)| share.strong_count() > 0);
+        due.iter().map(|(_, at)| *at).min()
+    }
+
+    /// Resolves when the connection is to look at itself anew. Cancel-safe.
+    pub(in crate::http) async fn attention(&self) {
+        self.shared.attention.notified().await;
+    }
+
+    /// Has the connection end, since another is to have its place.
+    pub(in crate::http) fn end(&self) {
+        self.shared.is_to_end.store(true, Ordering::Relaxed);
+        self.shared.attention.notify_one();
+    }
+
+    pub(in crate::http) fn is_to_end(&self) -> bool {
+        self.shared.is_to_end.load(Ordering::Relaxed)
+    }
+
+    pub(in crate::http) fn set_writing(&self, is_writing: bool) {
+        self.shared.is_writing.store(is_writing, Ordering::Relaxed);
+    }
+
+    /// Whether something is under way, apart from requests that wait for their answers.
+    pub(in crate::http) fn is_busy(&self) -> bool {
+        self.shared.is_writing.load(Ordering::Relaxed)
+            || self.shared.endless.load(Ordering::Relaxed) > 0
+    }
+
+    /// An answer without a known end begins.
+    pub(in crate::http) fn endless(&self) -> Endless {
+        self.shared.endless.fetch_add(1, Ordering::Relaxed);
+        Endless(Arc::clone(&self.shared))
+    }
+
+    fn phase(&self) -> u8 {
+        self.shared.phase.load(Ordering::Acquire)
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        if !self.has_windows {
+            self.shared.phase.store(phase as u8, Ordering::Release);
+        }
+    }
+
+    /// A request is there, with its body still to be read or without any.
+    pub(in crate::http) fn begins(&self, has_body: bool) {
+        self.set_phase(match has_body {
+            true => Phase::Reading,
+            false => Phase::Answering,
+        });
+    }
+
+    /// The request was read whole: it is answered although its sender sends nothing more. One that may wait for long is not: see
+    /// [`Outgoing::waits`].
+    pub(in crate::http) fn was_read(&self) {
+        self.set_phase(Phase::Answering);
+    }
+
+    /// Resolves when the sender's end was seen behind what was read of a body. Cancel-safe.
+    pub(in crate::http) async fn end_seen(&self) {
+        self.shared.end_seen.notified().await;
+    }
+
+    /// The request waits for what may come, for as long as its sender is there; or its body is cut short.
+    pub(in crate::http) fn waits(&self) {
+        self.set_phase(Phase::Open);
+        let hidden = self.hidden_end().take();
+        if let Some(waker) = hidden {
+            waker.wake();
+        }
+    }
+
+    /// The answer is made.
+    pub(in crate::http) fn answered(&self) {
+        self.set_phase(Phase::Open);
+    }
+
+    fn hidden_end(&self) -> MutexGuard<'_, Option<Waker>> {
+        let hidden = self.shared.hidden_end.lock();
+        hidden.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the end of what the client sends is to be seen later.
+    pub(in crate::http) fn hides_end(&self, cx: &Context<'_>) -> bool {
+        // Under the lock that `waits` takes after it, or neither would wake the connection.
+        let mut hidden = self.hidden_end();
+        let phase = self.phase();
+        let is_hidden =
+            phase != Phase::Open as u8 || self.shared.is_writing.load(Ordering::Relaxed);
+        *hidden = is_hidden.then(|| cx.waker().clone());
+        if phase == Phase::Reading as u8 {
+            self.shared.end_seen.notify_one();
+        }
+        is_hidden
+    }
+
+    /// All is written: whoever sent nothing more is to be seen to do so.
+    fn show_end(&self) {
+        if self.phase() == Phase::Open as u8
+            && let Some(waker) = self.hidden_end().take()
+        {
+            waker.wake();
         }
     }
 

@@ -1,4 +1,6 @@
-//! The socket of a connection, watched: when bytes last moved, and when all that was buffered is written.
+//! The socket of a connection, watched: when bytes last moved, when all that was buffered is written, and when the client sends
+//! nothing more. hyper takes the last for a client that has gone; one that only closed its half, as some do after a request, is to get
+//! its answer, unless it asked to wait. So the end is shown to hyper when the answer is written.
 
 use std::io;
 use std::pin::Pin;
@@ -16,6 +18,11 @@ use super::body::Outgoing;
 pub(in crate::http) struct Activity(Arc<Mutex<Instant>>);
 
 impl Activity {
+    /// Now.
+    pub(in crate::http) fn new() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+
     /// The moment.
     pub(in crate::http) fn last(&self) -> Instant {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -36,14 +43,12 @@ pub(in crate::http) struct Watched {
 }
 
 impl Watched {
-    pub(in crate::http) fn new(stream: TcpStream, outgoing: Outgoing) -> (Self, Activity) {
-        let activity = Activity(Arc::new(Mutex::new(Instant::now())));
-        let watched = Self {
+    pub(in crate::http) fn new(stream: TcpStream, activity: Activity, outgoing: Outgoing) -> Self {
+        Self {
             stream,
-            activity: activity.clone(),
+            activity,
             outgoing,
-        };
-        (watched, activity)
+        }
     }
 
     fn wrote(&self, written: &io::Result<usize>) {
@@ -71,6 +76,8 @@ impl AsyncRead for Watched {
         let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
         if buffer.filled().len() > before {
             self.activity.touch();
+        } else if result.is_ok() && buffer.remaining() > 0 && self.outgoing.hides_end(cx) {
+            return Poll::Pending;
         }
         Poll::Ready(result)
     }
@@ -82,6 +89,7 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.outgoing.set_writing(true);
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes));
         self.wrote(&written);
         Poll::Ready(written)
@@ -92,6 +100,7 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.outgoing.set_writing(true);
         let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bytes));
         self.wrote(&written);
         Poll::Ready(written)

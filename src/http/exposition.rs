@@ -18,7 +18,7 @@ pub(super) enum Format {
 }
 
 impl Format {
-    /// What a scraper asks for.
+    /// The one that a scraper asks for.
     pub(super) fn asked(headers: &HeaderMap) -> Self {
         let open = wanted(headers, "application/openmetrics-text", &["1.0.0", "0.0.1"]);
         let text = wanted(headers, "text/plain", &["0.0.4"]);

@@ -4,104 +4,34 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
-use bytes::{Bytes, BytesMut};
-use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, timeout, timeout_at};
 
-use super::door;
+use super::budget::SMALL_BYTES;
 use super::problem::{FieldError, Kind, Place, Problem};
 use super::state::State;
+pub(in crate::http) use super::whole::{Whole, discard, too_large};
 use crate::domain::objects::Objects;
 
-/// How much of a body that is too large is read and thrown away, so that its sender gets to read the answer.
-const DISCARD_MAX_BYTES: usize = 64 * 1024 * 1024;
-/// For how long.
-const DISCARD_TIME: Duration = Duration::from_secs(3);
+/// The largest body of a verb, which names up to 1,000 deliveries with their reasons.
+pub(in crate::http) const VERB_MAX_BYTES: usize = 8 << 20;
+/// The largest body with a payload in it.
+pub(in crate::http) const PAYLOAD_MAX_BYTES: usize = usize::MAX;
 
-/// The whole body, within the server's limits of size and time.
+/// A JSON body of so many bytes at most. An empty one counts as `{}`, and so does the content type that `curl -d` sends.
 #[derive(Debug)]
-pub(in crate::http) struct Whole(pub(in crate::http) Bytes);
+pub(in crate::http) struct Json<T, const MAX_BYTES: usize = SMALL_BYTES>(pub(in crate::http) T);
 
-impl FromRequest<State> for Whole {
-    type Rejection = Problem;
-
-    async fn from_request(request: Request, state: &State) -> Result<Self, Problem> {
-        let limit = state.options.body_max_bytes;
-        let announced = door::announced(request.headers());
-        let is_expected = door::expects(request.headers());
-        let deadline = Instant::now() + state.options.body_timeout;
-        let mut body = request.into_body();
-        let mut whole = BytesMut::new();
-        let mut is_too_large = announced.is_some_and(|length| length > limit as u64);
-        if is_too_large && is_expected {
-            // The sender waits for a word; reading on would be the word to begin.
-            return Err(too_large(limit));
-        }
-        while !is_too_large {
-            let frame = match timeout_at(deadline, body.frame()).await {
-                Err(_) => {
-                    let detail = format!(
-                        "the body was not complete after {:?}",
-                        state.options.body_timeout
-                    );
-                    return Err(Problem::new(Kind::RequestTimeout, detail));
-                }
-                Ok(None) => return Ok(Self(whole.freeze())),
-                Ok(Some(Err(error))) => {
-                    let detail = format!("the body could not be read: {error}");
-                    return Err(Problem::new(Kind::MalformedRequest, detail));
-                }
-                Ok(Some(Ok(frame))) => frame,
-            };
-            if let Ok(data) = frame.into_data() {
-                is_too_large = whole.len() + data.len() > limit;
-                if !is_too_large {
-                    whole.extend_from_slice(&data);
-                }
-            }
-        }
-        drop(whole);
-        discard(body).await;
-        Err(too_large(limit))
-    }
-}
-
-/// Reads some of a body that is of no use, so that its sender gets to read the answer.
-pub(in crate::http) async fn discard(mut body: Body) {
-    let _ = timeout(DISCARD_TIME, async {
-        let mut discarded = 0;
-        while let Some(Ok(frame)) = body.frame().await {
-            discarded += frame.data_ref().map_or(0, Bytes::len);
-            if discarded > DISCARD_MAX_BYTES {
-                break;
-            }
-        }
-    })
-    .await;
-}
-
-pub(in crate::http) fn too_large(limit: usize) -> Problem {
-    let detail = format!("the body is larger than {limit} bytes");
-    Problem::new(Kind::PayloadTooLarge, detail).with("limit_bytes", limit)
-}
-
-/// A JSON body. An empty one counts as `{}`, and so does the content type that `curl -d` sends.
-#[derive(Debug)]
-pub(in crate::http) struct Json<T>(pub(in crate::http) T);
-
-impl<T: DeserializeOwned + Send> FromRequest<State> for Json<T> {
+impl<T: DeserializeOwned + Send, const MAX_BYTES: usize> FromRequest<State> for Json<T, MAX_BYTES> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &State) -> Result<Self, Problem> {
         require_json(request.headers())?;
         // Boxed: what reads the body is larger than what waits for messages afterwards, and has no place beside it.
-        let Whole(bytes) = Box::pin(Whole::from_request(request, state)).await?;
+        let Whole(bytes) = Box::pin(Whole::within(request, state, MAX_BYTES)).await?;
         parse_json(if bytes.is_empty() { b"{}" } else { &bytes }).map(Self)
     }
 }

@@ -1,6 +1,7 @@
 //! What stands before the routes: until the engines are there, the process says that it lives, what it waits for and how it does, and
 //! refuses the rest. A request that comes shortly before the routes are there waits for them.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
+use super::connections::PROBES;
+use super::door::Hosts;
 use super::problem::{Kind, Problem};
 use super::routes::system;
 use super::state::Options;
@@ -37,6 +40,8 @@ pub struct Early {
 pub(in crate::http) struct Front {
     pub(in crate::http) early: Early,
     pub(in crate::http) options: Options,
+    /// The names that requests may ask for.
+    hosts: Hosts,
     /// Long polls answer at once, with what they have.
     pub(in crate::http) stopping: CancellationToken,
     routes: OnceLock<Router>,
@@ -44,9 +49,10 @@ pub(in crate::http) struct Front {
 }
 
 impl Front {
-    pub(in crate::http) fn new(early: Early, options: Options) -> Self {
+    pub(in crate::http) fn new(early: Early, options: Options, address: SocketAddr) -> Self {
         Self {
             early,
+            hosts: Hosts::new(address, &options),
             options,
             stopping: CancellationToken::new(),
             routes: OnceLock::new(),
@@ -72,18 +78,23 @@ impl Front {
     ) -> Response<Body> {
         let path = request.uri().path();
         let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
-        let answer = match path {
-            "/healthz" if is_read => system::health(),
-            "/readyz" if is_read => system::ready(&self.early.readiness),
-            "/metrics" if is_read => system::scrape(&self.early.registry, request.headers())
-                .unwrap_or_else(Problem::into_response),
-            _ => {
-                let opened = timeout(PATIENCE, self.opened.cancelled()).await;
-                if let (Ok(()), Some(routes)) = (opened, self.routes()) {
-                    let answer = routes.clone().oneshot(request).await;
-                    return answer.unwrap_or_else(|never| match never {});
-                }
-                self.refuse(&request).into_response()
+        let is_probe = is_read && PROBES.contains(&path);
+        let answer = if !is_probe {
+            let opened = timeout(PATIENCE, self.opened.cancelled()).await;
+            if let (Ok(()), Some(routes)) = (opened, self.routes()) {
+                let answer = routes.clone().oneshot(request).await;
+                return answer.unwrap_or_else(|never| match never {});
+            }
+            self.refuse(&request).into_response()
+        } else if let Err(problem) = door::check(&self.hosts, &request) {
+            // The door is the same as that before the routes.
+            problem.into_response()
+        } else {
+            match path {
+                "/healthz" => system::health(),
+                "/readyz" => system::ready(&self.early.readiness),
+                _ => system::scrape(&self.early.registry, request.headers())
+                    .unwrap_or_else(Problem::into_response),
             }
         };
         let id = observe::request_id(&request);

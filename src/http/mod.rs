@@ -6,7 +6,9 @@
 
 mod accept;
 mod body;
+mod budget;
 mod connection;
+mod connections;
 mod declaration;
 mod door;
 mod exposition;
@@ -22,6 +24,7 @@ mod readiness;
 mod routes;
 mod server;
 mod state;
+mod whole;
 
 use axum::Router;
 use axum::middleware::from_fn_with_state;

@@ -9,9 +9,10 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use uuid::Uuid;
 
-use super::door;
+use super::body::Outgoing;
 use super::problem::{Kind, Problem};
 use super::state::State;
+use super::{budget, door, forward};
 use crate::failpoint;
 
 /// The header that carries a request's id, both ways.
@@ -60,7 +61,13 @@ pub(in crate::http) async fn observe(
         request.headers_mut().insert(REQUEST_ID, value);
     }
     let span = tracing::info_span!("request", id);
+    // A node reads an answer at once, and lets its client take its time.
+    let outgoing = match forward::is_from_node(&state, request.headers()) {
+        true => None,
+        false => request.extensions().get::<Outgoing>().cloned(),
+    };
     let answered = tracing::Instrument::instrument(next.run(request), span).await;
+    let answered = budget::carry(&state.answers, outgoing.as_ref(), answered).await;
     failpoint::reach("http.answer_decided");
     let mut response = finish(answered, &path, &id);
     let headers = response.headers_mut();

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use utoipa::openapi::path::Operation;
+use utoipa::openapi::security::SecurityRequirement;
+use utoipa::openapi::server::Server;
 use utoipa::openapi::{ContentBuilder, PathItem, Ref, RefOr, Required, Response, ResponseBuilder};
 use utoipa::{IntoResponses, OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -199,6 +201,10 @@ pub(in crate::http) fn api() -> OpenApiRouter<State> {
             }
         }
     }
+    let description = router.get_openapi_mut();
+    // Generated clients start from the broker that they got it from, and there is no sign-in.
+    description.servers = Some(vec![Server::new("/")]);
+    description.security = Some(vec![SecurityRequirement::default()]);
     let everywhere = document(EVERYWHERE);
     for item in router.get_openapi_mut().paths.paths.values_mut() {
         for operation in operations(item) {
@@ -219,6 +225,7 @@ const EVERYWHERE: &[Kind] = &[
     Kind::CrossSite,
     Kind::HostNotAllowed,
     Kind::Internal,
+    Kind::Overloaded,
 ];
 
 fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
@@ -239,4 +246,101 @@ pub fn openapi_yaml() -> String {
         .into_openapi()
         .to_yaml()
         .expect("the description has string keys only")
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::collections::{BTreeSet, HashSet};
+
+    use serde_json::Value;
+
+    use super::*;
+
+    fn description() -> Value {
+        serde_json::to_value(api().into_openapi()).unwrap()
+    }
+
+    /// Every operation with its path and method.
+    fn each(description: &Value) -> Vec<(String, &Value)> {
+        let paths = description["paths"].as_object().unwrap().iter();
+        paths
+            .flat_map(|(path, item)| {
+                let methods = item.as_object().unwrap().iter();
+                methods.map(move |(method, operation)| (format!("{method} {path}"), operation))
+            })
+            .collect()
+    }
+
+    /// Generators make a function of each, and many a type.
+    #[test]
+    fn every_operation_has_a_name_of_its_own() {
+        let description = description();
+        let mut ids = HashSet::new();
+        for (name, operation) in each(&description) {
+            let id = operation["operationId"].as_str().unwrap().to_owned();
+            let is_word = id
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+            assert!(is_word && !id.is_empty(), "{name}: {id}");
+            assert!(ids.insert(id.clone()), "{name}: {id} is another's, too");
+        }
+        assert!(ids.len() >= 62);
+    }
+
+    #[test]
+    fn every_reference_leads_somewhere_and_every_schema_is_used() {
+        fn references(value: &Value, found: &mut BTreeSet<String>) {
+            match value {
+                Value::Object(members) => {
+                    if let Some(Value::String(reference)) = members.get("$ref") {
+                        found.insert(reference.clone());
+                    }
+                    members
+                        .values()
+                        .for_each(|member| references(member, found));
+                }
+                Value::Array(items) => items.iter().for_each(|item| references(item, found)),
+                _ => {}
+            }
+        }
+        let description = description();
+        let mut found = BTreeSet::new();
+        references(&description, &mut found);
+        assert!(found.len() > 50);
+        for reference in &found {
+            let pointer = reference.strip_prefix('#').unwrap();
+            assert!(description.pointer(pointer).is_some(), "{reference}");
+        }
+        for name in description["components"]["schemas"]
+            .as_object()
+            .unwrap()
+            .keys()
+        {
+            let reference = format!("#/components/schemas/{name}");
+            assert!(found.contains(&reference), "{name} is used nowhere");
+        }
+    }
+
+    #[test]
+    fn every_operation_says_what_the_layers_around_it_answer() {
+        let description = description();
+        for (name, operation) in each(&description) {
+            let responses = operation["responses"].as_object().unwrap();
+            for kind in EVERYWHERE {
+                let status = kind.status().to_string();
+                assert!(responses.contains_key(&status), "{name}: {status}");
+            }
+            if operation.get("requestBody").is_some() {
+                for status in ["400", "408", "413", "415", "422"] {
+                    assert!(responses.contains_key(status), "{name}: {status}");
+                }
+            }
+            for parameter in operation["parameters"].as_array().into_iter().flatten() {
+                let place = parameter["in"].as_str().unwrap();
+                assert!(["path", "query", "header"].contains(&place), "{name}");
+                assert!(place != "path" || parameter["required"] == true, "{name}");
+            }
+        }
+    }
 }

@@ -158,6 +158,8 @@ kinds! {
     OutcomeUnknown = "outcome-unknown", 503, "The outcome is not known";
     /// Nobody owns the queue at the moment.
     NoOwner = "no-owner", 503, "The queue has no owner at the moment";
+    /// There is no room for the request or its answer at the moment.
+    Overloaded = "overloaded", 503, "The broker has as much to carry as it can";
     /// The process stops.
     Stopping = "stopping", 503, "The broker is stopping";
 }

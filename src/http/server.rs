@@ -2,8 +2,8 @@
 //!
 //! It serves from the first moment on: until the engines are there, `front` answers.
 //!
-//! What keeps a client from holding resources: a cap on connections, a time for a request's head and for idling, limits on
-//! the head's size, and (in the extractors) a size and a time for bodies. At the end readiness goes off first, then long
+//! Clients hold few resources: there are a cap on connections, a time for a request's head, for idling and for taking a large answer,
+//! limits on the head's size, and (in the extractors) a size, a time and a common budget for bodies. At the end readiness goes off first, then long
 //! polls answer with what they have, then each connection finishes the requests it has; what is left after that is cut.
 
 use std::convert::Infallible;
@@ -18,12 +18,12 @@ use axum::body::Body;
 use axum::http::{Request, Response, Version};
 use futures_util::FutureExt as _;
 use futures_util::future::Either;
-use hyper::body::Incoming;
+use http_body_util::BodyExt as _;
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -31,6 +31,7 @@ use tower::ServiceExt as _;
 
 use super::body::Outgoing;
 use super::connection::{Activity, Watched};
+use super::connections::{Connections, Place, SPARE_TIME, Spare};
 use super::front::{Early, Front};
 use super::state::{Options, Parts, State};
 use crate::supervisor::{OnEnd, Supervisor};
@@ -41,6 +42,10 @@ const HEAD_MAX_BYTES: usize = 32 * 1024;
 const HEADERS_MAX_COUNT: usize = 128;
 /// How often an HTTP/2 peer without traffic is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
+/// How long the rest of HTTP/2's preface may take, and how often it is looked for: less and less.
+const PREFACE_TIME: Duration = Duration::from_secs(5);
+const PREFACE_PAUSE: Duration = Duration::from_millis(1);
+const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
 
 /// A server that runs.
 #[derive(Debug, Clone)]
@@ -80,8 +85,9 @@ pub fn serve(
     supervisor: &Supervisor,
 ) -> Result<Server, Error> {
     let address = listener.local_addr().map_err(Error::Listener)?;
-    let front = Arc::new(Front::new(early, options));
+    let front = Arc::new(Front::new(early, options, address));
     let server = Accept {
+        connections: Connections::new(front.options.connections_max),
         front: Arc::clone(&front),
         listener,
         supervisor: supervisor.clone(),
@@ -102,6 +108,7 @@ struct Accept {
     front: Arc<Front>,
     listener: TcpListener,
     supervisor: Supervisor,
+    connections: Arc<Connections>,
     /// Connections finish what they have.
     close: CancellationToken,
     /// Connections end now.
@@ -111,12 +118,11 @@ struct Accept {
 
 impl Accept {
     async fn run(self) {
-        let permits = Arc::new(Semaphore::new(self.front.options.connections_max));
         let mut stopping = pin!(self.supervisor.stopping());
         loop {
             tokio::select! {
                 () = &mut stopping => break,
-                (permit, stream) = self.accept(&permits) => self.spawn(stream, permit),
+                (place, stream) = self.accept() => self.spawn(stream, place),
             }
         }
         let Options {
@@ -129,7 +135,7 @@ impl Accept {
         loop {
             tokio::select! {
                 () = sleep_until(ready_until) => break,
-                (permit, stream) = self.accept(&permits) => self.spawn(stream, permit),
+                (place, stream) = self.accept() => self.spawn(stream, place),
             }
         }
         self.front.stopping.cancel();
@@ -145,15 +151,11 @@ impl Accept {
         }
     }
 
-    /// Waits for a free place, then for a client. Cancel-safe.
-    async fn accept(&self, permits: &Arc<Semaphore>) -> (OwnedSemaphorePermit, TcpStream) {
-        let permit = Arc::clone(permits)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
+    /// Waits for a client, then for a place. A client that waits for a place when this is dropped loses its connection.
+    async fn accept(&self) -> (Place, TcpStream) {
         loop {
             match self.listener.accept().await {
-                Ok((stream, _)) => return (permit, stream),
+                Ok((stream, _)) => return (self.connections.place().await, stream),
                 Err(error) => {
                     // Out of descriptors, mostly: the next try would fail at once too.
                     tracing::warn!(%error, "accepting a connection failed");
@@ -163,14 +165,20 @@ impl Accept {
         }
     }
 
-    fn spawn(&self, stream: TcpStream, permit: OwnedSemaphorePermit) {
+    fn spawn(&self, stream: TcpStream, place: Place) {
         let connection = Connection {
+            connections: Arc::clone(&self.connections),
+            idle_timeout: match place.is_spare {
+                true => SPARE_TIME.min(self.front.options.idle_timeout),
+                false => self.front.options.idle_timeout,
+            },
+            is_spare: place.is_spare,
             front: Arc::clone(&self.front),
             close: self.close.clone(),
             cut: self.cut.clone(),
         };
         let task = self.open.track_future(async move {
-            let _permit = permit;
+            let _place = place;
             connection.run(stream).await;
         });
         self.supervisor
@@ -181,6 +189,10 @@ impl Accept {
 /// One connection.
 struct Connection {
     front: Arc<Front>,
+    connections: Arc<Connections>,
+    idle_timeout: Duration,
+    /// It ends after one request.
+    is_spare: bool,
     close: CancellationToken,
     cut: CancellationToken,
 }
@@ -212,22 +224,33 @@ impl Connection {
     }
 
     async fn serve(&self, stream: TcpStream) {
-        let Some(is_http2) = self.speaks_http2(&stream).await else {
+        let (outgoing, activity) = (Outgoing::default(), Activity::new());
+        let busy = Arc::new(AtomicUsize::new(0));
+        let entry = (!self.is_spare).then(|| self.connections.enter(&activity, &busy, &outgoing));
+        let Some(is_http2) = self.speaks_http2(&stream, &outgoing).await else {
             return;
         };
-        let outgoing = Outgoing::default();
-        let busy = Arc::new(AtomicUsize::new(0));
-        let (io, activity) = Watched::new(stream, outgoing.clone());
+        let io = Watched::new(stream, activity.clone(), outgoing.clone());
         let (front, requests) = (Arc::clone(&self.front), Arc::clone(&busy));
+        let (connections, is_spare) = (Arc::clone(&self.connections), self.is_spare);
+        let on_connection = outgoing.clone();
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let busy = Busy::new(&requests);
             let mut request = request.map(Body::new);
             let outgoing = if request.version() == Version::HTTP_2 {
-                outgoing.with_windows()
+                on_connection.with_windows()
             } else {
-                outgoing.clone()
+                on_connection.clone()
             };
-            request.extensions_mut().insert(outgoing);
+            outgoing.begins(!request.body().is_end_stream());
+            request.extensions_mut().insert(outgoing.clone());
+            let place = match is_spare {
+                true => connections.try_place(),
+                false => None,
+            };
+            if is_spare && place.is_none() {
+                request.extensions_mut().insert(Spare);
+            }
             let answer = match front.routes() {
                 Some(routes) => Either::Left(routes.clone().oneshot(request)),
                 None => {
@@ -236,32 +259,51 @@ impl Connection {
                 }
             };
             async move {
+                let _place = place;
                 let answer: Result<Response<Body>, Infallible> = answer.await;
                 drop(busy);
-                answer
+                outgoing.answered();
+                answer.map(|answer| match answer.body().size_hint().exact() {
+                    Some(_) => answer,
+                    None => {
+                        let endless = outgoing.endless();
+                        answer.map(|body| {
+                            Body::new(body.map_frame(move |frame| {
+                                let _ = &endless;
+                                frame
+                            }))
+                        })
+                    }
+                })
             }
         });
-        let options = &self.front.options;
         // Boxed, since a connection is one or the other: it does not take the place of both.
+        let watch = (&activity, &*busy, &outgoing);
         if is_http2 {
-            let connection = http2_builder(options).serve_connection(TokioIo::new(io), service);
-            self.drive(Box::pin(connection), &activity, &busy).await;
+            let builder = http2_builder(&self.front.options);
+            let connection = builder.serve_connection(TokioIo::new(io), service);
+            self.drive(Box::pin(connection), watch).await;
         } else {
-            let connection = http1_builder(options).serve_connection(TokioIo::new(io), service);
-            self.drive(Box::pin(connection), &activity, &busy).await;
+            let builder = http1_builder(self.idle_timeout, !self.is_spare);
+            let connection = builder.serve_connection(TokioIo::new(io), service);
+            self.drive(Box::pin(connection), watch).await;
         }
+        drop(entry);
     }
 
     /// Which of the two a client speaks, by its first bytes, which stay in the socket: read here, and put before the rest
     /// again, they would have hyper take a second buffer for the life of the connection. None when it says nothing.
-    async fn speaks_http2(&self, stream: &TcpStream) -> Option<bool> {
+    async fn speaks_http2(&self, stream: &TcpStream, outgoing: &Outgoing) -> Option<bool> {
         const START: &[u8] = b"PRI ";
-        let over = sleep(self.front.options.idle_timeout);
-        let mut over = pin!(over);
+        let mut over = pin!(sleep(self.idle_timeout));
         let mut start = [0; START.len()];
+        let mut pause = PREFACE_PAUSE;
+        let mut has_begun = false;
         loop {
             let seen = tokio::select! {
                 seen = stream.peek(&mut start) => seen.ok()?,
+                // Another is to have its place: nothing was asked yet.
+                () = outgoing.attention() => return None,
                 () = self.close.cancelled() => return None,
                 () = &mut over => return None,
             };
@@ -274,21 +316,34 @@ impl Connection {
             if seen == START.len() {
                 return Some(true);
             }
-            // What was peeked at is there again at once.
-            sleep(Duration::from_millis(5)).await;
+            // What was peeked at is there again at once. A preface comes in one piece, but for a client that means to keep this awake.
+            if !std::mem::replace(&mut has_begun, true) {
+                let until = Instant::now() + PREFACE_TIME.min(self.idle_timeout);
+                over.as_mut().reset(until);
+            }
+            tokio::select! {
+                () = sleep(pause) => pause = (pause * 2).min(PREFACE_PAUSE_MAX),
+                () = self.close.cancelled() => return None,
+                () = &mut over => return None,
+            }
         }
     }
 
-    /// Serves a connection until it ends, is told to, or is idle for too long.
-    async fn drive<C>(&self, mut connection: Pin<Box<C>>, activity: &Activity, busy: &AtomicUsize)
-    where
+    /// Serves a connection until it ends, is told to, is idle for too long, or does not take its answer.
+    async fn drive<C>(
+        &self,
+        mut connection: Pin<Box<C>>,
+        (activity, busy, outgoing): (&Activity, &AtomicUsize, &Outgoing),
+    ) where
         C: GracefulConnection,
         C::Error: Display,
     {
-        let idle_timeout = self.front.options.idle_timeout;
+        let idle_timeout = self.idle_timeout;
         let mut is_closing = false;
         loop {
             let idle_at = activity.last() + idle_timeout;
+            let due_at = outgoing.next_due();
+            let wake_at = due_at.map_or(idle_at, |due_at| due_at.min(idle_at));
             tokio::select! {
                 ended = connection.as_mut() => {
                     if let Err(error) = ended {
@@ -301,7 +356,22 @@ impl Connection {
                     connection.as_mut().graceful_shutdown();
                 }
                 () = self.cut.cancelled() => return,
-                () = sleep_until(idle_at) => {
+                () = outgoing.attention() => {
+                    if outgoing.is_to_end() {
+                        if is_idle(busy, outgoing) {
+                            tracing::debug!("an idle connection ends for another");
+                            return;
+                        }
+                        // A request came in between: it is answered, and is the last.
+                        is_closing = true;
+                        connection.as_mut().graceful_shutdown();
+                    }
+                }
+                () = sleep_until(wake_at) => {
+                    if outgoing.next_due().is_some_and(|due_at| due_at <= Instant::now()) {
+                        tracing::debug!("a client did not take its answer in time");
+                        return;
+                    }
                     // A long poll is silent and not idle. It ends by itself; look again a while later.
                     if busy.load(Ordering::Relaxed) > 0 {
                         activity.touch();
@@ -315,11 +385,16 @@ impl Connection {
     }
 }
 
-fn http1_builder(options: &Options) -> http1::Builder {
+fn is_idle(busy: &AtomicUsize, outgoing: &Outgoing) -> bool {
+    busy.load(Ordering::Relaxed) == 0 && !outgoing.is_busy()
+}
+
+fn http1_builder(idle_timeout: Duration, keeps_alive: bool) -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(options.idle_timeout)
+        .keep_alive(keeps_alive)
+        .header_read_timeout(idle_timeout)
         .max_headers(HEADERS_MAX_COUNT)
         .max_buf_size(HEAD_MAX_BYTES)
         .half_close(false);

@@ -10,6 +10,7 @@ use axum::http::HeaderValue;
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
+use super::budget::Budget;
 use super::door::Hosts;
 use super::follow::Readers;
 use super::forward::{Gaps, Lines, Peers, Secret};
@@ -30,6 +31,8 @@ pub struct Options {
     pub publish: Limits,
     /// The largest request body, in bytes.
     pub body_max_bytes: usize,
+    /// What all bodies on their way in, and all answers on their way out, may hold of memory, in bytes: half of it each.
+    pub memory_bytes: usize,
     /// How long a body may take to arrive.
     pub body_timeout: Duration,
     /// How long a connection may be without a request, and how long a request's head may take to arrive.
@@ -77,6 +80,7 @@ impl Default for Options {
             publish: Limits::default(),
             // What 16 MiB of messages need, with the members of a JSON batch around them.
             body_max_bytes: 16 * 1024 * 1024 + 64 * 1024,
+            memory_bytes: 256 << 20,
             body_timeout: Duration::from_secs(30),
             idle_timeout: Duration::from_secs(75) + KEEP_ALIVE_GRACE,
             keep_alive: Duration::from_secs(75),
@@ -125,6 +129,10 @@ pub(in crate::http) struct State(Arc<Inner>);
 pub(in crate::http) struct Inner {
     pub(in crate::http) parts: Parts,
     pub(in crate::http) options: Options,
+    /// What bodies may hold together.
+    pub(in crate::http) bodies: Budget,
+    /// What answers may hold together.
+    pub(in crate::http) answers: Budget,
     /// The names that requests may ask for.
     pub(in crate::http) hosts: Hosts,
     /// Who follows streams by server-sent events.
@@ -161,6 +169,8 @@ impl State {
         let tag = HeaderValue::try_from(secret.tag()).expect("base64 is visible ASCII");
         Self(Arc::new(Inner {
             keep_alive: keep_alive(options.keep_alive),
+            bodies: Budget::new(options.memory_bytes / 2, "bodies"),
+            answers: Budget::new(options.memory_bytes / 2, "answers"),
             hosts: Hosts::new(address, &options),
             supervisor: supervisor.clone(),
             peers: Peers::default(),

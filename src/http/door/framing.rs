@@ -17,7 +17,7 @@ use crate::http::problem::{Kind, Problem};
 pub(super) enum Refusal {
     /// Where the next request begins is not known: the connection ends.
     Broken(Problem),
-    /// What it carries is coded. Its sender may still be at it.
+    /// Its body is coded. Its sender may still be at it.
     Coded,
 }
 

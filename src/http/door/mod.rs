@@ -1,5 +1,4 @@
-//! What every request passes before anything looks at what it asks: is it whole as a message of HTTP, is it for this broker, and
-//! does a page of another site ask?
+//! The door before all routes. Is the request whole as a message of HTTP? Is it for this broker? Does a page of another site ask?
 //!
 //! A broker on a loopback address has no sign-in, and the browser of whoever works at the machine reaches it. A browser sends a
 //! form, or a text, to any address that a page names, without asking first. It says by `Sec-Fetch-Site` and `Origin` whose page that
@@ -19,6 +18,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
+use super::connections::{PROBES, Spare};
 use super::problem::{Kind, Problem};
 use super::state::State;
 use crate::domain::authority::Authority;
@@ -42,19 +42,29 @@ pub(in crate::http) async fn guard(
     if let Err(refusal) = framing::check(&request, state.options.body_max_bytes) {
         return refusal.answer(request).await;
     }
-    let headers = request.headers();
-    let passed = match authority(&request) {
-        Ok(authority) => admit(&state.hosts, &request, authority),
-        Err(detail) => Err(Problem::new(Kind::MalformedRequest, detail)),
-    };
+    let passed = check(&state.hosts, &request);
     match passed {
         Ok(()) => next.run(request).await,
-        Err(problem) => {
-            // Only what a browser or a lost client does. Names are of their choosing, and stay out of the log's usual lines.
-            tracing::debug!(detail = %problem.detail, origin = ?headers.get(ORIGIN), "refused at the door");
-            problem.into_response()
-        }
+        Err(problem) => problem.into_response(),
     }
+}
+
+/// Whether a request may be looked at, by its head.
+pub(in crate::http) fn check(hosts: &Hosts, request: &Request) -> Result<(), Problem> {
+    if request.extensions().get::<Spare>().is_some() && !PROBES.contains(&request.uri().path()) {
+        let detail = "all places for connections are taken, and none is idle";
+        return Err(Problem::new(Kind::Overloaded, detail));
+    }
+    let passed = match authority(request) {
+        Ok(authority) => admit(hosts, request, authority),
+        Err(detail) => Err(Problem::new(Kind::MalformedRequest, detail)),
+    };
+    if let Err(problem) = &passed {
+        // Only a browser or a lost client does that. Names are of their choosing, and stay out of the log's usual lines.
+        let origin = request.headers().get(ORIGIN);
+        tracing::debug!(detail = %problem.detail, ?origin, "refused at the door");
+    }
+    passed
 }
 
 /// Who the request is for: of the target where it names one (RFC 9112, 3.2.2), else of `Host`. None for a client that says nothing,

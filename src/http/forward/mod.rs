@@ -3,11 +3,18 @@
 //! A layer around the routes of queues finds the queue's slot and who is to hold it. A request for another node's goes there with
 //! the slot and the epoch that this node knows; that node answers 421 if the slot is not its own either, and then this one looks
 //! again. Between owners, and while none answers, the request waits, for twice a node's time to live at most; then it is answered
-//! 503 `no_owner`. A long poll that was waiting when its queue went to another node goes on there for the rest of its time.
+//! 503 `no_owner`. A long poll that was waiting when its queue went to another node goes on there for the rest of its time. In all, no
+//! request takes longer than it asked to wait and twice a node's time to live: a node that swallows what it is sent looks alive in the
+//! database.
+//!
+//! The request is kept until it is answered, a receive as it was understood and not as it was written. The answer is read whole, so that
+//! a client that takes its time holds up nothing between nodes.
 //!
 //! Without other nodes nothing of this happens, and the body is not even looked at.
 
+mod answer;
 mod gap;
+mod kept;
 mod line;
 mod peers;
 mod poll;
@@ -18,25 +25,24 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use axum::Extension;
-use axum::body::Body;
-use axum::extract::{FromRequest as _, MatchedPath, Request, State as Extract};
-use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::extract::{MatchedPath, Request, State as Extract};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
-use bytes::Bytes;
 use futures_util::future::join_all;
+use percent_encoding::percent_decode_str;
 use serde_json::Value;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::door;
-use super::extract::Whole;
 use super::problem::{Kind, Problem};
 use super::state::State;
 use crate::cluster::{Owner, Standing, View};
 use crate::domain::id::{Epoch, Slot};
 use crate::domain::name::QueueName;
 use crate::queue;
+
+use answer::{Received, end_to_end, read, target};
+use kept::{Kept, is_receive};
 
 pub(in crate::http) use gap::Gaps;
 pub(in crate::http) use line::Lines;
@@ -57,7 +63,7 @@ const LOOK: Duration = Duration::from_millis(40);
 
 /// How long another node may take to say what it knows.
 const ANSWER: Duration = Duration::from_secs(5);
-/// An owner that answered nothing for so long had the request: waiting for the next one begins anew.
+/// An owner that answered nothing for so long had the poll: waiting for the next one begins anew.
 const LONG: Duration = Duration::from_secs(1);
 
 /// For how long a request has waited elsewhere: a long poll has so much less to wait.
@@ -68,17 +74,6 @@ pub(in crate::http) struct Waited(pub(in crate::http) Duration);
 struct Forwarded {
     epoch: Epoch,
     waited: Duration,
-}
-
-/// A request that can be sent more than once.
-struct Kept {
-    parts: Parts,
-    body: Bytes,
-    since: Instant,
-    /// The owner was asked before it waited in line.
-    has_asked: bool,
-    /// What it brought along is acknowledged, and not in its body any more.
-    acked: Option<Acked>,
 }
 
 /// What passing a request on came to.
@@ -119,9 +114,7 @@ fn queue_of(request: &Request) -> Option<QueueName> {
     let path = request.extensions().get::<MatchedPath>()?;
     path.as_str().strip_prefix("/v1/queues/{queue}")?;
     let name = request.uri().path().split('/').nth(3)?;
-    let name = percent_encoding::percent_decode_str(name)
-        .decode_utf8()
-        .ok()?;
+    let name = percent_decode_str(name).decode_utf8().ok()?;
     QueueName::parse(&name).ok()
 }
 
@@ -144,6 +137,11 @@ fn forwarded(state: &State, headers: &HeaderMap) -> Option<Forwarded> {
 /// Whether it says that a node passes it on, whether that is believed or not.
 pub(in crate::http) fn is_passed_on(headers: &HeaderMap) -> bool {
     headers.contains_key(NODE)
+}
+
+/// Whether another node passed the request on.
+pub(in crate::http) fn is_from_node(state: &State, headers: &HeaderMap) -> bool {
+    is_passed_on(headers) && forwarded(state, headers).is_some()
 }
 
 /// Whether other nodes are to be asked for their part of the answer, too: there are some, and none of them asks.
@@ -196,14 +194,10 @@ fn is_no_owner(answer: &Response) -> bool {
 
 /// Answers a client's request: here, or by whoever owns the queue.
 async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -> Response {
-    let (parts, body) = request.into_parts();
-    let body = Request::from_parts(parts.clone(), body);
-    let body = match Whole::from_request(body, state).await {
-        Ok(Whole(body)) => body,
+    let mut kept = match Kept::read(state, request).await {
+        Ok(kept) => kept,
         Err(problem) => return problem.into_response(),
     };
-    let since = Instant::now();
-    let mut kept = Kept::new(parts, body, since);
     let cluster = &state.parts.cluster;
     let mut gap_until = None;
     let mut is_known = true;
@@ -238,16 +232,18 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
             Ok((_, Owner::Nobody)) => {}
             Err(error) => return Problem::from(error).into_response(),
         }
-        // A poll that waited with an owner for long, or for its turn, has all of the time for the gap that begins now.
-        let gap_at = match looked_at.elapsed() > LONG {
+        // A poll that waited by right with an owner, or for its turn, has all of the time for the gap that begins now. A request that does
+        // not wait, or no more, was with a node that answers nothing.
+        let polled_until = kept.since + kept.wait;
+        let gap_at = match looked_at < polled_until && looked_at.elapsed() > LONG {
             true => {
                 gap_until = None;
-                Instant::now()
+                Instant::now().min(polled_until)
             }
             false => looked_at,
         };
         let until = *gap_until.get_or_insert_with(|| gap_at + cluster.ttl() * 2);
-        if Instant::now() >= until {
+        if Instant::now() >= until.min(kept.until) {
             let detail = "nobody owns the queue, or its owner cannot be reached";
             return Problem::new(Kind::NoOwner, detail).into_response();
         }
@@ -263,43 +259,6 @@ async fn look_up(state: &State, queue: &QueueName) -> Result<(Slot, Owner), queu
     Ok((slot, view.owner(&slot.lease_name())))
 }
 
-impl Kept {
-    fn new(parts: Parts, body: Bytes, since: Instant) -> Self {
-        Self {
-            parts,
-            body,
-            since,
-            has_asked: false,
-            acked: None,
-        }
-    }
-
-    fn request(&self) -> Request {
-        let mut request = Request::from_parts(self.parts.clone(), Body::from(self.body.clone()));
-        let extensions = request.extensions_mut();
-        extensions.insert(Waited(self.since.elapsed()));
-        if let Some(acked) = &self.acked {
-            extensions.insert(acked.clone());
-        }
-        request
-    }
-
-    /// Whether a repeat is safe when nobody knows what became of the first.
-    fn may_be_repeated(&self) -> bool {
-        let path = self.parts.extensions.get::<MatchedPath>();
-        let path = path.map_or("", MatchedPath::as_str);
-        self.parts.method != Method::POST
-            || !["/redrives", "/seek", "/purge", "/in-flight/expire"]
-                .iter()
-                .any(|end| path.ends_with(end))
-    }
-
-    fn is_receive(&self) -> bool {
-        let path = self.parts.extensions.get::<MatchedPath>();
-        path.is_some_and(|path| path.as_str().ends_with("/receive"))
-    }
-}
-
 /// Sends the request to a node, and gives its answer.
 async fn pass_on(
     state: &State,
@@ -307,11 +266,15 @@ async fn pass_on(
     (queue, slot): (&QueueName, Slot),
     to: (i64, &str, Epoch),
 ) -> Passed {
-    if kept.is_receive() {
+    if is_receive(&kept.parts) {
         return poll::pass_on(state, kept, (queue, slot), to).await;
     }
-    match Box::pin(ask(state, kept, slot, to, Duration::ZERO)).await {
-        Ok(answer) => Passed::Answered(copy(answer)),
+    let asking = async {
+        let answer = ask(state, kept, slot, to, Duration::ZERO).await?;
+        read(state, kept, answer).await
+    };
+    match Box::pin(asking).await {
+        Ok(answer) => Passed::Answered(answer.into_response()),
         Err(passed) => passed,
     }
 }
@@ -331,8 +294,11 @@ async fn ask(
         return Err(Passed::Moved);
     };
     state.parts.metrics.forwarded.inc();
-    let path = kept.parts.uri.path_and_query();
-    let path = path.map_or("/", |path| path.as_str());
+    let Some(target) = target(url, kept.parts.uri.path_and_query()) else {
+        let detail = "the path has `.` or `..` as a step, which leads elsewhere";
+        let problem = Problem::new(Kind::NotFound, detail);
+        return Err(Passed::Answered(problem.into_response()));
+    };
     let waited = kept.since.elapsed().max(waited);
     let waited = i64::try_from(waited.as_millis()).unwrap_or(i64::MAX);
     let mut headers = end_to_end(&kept.parts.headers);
@@ -346,7 +312,7 @@ async fn ask(
     headers.insert(NODE, state.tag.clone());
     let request = place
         .client
-        .request(kept.parts.method.clone(), format!("{url}{path}"))
+        .request(kept.parts.method.clone(), target)
         .headers(headers)
         .body(kept.body.clone())
         .send();
@@ -356,6 +322,11 @@ async fn ask(
         biased;
         answer = request => answer,
         _ = gone => return Err(kept.unanswered()),
+        // It looks alive, and answers nothing.
+        () = sleep_until(kept.until) => {
+            tracing::debug!(url, "a node did not answer in time");
+            return Err(kept.unanswered());
+        }
     };
     match answer {
         Ok(answer) if answer.status() == StatusCode::MISDIRECTED_REQUEST => Err(Passed::Elsewhere),
@@ -367,15 +338,6 @@ async fn ask(
         Err(error) => {
             tracing::debug!(%error, url, "a node did not answer");
             Err(kept.unanswered())
-        }
-    }
-}
-
-impl Kept {
-    fn unanswered(&self) -> Passed {
-        match self.may_be_repeated() {
-            true => Passed::Moved,
-            false => Passed::Unknown,
         }
     }
 }
@@ -441,58 +403,6 @@ pub(in crate::http) fn merge(
     }
     let items = order.iter().filter_map(|name| merged.remove(name));
     items.collect()
-}
-
-/// A node's answer as this one's.
-fn copy(answer: reqwest::Response) -> Response {
-    let answer: axum::http::Response<reqwest::Body> = answer.into();
-    let (parts, body) = answer.into_parts();
-    let mut response = Response::new(Body::new(body));
-    *response.status_mut() = parts.status;
-    *response.headers_mut() = end_to_end(&parts.headers);
-    response
-}
-
-/// Headers that are not of one connection alone.
-fn end_to_end(headers: &HeaderMap) -> HeaderMap {
-    let is_of_connection = |name: &HeaderName| {
-        [
-            header::HOST,
-            header::CONNECTION,
-            header::CONTENT_LENGTH,
-            header::TRANSFER_ENCODING,
-            header::TE,
-            header::TRAILER,
-            header::UPGRADE,
-            header::EXPECT,
-            header::PROXY_AUTHENTICATE,
-            header::PROXY_AUTHORIZATION,
-            HeaderName::from_static("keep-alive"),
-            HeaderName::from_static("proxy-connection"),
-            SLOT,
-            EPOCH,
-            NODE,
-            WAITED,
-        ]
-        .contains(name)
-    };
-    // Headers that `Connection` names are of the connection, too.
-    let named = |name: &HeaderName| {
-        let values = headers.get_all(header::CONNECTION).iter();
-        let mut tokens = values.flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-        tokens.any(|token| {
-            token
-                .trim_ascii()
-                .eq_ignore_ascii_case(name.as_str().as_bytes())
-        })
-    };
-    let mut kept = HeaderMap::with_capacity(headers.len() + 4);
-    for (name, value) in headers {
-        if !is_of_connection(name) && !door::is_of_browser(name) && !named(name) {
-            kept.append(name.clone(), value.clone());
-        }
-    }
-    kept
 }
 
 /// How long a long poll of a request has waited elsewhere.

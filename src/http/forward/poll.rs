@@ -5,59 +5,59 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use prometheus_client::metrics::gauge::Gauge;
-use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::line::Turn;
-use super::{Kept, Passed, ask, end_to_end, unwritten};
+use super::{Kept, Passed, Received, ask, read, unwritten};
 use crate::cluster::Owner;
 use crate::domain::id::{Epoch, Slot};
 use crate::domain::name::QueueName;
 use crate::http::body::Outgoing;
+use crate::http::extract::{parse_json, require_json};
 use crate::http::problem::{Kind, Problem};
+use crate::http::routes::Receive;
 use crate::http::state::State;
-use crate::queue::{ReceiveRequest, WAIT_MAX};
+use crate::queue::WAIT_MAX;
 
-#[derive(Deserialize)]
-struct Wire {
-    wait_seconds: Option<f64>,
-    batch_wait_seconds: Option<f64>,
+impl Kept {
+    /// Reads what a receive asks, and keeps that in place of its body.
+    pub(super) fn understand(&mut self, state: &State) -> Result<(), Problem> {
+        require_json(&self.parts.headers)?;
+        let receive: Receive = match self.body.is_empty() {
+            true => parse_json(b"{}")?,
+            false => parse_json(&self.body)?,
+        };
+        let (wait, batch_wait) = receive.waits();
+        self.wait = wait;
+        // One that wants its batch filled is not in the line, nor what its owner will refuse.
+        self.is_in_line = !wait.is_zero() && batch_wait.is_zero();
+        self.goes_back = !receive.has_id();
+        // The room that the body had first, or the two would need it twice.
+        self.body = Bytes::new();
+        self.body = state.bodies.keep(print(&receive))?;
+        Ok(())
+    }
+
+    /// What it brought along to be acknowledged is: it is left out from here on.
+    fn forget_acks(&mut self, state: &State, acked: Acked) -> Result<(), Problem> {
+        let mut receive: Receive = parse_json(&self.body)?;
+        receive.forget_acks();
+        self.acked = Some(acked);
+        self.body = state.bodies.keep(print(&receive))?;
+        Ok(())
+    }
 }
 
-/// How long a receive waits in line for messages. None for what the line is not for, and for what its owner will refuse.
-fn wait_of(body: &[u8]) -> Option<Duration> {
-    let wire: Wire = serde_json::from_slice(body).ok()?;
-    let default = ReceiveRequest::default();
-    let seconds = |given: Option<f64>, default| match given {
-        Some(seconds) => Duration::try_from_secs_f64(seconds).ok(),
-        None => Some(default),
-    };
-    let wait = seconds(wire.wait_seconds, default.wait)?;
-    let batch_wait = seconds(wire.batch_wait_seconds, default.batch_wait)?;
-    (!wait.is_zero() && batch_wait.is_zero()).then_some(wait)
-}
-
-/// A receive's body without what it acknowledges.
-fn without_acks(body: &[u8]) -> Option<Bytes> {
-    let mut body: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(body).ok()?;
-    body.remove("ack");
-    Some(serde_json::Value::Object(body).to_string().into())
+fn print(receive: &Receive) -> Vec<u8> {
+    serde_json::to_vec(receive).expect("it has string keys only")
 }
 
 /// What became of deliveries that a long poll brought along: answered, while it waits on.
 #[derive(Debug, Clone)]
 pub(in crate::http) struct Acked(pub(in crate::http) Arc<RawValue>);
-
-/// A node's answer to a receive.
-struct Received {
-    status: StatusCode,
-    headers: HeaderMap,
-    body: Bytes,
-}
 
 impl Received {
     /// None with messages; else what became of what it brought along. Goes by how this broker prints it: an answer with messages is
@@ -107,7 +107,8 @@ pub(super) async fn pass_on(
     to: (i64, &str, Epoch),
 ) -> Passed {
     let mut turn = None;
-    if let Some(time) = wait_of(&kept.body) {
+    if kept.is_in_line {
+        let time = kept.wait;
         match state.lines.join(queue) {
             Ok(taken) => turn = Some(taken),
             Err(coming) => {
@@ -123,9 +124,9 @@ pub(super) async fn pass_on(
                         return Passed::Answered(hand_on(state, kept, queue, received));
                     };
                     if let Some(acked) = nothing
-                        && let Some(body) = without_acks(&kept.body)
+                        && let Err(problem) = kept.forget_acks(state, acked)
                     {
-                        (kept.acked, kept.body) = (Some(acked), body);
+                        return Passed::Answered(problem.into_response());
                     }
                 }
                 match wait(state, kept, slot, to, (time, coming)).await {
@@ -201,32 +202,16 @@ async fn receive(
         // Taken away there, the poll hands out nothing.
         () = state.stopping.cancelled() => return Err(Passed::Answered(stopping())),
     };
-    let (status, headers) = (answer.status(), end_to_end(answer.headers()));
     // Until all of it is here the owner takes it back if the client goes.
-    match answer.bytes().await {
-        Ok(body) => Ok(Received {
-            status,
-            headers,
-            body,
-        }),
-        Err(_) => Err(kept.unanswered()),
-    }
+    read(state, kept, answer).await
 }
 
 fn hand_on(state: &State, kept: &Kept, queue: &QueueName, received: Received) -> Response {
     let outgoing = kept.parts.extensions.get::<Outgoing>();
     let outgoing = outgoing.cloned().unwrap_or_default();
     let received = received.with(kept.acked.as_ref());
-    let Received {
-        status,
-        headers,
-        body,
-    } = received;
-    let body = unwritten::handed(state, queue, &kept.body, outgoing, status, body);
-    let mut response = Response::new(body);
-    *response.status_mut() = status;
-    *response.headers_mut() = headers;
-    response
+    let goes_back = kept.goes_back && received.status.is_success();
+    received.with_body(|body| unwritten::handed(state, queue, goes_back, outgoing, body))
 }
 
 fn stopping() -> Response {
@@ -236,27 +221,9 @@ fn stopping() -> Response {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use super::*;
+    use axum::http::{HeaderMap, StatusCode};
 
-    #[test]
-    fn polls_are_read() {
-        let seconds = Duration::from_secs;
-        assert_eq!(wait_of(b"{}"), Some(seconds(20)));
-        let body = br#"{"wait_seconds": 5, "ack": [{"receipt": "r"}], "consumer": "c"}"#;
-        assert_eq!(wait_of(body), Some(seconds(5)));
-        let without = without_acks(body).unwrap();
-        assert_eq!(without, r#"{"consumer":"c","wait_seconds":5}"#);
-        for other in [
-            r#"{"wait_seconds": 0}"#,
-            r#"{"wait_seconds": -1}"#,
-            r#"{"batch_wait_seconds": 1}"#,
-            r#"{"ack": [}"#,
-            "[]",
-            "",
-        ] {
-            assert_eq!(wait_of(other.as_bytes()), None, "{other}");
-        }
-    }
+    use super::*;
 
     #[test]
     fn what_was_acknowledged_is_in_the_answer() {
@@ -264,6 +231,7 @@ mod tests {
             status,
             headers: HeaderMap::new(),
             body: Bytes::from_static(body.as_bytes()),
+            share: None,
         };
         let nothing = r#"{"ack":{"deliveries":[]},"deliveries":[],"reason":"empty"}"#;
         let acked = received(StatusCode::OK, nothing).nothing().unwrap();

@@ -6,10 +6,8 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::StatusCode;
 use bytes::Bytes;
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use super::{EPOCH, NODE};
 use crate::cluster::Owner;
@@ -24,11 +22,6 @@ const TRIES: u32 = 3;
 /// The pause between tries, and how long each may take.
 const PAUSE: Duration = Duration::from_millis(300);
 const ANSWER: Duration = Duration::from_secs(5);
-
-#[derive(Deserialize)]
-struct Asked {
-    receive_id: Option<IgnoredAny>,
-}
 
 #[derive(Deserialize)]
 struct Received {
@@ -77,21 +70,14 @@ impl Drop for OnTheWay {
     }
 }
 
-/// Whether a receive can be asked for again.
-fn has_id(asked: &[u8]) -> bool {
-    serde_json::from_slice::<Asked>(asked).is_ok_and(|asked| asked.receive_id.is_some())
-}
-
-/// The body of an owner's answer to a receive, as this node's. `asked`: the body of the receive.
+/// The body of an owner's answer to a receive, as this node's.
 pub(super) fn handed(
     state: &State,
     queue: &QueueName,
-    asked: &[u8],
+    goes_back: bool,
     outgoing: Outgoing,
-    status: StatusCode,
     body: Bytes,
 ) -> Body {
-    let goes_back = status.is_success() && !has_id(asked);
     let on_the_way = OnTheWay {
         state: state.clone(),
         queue: queue.clone(),
@@ -141,18 +127,5 @@ async fn try_to_give_back(state: &State, queue: &QueueName, receipts: &[String])
             asked.await.is_ok_and(|answer| answer.status().is_success())
         }
         Ok((_, Owner::Nobody)) | Err(_) => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_receive_that_is_asked_for_again_is_known_by_its_id() {
-        assert!(has_id(br#"{"receive_id": "r", "max_messages": 1}"#));
-        for other in ["", "{}", r#"{"receive_id": null}"#, "x"] {
-            assert!(!has_id(other.as_bytes()), "{other}");
-        }
     }
 }

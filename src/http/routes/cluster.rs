@@ -167,7 +167,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 
 /// Describe the nodes, and which of them holds what.
 #[utoipa::path(
-    get, path = "/v1/cluster", tag = "operation",
+    get, path = "/v1/cluster", tag = "operation", operation_id = "describe_cluster",
     responses((status = 200, description = "The nodes", body = Cluster), Reads),
 )]
 async fn describe(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {

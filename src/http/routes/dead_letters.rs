@@ -158,7 +158,7 @@ fn selection(query: &mut Query) -> Selection {
 
 /// List a queue's dead letters, a page at a time.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}/dead-letters", tag = "dead letters",
+    get, path = "/v1/queues/{queue}/dead-letters", tag = "dead letters", operation_id = "list_dead_letters",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("after" = Option<i64>, Query, description = "Of messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
@@ -198,7 +198,7 @@ async fn list(
 
 /// Read a dead letter: its message, and how its attempts failed.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters",
+    get, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters", operation_id = "read_dead_letter",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("id" = String, Path, description = "Its id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-17"),
@@ -231,7 +231,7 @@ async fn read(
 
 /// Remove a dead letter: its message counts as settled. One that is not there is removed already.
 #[utoipa::path(
-    delete, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters",
+    delete, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters", operation_id = "remove_dead_letter",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("id" = String, Path, description = "Its id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-18"),

@@ -1,7 +1,6 @@
 //! Keys of keyed streams: the last message of each, and one key's history with its version.
 
 use axum::extract::State as Extract;
-use axum::http::StatusCode;
 use axum::response::Response;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -80,7 +79,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 /// What is published meanwhile may or may not be in it. Keys outlive their messages: retention takes those, and the key stays with its
 /// version.
 #[utoipa::path(
-    get, path = "/v1/streams/{stream}/keys", tag = "streams",
+    get, path = "/v1/streams/{stream}/keys", tag = "streams", operation_id = "list_keys",
     params(
         ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders"),
         ("after" = Option<String>, Query, description = "Keys after this one", min_length = 1, max_length = 512),
@@ -100,14 +99,18 @@ async fn list(
     let max_bytes = query.integer("max_bytes", 1..=PAGE_MAX_BYTES);
     query.finish()?;
     let stream = &state.parts.stream;
+    let most = usize::try_from(max_bytes.unwrap_or(PAGE_BYTES)).unwrap_or(1);
+    let mut share = state.answers.hold(most).await?;
     let read = KeysRead {
         stream: find_keyed(&state, &name).await?,
         after,
         max_keys: usize::try_from(max_keys).unwrap_or(1),
-        max_bytes: usize::try_from(max_bytes.unwrap_or(PAGE_BYTES)).unwrap_or(1),
+        max_bytes: most,
     };
     let page = stream.read_keys(read).await?;
-    Ok(wire::json_bytes(StatusCode::OK, print_keys(&page).into()))
+    let body = print_keys(&page);
+    share.shrink(body.len());
+    Ok(wire::json_counted(body, share))
 }
 
 /// Read the history of a key of a keyed stream, in order, and its version.
@@ -115,7 +118,7 @@ async fn list(
 /// The version and the messages are of one moment: a page whose `next_after` is null has all up to `version`. A key that was never used has
 /// version 0 and no messages. Slashes and other special characters of the key are percent-encoded in the path.
 #[utoipa::path(
-    get, path = "/v1/streams/{stream}/keys/{key}", tag = "streams",
+    get, path = "/v1/streams/{stream}/keys/{key}", tag = "streams", operation_id = "read_key",
     params(
         ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders"),
         ("key" = String, Path, min_length = 1, max_length = 512, example = "customer-7"),
@@ -143,17 +146,20 @@ async fn history(
     let max_bytes = query.integer("max_bytes", 1..=PAGE_MAX_BYTES);
     query.finish()?;
     let stream = &state.parts.stream;
+    let most = usize::try_from(max_bytes.unwrap_or(PAGE_BYTES)).unwrap_or(1);
+    let mut share = state.answers.hold(most).await?;
     let read = KeyRead {
         stream: find_keyed(&state, &name).await?,
         key,
         after: Offset(after.unwrap_or(0)),
         last_only: last_only.unwrap_or(false),
         max_messages: usize::try_from(max_messages).unwrap_or(1),
-        max_bytes: usize::try_from(max_bytes.unwrap_or(PAGE_BYTES)).unwrap_or(1),
+        max_bytes: most,
     };
     let page = stream.read_key(read.clone()).await?;
     let body = print_history(&read.key, &page);
-    Ok(wire::json_bytes(StatusCode::OK, body.into()))
+    share.shrink(body.len());
+    Ok(wire::json_counted(body, share))
 }
 
 async fn find_keyed(state: &State, name: &StreamName) -> Result<StreamId, Problem> {

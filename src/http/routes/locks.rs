@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
@@ -12,6 +13,7 @@ use utoipa_axum::routes;
 
 use super::wire;
 use crate::domain::name::LockName;
+use crate::http::body::Outgoing;
 use crate::http::extract::{Check, Json, Named, Query};
 use crate::http::openapi::{LockConflicts, NoLock, Reads, Writes};
 use crate::http::problem::{Kind, Problem};
@@ -188,7 +190,7 @@ impl Wanted {
 
 /// List the locks that are held, by name.
 #[utoipa::path(
-    get, path = "/v1/locks", tag = "locks",
+    get, path = "/v1/locks", tag = "locks", operation_id = "list_locks",
     params(
         ("after" = Option<String>, Query, description = "`next_after` of the page before", min_length = 1, max_length = 100,
             pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"),
@@ -217,7 +219,7 @@ async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Respon
 /// A lock that another holds is waited for, in line. A lock here is a lease: its time can be up while its holder still works. What the
 /// lock protects must refuse a token lower than one it has seen.
 #[utoipa::path(
-    put, path = "/v1/locks/{name}", tag = "locks",
+    put, path = "/v1/locks/{name}", tag = "locks", operation_id = "acquire_lock",
     params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
         pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "nightly-report")),
     request_body = Wanted,
@@ -230,10 +232,14 @@ async fn acquire(
     Extract(state): Extract<State>,
     Named(name): Named<LockName>,
     query: Query,
+    outgoing: Option<Extension<Outgoing>>,
     Json(wanted): Json<Wanted>,
 ) -> Result<Response, Problem> {
     query.finish()?;
     let request = wanted.request(name.clone())?;
+    if let Some(Extension(outgoing)) = outgoing {
+        outgoing.waits();
+    }
     let holder = tokio::select! {
         // What was given just now is told although the process stops.
         biased;
@@ -250,7 +256,7 @@ async fn acquire(
 
 /// Look at a lock: who holds it, until when, and who waits.
 #[utoipa::path(
-    get, path = "/v1/locks/{name}", tag = "locks",
+    get, path = "/v1/locks/{name}", tag = "locks", operation_id = "describe_lock",
     params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
         pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "nightly-report")),
     responses((status = 200, description = "The lock", body = Lock), NoLock, Reads),
@@ -268,7 +274,7 @@ async fn describe(
 /// Release a lock that is held under a token. Repeating it changes nothing, and it is no error when the lock is not held under that
 /// token any more: afterwards it is not.
 #[utoipa::path(
-    delete, path = "/v1/locks/{name}", tag = "locks",
+    delete, path = "/v1/locks/{name}", tag = "locks", operation_id = "release_lock",
     params(
         ("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
             pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "nightly-report"),

@@ -25,6 +25,8 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::state::State;
 
+pub(in crate::http) use deliveries::Receive;
+
 /// Adds all routes.
 pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State> {
     router

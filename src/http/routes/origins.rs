@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 use super::streams::OFFSET_MAX;
 use super::wire;
 use crate::domain::name::{OriginName, Topic};
-use crate::http::extract::{Check, Json, Named, Query, RejectedId};
+use crate::http::extract::{Check, Json, Named, PAYLOAD_MAX_BYTES, Query, RejectedId};
 use crate::http::forward;
 use crate::http::openapi::{NoOrigin, NoRejected, Reads, Resends};
 use crate::http::problem::{Kind, Problem};
@@ -189,7 +189,7 @@ fn origin(status: Status, now: DateTime<Utc>) -> Origin {
 
 /// List the origins.
 #[utoipa::path(
-    get, path = "/v1/origins", tag = "origins",
+    get, path = "/v1/origins", tag = "origins", operation_id = "list_origins",
     responses((status = 200, description = "All origins", body = Origins), Reads),
 )]
 async fn list(
@@ -218,7 +218,7 @@ async fn list(
 
 /// Describe an origin.
 #[utoipa::path(
-    get, path = "/v1/origins/{origin}", tag = "origins",
+    get, path = "/v1/origins/{origin}", tag = "origins", operation_id = "describe_origin",
     params(("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local")),
     responses((status = 200, description = "The origin", body = Origin), NoOrigin, Reads),
 )]
@@ -253,7 +253,7 @@ async fn describe(
 
 /// List the outbox rows of an origin that could not become messages.
 #[utoipa::path(
-    get, path = "/v1/origins/{origin}/rejected", tag = "origins",
+    get, path = "/v1/origins/{origin}/rejected", tag = "origins", operation_id = "list_rejected",
     params(
         ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local"),
         ("after" = Option<i64>, Query, description = "Rows after this number", minimum = 0, maximum = 9_007_199_254_740_991_i64),
@@ -338,7 +338,7 @@ async fn remove_rejected(
 
 /// Send a rejected row on, corrected or as it is.
 #[utoipa::path(
-    post, path = "/v1/origins/{origin}/rejected/{id}/resend", tag = "origins",
+    post, path = "/v1/origins/{origin}/rejected/{id}/resend", tag = "origins", operation_id = "resend_rejected",
     params(
         ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local"),
         ("id" = i64, Path, description = "Its number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
@@ -351,7 +351,7 @@ async fn resend(
     Named(name): Named<OriginName>,
     Named(RejectedId(id)): Named<RejectedId>,
     query: Query,
-    Json(resend): Json<Resend>,
+    Json(resend): Json<Resend, PAYLOAD_MAX_BYTES>,
 ) -> Result<Response, Problem> {
     query.finish()?;
     let mut check = Check::default();

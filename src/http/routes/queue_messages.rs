@@ -124,7 +124,7 @@ fn not_found(offset: Offset, state: MessageState) -> Problem {
 /// Look for messages that match the queue's topics, and see what has become of each. A request looks at a bounded part of the
 /// stream: go on with `next_after` until it is null.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}/messages", tag = "queues",
+    get, path = "/v1/queues/{queue}/messages", tag = "queues", operation_id = "search_messages",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("key" = Option<String>, Query, description = "Of this ordering key", min_length = 1, max_length = 512),
@@ -154,6 +154,7 @@ async fn search(
     let after = query.integer("after", 0..=OFFSET_MAX);
     let most = query.integer("max_messages", 1..=100).unwrap_or(20);
     query.finish()?;
+    let mut share = state.answers.hold(PAGE_MAX_BYTES).await?;
     let queue = state.parts.queue.describe(&name).await?;
     let begin = queue.start_offset.0 - 1;
     let found = state
@@ -183,12 +184,13 @@ async fn search(
     out.extend_from_slice(b"],\"next_after\":");
     wire::put(&mut out, &found.next.map(|next| next.0));
     out.push(b'}');
-    Ok(wire::json_bytes(StatusCode::OK, out.into()))
+    share.shrink(out.len());
+    Ok(wire::json_counted(out, share))
 }
 
 /// See one message, and what has become of it in this queue.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues",
+    get, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues", operation_id = "find_message",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),
@@ -228,7 +230,7 @@ async fn find(
 /// Delete a message from this queue, also while a consumer holds it. Other queues of the stream have it as before. A dead letter is
 /// deleted by its own id. Repeating it is safe.
 #[utoipa::path(
-    delete, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues",
+    delete, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues", operation_id = "delete_message",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),
@@ -248,7 +250,7 @@ async fn delete(
 /// Make a message a dead letter, also while a consumer holds it: how one that blocks its key is taken out of the way. Repeating it
 /// is safe.
 #[utoipa::path(
-    post, path = "/v1/queues/{queue}/messages/{offset}/reject", tag = "queues",
+    post, path = "/v1/queues/{queue}/messages/{offset}/reject", tag = "queues", operation_id = "reject_message",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),

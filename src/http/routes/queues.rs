@@ -483,7 +483,7 @@ impl Declaration {
 
 /// List the queues.
 #[utoipa::path(
-    get, path = "/v1/queues", tag = "queues",
+    get, path = "/v1/queues", tag = "queues", operation_id = "list_queues",
     responses((status = 200, description = "All queues", body = Queues), Reads),
 )]
 async fn list(
@@ -509,7 +509,7 @@ async fn list(
 
 /// Declare a queue: make it, or change it. A message published after the answer is delivered if it matches.
 #[utoipa::path(
-    put, path = "/v1/queues/{queue}", tag = "queues",
+    put, path = "/v1/queues/{queue}", tag = "queues", operation_id = "declare_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Declaration,
     responses(
@@ -536,7 +536,7 @@ async fn declare(
 
 /// Describe a queue, with its numbers.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}", tag = "queues",
+    get, path = "/v1/queues/{queue}", tag = "queues", operation_id = "describe_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     responses((status = 200, description = "The queue", body = Queue), NoQueue, Reads),
 )]
@@ -552,7 +552,7 @@ async fn describe(
 
 /// Delete a queue with its progress and its dead letters.
 #[utoipa::path(
-    delete, path = "/v1/queues/{queue}", tag = "queues",
+    delete, path = "/v1/queues/{queue}", tag = "queues", operation_id = "delete_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "gone")),
     responses((status = 204, description = "Deleted"), NoQueue, Reads),
 )]

@@ -241,7 +241,7 @@ impl Request {
 
 /// List a queue's redrives. Those that ended are kept for 30 days.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}/redrives", tag = "dead letters",
+    get, path = "/v1/queues/{queue}/redrives", tag = "dead letters", operation_id = "list_redrives",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("limit" = Option<i64>, Query, description = "The newest so many; 100 without", minimum = 1, maximum = 1000),
@@ -264,7 +264,7 @@ async fn list(
 /// Bring dead letters back into their queue, and into no other: in offset order, each with all its attempts. A message that comes
 /// back goes out before later ones; receipts of former deliveries are `stale`.
 #[utoipa::path(
-    post, path = "/v1/queues/{queue}/redrives", tag = "dead letters",
+    post, path = "/v1/queues/{queue}/redrives", tag = "dead letters", operation_id = "begin_redrive",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Request,
     responses(
@@ -312,7 +312,7 @@ enum Answer {
 
 /// Describe a redrive, as far as it has got.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters",
+    get, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters", operation_id = "describe_redrive",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "after-the-fix"),
@@ -332,7 +332,7 @@ async fn describe(
 
 /// Cancel a redrive: what came back stays in the queue, the other letters stay dead. One that is over is left as it is.
 #[utoipa::path(
-    delete, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters",
+    delete, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters", operation_id = "cancel_redrive",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "after-the-fix"),

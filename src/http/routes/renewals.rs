@@ -92,7 +92,7 @@ fn answer(renewed: Renewed) -> Response {
 /// Go on at another place of the stream, in a new generation. Receipts of before are `gone`; dead letters stay; receives that
 /// wait go on.
 #[utoipa::path(
-    post, path = "/v1/queues/{queue}/seek", tag = "queues",
+    post, path = "/v1/queues/{queue}/seek", tag = "queues", operation_id = "seek_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = SeekBody,
     responses((status = 200, description = "The new generation", body = WireRenewed), NoQueue, QueueMoved, Writes),
@@ -121,7 +121,7 @@ async fn seek(
 /// Drop everything that the stream has by now, in a new generation: from this queue only. Receipts of before are `gone`; dead
 /// letters stay; receives that wait go on.
 #[utoipa::path(
-    post, path = "/v1/queues/{queue}/purge", tag = "queues",
+    post, path = "/v1/queues/{queue}/purge", tag = "queues", operation_id = "purge_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = PurgeBody,
     responses((status = 200, description = "The new generation", body = WireRenewed), NoQueue, QueueMoved, Writes),
@@ -147,7 +147,7 @@ async fn purge(
 /// Hand nothing out until the queue is resumed. Receives wait, or answer `paused`; the verbs, expiry and delays go on. Repeating
 /// it changes nothing.
 #[utoipa::path(
-    post, path = "/v1/queues/{queue}/pause", tag = "queues",
+    post, path = "/v1/queues/{queue}/pause", tag = "queues", operation_id = "pause_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     responses((status = 200, description = "The queue is paused", body = WirePaused), NoQueue, Reads),
 )]
@@ -161,7 +161,7 @@ async fn pause(
 
 /// Go on handing out. Repeating it changes nothing.
 #[utoipa::path(
-    post, path = "/v1/queues/{queue}/resume", tag = "queues",
+    post, path = "/v1/queues/{queue}/resume", tag = "queues", operation_id = "resume_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     responses((status = 200, description = "The queue is not paused", body = WirePaused), NoQueue, Reads),
 )]

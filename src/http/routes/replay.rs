@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State as Extract;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::HeaderMap;
 use axum::response::Response;
 use chrono::{DateTime, Utc};
 use utoipa::ToSchema;
@@ -76,7 +76,7 @@ enum From {
 /// `offset_gone` (retention dropped what was not sent yet; `first_offset` is the first one left), `stream_deleted`,
 /// `stopping`.
 #[utoipa::path(
-    get, path = "/v1/streams/{stream}/messages", tag = "streams",
+    get, path = "/v1/streams/{stream}/messages", tag = "streams", operation_id = "replay_stream",
     params(
         ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "main"),
         ("after" = Option<i64>, Query, description = "Messages after this offset, none of which may be gone (410); from the first \
@@ -140,6 +140,8 @@ async fn replay(
         };
         return follow::open(&state, follow);
     }
+    let most = usize::try_from(max_bytes.unwrap_or(4 * 1024 * 1024)).unwrap_or(1);
+    let mut share = state.answers.hold(most).await?;
     let read = Read {
         stream: found.id,
         after,
@@ -147,12 +149,16 @@ async fn replay(
         topics: asked.topics,
         key: asked.key,
         max_messages: usize::try_from(max_messages.unwrap_or(100)).unwrap_or(1),
-        max_bytes: usize::try_from(max_bytes.unwrap_or(4 * 1024 * 1024)).unwrap_or(1),
+        max_bytes: most,
     };
     let page = stream.read(read).await?;
     match page.lost_through {
         Some(floor) if is_resumed => Err(lost(floor.next())),
-        _ => Ok(wire::json_bytes(StatusCode::OK, print(&page, after).into())),
+        _ => {
+            let body = print(&page, after);
+            share.shrink(body.len());
+            Ok(wire::json_counted(body, share))
+        }
     }
 }
 

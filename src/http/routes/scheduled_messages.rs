@@ -109,7 +109,7 @@ fn not_found() -> Problem {
 
 /// List messages that wait to enter their streams, in the order in which they are due.
 #[utoipa::path(
-    get, path = "/v1/scheduled-messages", tag = "scheduled messages",
+    get, path = "/v1/scheduled-messages", tag = "scheduled messages", operation_id = "list_scheduled_messages",
     params(
         ("stream" = Option<String>, Query, description = "Only of this stream", min_length = 1, max_length = 100,
             pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"),
@@ -172,7 +172,7 @@ async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Respon
 
 /// Describe a scheduled message, whatever became of it. Published and cancelled ones are kept for a day after they were due.
 #[utoipa::path(
-    get, path = "/v1/scheduled-messages/{id}", tag = "scheduled messages",
+    get, path = "/v1/scheduled-messages/{id}", tag = "scheduled messages", operation_id = "describe_scheduled_message",
     params(("id" = String, Path, min_length = 1, max_length = 100, example = "1-1764000000000000-17")),
     responses((status = 200, description = "The message", body = ScheduledMessage), NoScheduled, Reads),
 )]
@@ -209,7 +209,7 @@ async fn describe(
 /// Cancel a scheduled message: it never enters its stream. Its id stays taken for 24 hours from when it was accepted. Too late: 409
 /// with the `offset` that it has. Safe to repeat.
 #[utoipa::path(
-    delete, path = "/v1/scheduled-messages/{id}", tag = "scheduled messages",
+    delete, path = "/v1/scheduled-messages/{id}", tag = "scheduled messages", operation_id = "cancel_scheduled_message",
     params(("id" = String, Path, min_length = 1, max_length = 100, example = "1-1764000000000000-17")),
     responses((status = 204, description = "It is cancelled, now or before"), NoScheduled, CancelsScheduled, Reads),
 )]

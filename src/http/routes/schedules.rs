@@ -15,7 +15,7 @@ use super::wire;
 use crate::domain::cloudevents;
 use crate::domain::name::{ScheduleName, Topic};
 use crate::domain::schedule::{Cadence, CadenceError, Declaration, Misfire};
-use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::extract::{Check, Json, Named, PAYLOAD_MAX_BYTES, Query};
 use crate::http::openapi::{NoSchedule, Reads, SchedulesFull, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
@@ -291,7 +291,7 @@ fn without_specversion(event: String) -> String {
 
 /// List schedules.
 #[utoipa::path(
-    get, path = "/v1/schedules", tag = "scheduled messages",
+    get, path = "/v1/schedules", tag = "scheduled messages", operation_id = "list_schedules",
     responses((status = 200, description = "All schedules", body = Schedules), Reads),
 )]
 async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
@@ -312,7 +312,7 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
 /// What is due at a fixed time in an hour that the zone skips comes with the first moment after it; in one that it has twice,
 /// once. What recurs by `*` or a step is passed over, or comes in both.
 #[utoipa::path(
-    put, path = "/v1/schedules/{name}", tag = "scheduled messages",
+    put, path = "/v1/schedules/{name}", tag = "scheduled messages", operation_id = "declare_schedule",
     params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report")),
     request_body = Body,
     responses(
@@ -325,7 +325,7 @@ async fn declare(
     Extract(state): Extract<State>,
     Named(name): Named<ScheduleName>,
     query: Query,
-    Json(body): Json<Body>,
+    Json(body): Json<Body, PAYLOAD_MAX_BYTES>,
 ) -> Result<Response, Problem> {
     query.finish()?;
     let now = state.parts.cluster.now();
@@ -342,7 +342,7 @@ async fn declare(
 
 /// Describe a schedule, with the occurrences that come next.
 #[utoipa::path(
-    get, path = "/v1/schedules/{name}", tag = "scheduled messages",
+    get, path = "/v1/schedules/{name}", tag = "scheduled messages", operation_id = "describe_schedule",
     params(
         ("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report"),
         ("next" = Option<i64>, Query, description = "So many of the next occurrences; 5 without", minimum = 0, maximum = 100),
@@ -364,7 +364,7 @@ async fn describe(
 
 /// Delete a schedule. What it published stays.
 #[utoipa::path(
-    delete, path = "/v1/schedules/{name}", tag = "scheduled messages",
+    delete, path = "/v1/schedules/{name}", tag = "scheduled messages", operation_id = "delete_schedule",
     params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report")),
     responses((status = 204, description = "It is gone"), NoSchedule, Reads),
 )]

@@ -263,7 +263,7 @@ impl Declaration {
 
 /// List the streams.
 #[utoipa::path(
-    get, path = "/v1/streams", tag = "streams",
+    get, path = "/v1/streams", tag = "streams", operation_id = "list_streams",
     responses((status = 200, description = "All streams", body = Streams), Reads),
 )]
 async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
@@ -275,7 +275,7 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
 
 /// Declare a stream: make it, or change its settings. Repeating it changes nothing.
 #[utoipa::path(
-    put, path = "/v1/streams/{stream}", tag = "streams",
+    put, path = "/v1/streams/{stream}", tag = "streams", operation_id = "declare_stream",
     params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders")),
     request_body = Declaration,
     responses(
@@ -302,7 +302,7 @@ async fn declare(
 
 /// Describe a stream.
 #[utoipa::path(
-    get, path = "/v1/streams/{stream}", tag = "streams",
+    get, path = "/v1/streams/{stream}", tag = "streams", operation_id = "describe_stream",
     params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "main")),
     responses((status = 200, description = "The stream", body = Stream), NoStream, Reads),
 )]
@@ -318,7 +318,7 @@ async fn describe(
 
 /// Delete a stream with its messages. Its topics fall to `main` from then on. While messages wait to enter it later, only by force.
 #[utoipa::path(
-    delete, path = "/v1/streams/{stream}", tag = "streams",
+    delete, path = "/v1/streams/{stream}", tag = "streams", operation_id = "delete_stream",
     params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "gone"),
         ("force" = Option<bool>, Query, description = "Delete what waits to enter it, too"),
     ),

@@ -158,7 +158,7 @@ async fn openapi() -> Response {
 
 /// What a problem means, and what to do about it.
 #[utoipa::path(
-    get, path = "/problems/{problem}", tag = "operation",
+    get, path = "/problems/{problem}", tag = "operation", operation_id = "read_problem",
     params(("problem" = String, Path, description = "The last part of the problem's type", example = "queue-not-found")),
     responses(
         (status = 200, description = "The page", body = String, content_type = "text/markdown; charset=utf-8"),

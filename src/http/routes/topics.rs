@@ -89,6 +89,9 @@ struct Topics {
     topics: Vec<TopicSummary>,
 }
 
+/// A schema may have 64 KiB by itself.
+const DECLARATION_MAX_BYTES: usize = 4 * 64 * 1024;
+
 pub(super) fn routes() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(list))
@@ -149,7 +152,7 @@ impl Declaration {
 
 /// List the settings of topics.
 #[utoipa::path(
-    get, path = "/v1/topics", tag = "topics",
+    get, path = "/v1/topics", tag = "topics", operation_id = "list_topics",
     responses((status = 200, description = "All patterns that have settings", body = Topics), Reads),
 )]
 async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
@@ -171,7 +174,7 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
 ///
 /// Applied by this node before it answers, by the others within a second. `>` is written `%3E` in the path.
 #[utoipa::path(
-    put, path = "/v1/topics/{topic}", tag = "topics",
+    put, path = "/v1/topics/{topic}", tag = "topics", operation_id = "declare_topic",
     params(("topic" = String, Path, description = "A topic, or a pattern over topics: `*` is one token, a final `>` the rest",
         min_length = 1, max_length = 255, pattern = "^(>|([A-Za-z0-9_-]+|\\*)(\\.([A-Za-z0-9_-]+|\\*))*(\\.>)?)$", example = "orders.created")),
     request_body = Declaration,
@@ -185,7 +188,7 @@ async fn declare(
     Extract(state): Extract<State>,
     Named(pattern): Named<TopicPattern>,
     query: Query,
-    Json(declaration): Json<Declaration>,
+    Json(declaration): Json<Declaration, DECLARATION_MAX_BYTES>,
 ) -> Result<Response, Problem> {
     query.finish()?;
     let settings = declaration.settings()?;
@@ -199,7 +202,7 @@ async fn declare(
 
 /// Describe the settings that are declared for exactly this topic or pattern.
 #[utoipa::path(
-    get, path = "/v1/topics/{topic}", tag = "topics",
+    get, path = "/v1/topics/{topic}", tag = "topics", operation_id = "describe_topic",
     params(("topic" = String, Path, description = "A topic, or a pattern over topics",
         min_length = 1, max_length = 255, pattern = "^(>|([A-Za-z0-9_-]+|\\*)(\\.([A-Za-z0-9_-]+|\\*))*(\\.>)?)$", example = "orders.created")),
     responses((status = 200, description = "The settings", body = TopicSettings), NoTopicSettings, Reads),
@@ -216,7 +219,7 @@ async fn describe(
 
 /// Delete the settings of exactly this topic or pattern.
 #[utoipa::path(
-    delete, path = "/v1/topics/{topic}", tag = "topics",
+    delete, path = "/v1/topics/{topic}", tag = "topics", operation_id = "delete_topic",
     params(("topic" = String, Path, description = "A topic, or a pattern over topics",
         min_length = 1, max_length = 255, pattern = "^(>|([A-Za-z0-9_-]+|\\*)(\\.([A-Za-z0-9_-]+|\\*))*(\\.>)?)$", example = "orders.gone")),
     responses((status = 204, description = "Deleted"), NoTopicSettings, Reads),

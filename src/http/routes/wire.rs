@@ -10,6 +10,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::http::budget::{Counted, Share};
 use crate::http::problem::{FieldError, Kind, Place, Problem};
 use crate::{lock, queue, relay, store, stream, topic};
 
@@ -71,6 +72,13 @@ pub(super) fn json(status: StatusCode, body: &impl Serialize) -> Response {
 /// A JSON answer that is printed already.
 pub(super) fn json_bytes(status: StatusCode, body: Bytes) -> Response {
     json_body(status, Body::from(body))
+}
+
+/// The same for a page whose share of what answers may hold was taken before it was read.
+pub(super) fn json_counted(body: Vec<u8>, share: Share) -> Response {
+    let mut response = json_bytes(StatusCode::OK, body.into());
+    response.extensions_mut().insert(Counted::new(share));
+    response
 }
 
 /// A JSON answer with a body of its own kind.

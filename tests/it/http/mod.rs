@@ -8,6 +8,7 @@ mod keyed;
 mod later_schema;
 
 mod letters;
+mod load;
 mod messages;
 mod operate;
 mod order;

@@ -5,6 +5,7 @@ mod api;
 mod hand_over;
 mod load;
 mod many;
+mod unreachable;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::{self, Http, Program};
+
+use api::owned_by;
 
 /// The shortest that can be configured.
 const TTL: Duration = Duration::from_secs(2);

@@ -76,7 +76,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 
 /// List live deliveries.
 #[utoipa::path(
-    get, path = "/v1/queues/{queue}/in-flight", tag = "deliveries",
+    get, path = "/v1/queues/{queue}/in-flight", tag = "deliveries", operation_id = "list_in_flight",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("consumer" = Option<String>, Query, description = "Of this consumer only", min_length = 1, max_length = 255),
@@ -133,7 +133,7 @@ async fn in_flight(
 /// End live deliveries before their time, as if it were up: the attempts count, and the messages go out again. Repeating it ends
 /// those that are live then; `delivered_before` leaves out what was handed out since.
 #[utoipa::path(
-    post, path = "/v1/queues/{queue}/in-flight/expire", tag = "deliveries",
+    post, path = "/v1/queues/{queue}/in-flight/expire", tag = "deliveries", operation_id = "expire_in_flight",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = ExpireBody,
     responses((status = 200, description = "What ended", body = WireExpired), NoQueue, Writes),

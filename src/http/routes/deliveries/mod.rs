@@ -4,6 +4,8 @@ mod in_flight;
 mod receive;
 mod verbs;
 
+pub(in crate::http) use receive::Receive;
+
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::http::state::State;

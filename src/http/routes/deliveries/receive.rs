@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::Response;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -17,7 +17,8 @@ use crate::domain::name::QueueName;
 use crate::domain::policy::CONSUMER_MAX_BYTES;
 use crate::domain::queue::EmptyReason;
 use crate::http::body::{Handed, OnWritten, Outgoing};
-use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::budget::{Counted, SMALL_BYTES};
+use crate::http::extract::{Check, Json, Named, Query, VERB_MAX_BYTES};
 use crate::http::forward::{self, Acked, Waited};
 use crate::http::openapi::{NoQueue, QueueBounds, Writes};
 use crate::http::problem::Problem;
@@ -27,36 +28,43 @@ use crate::http::state::State;
 use crate::queue::{BATCH_MAX, BATCH_WAIT_MAX, Handout, ReceiveRequest, Received, Verb, WAIT_MAX};
 
 /// How to receive. Everything is optional.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = Receive, example = json!({"max_messages": 10, "wait_seconds": 0, "consumer": "billing-1"}))]
-struct Receive {
+pub(in crate::http) struct Receive {
     /// At most so many messages; 10 without.
     #[schema(minimum = 1, maximum = 1000)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     max_messages: Option<i64>,
     /// At most so many bytes of events, but one message always; 4 MiB without.
     #[schema(minimum = 1, maximum = 16_777_216)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     max_bytes: Option<i64>,
     /// How long to wait for the first message; 20 without.
     #[schema(minimum = 0, maximum = 50)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     wait_seconds: Option<f64>,
     /// From the first message on, how long to wait for others until there are `max_messages`; 0 without, and never
     /// beyond `wait_seconds`. Other receives take what is ready meanwhile.
     #[schema(minimum = 0, maximum = 5)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     batch_wait_seconds: Option<f64>,
     /// How long the deliveries are held; as the queue says without.
     #[schema(minimum = 1, maximum = 43200)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     visibility_timeout_seconds: Option<f64>,
     /// Who receives, for the list of what is in flight.
     #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     consumer: Option<String>,
     /// Repeated under the same id while its deliveries live, a receive gives the same deliveries.
     #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     receive_id: Option<String>,
     /// Deliveries that are done. They are acknowledged first, in the commit of what is handed out, and at once: the wait
     /// for messages does not delay it, and a receive that is given up does not undo it.
     #[schema(min_items = 0, max_items = 1000)]
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     ack: Vec<AckItem>,
 }
 
@@ -109,6 +117,32 @@ impl OnWritten for Handout {
 }
 
 impl Receive {
+    /// For how long it asks to wait, for the first message and for others; what its owner will refuse is none.
+    pub(in crate::http) fn waits(&self) -> (Duration, Duration) {
+        let default = ReceiveRequest::default();
+        let seconds = |given: Option<f64>, default, most: Duration| match given {
+            Some(seconds) => Duration::try_from_secs_f64(seconds)
+                .ok()
+                .filter(|wait| *wait <= most)
+                .unwrap_or_default(),
+            None => default,
+        };
+        (
+            seconds(self.wait_seconds, default.wait, WAIT_MAX),
+            seconds(self.batch_wait_seconds, default.batch_wait, BATCH_WAIT_MAX),
+        )
+    }
+
+    /// Whether it can be asked for again by its id.
+    pub(in crate::http) const fn has_id(&self) -> bool {
+        self.receive_id.is_some()
+    }
+
+    /// Leaves out what is to be acknowledged.
+    pub(in crate::http) fn forget_acks(&mut self) {
+        self.ack = Vec::new();
+    }
+
     fn checked(self) -> Result<ReceiveRequest, Problem> {
         let default = ReceiveRequest::default();
         let mut check = Check::default();
@@ -173,9 +207,12 @@ async fn receive(
         Option<Extension<Waited>>,
         Option<Extension<Acked>>,
     ),
-    Json(receive): Json<Receive>,
+    Json(receive): Json<Receive, VERB_MAX_BYTES>,
 ) -> Result<Response, Problem> {
     query.finish()?;
+    if let Some(Extension(outgoing)) = &outgoing {
+        outgoing.waits();
+    }
     let mut request = receive.checked()?;
     if !request.wait.is_zero() {
         // Some of it may have passed with a former owner. Not all: no wait at all means another thing.
@@ -190,6 +227,12 @@ async fn receive(
         None if receipts.is_empty() => Acks::None,
         None => Acks::Now(WireSettled::new(Verb::Ack, receipts, &received.acked)),
     };
+    let bytes = printed_bytes(&received);
+    let share = match bytes > SMALL_BYTES {
+        // Without room they go back, as if they had not been written.
+        true => Some(Counted::new(state.answers.hold(bytes).await?)),
+        false => None,
+    };
     let body = print(&received, &acks);
     if received.deliveries.is_empty() {
         return Ok(wire::json_bytes(StatusCode::OK, body.into()));
@@ -198,7 +241,11 @@ async fn receive(
         .map(|Extension(outgoing)| outgoing)
         .unwrap_or_default();
     let handed = Handed::new(body.into(), Box::new(received.handout), outgoing);
-    Ok(wire::json_body(StatusCode::OK, Body::new(handed)))
+    let mut response = wire::json_body(StatusCode::OK, Body::new(handed));
+    if let Some(share) = share {
+        response.extensions_mut().insert(share);
+    }
+    Ok(response)
 }
 
 /// The deliveries, or nothing when the process stops. What came along to be acknowledged is waited for even then.
@@ -234,14 +281,16 @@ enum Acks {
     Before(Acked),
 }
 
+/// How many bytes the answer has, at most or so.
+fn printed_bytes(received: &Received) -> usize {
+    let deliveries = received.deliveries.iter();
+    let bytes = deliveries.map(|delivery| delivery.entry.event.len() + 512);
+    bytes.sum::<usize>() + 128
+}
+
 /// Events are spliced in as they are, and so is what became of deliveries to acknowledge.
 fn print(received: &Received, acks: &Acks) -> Vec<u8> {
-    let bytes: usize = received
-        .deliveries
-        .iter()
-        .map(|delivery| delivery.entry.event.len() + 512)
-        .sum();
-    let mut out = Vec::with_capacity(bytes + 128);
+    let mut out = Vec::with_capacity(printed_bytes(received));
     out.push(b'{');
     if !matches!(acks, Acks::None) {
         out.extend_from_slice(b"\"ack\":");
@@ -283,4 +332,40 @@ fn print(received: &Received, acks: &Acks) -> Vec<u8> {
     }
     out.push(b'}');
     out
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_receive_is_kept_as_it_was_understood() {
+        let read = |text: &str| serde_json::from_str::<Receive>(text).unwrap();
+        let seconds = Duration::from_secs_f64;
+        for (text, waits) in [
+            ("{}", (20.0, 0.0)),
+            (r#"{"wait_seconds": 5}"#, (5.0, 0.0)),
+            (
+                r#"{"wait_seconds": 0, "batch_wait_seconds": 1}"#,
+                (0.0, 1.0),
+            ),
+            (r#"{"wait_seconds": -1}"#, (0.0, 0.0)),
+            (r#"{"wait_seconds": 1e300}"#, (0.0, 0.0)),
+        ] {
+            let waits = (seconds(waits.0), seconds(waits.1));
+            assert_eq!(read(text).waits(), waits, "{text}");
+        }
+        let text = r#" {"wait_seconds": 5,   "ack": [{"receipt": "r"}], "receive_id": "i"} "#;
+        let mut receive = read(text);
+        assert!(receive.has_id());
+        let printed = serde_json::to_string(&receive).unwrap();
+        assert_eq!(
+            printed,
+            r#"{"wait_seconds":5.0,"receive_id":"i","ack":[{"receipt":"r"}]}"#
+        );
+        receive.forget_acks();
+        let printed = serde_json::to_string(&receive).unwrap();
+        assert_eq!(printed, r#"{"wait_seconds":5.0,"receive_id":"i"}"#);
+    }
 }

@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 
 use crate::domain::name::QueueName;
 use crate::domain::policy::REASON_MAX_BYTES;
-use crate::http::extract::{Check, Json, Named, Query};
+use crate::http::extract::{Check, Json, Named, Query, VERB_MAX_BYTES};
 use crate::http::openapi::{NoQueue, Writes};
 use crate::http::problem::Problem;
 use crate::http::routes::queues::TWELVE_HOURS;
@@ -38,7 +38,7 @@ macro_rules! verb {
         }
 
         /// One delivery.
-        #[derive(Debug, Deserialize, ToSchema)]
+        #[derive(Debug, Deserialize, Serialize, ToSchema)]
         #[serde(deny_unknown_fields)]
         #[schema(as = $item_schema)]
         pub(super) struct $item {
@@ -58,7 +58,7 @@ macro_rules! verb {
             Extract(state): Extract<State>,
             Named(name): Named<QueueName>,
             query: Query,
-            Json(body): Json<$body>,
+            Json(body): Json<$body, VERB_MAX_BYTES>,
         ) -> Result<Response, Problem> {
             query.finish()?;
             let mut $items = Items::default();

@@ -1,0 +1,348 @@
+//! Bodies on their way in, and answers on their way out: what all of them may hold of memory together. One body and one answer have
+//! bounds of their own; many clients at a time would hold many times that.
+//!
+//! A body is counted as it arrives, and is refused when there is no room for it (503 `overloaded`), before it is read if it says how
+//! long it is. Small ones have some room of their own, so that acknowledgements go on while large bodies fill the rest. An answer waits
+//! a moment for room before it is made. Both give it back with their last byte: when they are dropped, or in the kernel's hands. A client
+//! that does not read its answer loses its connection in bounded time, and with it the answer.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use hyper::body::{Body as _, Frame, SizeHint};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use super::body::Outgoing;
+use super::problem::{Kind, Problem};
+
+/// Counted at a time, since permits are 32 bits.
+const UNIT_BYTES: usize = 1 << 10;
+/// A body or answer up to this size is small.
+pub(in crate::http) const SMALL_BYTES: usize = 64 << 10;
+/// One part in so many is for small ones alone.
+const SMALL_PART: usize = 8;
+/// How long an answer waits for room.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Some memory for bodies, or for answers.
+#[derive(Debug, Clone)]
+pub(in crate::http) struct Budget {
+    small: Arc<Semaphore>,
+    large: Arc<Semaphore>,
+    large_units: u32,
+    what: &'static str,
+}
+
+/// A share of it, until it is dropped.
+#[derive(Debug)]
+pub(in crate::http) struct Share {
+    budget: Budget,
+    small: Option<OwnedSemaphorePermit>,
+    large: Option<OwnedSemaphorePermit>,
+}
+
+/// There is no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::http) struct Full(&'static str);
+
+impl From<Full> for Problem {
+    fn from(Full(what): Full) -> Self {
+        let detail = format!("{what} on their way hold as much memory as they may");
+        Self::new(Kind::Overloaded, detail)
+    }
+}
+
+fn units(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX)
+}
+
+impl Budget {
+    /// `what`: in a sentence, "bodies".
+    pub(in crate::http) fn new(bytes: usize, what: &'static str) -> Self {
+        let small = units(bytes / SMALL_PART).max(1);
+        let large = units(bytes).saturating_sub(small).max(1);
+        Self {
+            small: Arc::new(Semaphore::new(small as usize)),
+            large: Arc::new(Semaphore::new(large as usize)),
+            large_units: large,
+            what,
+        }
+    }
+
+    /// Nothing yet, to grow.
+    pub(in crate::http) fn share(&self) -> Share {
+        Share {
+            budget: self.clone(),
+            small: None,
+            large: None,
+        }
+    }
+
+    /// The refusal where there is no room.
+    pub(in crate::http) const fn full(&self) -> Full {
+        Full(self.what)
+    }
+
+    /// Whether so many bytes more would have room now.
+    pub(in crate::http) fn has_room(&self, bytes: usize) -> bool {
+        let free = self.large.available_permits() + self.small.available_permits();
+        bytes <= SMALL_BYTES || units(bytes) as usize <= free
+    }
+
+    /// A share of so many bytes; waits a moment for it. More than there is at all counts as all.
+    pub(in crate::http) async fn hold(&self, bytes: usize) -> Result<Share, Full> {
+        let mut share = self.share();
+        if bytes <= SMALL_BYTES && share.grow(bytes).is_ok() {
+            return Ok(share);
+        }
+        let wanted = units(bytes).min(self.large_units);
+        let taking = Arc::clone(&self.large).acquire_many_owned(wanted);
+        match timeout(PATIENCE, taking).await {
+            Ok(Ok(permit)) => {
+                share.large = Some(permit);
+                Ok(share)
+            }
+            Ok(Err(_)) | Err(_) => Err(self.full()),
+        }
+    }
+
+    /// Bytes that hold their share for as long as any of them is there.
+    pub(in crate::http) fn keep(&self, bytes: Vec<u8>) -> Result<Bytes, Full> {
+        let mut share = self.share();
+        share.grow(bytes.len())?;
+        Ok(Bytes::from_owner(Kept {
+            bytes,
+            _share: share,
+        }))
+    }
+
+    #[cfg(test)]
+    fn free(&self) -> usize {
+        (self.large.available_permits() + self.small.available_permits()) * UNIT_BYTES
+    }
+}
+
+impl Share {
+    fn units(&self) -> u32 {
+        let of = |permit: &Option<OwnedSemaphorePermit>| {
+            permit.as_ref().map_or(0, |permit| permit.num_permits())
+        };
+        u32::try_from(of(&self.small) + of(&self.large)).unwrap_or(u32::MAX)
+    }
+
+    /// Makes it one of so many bytes, or leaves it as it is.
+    pub(in crate::http) fn grow(&mut self, bytes: usize) -> Result<(), Full> {
+        let wanted = units(bytes).saturating_sub(self.units());
+        if wanted == 0 {
+            return Ok(());
+        }
+        let mut take = |semaphore: &Arc<Semaphore>, to: Place| -> bool {
+            let Ok(permit) = Arc::clone(semaphore).try_acquire_many_owned(wanted) else {
+                return false;
+            };
+            let held = match to {
+                Place::Small => &mut self.small,
+                Place::Large => &mut self.large,
+            };
+            match held {
+                Some(held) => held.merge(permit),
+                None => *held = Some(permit),
+            }
+            true
+        };
+        let is_small = bytes <= SMALL_BYTES && take(&self.budget.small, Place::Small);
+        match is_small || take(&self.budget.large, Place::Large) {
+            true => Ok(()),
+            false => Err(self.budget.full()),
+        }
+    }
+
+    /// Gives back what is more than so many bytes.
+    pub(in crate::http) fn shrink(&mut self, bytes: usize) {
+        let surplus = self.units().saturating_sub(units(bytes)) as usize;
+        if let Some(large) = &mut self.large {
+            drop(large.split(surplus.min(large.num_permits())));
+        }
+    }
+
+    /// Bytes that hold this share for as long as any of them is there.
+    pub(in crate::http) fn keep(self, bytes: Vec<u8>) -> Bytes {
+        Bytes::from_owner(Kept {
+            bytes,
+            _share: self,
+        })
+    }
+}
+
+enum Place {
+    Small,
+    Large,
+}
+
+/// Bytes with their share.
+struct Kept {
+    bytes: Vec<u8>,
+    _share: Share,
+}
+
+impl AsRef<[u8]> for Kept {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// An answer's share, which a handler took before it made the answer; in the answer's extensions.
+#[derive(Debug, Clone)]
+pub(in crate::http) struct Counted(pub(in crate::http) Arc<Share>);
+
+impl Counted {
+    pub(in crate::http) fn new(share: Share) -> Self {
+        Self(Arc::new(share))
+    }
+}
+
+/// Counts an answer until its last byte is in the kernel's hands, and gives its connection a time for that. Those that are small or of
+/// no known length (server-sent events have a budget of their own) are let through.
+pub(in crate::http) async fn carry(
+    budget: &Budget,
+    outgoing: Option<&Outgoing>,
+    mut response: Response,
+) -> Response {
+    let counted = response.extensions_mut().remove::<Counted>();
+    let bytes = response.body().size_hint().exact().unwrap_or_default();
+    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    if bytes <= SMALL_BYTES {
+        return response;
+    }
+    let share = match counted {
+        Some(Counted(share)) => share,
+        None => match budget.hold(bytes).await {
+            Ok(share) => Arc::new(share),
+            // What it hands out goes back, as if it had not been written.
+            Err(full) => return Problem::from(full).into_response(),
+        },
+    };
+    if let Some(outgoing) = outgoing {
+        outgoing.is_due(&share, bytes);
+    }
+    response.map(|inner| Body::new(Carried { inner, share }))
+}
+
+/// A body whose bytes hold its share.
+struct Carried {
+    inner: Body,
+    share: Arc<Share>,
+}
+
+/// Some of its bytes.
+struct Piece {
+    bytes: Bytes,
+    _share: Arc<Share>,
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl hyper::body::Body for Carried {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let frame = match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+            Some(Ok(frame)) => frame,
+            // Bodies of a known length are in memory, and do not fail.
+            Some(Err(_)) | None => return Poll::Ready(None),
+        };
+        let share = &self.share;
+        let frame = frame.map_data(|bytes| {
+            Bytes::from_owner(Piece {
+                bytes,
+                _share: Arc::clone(share),
+            })
+        });
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_grows_as_far_as_there_is_room_and_is_given_back() {
+        let budget = Budget::new(8 << 20, "bodies");
+        assert_eq!(budget.free(), 8 << 20);
+        let mut large = budget.share();
+        large.grow(100).unwrap();
+        assert_eq!(budget.free(), (8 << 20) - UNIT_BYTES);
+        large.grow(7 << 20).unwrap();
+        assert!(large.grow((7 << 20) + 2 * UNIT_BYTES).is_err());
+        assert_eq!(large.units(), 7 << 10, "as it was");
+        // What is small still has its part.
+        let mut small = budget.share();
+        small.grow(SMALL_BYTES).unwrap();
+        assert!(!budget.has_room(2 << 20) && budget.has_room(10));
+        large.shrink(1 << 20);
+        assert!(budget.has_room(2 << 20));
+        let kept = small.keep(vec![7; SMALL_BYTES]);
+        let slice = kept.slice(0..1);
+        drop((kept, large));
+        assert_eq!(budget.free(), (8 << 20) - SMALL_BYTES, "a slice holds all");
+        drop(slice);
+        assert_eq!(budget.free(), 8 << 20);
+    }
+
+    #[tokio::test]
+    async fn an_answer_waits_for_room() {
+        let budget = Budget::new(1 << 20, "answers");
+        let first = budget.hold(10 << 20).await.unwrap();
+        let second = budget.hold(512 << 10);
+        let (second, ()) = tokio::join!(second, async { drop(first) });
+        assert_eq!(second.unwrap().units(), 512);
+        let all = budget.hold(10 << 20).await.unwrap();
+        let moment = Duration::from_millis(20);
+        assert!(timeout(moment, budget.hold(512 << 10)).await.is_err());
+        drop(all);
+        assert_eq!(budget.free(), 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn the_bytes_of_an_answer_hold_its_share() {
+        use http_body_util::BodyExt as _;
+        let budget = Budget::new(1 << 20, "answers");
+        let response = Response::new(Body::from(vec![1; 200_000]));
+        let response = carry(&budget, None, response).await;
+        assert!(budget.free() < (1 << 20) - 190_000);
+        let mut body = response.into_body();
+        let bytes = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        drop(body);
+        assert!(budget.free() < (1 << 20) - 190_000);
+        drop(bytes);
+        assert_eq!(budget.free(), 1 << 20);
+        let small = Response::new(Body::from("x"));
+        let _small = carry(&budget, None, small).await;
+        assert_eq!(budget.free(), 1 << 20);
+    }
+}

@@ -1,0 +1,164 @@
+//! The whole body of a request, within a size, a time and what all bodies may hold together.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, Request};
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::body::Outgoing;
+use super::budget::SMALL_BYTES;
+use super::door;
+use super::problem::{Kind, Problem};
+use super::state::State;
+
+/// How much of a body that is too large is read and thrown away, so that its sender gets to read the answer.
+const DISCARD_MAX_BYTES: usize = 64 * 1024 * 1024;
+/// For how long.
+const DISCARD_TIME: Duration = Duration::from_secs(3);
+
+/// The whole body, within the server's limits of size and time.
+#[derive(Debug)]
+pub(in crate::http) struct Whole(pub(in crate::http) Bytes);
+
+impl FromRequest<State> for Whole {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &State) -> Result<Self, Problem> {
+        Self::within(request, state, state.options.body_max_bytes).await
+    }
+}
+
+/// Why a body is not read on.
+enum Stop {
+    TooLarge,
+    NoRoom(Problem),
+    Failed(Problem),
+}
+
+impl Whole {
+    /// Reads a body of so many bytes at most. They hold their share of the memory for bodies until they are dropped.
+    pub(in crate::http) async fn within(
+        request: Request,
+        state: &State,
+        limit: usize,
+    ) -> Result<Self, Problem> {
+        let limit = limit.min(state.options.body_max_bytes);
+        let announced = door::announced(request.headers());
+        let is_expected = door::expects(request.headers());
+        let outgoing = request.extensions().get::<Outgoing>().cloned();
+        let mut body = request.into_body();
+        let stop = match announced.map(|length| usize::try_from(length).unwrap_or(usize::MAX)) {
+            Some(length) if length > limit => Stop::TooLarge,
+            Some(length) if !state.bodies.has_room(length) => {
+                Stop::NoRoom(state.bodies.full().into())
+            }
+            length => match read(
+                &mut body,
+                state,
+                limit,
+                length.unwrap_or(0),
+                outgoing.as_ref(),
+            )
+            .await
+            {
+                Ok(bytes) => {
+                    if let Some(outgoing) = outgoing {
+                        outgoing.was_read();
+                    }
+                    return Ok(Self(bytes));
+                }
+                Err(Stop::Failed(problem)) => return Err(problem),
+                Err(stop) => stop,
+            },
+        };
+        if !is_expected {
+            // A sender that waits for a word gets the answer for it; any other is to have sent before it reads.
+            discard(body).await;
+        }
+        Err(match stop {
+            Stop::TooLarge => too_large(limit),
+            Stop::NoRoom(problem) | Stop::Failed(problem) => problem,
+        })
+    }
+}
+
+async fn read(
+    body: &mut Body,
+    state: &State,
+    limit: usize,
+    announced: usize,
+    outgoing: Option<&Outgoing>,
+) -> Result<Bytes, Stop> {
+    let deadline = Instant::now() + state.options.body_timeout;
+    let mut share = state.bodies.share();
+    let mut whole = Vec::with_capacity(announced.min(SMALL_BYTES));
+    loop {
+        let frame = async {
+            let Some(outgoing) = outgoing else {
+                return body.frame().await;
+            };
+            tokio::select! {
+                biased;
+                frame = body.frame() => return frame,
+                () = outgoing.end_seen() => {}
+            }
+            // Nothing is left of it, and it is not whole.
+            outgoing.waits();
+            body.frame().await
+        };
+        let frame = match timeout_at(deadline, frame).await {
+            Err(_) => {
+                let time = state.options.body_timeout;
+                let detail = format!("the body was not complete after {time:?}");
+                return Err(Stop::Failed(Problem::new(Kind::RequestTimeout, detail)));
+            }
+            Ok(None) => {
+                return Ok(match whole.is_empty() {
+                    true => Bytes::new(),
+                    false => share.keep(whole),
+                });
+            }
+            Ok(Some(Err(error))) => {
+                let detail = format!("the body could not be read: {error}");
+                return Err(Stop::Failed(Problem::new(Kind::MalformedRequest, detail)));
+            }
+            Ok(Some(Ok(frame))) => frame,
+        };
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        let length = whole.len() + data.len();
+        if length > limit {
+            return Err(Stop::TooLarge);
+        }
+        share
+            .grow(length)
+            .map_err(|full| Stop::NoRoom(full.into()))?;
+        if length > whole.capacity() && announced > length {
+            whole.reserve_exact(announced - whole.len());
+        }
+        whole.extend_from_slice(&data);
+    }
+}
+
+/// Reads some of a body that is of no use, so that its sender gets to read the answer.
+pub(in crate::http) async fn discard(mut body: Body) {
+    let _ = timeout(DISCARD_TIME, async {
+        let mut discarded = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            discarded += frame.data_ref().map_or(0, Bytes::len);
+            if discarded > DISCARD_MAX_BYTES {
+                break;
+            }
+        }
+    })
+    .await;
+}
+
+pub(in crate::http) fn too_large(limit: usize) -> Problem {
+    let detail = format!("the body is larger than {limit} bytes");
+    Problem::new(Kind::PayloadTooLarge, detail).with("limit_bytes", limit)
+}
