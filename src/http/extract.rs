@@ -423,7 +423,7 @@ impl Check {
         Duration::from_secs_f64(self.number(pointer, value, range))
     }
 
-    /// A text of 1 to so many bytes, without control characters that Postgres or a log could not take.
+    /// A text of 1 to so many bytes, without the character that Postgres cannot hold.
     pub(in crate::http) fn text(&mut self, pointer: &str, value: &str, max_bytes: usize) {
         if value.is_empty() || value.len() > max_bytes {
             self.out_of_range(pointer, format!("1 to {max_bytes} bytes long"));

@@ -10,7 +10,6 @@ use super::{
 };
 use crate::domain::message::{DELIVER_AT, Data, Message, parse_micros};
 
-/// Attributes with a meaning that this version does not have: ignoring them would break what the producer counts on.
 /// The largest version that every JSON parser reads exactly.
 const VERSION_MAX: i64 = (1 << 53) - 1;
 
@@ -318,9 +317,11 @@ pub fn check_characters(name: &str, text: &str) -> Result<(), String> {
     }
 }
 
-/// A payload that is not JSON: text if its type says so and it is UTF-8, bytes otherwise.
+/// A payload that is not JSON: text if its type says so, and it is UTF-8 without U+0000, which not every JSON parser reads; bytes
+/// otherwise.
 pub(super) fn text_or_binary(essence: &str, bytes: Bytes) -> Data {
-    if essence.starts_with("text/") && std::str::from_utf8(&bytes).is_ok() {
+    let is_text = || !bytes.contains(&0) && std::str::from_utf8(&bytes).is_ok();
+    if essence.starts_with("text/") && is_text() {
         Data::Text(bytes)
     } else {
         Data::Binary(bytes)

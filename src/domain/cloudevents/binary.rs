@@ -71,7 +71,7 @@ fn data(content_type: &str, request: &Request<'_>, faults: &mut Faults) -> Data 
             }
         };
         faults.0.push(Fault {
-            place: Place::Body(String::new()),
+            place: Place::Body(error.pointer().unwrap_or_default().to_owned()),
             detail: format!("the body {error}{hint}"),
         });
     }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::attributes::{Attributes, shown};
-use super::{Context, Error, Faults, Place, Request, essence, is_json};
+use super::{Context, Error, Fault, Faults, Place, Request, essence, is_json};
 use crate::domain::json;
 use crate::domain::message::{Data, Message};
 
@@ -107,7 +107,12 @@ pub(super) fn parse_event(
     context: &Context<'_>,
 ) -> Result<Message, Error> {
     let mut faults = Faults::default();
-    let message = event(text, place, number, request, context, &mut faults)?;
+    let message = match json::check_envelope(text.as_bytes()) {
+        Ok(_) | Err(json::Error::TooDeep { .. }) => {
+            event(text, place, number, request, context, &mut faults)?
+        }
+        Err(error) => return Err(refused(error, "the event", place)),
+    };
     message.ok_or(Error::Invalid(faults.0))
 }
 
@@ -119,14 +124,39 @@ pub(super) fn finish(messages: Vec<Message>, faults: Faults) -> Result<Vec<Messa
     }
 }
 
-/// The body as JSON text. Its nesting is checked per payload, since the limit counts from there.
+/// The body as JSON text. Its nesting is checked per payload, since the limit counts from there; faults outside payloads are found
+/// again, with all others, when the attributes are read.
 pub(super) fn checked(body: &Bytes) -> Result<&str, Error> {
-    match json::check(body) {
-        Ok(text) => Ok(text),
-        Err(json::Error::TooDeep { .. }) => {
-            Ok(std::str::from_utf8(body).expect("checked before the depth"))
+    match json::check_envelope(body) {
+        Err(error) if error.pointer().is_none() || is_in_payload(&error) => {
+            Err(refused(error, "the body", ""))
         }
-        Err(error) => Err(Error::NotJson(error)),
+        _ => Ok(std::str::from_utf8(body).expect("checked first of all")),
+    }
+}
+
+/// Whether a fault of a request is inside some payload.
+fn is_in_payload(error: &json::Error) -> bool {
+    let mut steps = error.pointer().unwrap_or_default().split('/');
+    match error {
+        json::Error::TooDeep { .. } => false,
+        // `data` twice is a fault of the event.
+        json::Error::Duplicate { .. } => {
+            steps.next_back();
+            steps.any(|step| step == "data")
+        }
+        _ => steps.any(|step| step == "data"),
+    }
+}
+
+/// The refusal of a text. `place` is its own JSON pointer in its request.
+pub(super) fn refused(error: json::Error, what: &str, place: &str) -> Error {
+    match error.pointer() {
+        Some(pointer) => Error::Invalid(vec![Fault {
+            place: Place::Body(format!("{place}{pointer}")),
+            detail: format!("{what} {error}"),
+        }]),
+        None => Error::NotJson(error),
     }
 }
 
@@ -230,7 +260,7 @@ pub(super) fn payload(
         (Some(raw), None) => {
             let essence = essence(attributes.data_content_type().unwrap_or("application/json"));
             if !is_json(&essence) && raw.starts_with('"') {
-                // Not JSON by its type, so the JSON string only carries it. A lone surrogate is no text.
+                // Not JSON by its type, so the JSON string only carries it.
                 match serde_json::from_str::<String>(raw) {
                     Ok(text) => return Data::Text(text.into()),
                     Err(_) => faults.add(

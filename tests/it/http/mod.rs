@@ -13,6 +13,7 @@ mod messages;
 mod operate;
 mod order;
 mod publishing;
+mod readable;
 mod receive;
 mod refusals;
 mod scheduled;
