@@ -115,6 +115,43 @@ impl Supervisor {
         });
     }
 
+    /// Starts a thread of its own, with a stack of so many bytes, for what would hold up tasks. Like a task it is waited for at the stop;
+    /// whoever gives it work must tell it to end. A thread that cannot be made stops the process.
+    pub fn spawn_thread(
+        &self,
+        name: &'static str,
+        stack_bytes: usize,
+        work: impl FnOnce() + Send + 'static,
+    ) {
+        let running = Running {
+            name: name.into(),
+            list: Arc::clone(&self.running),
+        };
+        *lock(&self.running).entry(name.into()).or_default() += 1;
+        let token = self.tracker.token();
+        let guard = self.failed.clone().drop_guard();
+        let stop = self.stop.clone();
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(stack_bytes);
+        let started = thread.spawn(move || {
+            let (_running, _token) = (running, token);
+            work();
+            if stop.is_cancelled() {
+                let _ = guard.disarm();
+            } else {
+                tracing::error!(
+                    thread = name,
+                    "a thread ended before it was told to; stopping the process"
+                );
+            }
+        });
+        if let Err(error) = started {
+            tracing::error!(thread = name, error = %error, "a thread cannot be started; stopping the process");
+            self.failed.cancel();
+        }
+    }
+
     /// Resolves when the tasks are told to stop. Cancel-safe.
     pub async fn stopping(&self) {
         self.stop.cancelled().await;

@@ -38,7 +38,7 @@ create table postroad_broker.partition_topic (
 );
 
 -- Ids of published messages, for at least 24 hours: five buckets of 12 hours, emptied by TRUNCATE in rotation. The identity
--- is a hash of stream, source and id; content one of topic and payload; both 128 bits of SHA-256.
+-- is a hash of stream, source and id; content one of what the message says, where it goes and when; both 128 bits of SHA-256.
 create table postroad_broker.recent_id (
     bucket smallint not null,
     identity uuid not null,

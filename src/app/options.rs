@@ -34,8 +34,17 @@ pub(super) fn node_url(listening: SocketAddr) -> String {
 pub(super) fn acceptance(topics: &topic::Handle, message_max_bytes: usize) -> stream::Acceptance {
     let topics = topics.clone();
     stream::Acceptance::new(move |message| {
-        let refusal = topics.rules().refusal_within(message, message_max_bytes);
-        refusal.map_or(Ok(()), Err)
+        let topics = topics.clone();
+        async move {
+            let refusal = topics
+                .find_refusal_within(&message, message_max_bytes)
+                .await;
+            match refusal {
+                Ok(None) => Ok(()),
+                Ok(Some(reason)) => Err(reason),
+                Err(error) => Err(error.to_string()),
+            }
+        }
     })
 }
 

@@ -15,7 +15,6 @@ use crate::domain::mapping::Pickup;
 use crate::domain::message::Message;
 use crate::store::origin::OutboxRow;
 use crate::stream::{self, AppendError, Conditional, Member, Rejected};
-use crate::topic::Rules;
 use crate::{failpoint, store};
 
 /// A member on its way.
@@ -82,8 +81,8 @@ impl Run<'_> {
         };
         let (rows, refused) = self.caution.sort_out(rows);
         let rows = self.without_refused(&position, rows).await?;
-        let rules = self.relay.topics.rules();
-        let (messages, conditional, mut rejected) = convert(rows, self.relay.cluster.now(), &rules);
+        let converted = convert(rows, self.relay.cluster.now());
+        let (messages, conditional, mut rejected) = self.without_mismatched(converted).await?;
         rejected.extend(unread);
         rejected.extend(refused);
         let rejected = self.without_listed(&position, rejected).await?;
@@ -110,6 +109,34 @@ impl Run<'_> {
                 copies,
             },
         })
+    }
+
+    /// A row whose payload is not what its topic's schema says is rejected: listed with all that it has, and in nobody's way.
+    async fn without_mismatched(
+        &self,
+        (messages, of_rows, mut rejected): Converted,
+    ) -> Result<(Vec<Message>, Vec<Conditional>, Vec<Rejected>), Trouble> {
+        let refusals = self.relay.topics.find_refusals(&messages).await;
+        let mut refusals = refusals
+            .map_err(|_| Trouble::Stopping)?
+            .into_iter()
+            .peekable();
+        if refusals.peek().is_none() {
+            let conditional = of_rows.into_iter().filter_map(|(_, of_row)| of_row);
+            return Ok((messages, conditional.collect(), rejected));
+        }
+        let (mut taken, mut conditional) = (Vec::with_capacity(messages.len()), Vec::new());
+        for (place, (message, (seq, of_row))) in messages.into_iter().zip(of_rows).enumerate() {
+            match refusals.next_if(|(refused, _)| *refused == place) {
+                Some((_, reason)) => rejected.push(row::refuse(seq, message, reason)),
+                None => {
+                    taken.push(message);
+                    conditional.extend(of_row);
+                }
+            }
+        }
+        rejected.sort_by_key(|row| row.seq);
+        Ok((taken, conditional, rejected))
     }
 
     /// Takes note of an append's outcome.
@@ -222,23 +249,22 @@ impl Run<'_> {
     }
 }
 
-/// A row whose payload is not what its topic's schema says is rejected: listed with all that it has, and behind nobody's way.
-fn convert(
-    rows: Vec<OutboxRow>,
-    now: DateTime<Utc>,
-    rules: &Rules,
-) -> (Vec<Message>, Vec<Conditional>, Vec<Rejected>) {
+/// Messages with the numbers of their rows and what they expect, and the rows that cannot become any.
+type Converted = (Vec<Message>, Vec<(i64, Option<Conditional>)>, Vec<Rejected>);
+
+fn convert(rows: Vec<OutboxRow>, now: DateTime<Utc>) -> Converted {
     let mut messages = Vec::with_capacity(rows.len());
-    let (mut conditional, mut rejected) = (Vec::new(), Vec::new());
+    let mut of_rows = Vec::with_capacity(rows.len());
+    let mut rejected = Vec::new();
     for row in rows {
-        let copy = row::to_conditional(&row);
-        match row::to_message(row, now, |message| rules.refusal(message)) {
+        let of_row = (row.seq, row::to_conditional(&row));
+        match row::to_message(row, now) {
             Ok(message) => {
                 messages.push(message);
-                conditional.extend(copy);
+                of_rows.push(of_row);
             }
             Err(row) => rejected.push(*row),
         }
     }
-    (messages, conditional, rejected)
+    (messages, of_rows, rejected)
 }

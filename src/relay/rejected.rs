@@ -144,15 +144,21 @@ impl Desk {
         }
         // A person sends it on: whatever version its key is at by now.
         outbox_row.expected_version = None;
-        let message =
-            row::to_message(outbox_row, self.cluster.now(), |_| None).map_err(|rejected| {
-                RejectedError::StillInvalid {
-                    reason: rejected.reason,
-                }
-            })?;
-        let refusal = self.topics.rules().refusal(&message);
-        if let Some(reason) = refusal.filter(|_| !correction.skip_schema) {
-            return Err(RejectedError::StillInvalid { reason });
+        let message = row::to_message(outbox_row, self.cluster.now()).map_err(|rejected| {
+            RejectedError::StillInvalid {
+                reason: rejected.reason,
+            }
+        })?;
+        if !correction.skip_schema {
+            let refusals = self
+                .topics
+                .find_refusals(std::slice::from_ref(&message))
+                .await;
+            let refusals =
+                refusals.map_err(|_| RejectedError::Append(stream::AppendError::Stopping))?;
+            if let Some((_, reason)) = refusals.into_iter().next() {
+                return Err(RejectedError::StillInvalid { reason });
+            }
         }
         let member = Member::Publish {
             messages: vec![message],

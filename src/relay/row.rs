@@ -39,30 +39,24 @@ const RESERVED: [&str; 12] = [
     DELIVER_AT,
 ];
 
-/// The message of a row, as of now, unless `refusal` has a reason against it.
-pub(super) fn to_message(
-    row: OutboxRow,
-    now: DateTime<Utc>,
-    refusal: impl Fn(&Message) -> Option<String>,
-) -> Result<Message, Box<Rejected>> {
+/// The message of a row, as of now.
+pub(super) fn to_message(row: OutboxRow, now: DateTime<Utc>) -> Result<Message, Box<Rejected>> {
     match check(&row, now) {
-        Ok((topic, extensions)) => {
-            let seq = row.seq;
-            let message = make(row, topic, extensions);
-            match refusal(&message) {
-                None => Ok(message),
-                Some(reason) => Err(Box::new(Rejected {
-                    seq,
-                    reason,
-                    outbox_row: copy(&unmake(seq, message)).to_string(),
-                })),
-            }
-        }
+        Ok((topic, extensions)) => Ok(make(row, topic, extensions)),
         Err(reason) => Err(Box::new(Rejected {
             seq: row.seq,
             reason,
             outbox_row: copy(&row).to_string(),
         })),
+    }
+}
+
+/// The row of a message that may not go to its topic.
+pub(super) fn refuse(seq: i64, message: Message, reason: String) -> Rejected {
+    Rejected {
+        seq,
+        reason,
+        outbox_row: copy(&unmake(seq, message)).to_string(),
     }
 }
 
@@ -483,7 +477,7 @@ mod tests {
             let mut row = row();
             change(&mut row);
             row.payload_bytes = row.payload_bytes.or(Some(vec![0, 255]));
-            let rejected = to_message(row.clone(), now(), |_| None).unwrap_err();
+            let rejected = to_message(row.clone(), now()).unwrap_err();
             assert!(rejected.reason.contains(reason), "{}", rejected.reason);
             assert_eq!(from_copy(&rejected.outbox_row).unwrap(), row);
         };
@@ -524,7 +518,7 @@ mod tests {
             payload: Some("x".repeat(COPY_MAX_BYTES + 1)),
             ..row()
         };
-        let rejected = to_message(large, now(), |_| None).unwrap_err();
+        let rejected = to_message(large, now()).unwrap_err();
         assert!(rejected.outbox_row.len() < 1_000);
         assert_eq!(from_copy(&rejected.outbox_row), None);
     }
@@ -547,7 +541,11 @@ mod tests {
                 deliver_at: Some(now()),
                 ..row()
             };
-            let rejected = to_message(row.clone(), now(), |_| Some("no".into())).unwrap_err();
+            let rejected = refuse(
+                row.seq,
+                to_message(row.clone(), now()).unwrap(),
+                "no".into(),
+            );
             assert_eq!(from_copy(&rejected.outbox_row).unwrap(), row);
         }
     }
@@ -561,7 +559,7 @@ mod tests {
         ] {
             let mut row = row();
             row.deliver_at = Some(now() + chrono::TimeDelta::seconds(seconds));
-            let message = to_message(row.clone(), now(), |_| None).unwrap();
+            let message = to_message(row.clone(), now()).unwrap();
             assert_eq!(message.extensions[DELIVER_AT], text);
             assert_eq!(message.deliver_at(), row.deliver_at);
         }
@@ -571,7 +569,7 @@ mod tests {
     fn headers_become_extensions() {
         let mut row = row();
         row.headers = Some("{\"a\": 1.0, \"b\": true, \"c\": \"x\", \"d\": -2147483648}".into());
-        let message = to_message(row, now(), |_| None).unwrap();
+        let message = to_message(row, now()).unwrap();
         let printed = Value::Object(message.extensions).to_string();
         assert_eq!(printed, r#"{"a":1,"b":true,"c":"x","d":-2147483648}"#);
     }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
@@ -11,7 +12,7 @@ use super::group::{Group, Router};
 use super::keys::Counted;
 use super::request::{Conditional, Member, key_hash};
 use crate::domain::id::{Offset, StreamId};
-use crate::domain::message::Message;
+use crate::domain::message::{DELIVER_AT, Message};
 use crate::store::stream::{Append, AppendMessage, RelayMember};
 
 /// What the keys came to that a group expects versions of, by stream; `None` for a stream whose keys are not counted.
@@ -288,12 +289,42 @@ fn check(stream: StreamId, message: &Message) -> (Uuid, Uuid) {
         message.source.as_bytes(),
         message.id.as_bytes(),
     ]);
-    let content = digest(&[
+    (identity, digest_content(message))
+}
+
+/// Attributes that a repeat may have anew: they are of the sending, not of what is sent.
+const OF_THE_SENDING: [&str; 4] = ["traceparent", "tracestate", "baggage", "recordedtime"];
+
+/// What a message says, where it goes and when. Not its `time`, which libraries put in as they send; and not the version that it expects:
+/// what has gone in is in, whatever the key's version is by now.
+fn digest_content(message: &Message) -> Uuid {
+    fn text(text: &Option<String>) -> &[u8] {
+        text.as_deref().unwrap_or_default().as_bytes()
+    }
+    let due_at = message.deliver_at();
+    let due_at = due_at.map_or(i64::MIN, |due_at| due_at.timestamp_micros());
+    let mut extensions: Vec<(&String, &Value)> = message
+        .extensions
+        .iter()
+        .filter(|(name, _)| *name != DELIVER_AT && !OF_THE_SENDING.contains(&name.as_str()))
+        .collect();
+    extensions.sort_by_key(|(name, _)| *name);
+    let extensions: Vec<String> = extensions
+        .into_iter()
+        .map(|(name, value)| format!("{name}={value}\n"))
+        .collect();
+    digest(&[
         message.topic.as_str().as_bytes(),
         &message.data.kind().to_le_bytes(),
         message.data.bytes(),
-    ]);
-    (identity, content)
+        text(&message.key),
+        text(&message.kind),
+        text(&message.subject),
+        text(&message.data_content_type),
+        text(&message.data_schema),
+        &due_at.to_le_bytes(),
+        extensions.concat().as_bytes(),
+    ])
 }
 
 /// The content of a whole member: which messages in which order.

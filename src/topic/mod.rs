@@ -4,7 +4,11 @@
 //!
 //! The task asks for the version once a second and reads all settings when it has risen. While the database is away the last ones
 //! go on. Schemas and sizes are the same everywhere; a rate is each node's own.
+//!
+//! Schemas are compiled and asked on threads of their own (`asking`). What is small and plain is asked where it comes in: that costs a few
+//! microseconds, and the way to another thread more.
 
+mod asking;
 mod rate;
 mod rules;
 mod schema;
@@ -21,6 +25,8 @@ use crate::store::topic::{self as sql, Declared as Stored, SettingsRow};
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
 
+use asking::{Asking, Most, Question, Stopped};
+
 pub use rules::{Applied, Rules};
 pub use schema::{MISMATCHES_MAX, Mismatch, SCHEMA_MAX_BYTES, Schema};
 
@@ -30,6 +36,9 @@ pub const SETTINGS_MAX_COUNT: usize = 1_000;
 const POLL: Duration = Duration::from_secs(1);
 /// Jobs that wait.
 const JOBS_MAX: usize = 256;
+/// What is asked where it comes in: steps and bytes of payloads in all.
+const BRIEF_STEPS: u64 = 20_000;
+const BRIEF_BYTES: usize = 16 << 10;
 
 /// What is declared for the topics of a pattern.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -44,8 +53,18 @@ pub struct Settings {
     pub burst: Option<u32>,
 }
 
-/// Settings as they are kept.
-pub type Description = SettingsRow;
+/// Settings as they are kept, and as this node applies them.
+#[derive(Debug, Clone)]
+pub struct Description {
+    /// As they were declared.
+    pub settings: Arc<SettingsRow>,
+    /// Why the schema is not asked, though it is declared: as one clause that follows "the schema".
+    pub schema_fault: Option<Arc<str>>,
+}
+
+/// Payloads that are not what the schemas of their topics say: the place of each among those asked about, the pattern whose schema it is,
+/// and where the payload does not match.
+pub type Mismatched = Vec<(usize, TopicPattern, Vec<Mismatch>)>;
 
 /// What a declaration did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +112,7 @@ enum Job {
 pub struct Handle {
     rules: watch::Receiver<Arc<Rules>>,
     jobs: mpsc::Sender<Job>,
+    asking: Asking,
 }
 
 impl Handle {
@@ -111,9 +131,6 @@ impl Handle {
         pattern: TopicPattern,
         settings: Settings,
     ) -> Result<(Description, Declared), Error> {
-        if let Some(text) = &settings.schema {
-            Schema::compile(text).map_err(Error::Schema)?;
-        }
         self.ask(|reply| Job::Declare(pattern, settings, reply))
             .await
     }
@@ -124,7 +141,9 @@ impl Handle {
     /// [`Error::NotFound`], or the database's.
     pub async fn describe(&self, pattern: &TopicPattern) -> Result<Description, Error> {
         let all = self.list().await?;
-        let found = all.into_iter().find(|row| row.pattern == *pattern);
+        let found = all
+            .into_iter()
+            .find(|found| found.settings.pattern == *pattern);
         found.ok_or_else(|| Error::NotFound {
             pattern: pattern.clone(),
         })
@@ -144,6 +163,106 @@ impl Handle {
     /// [`Error::NotFound`], or the database's.
     pub async fn delete(&self, pattern: &TopicPattern) -> Result<(), Error> {
         self.ask(|reply| Job::Delete(pattern.clone(), reply)).await
+    }
+
+    /// Asks the schemas of the messages' topics: all messages, or until `most_faults` have been found.
+    ///
+    /// # Errors
+    /// [`Error::Stopping`].
+    pub async fn find_mismatches(
+        &self,
+        messages: &[Message],
+        most_faults: usize,
+    ) -> Result<Mismatched, Error> {
+        let most = Most {
+            of_one: MISMATCHES_MAX,
+            of_all: most_faults,
+        };
+        self.find(messages, most).await
+    }
+
+    async fn find(&self, messages: &[Message], most: Most) -> Result<Mismatched, Error> {
+        let rules = self.rules();
+        let (mut steps, mut bytes) = (BRIEF_STEPS, BRIEF_BYTES);
+        let (mut asked, mut questions) = (Vec::new(), Vec::new());
+        for (place, message) in messages.iter().enumerate() {
+            // Nothing is declared at all.
+            let Some(applied) = rules.of(&message.topic) else {
+                break;
+            };
+            let Some((pattern, schema)) = &applied.schema else {
+                continue;
+            };
+            let left = bytes.checked_sub(message.data.bytes().len());
+            bytes = left.unwrap_or(0);
+            if left.is_some() && schema.check_briefly(&message.data, &mut steps).is_some() {
+                continue;
+            }
+            asked.push((place, pattern.clone()));
+            questions.push(Question {
+                schema: Arc::clone(schema),
+                data: message.data.clone(),
+            });
+        }
+        if questions.is_empty() {
+            return Ok(Vec::new());
+        }
+        let answers = self.asking.ask(questions, most).await;
+        let answers = answers.map_err(|Stopped| Error::Stopping)?;
+        let mismatched = asked.into_iter().zip(answers);
+        Ok(mismatched
+            .filter_map(|((place, pattern), answer)| Some((place, pattern, answer.err()?)))
+            .collect())
+    }
+
+    /// Why messages may not go to their topics by their schemas: the places of those that may not, each with one clause.
+    ///
+    /// # Errors
+    /// [`Error::Stopping`].
+    pub async fn find_refusals(&self, messages: &[Message]) -> Result<Vec<(usize, String)>, Error> {
+        let most = Most {
+            of_one: 1,
+            of_all: usize::MAX,
+        };
+        let mut refusals = Vec::new();
+        for (place, pattern, mismatches) in self.find(messages, most).await? {
+            if let Some(first) = mismatches.first() {
+                let at = match first.pointer.as_str() {
+                    "" => String::new(),
+                    pointer => format!(" at {pointer}"),
+                };
+                let reason = format!(
+                    "the payload does not match the schema of `{pattern}`{at}: {}",
+                    first.detail
+                );
+                refusals.push((place, reason));
+            }
+        }
+        Ok(refusals)
+    }
+
+    /// Why a message of the broker's own may not go to its topic, by its size or its schema, as one clause. `most` bounds every topic.
+    ///
+    /// # Errors
+    /// [`Error::Stopping`].
+    pub async fn find_refusal_within(
+        &self,
+        message: &Message,
+        most: usize,
+    ) -> Result<Option<String>, Error> {
+        let own = self
+            .rules()
+            .of(&message.topic)
+            .and_then(|applied| applied.max_bytes);
+        let own = own.and_then(|own| usize::try_from(own).ok());
+        let most = own.map_or(most, |own| own.min(most));
+        let size = message.data.bytes().len();
+        if size > most {
+            let reason = format!("the payload is {size} bytes long, at most {most} are allowed");
+            return Ok(Some(reason));
+        }
+        let refusals = self.find_refusals(std::slice::from_ref(message)).await?;
+        Ok(refusals.into_iter().next().map(|(_, reason)| reason))
     }
 
     /// Takes messages out of the rates of their topics: all, or none.
@@ -190,18 +309,22 @@ impl Handle {
 /// The database's.
 pub async fn start(db: Database, supervisor: &Supervisor) -> Result<Handle, Error> {
     let (version, rows) = sql::list(&db).await?;
-    let rules = Rules::new(version, rows, &Rules::default());
+    let asking = Asking::start(supervisor);
+    let rules = asking.run(move || Rules::new(version, rows, &Rules::default()));
+    let rules = rules.await.map_err(|Stopped| Error::Stopping)?;
     let (rules, watched) = watch::channel(Arc::new(rules));
     let (jobs, inbox) = mpsc::channel(JOBS_MAX);
     let task = Task {
         db,
         supervisor: supervisor.clone(),
         rules,
+        asking: asking.clone(),
     };
     supervisor.spawn("topic settings", OnEnd::StopProcess, task.run(inbox));
     Ok(Handle {
         rules: watched,
         jobs,
+        asking,
     })
 }
 
@@ -209,6 +332,7 @@ struct Task {
     db: Database,
     supervisor: Supervisor,
     rules: watch::Sender<Arc<Rules>>,
+    asking: Asking,
 }
 
 impl Task {
@@ -251,14 +375,23 @@ impl Task {
         }
     }
 
-    /// Reads all settings, applies them, and returns them.
+    /// Reads all settings if they have changed, applies them, and returns them.
     async fn reload(&self) -> Result<Vec<Description>, Error> {
-        let (version, rows) = sql::list(&self.db).await?;
-        if self.rules.borrow().version != version {
-            let rules = Rules::new(version, rows.clone(), &self.rules.borrow());
+        let known = self.rules.borrow().version;
+        if sql::read_version(&self.db).await? != known {
+            let (version, rows) = sql::list(&self.db).await?;
+            let before = Arc::clone(&self.rules.borrow());
+            let rules = self.asking.run(move || Rules::new(version, rows, &before));
+            let rules = rules.await.map_err(|Stopped| Error::Stopping)?;
             self.rules.send_replace(Arc::new(rules));
         }
-        Ok(rows)
+        let rules = self.rules.borrow();
+        let declared = rules.declared().into_iter();
+        let described = declared.map(|rule| Description {
+            settings: Arc::clone(&rule.row),
+            schema_fault: rule.schema_fault.clone(),
+        });
+        Ok(described.collect())
     }
 
     async fn declare(
@@ -266,6 +399,15 @@ impl Task {
         pattern: TopicPattern,
         settings: Settings,
     ) -> Result<(Description, Declared), Error> {
+        if let Some(text) = settings.schema.clone() {
+            let (pattern, rules) = (pattern.clone(), Arc::clone(&self.rules.borrow()));
+            let checked = self.asking.run(move || {
+                let schema = Schema::compile(&text)?;
+                rules.has_room(&pattern, &schema)
+            });
+            let checked = checked.await.map_err(|Stopped| Error::Stopping)?;
+            checked.map_err(Error::Schema)?;
+        }
         let numbers = (
             settings.max_bytes.map(i64::from),
             settings.rate_per_second,
@@ -278,11 +420,13 @@ impl Task {
             Stored::Changed => Declared::Changed,
             Stored::TooMany => return Err(Error::TooMany),
         };
-        let rows = self.reload().await?;
-        let row = rows.into_iter().find(|row| row.pattern == pattern);
+        let all = self.reload().await?;
+        let found = all
+            .into_iter()
+            .find(|found| found.settings.pattern == pattern);
         // Deleted by another node meanwhile.
-        let row = row.ok_or(Error::NotFound { pattern })?;
-        Ok((row, declared))
+        let found = found.ok_or(Error::NotFound { pattern })?;
+        Ok((found, declared))
     }
 
     async fn delete(&self, pattern: TopicPattern) -> Result<(), Error> {

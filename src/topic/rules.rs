@@ -1,16 +1,17 @@
 //! What applies to a topic: of each setting, that of the most specific pattern that has it.
 
 use std::cmp::Ordering;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use super::rate::Bucket;
-use super::schema::{Mismatch, Schema};
-use crate::domain::message::{Data, Message};
+use super::schema::Schema;
 use crate::domain::name::{Topic, TopicPattern};
 use crate::store::topic::SettingsRow;
 
+/// Memory of all schemas together, by their own measure.
+pub(super) const SCHEMAS_MAX_BYTES: usize = 128 << 20;
 /// Topics whose rules are remembered; beyond it they are looked up again.
 const APPLIED_MAX: usize = 100_000;
 
@@ -23,10 +24,13 @@ pub struct Rules {
     applied: RwLock<HashMap<Topic, Arc<Applied>>>,
 }
 
+/// What is declared for a pattern, ready to be applied.
 #[derive(Debug)]
-struct Rule {
-    row: SettingsRow,
+pub(super) struct Rule {
+    pub(super) row: Arc<SettingsRow>,
     schema: Option<Arc<Schema>>,
+    /// Why the schema is not asked.
+    pub(super) schema_fault: Option<Arc<str>>,
     bucket: Option<Arc<Bucket>>,
 }
 
@@ -41,30 +45,61 @@ pub struct Applied {
     pub(super) bucket: Option<(TopicPattern, Arc<Bucket>)>,
 }
 
-impl Applied {
-    /// Asks whether the payload is what the topic's schema says.
-    ///
-    /// # Errors
-    /// The pattern whose schema it is, and where the payload does not match.
-    pub fn check(&self, data: &Data) -> Result<(), (TopicPattern, Vec<Mismatch>)> {
-        match &self.schema {
-            Some((pattern, schema)) => schema
-                .check(data)
-                .map_err(|mismatches| (pattern.clone(), mismatches)),
-            None => Ok(()),
-        }
-    }
-}
-
 impl Rules {
-    /// Takes over what has not changed: a schema is compiled once, and a rate goes on where it was.
+    /// Takes over what has not changed: a schema is compiled once, also for several patterns, and a rate goes on where it was. It takes its
+    /// time, and the stack that schemas need.
     pub(super) fn new(version: i64, rows: Vec<SettingsRow>, before: &Self) -> Self {
-        let mut rules: Vec<Rule> = rows.into_iter().map(|row| Rule::new(row, before)).collect();
+        let mut compiled: HashMap<String, Arc<Schema>> = before
+            .rules
+            .iter()
+            .filter_map(|rule| rule.schema.as_ref())
+            .map(|schema| (schema.text().to_owned(), Arc::clone(schema)))
+            .collect();
+        let (mut used, mut bytes) = (HashSet::new(), 0);
+        let rows = rows.into_iter().map(|row| {
+            let schema = row.schema.as_deref().map(|text| {
+                let schema = find_or_compile(text, &mut compiled)?;
+                if !used.contains(text) {
+                    if bytes + schema.bytes() > SCHEMAS_MAX_BYTES {
+                        return Err(too_many_bytes());
+                    }
+                    bytes += schema.bytes();
+                    used.insert(text.to_owned());
+                }
+                Ok(schema)
+            });
+            Rule::new(row, schema, before)
+        });
+        let mut rules: Vec<Rule> = rows.collect();
         rules.sort_by(|left, right| specificity(&left.row.pattern, &right.row.pattern));
         Self {
             version,
             rules,
             applied: RwLock::default(),
+        }
+    }
+
+    /// What is declared, by pattern.
+    pub(super) fn declared(&self) -> Vec<&Rule> {
+        let mut rules: Vec<&Rule> = self.rules.iter().collect();
+        rules.sort_by(|left, right| left.row.pattern.as_str().cmp(right.row.pattern.as_str()));
+        rules
+    }
+
+    /// Whether a pattern's new schema finds room beside those of the others.
+    pub(super) fn has_room(&self, pattern: &TopicPattern, schema: &Schema) -> Result<(), String> {
+        let others = self
+            .rules
+            .iter()
+            .filter(|rule| rule.row.pattern != *pattern);
+        let mut sizes: HashMap<&str, usize> = others
+            .filter_map(|rule| rule.schema.as_ref())
+            .map(|schema| (schema.text(), schema.bytes()))
+            .collect();
+        sizes.insert(schema.text(), schema.bytes());
+        match sizes.values().sum::<usize>() > SCHEMAS_MAX_BYTES {
+            true => Err(too_many_bytes()),
+            false => Ok(()),
         }
     }
 
@@ -108,59 +143,26 @@ impl Rules {
         }
         applied
     }
-
-    /// Why a message of the broker's own may not go to its topic, by its size or its schema, as one clause. `most` bounds every topic.
-    #[must_use]
-    pub fn refusal_within(&self, message: &Message, most: usize) -> Option<String> {
-        let applied = self.of(&message.topic);
-        let own = applied.and_then(|applied| applied.max_bytes);
-        let own = own.and_then(|own| usize::try_from(own).ok());
-        let most = own.map_or(most, |own| own.min(most));
-        let size = message.data.bytes().len();
-        if size > most {
-            return Some(format!(
-                "the payload is {size} bytes long, at most {most} are allowed"
-            ));
-        }
-        self.refusal(message)
-    }
-
-    /// Why a message may not go to its topic by its schema, as one clause.
-    #[must_use]
-    pub fn refusal(&self, message: &Message) -> Option<String> {
-        let (pattern, mismatches) = self.of(&message.topic)?.check(&message.data).err()?;
-        let first = mismatches.first()?;
-        let place = match first.pointer.as_str() {
-            "" => String::new(),
-            pointer => format!(" at {pointer}"),
-        };
-        Some(format!(
-            "the payload does not match the schema of `{pattern}`{place}: {}",
-            first.detail
-        ))
-    }
 }
 
 impl Rule {
-    fn new(row: SettingsRow, before: &Rules) -> Self {
+    fn new(row: SettingsRow, schema: Option<Result<Arc<Schema>, String>>, before: &Rules) -> Self {
         let same = before
             .rules
             .iter()
             .find(|rule| rule.row.pattern == row.pattern);
-        let schema = row.schema.as_deref().and_then(|text| {
-            let known = same.and_then(|rule| rule.schema.as_ref());
-            if let Some(known) = known.filter(|known| known.text() == text) {
-                return Some(Arc::clone(known));
-            }
-            match Schema::compile(text) {
-                Ok(schema) => Some(Arc::new(schema)),
-                Err(reason) => {
-                    // It was compiled when it was declared: by another version of this program.
-                    tracing::error!(pattern = %row.pattern, reason, "a declared schema cannot be used: nothing is asked of these topics");
-                    None
+        let (schema, schema_fault) = match schema {
+            Some(Err(reason)) => {
+                // It was fit when it was declared: by another version of this program, or beside others at the same moment.
+                let is_known =
+                    same.is_some_and(|rule| rule.schema_fault.as_deref() == Some(&*reason));
+                if !is_known {
+                    tracing::error!(pattern = %row.pattern, reason, "a declared schema cannot be used: nothing is asked of these topics until it is declared anew");
                 }
+                (None, Some(reason.into()))
             }
-        });
+            found => (found.and_then(Result::ok), None),
+        };
         let bucket = row.rate_per_second.map(|rate| {
             let burst = burst(&row, rate);
             let known = same.and_then(|rule| rule.bucket.as_ref());
@@ -170,11 +172,31 @@ impl Rule {
             }
         });
         Self {
-            row,
+            row: Arc::new(row),
             schema,
+            schema_fault,
             bucket,
         }
     }
+}
+
+fn find_or_compile(
+    text: &str,
+    compiled: &mut HashMap<String, Arc<Schema>>,
+) -> Result<Arc<Schema>, String> {
+    if let Some(known) = compiled.get(text) {
+        return Ok(Arc::clone(known));
+    }
+    let schema = Arc::new(Schema::compile(text)?);
+    compiled.insert(text.to_owned(), Arc::clone(&schema));
+    Ok(schema)
+}
+
+fn too_many_bytes() -> String {
+    format!(
+        "does not fit beside the others: together they take more than {} MiB of memory",
+        SCHEMAS_MAX_BYTES >> 20
+    )
 }
 
 /// Without one, what comes in a second, and one at least.
@@ -233,6 +255,15 @@ mod tests {
             row("orders.created", Some(5), None),
         ];
         let rules = Rules::new(1, rows, &Rules::default());
+        let declared: Vec<&str> = rules
+            .declared()
+            .iter()
+            .map(|rule| rule.row.pattern.as_str())
+            .collect();
+        assert_eq!(
+            declared,
+            ["*.created", ">", "orders.*", "orders.>", "orders.created"]
+        );
         for (topic, max_bytes, rate) in [
             ("orders.created", 5, "orders.*"),
             ("orders.paid", 2, "orders.*"),
@@ -251,5 +282,74 @@ mod tests {
         let bucket =
             |rules: &Rules| Arc::clone(&rules.of(&topic).unwrap().bucket.as_ref().unwrap().1);
         assert!(Arc::ptr_eq(&bucket(&rules), &bucket(&next)));
+    }
+
+    #[test]
+    fn schemas_are_compiled_once_and_what_cannot_be_used_says_why() {
+        let with = |pattern: &str, schema: &str| SettingsRow {
+            schema: Some(schema.to_owned()),
+            ..row(pattern, None, None)
+        };
+        // Some 4 MiB each by their own measure, and no two alike.
+        let large = |number: usize| {
+            format!(
+                r#"{{"title": "{number}", "allOf": [{}]}}"#,
+                ["{}"; 9_000].join(",")
+            )
+        };
+        let of = |rules: &Rules, topic: &str| {
+            let applied = rules.of(&Topic::parse(topic).unwrap()).unwrap();
+            applied
+                .schema
+                .as_ref()
+                .map(|(_, schema)| Arc::clone(schema))
+        };
+        let rows = vec![
+            with("a", r#"{"type": "integer"}"#),
+            with("b", r#"{"type": "integer"}"#),
+            with("c", r##"{"allOf": [{"$ref": "#"}]}"##),
+        ];
+        let rules = Rules::new(1, rows.clone(), &Rules::default());
+        assert!(Arc::ptr_eq(
+            &of(&rules, "a").unwrap(),
+            &of(&rules, "b").unwrap()
+        ));
+        assert!(of(&rules, "c").is_none());
+        let faults: Vec<bool> = rules
+            .declared()
+            .iter()
+            .map(|rule| rule.schema_fault.is_some())
+            .collect();
+        assert_eq!(faults, [false, false, true]);
+        let next = Rules::new(2, rows, &rules);
+        assert!(Arc::ptr_eq(
+            &of(&rules, "a").unwrap(),
+            &of(&next, "a").unwrap()
+        ));
+
+        // Together no more than they may take: the first ones by pattern stay.
+        let one = Schema::compile(&large(0)).unwrap();
+        let fit = SCHEMAS_MAX_BYTES / one.bytes();
+        let rows = (0..fit + 2).map(|number| with(&format!("t{number:02}"), &large(number)));
+        let rules = Rules::new(1, rows.collect(), &Rules::default());
+        let used = rules
+            .declared()
+            .iter()
+            .filter(|rule| rule.schema_fault.is_none())
+            .count();
+        assert_eq!(used, fit);
+        let pattern = |text: &str| TopicPattern::parse(text).unwrap();
+        let refused = rules.has_room(&pattern("more"), &one);
+        // The same text again takes no room.
+        assert_eq!(refused, Ok(()));
+        let other = Schema::compile(&large(99)).unwrap();
+        assert!(
+            rules
+                .has_room(&pattern("more"), &other)
+                .unwrap_err()
+                .contains("does not fit")
+        );
+        // In the place of one that is there it does.
+        assert_eq!(rules.has_room(&pattern("t00"), &other), Ok(()));
     }
 }

@@ -418,7 +418,7 @@ async fn append(
             messages: Vec::new(),
         });
     }
-    topics::admit(&state.parts.topics, &messages, &place)?;
+    topics::admit(&state.parts.topics, &messages, &place).await?;
     let ids: Vec<String> = messages.iter().map(|message| message.id.clone()).collect();
     let member = Member::Publish {
         messages,

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::wire;
+use super::{topics, wire};
 use crate::domain::cloudevents;
 use crate::domain::name::{ScheduleName, Topic};
 use crate::domain::schedule::{Cadence, CadenceError, Declaration, Misfire};
@@ -20,6 +20,7 @@ use crate::http::openapi::{NoSchedule, Reads, SchedulesFull, Writes};
 use crate::http::problem::Problem;
 use crate::http::state::State;
 use crate::stream::{Declared, ScheduleDescription, check_event};
+use crate::topic;
 
 /// Occurrences shown of what comes next.
 const NEXT_SHOWN: i64 = 5;
@@ -166,7 +167,7 @@ impl View {
 }
 
 impl Body {
-    fn checked(
+    async fn checked(
         self,
         name: &ScheduleName,
         state: &State,
@@ -207,20 +208,20 @@ impl Body {
             event: without_specversion(event),
         };
         let mut check = Check::default();
-        check_occurrence(name, &declaration, state, now, &mut check);
+        check_occurrence(name, &declaration, state, now, &mut check).await?;
         check.finish()?;
         Ok(declaration)
     }
 }
 
 /// Refuses an event that could not be published: what every message must be, and what its topic takes.
-fn check_occurrence(
+async fn check_occurrence(
     name: &ScheduleName,
     declaration: &Declaration,
     state: &State,
     now: DateTime<Utc>,
     check: &mut Check,
-) {
+) -> Result<(), Problem> {
     let message = match check_event(name, declaration, now) {
         Ok(message) => message,
         Err(cloudevents::Error::Invalid(faults)) => {
@@ -231,9 +232,12 @@ fn check_occurrence(
                 };
                 check.fault(pointer, fault.detail);
             }
-            return;
+            return Ok(());
         }
-        Err(error) => return check.fault("/event", error.to_string()),
+        Err(error) => {
+            check.fault("/event", error.to_string());
+            return Ok(());
+        }
     };
     let applied = state.parts.topics.rules().of(&declaration.topic);
     let most = applied.as_ref().and_then(|applied| applied.max_bytes);
@@ -245,8 +249,9 @@ fn check_occurrence(
         let detail = format!("{size} bytes, at most {most} are allowed");
         check.fault("/event/data", detail);
     }
-    let matched = applied.map_or(Ok(()), |applied| applied.check(&message.data));
-    if let Err((pattern, mismatches)) = matched {
+    let message = std::slice::from_ref(&message);
+    let found = topics::mismatches(&state.parts.topics, message, topic::MISMATCHES_MAX).await?;
+    for (_, pattern, mismatches) in found {
         for mismatch in mismatches {
             let detail = format!(
                 "not what the schema of `{pattern}` allows: {}",
@@ -255,6 +260,7 @@ fn check_occurrence(
             check.fault(format!("/event/data{}", mismatch.pointer), detail);
         }
     }
+    Ok(())
 }
 
 /// Refuses what an occurrence has of its own.
@@ -329,7 +335,7 @@ async fn declare(
 ) -> Result<Response, Problem> {
     query.finish()?;
     let now = state.parts.cluster.now();
-    let declaration = body.checked(&name, &state, now)?;
+    let declaration = body.checked(&name, &state, now).await?;
     let declared = state.parts.stream.declare_schedule(name, declaration).await;
     let (schedule, declared) = declared?;
     let status = match declared {

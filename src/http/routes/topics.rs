@@ -1,5 +1,7 @@
 //! Settings of topics: declare, describe, list, delete; and their application to what is published over HTTP.
 
+use std::time::Duration;
+
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
@@ -25,6 +27,8 @@ const RATE_MAX: f64 = 1_000_000.0;
 const BURST_MAX: i64 = 1_000_000;
 /// Faults that one answer names.
 const ERRORS_MAX: usize = 100;
+/// How long a request waits for the answer of the schemas.
+const ASKING_MAX: Duration = Duration::from_secs(10);
 
 /// What may be published to the topics of a pattern. Everything is optional; what is left out is not limited, also when it
 /// was before. Of each setting, that of the most specific pattern counts that has it: token by token, a name before `*`
@@ -67,6 +71,9 @@ struct TopicSettings {
     created_at: String,
     #[schema(format = DateTime)]
     changed_at: String,
+    /// Why the schema is not asked although it is declared; null in general. A schema is refused when it is declared, so this is for
+    /// one that another version of the program took. Until it is declared anew, everything is published.
+    schema_fault: Option<String>,
 }
 
 /// The settings of the topics of a pattern, without the schema itself.
@@ -81,6 +88,8 @@ struct TopicSummary {
     burst: Option<i64>,
     #[schema(format = DateTime)]
     changed_at: String,
+    /// Why the schema is not asked although it is declared; null in general.
+    schema_fault: Option<String>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -99,10 +108,13 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 }
 
 impl From<Description> for TopicSettings {
-    fn from(row: Description) -> Self {
+    fn from(found: Description) -> Self {
+        let row = &found.settings;
+        let schema = row.schema.clone();
         Self {
             topic: row.pattern.to_string(),
-            schema: row.schema.and_then(|text| RawValue::from_string(text).ok()),
+            schema: schema.and_then(|text| RawValue::from_string(text).ok()),
+            schema_fault: found.schema_fault.map(|reason| reason.to_string()),
             max_bytes: row.max_bytes,
             rate_per_second: row.rate_per_second,
             burst: row.burst,
@@ -157,14 +169,15 @@ impl Declaration {
 )]
 async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, Problem> {
     query.finish()?;
-    let rows = state.parts.topics.list().await?;
-    let topics = rows.into_iter().map(|row| TopicSummary {
-        topic: row.pattern.to_string(),
-        has_schema: row.schema.is_some(),
-        max_bytes: row.max_bytes,
-        rate_per_second: row.rate_per_second,
-        burst: row.burst,
-        changed_at: wire::time(row.changed_at),
+    let all = state.parts.topics.list().await?;
+    let topics = all.into_iter().map(|found| TopicSummary {
+        topic: found.settings.pattern.to_string(),
+        has_schema: found.settings.schema.is_some(),
+        max_bytes: found.settings.max_bytes,
+        rate_per_second: found.settings.rate_per_second,
+        burst: found.settings.burst,
+        changed_at: wire::time(found.settings.changed_at),
+        schema_fault: found.schema_fault.map(|reason| reason.to_string()),
     });
     let topics = topics.collect();
     Ok(wire::json(StatusCode::OK, &Topics { topics }))
@@ -192,12 +205,12 @@ async fn declare(
 ) -> Result<Response, Problem> {
     query.finish()?;
     let settings = declaration.settings()?;
-    let (row, declared) = state.parts.topics.declare(pattern, settings).await?;
+    let (found, declared) = state.parts.topics.declare(pattern, settings).await?;
     let status = match declared {
         Declared::Created => StatusCode::CREATED,
         Declared::Changed => StatusCode::OK,
     };
-    Ok(wire::json(status, &TopicSettings::from(row)))
+    Ok(wire::json(status, &TopicSettings::from(found)))
 }
 
 /// Describe the settings that are declared for exactly this topic or pattern.
@@ -235,7 +248,7 @@ async fn delete(
 }
 
 /// Refuses messages that the settings of their topics do not let through: all, if one. `place` is the JSON pointer of each.
-pub(super) fn admit(
+pub(super) async fn admit(
     topics: &topic::Handle,
     messages: &[Message],
     place: impl Fn(usize) -> String,
@@ -243,7 +256,6 @@ pub(super) fn admit(
     let rules = topics.rules();
     let mut large = Vec::new();
     let mut limit = u64::MAX;
-    let mut mismatched = Vec::new();
     for (index, message) in messages.iter().enumerate() {
         // Nothing is declared at all.
         let Some(applied) = rules.of(&message.topic) else {
@@ -257,17 +269,6 @@ pub(super) fn admit(
                 detail: format!("{size} bytes of payload"),
                 allowed: Some(format!("at most {most} bytes for `{}`", message.topic)),
             });
-        } else if mismatched.len() < ERRORS_MAX
-            && let Err((pattern, mismatches)) = applied.check(&message.data)
-        {
-            mismatched.extend(mismatches.into_iter().map(|mismatch| FieldError {
-                place: Place::Pointer(place(index)),
-                detail: match mismatch.pointer.as_str() {
-                    "" => mismatch.detail,
-                    pointer => format!("at {pointer} of the payload: {}", mismatch.detail),
-                },
-                allowed: Some(format!("what the schema of `{pattern}` allows")),
-            }));
         }
     }
     if !large.is_empty() {
@@ -277,10 +278,23 @@ pub(super) fn admit(
             .with_errors(large)
             .with("limit_bytes", limit));
     }
-    if let Some(first) = mismatched.first() {
+    drop(rules);
+    let found = mismatches(topics, messages, ERRORS_MAX).await?;
+    let errors = found.into_iter().flat_map(|(index, pattern, mismatches)| {
+        let at = Place::Pointer(place(index));
+        mismatches.into_iter().map(move |mismatch| FieldError {
+            place: at.clone(),
+            detail: match mismatch.pointer.as_str() {
+                "" => mismatch.detail,
+                pointer => format!("at {pointer} of the payload: {}", mismatch.detail),
+            },
+            allowed: Some(format!("what the schema of `{pattern}` allows")),
+        })
+    });
+    let errors: Vec<FieldError> = errors.take(ERRORS_MAX).collect();
+    if let Some(first) = errors.first() {
         let detail = first.detail.clone();
-        mismatched.truncate(ERRORS_MAX);
-        return Err(Problem::new(Kind::SchemaMismatch, detail).with_errors(mismatched));
+        return Err(Problem::new(Kind::SchemaMismatch, detail).with_errors(errors));
     }
     topics.admit(messages).map_err(|(wait, pattern)| {
         let seconds = u32::try_from(wait.as_secs())
@@ -291,4 +305,23 @@ pub(super) fn admit(
             .retry_after(seconds)
             .with("topics", pattern.as_str())
     })
+}
+
+/// Asks the schemas of the messages' topics, for as long as a client waits.
+pub(super) async fn mismatches(
+    topics: &topic::Handle,
+    messages: &[Message],
+    most_faults: usize,
+) -> Result<topic::Mismatched, Problem> {
+    let asked = topics.find_mismatches(messages, most_faults);
+    match tokio::time::timeout(ASKING_MAX, asked).await {
+        Ok(found) => Ok(found?),
+        Err(_) => {
+            let detail = format!(
+                "asking the schemas of the topics took more than {} seconds: send fewer messages at once, or later",
+                ASKING_MAX.as_secs()
+            );
+            Err(Problem::new(Kind::Unavailable, detail).retry_after(1))
+        }
+    }
 }

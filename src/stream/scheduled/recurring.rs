@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +26,8 @@ const RELOAD: Duration = Duration::from_secs(1);
 /// How long one that the database refuses waits to be tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
-type Check = dyn Fn(&Message) -> Result<(), String> + Send + Sync;
+type Answer = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+type Check = dyn Fn(Message) -> Answer + Send + Sync;
 
 /// What is asked of each occurrence before it is published: whether its topic takes the message, and if not, why, as one clause. The
 /// engine knows nothing of the settings of topics. Without one, every message is taken.
@@ -33,12 +36,18 @@ pub struct Acceptance(Option<Arc<Check>>);
 
 impl Acceptance {
     /// Asks this.
-    pub fn new(check: impl Fn(&Message) -> Result<(), String> + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(check)))
+    pub fn new<F>(check: impl Fn(Message) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Result<(), String>> + Send + 'static,
+    {
+        Self(Some(Arc::new(move |message| Box::pin(check(message)))))
     }
 
-    fn check(&self, message: &Message) -> Result<(), String> {
-        self.0.as_ref().map_or(Ok(()), |check| check(message))
+    async fn check(&self, message: &Message) -> Result<(), String> {
+        match &self.0 {
+            Some(check) => check(message.clone()).await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -300,8 +309,11 @@ async fn publish(
     };
     let message = message(&one.name, &one.declaration, last);
     let message = message.map_err(|error| format!("the event is not valid: {error}"));
-    let is_taken = |message| acceptance.check(&message).map(|()| message);
-    let (pass, reason, outcome) = match message.and_then(is_taken) {
+    let message = match message {
+        Ok(message) => acceptance.check(&message).await.map(|()| message),
+        refused => refused,
+    };
+    let (pass, reason, outcome) = match message {
         Ok(message) => {
             let error = match fire(connection, router, (id, one), due, (&message, witness)).await {
                 Ok(Fired::Fired) => return Ok(Outcome::Published),

@@ -18,6 +18,7 @@ mod receive;
 mod refusals;
 mod scheduled;
 mod schedules;
+mod schemas;
 mod topics;
 mod vectors;
 

@@ -190,6 +190,72 @@ async fn a_key_stands_for_one_request() {
 }
 
 #[tokio::test]
+async fn a_changed_message_is_no_repeat() {
+    let api = Api::start().await;
+    let soon = (chrono::Utc::now() + chrono::TimeDelta::days(1)).to_rfc3339();
+    let later = (chrono::Utc::now() + chrono::TimeDelta::days(30)).to_rfc3339();
+    let original = [
+        ("ce-partitionkey", "k"),
+        ("ce-type", "t"),
+        ("ce-subject", "s"),
+        ("ce-dataschema", "/d"),
+        ("ce-ext", "1"),
+        ("ce-deliverat", &*soon),
+        ("ce-time", "2026-01-01T00:00:00Z"),
+        ("traceparent", TRACE),
+    ];
+    // Known by the key of the request, and by an id of its own.
+    for (name, value) in [("idempotency-key", "checkout-7"), ("ce-id", "own")] {
+        let publish = async |changed: (&'static str, &str), content_type: &str| {
+            let mut headers: Vec<(&str, &str)> = vec![(name, value)];
+            headers.extend(original.iter().filter(|(name, _)| *name != changed.0));
+            if !changed.1.is_empty() {
+                headers.push(changed);
+            }
+            api.publish("orders", content_type, &headers, "1").await
+        };
+        let json = "application/json";
+        let first = publish(("x-none", ""), json).await;
+        assert_eq!(first.body["messages"][0]["duplicate"], false, "{first:?}");
+        for (changed, to) in [
+            ("ce-partitionkey", "other"),
+            ("ce-partitionkey", ""),
+            ("ce-type", "other"),
+            ("ce-subject", "other"),
+            ("ce-dataschema", ""),
+            ("ce-ext", "2"),
+            ("ce-more", "1"),
+            ("ce-deliverat", &*later),
+            ("ce-deliverat", ""),
+        ] {
+            let refused = publish((changed, to), json).await;
+            assert_problem(&refused, 409, "id-conflict");
+        }
+        let refused = publish(("x-none", ""), "application/vnd.a+json").await;
+        assert_problem(&refused, 409, "id-conflict");
+        // What is of the sending may be another one.
+        for (changed, to) in [
+            ("x-none", ""),
+            ("ce-time", "2026-01-01T00:00:01Z"),
+            ("ce-time", ""),
+            ("traceparent", ""),
+            ("ce-recordedtime", "2026-01-01T00:00:01Z"),
+        ] {
+            let again = publish((changed, to), json).await;
+            assert_eq!(
+                again.body["messages"][0]["duplicate"], true,
+                "{changed}: {again:?}"
+            );
+            assert_eq!(
+                again.body["messages"][0]["scheduled"],
+                first.body["messages"][0]["scheduled"]
+            );
+        }
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
 async fn what_travels_with_a_message_arrives_untouched() {
     let api = Api::start().await;
     api.queue("all", json!({"topics": [">"]})).await;
