@@ -2,7 +2,7 @@
 //! uses; it is an insert with types around it, and may be copied instead of depended upon.
 //!
 //! What the database would refuse, it refuses here too: the constraint that says so is in [`Error::Refused`]. The insert needs the
-//! rights of the role `postroad_producer` and no more.
+//! rights of the database's role `postroad_producer_…` and no more.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;

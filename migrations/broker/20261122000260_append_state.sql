@@ -68,6 +68,9 @@ create table postroad_broker.append_journal (
     primary key (bucket, incarnation, number)
 ) partition by list (bucket);
 
+-- Nothing here updates or deletes its rows; where there is a publication for all tables, whoever does so by hand may.
+alter table postroad_broker.recent_id replica identity full;
+
 do $$
 begin
     for bucket in 0..4 loop
@@ -75,6 +78,7 @@ begin
             'create table postroad_broker.recent_id_%1$s partition of postroad_broker.recent_id '
             'for values in (%1$s) with (autovacuum_enabled = false)', bucket);
         execute format('create unique index on postroad_broker.recent_id_%s (identity)', bucket);
+        execute format('alter table postroad_broker.recent_id_%s replica identity full', bucket);
     end loop;
     for bucket in 0..3 loop
         execute format(

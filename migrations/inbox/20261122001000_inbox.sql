@@ -29,6 +29,9 @@ create table postroad.inbox (
     constraint inbox_id_is_1_to_1024_bytes check (octet_length(id) between 1 and 1024)
 ) partition by range (queue, "offset");
 
+-- Entries are never updated. Where there is a publication for all tables, whoever deletes some by hand may.
+alter table postroad.inbox replica identity full;
+
 comment on table postroad.inbox is 'Messages whose work is done. Written by postroad.inbox_accept, in the transaction of the work.';
 
 create sequence postroad.inbox_leaf_number as bigint;
@@ -132,6 +135,7 @@ begin
         'create table postroad.%I (like postroad.inbox including all) with (autovacuum_enabled = false, toast.autovacuum_enabled = false)',
         v_name);
     execute format('create unique index on postroad.%I (id, source)', v_name);
+    execute format('alter table postroad.%I replica identity full', v_name);
     execute format(
         'alter table postroad.inbox attach partition postroad.%I for values from (%L, %s) to (%L, %s)',
         v_name, p_queue, v_first, p_queue, v_last + 1);

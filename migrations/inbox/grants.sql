@@ -1,19 +1,12 @@
--- The role of consumers and what it may do. Not a migration: run at the end of every install, since roles belong to the
--- cluster and can be missing in a restored one. The role is made where that is allowed and missing; without it, no grants.
+-- What the role of consumers may do. Without it, no grants.
 do $postroad$
+declare
+    consumer constant text := postroad.make_role('consumer');
 begin
-    if not exists (select from pg_catalog.pg_roles where rolname = 'postroad_consumer') then
-        begin
-            create role postroad_consumer nologin;
-        exception
-            -- Another database of this cluster is being installed at the same time.
-            when duplicate_object or unique_violation then null;
-            when insufficient_privilege then
-                raise notice 'postroad: % may not create the role postroad_consumer: grants are skipped; create it and install again', current_user;
-                return;
-        end;
+    if consumer is null then
+        return;
     end if;
-    grant usage on schema postroad to postroad_consumer;
-    grant execute on function postroad.inbox_accept(text, text, text, bigint) to postroad_consumer;
+    execute format('grant usage on schema postroad to %I', consumer);
+    execute format('grant execute on function postroad.inbox_accept(text, text, text, bigint) to %I', consumer);
 end
 $postroad$;

@@ -9,13 +9,21 @@ create table postroad.mapped_outbox (
     xid_column text,
     seq_column text,
     installed_at timestamptz not null default clock_timestamp(),
-    -- Who relays it: the first broker that did, and as which of its origins. Two would take rows from each other.
-    broker uuid,
-    origin text,
-    claimed_at timestamptz,
-    constraint mapped_outbox_is_claimed_whole check ((broker is null) = (origin is null) and (broker is null) = (claimed_at is null)),
     constraint mapped_outbox_has_both_or_none check ((xid_column is null) = (seq_column is null))
 );
+
+-- Who relays them, as in postroad.relay_claim.
+create table postroad.mapped_claim (
+    table_name text not null,
+    broker uuid not null,
+    origin_id integer not null,
+    origin text not null,
+    salt uuid not null,
+    claimed_at timestamptz not null default clock_timestamp(),
+    released_at timestamptz,
+    primary key (table_name, broker, origin_id)
+);
+create unique index mapped_claim_one on postroad.mapped_claim (table_name) where released_at is null;
 
 -- The relays' marks, as in postroad.relay_mark: a position whose mark is missing was made in a future that this database has lost.
 create table postroad.mapped_mark (
@@ -28,20 +36,121 @@ create table postroad.mapped_mark (
 -- stored position has a lower number was restored from a backup, and no longer has messages that are gone from here.
 create table postroad.mapped_emptied (
     broker uuid not null,
+    origin_id integer not null,
     table_name text not null,
     number bigint not null,
     emptied_at timestamptz not null default clock_timestamp(),
-    primary key (broker, table_name, number)
+    primary key (broker, origin_id, table_name, number)
 );
+
+-- Code of others that reading a table, or deleting or updating its rows, would run with the rights of who does it: nobody's code is to run as
+-- another, and a table's owner may add to it what he likes. Looked for among triggers and rules of that event, and in everything that a planner
+-- evaluates while it only looks at the table: expressions of indexes, of generated columns, of constraints, of partitions and of statistics,
+-- and the casts and checks of its columns' types. Code is of others if its role could do less than the role that runs it: not if that role
+-- is a superuser or a member of the running role. `event` is select, delete or update. Empty when there is nothing.
+create function postroad.mapped_code(mapped_table text, event text) returns text[]
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+-- Planned once: it takes ten times what it takes to run.
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+    found_code text[];
+begin
+    with recursive tree (id) as (
+        select mapped_code.mapped_table::regclass::oid
+        union
+        select i.inhrelid from pg_inherits as i join tree on i.inhparent = tree.id
+    ),
+    untrusted (id, name) as materialized (
+        select r.oid, r.rolname from pg_roles as r where not (r.rolsuper or pg_has_role(r.oid, current_user, 'member'))
+    ),
+    columns (type) as (
+        select distinct a.atttypid from pg_attribute as a join tree on a.attrelid = tree.id where a.attnum > 0 and not a.attisdropped
+    ),
+    part (class, id, what) as (
+        select 'pg_class'::regclass::oid, tree.id, 'the table itself' from tree
+        union all
+        select 'pg_class'::regclass, i.indexrelid, 'the index ' || i.indexrelid::regclass from pg_index as i join tree on i.indrelid = tree.id
+        union all
+        select 'pg_constraint'::regclass, c.oid, 'the constraint ' || c.conname from pg_constraint as c join tree on c.conrelid = tree.id
+        union all
+        select 'pg_constraint'::regclass, c.oid, 'the constraint ' || c.conname from pg_constraint as c join columns on c.contypid = columns.type
+        union all
+        select 'pg_attrdef'::regclass, d.oid, 'the generated column ' || a.attname
+        from pg_attrdef as d join tree on d.adrelid = tree.id
+        join pg_attribute as a on a.attrelid = d.adrelid and a.attnum = d.adnum and a.attgenerated <> ''
+        union all
+        select 'pg_statistic_ext'::regclass, x.oid, 'the statistics ' || x.stxname from pg_statistic_ext as x join tree on x.stxrelid = tree.id
+        union all
+        select 'pg_policy'::regclass, y.oid, 'the policy ' || y.polname from pg_policy as y join tree on y.polrelid = tree.id
+        union all
+        select 'pg_trigger'::regclass, t.oid, 'the trigger ' || t.tgname
+        from pg_trigger as t join tree on t.tgrelid = tree.id
+        where not t.tgisinternal and t.tgenabled <> 'D' and t.tgtype & case mapped_code.event when 'delete' then 8 when 'update' then 16 else 0 end <> 0
+    ),
+    called (what, owner) as (
+        select part.what, p.proowner
+        from part
+        join pg_depend as d on d.classid = part.class and d.objid = part.id and d.refclassid = 'pg_proc'::regclass
+        join pg_proc as p on p.oid = d.refobjid
+        union all
+        select part.what, owner.id
+        from part
+        join pg_depend as d on d.classid = part.class and d.objid = part.id and d.refclassid = 'pg_operator'::regclass
+        join pg_operator as o on o.oid = d.refobjid
+        join pg_proc as p on p.oid = o.oprcode
+        cross join lateral (values (o.oprowner), (p.proowner)) as owner (id)
+        union all
+        select 'a cast of the type ' || columns.type::regtype, p.proowner
+        from columns
+        join pg_cast as k on columns.type in (k.castsource, k.casttarget)
+        join pg_proc as p on p.oid = k.castfunc
+        union all
+        select 'the rule ' || r.rulename, c.relowner
+        from pg_rewrite as r join tree on r.ev_class = tree.id join pg_class as c on c.oid = tree.id
+        where r.ev_enabled <> 'D' and r.ev_type = case mapped_code.event when 'delete' then '4' when 'update' then '2' else '1' end::"char"
+    )
+    select array_agg(distinct called.what || ' (of the role ' || untrusted.name || ')') into found_code
+    from called join untrusted on untrusted.id = called.owner;
+    return coalesce(found_code, '{}');
+end
+$$;
+
+-- Has nobody add to a table until the transaction ends, and refuses it if rows cannot be deleted or updated without running code of others.
+create function postroad.mapped_guard(mapped_table text, event text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    found_code text[];
+begin
+    execute format('lock table %s in row exclusive mode', mapped_table::regclass);
+    -- What is left to look at is looked at when a relay connects, and need not be for each batch: only these run for a delete alone.
+    if event = 'delete' and not exists (
+        select from pg_class as c where c.oid = mapped_table::regclass and (c.relhastriggers or c.relhasrules or c.relhassubclass)
+    ) then
+        return;
+    end if;
+    found_code := postroad.mapped_code(mapped_table, event);
+    if found_code <> '{}' then
+        raise exception 'to % rows of % would run code of others with the rights of %: %', event, mapped_table, current_user,
+            array_to_string(found_code, ', ')
+            using errcode = 'insufficient_privilege',
+                hint = format('Take it out, or give those roles what they would gain: grant %I to them.', current_user);
+    end if;
+end
+$$;
 
 -- As postroad.relay_restamp, for a listed table: rows that came from another life of the database get an id of this one, and the
 -- sequence of the numbers is moved past the highest. A relay's role may not update: owned by whoever installs, and the
--- names are those that whoever installs has listed.
+-- names are those that whoever installs has listed. The table may be of another owner: it is looked at first, and rows are
+-- changed only where that runs no code of his.
 create function postroad.mapped_restamp(mapped_table text) returns bigint
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
     listed record;
-    restamped bigint;
+    is_needed boolean;
+    restamped bigint := 0;
     highest bigint;
     numbers text;
     next_number bigint;
@@ -51,10 +160,19 @@ begin
     if not found then
         return 0;
     end if;
+    if postroad.mapped_code(listed.table_name, 'select') <> '{}' then
+        perform postroad.mapped_guard(listed.table_name, 'select');
+    end if;
     execute format(
-        'update %1$s set %2$I = pg_current_xact_id() where %2$I >= pg_snapshot_xmin(pg_current_snapshot()) '
-        'and not pg_visible_in_snapshot(%2$I, pg_current_snapshot())', listed.table_name, listed.xid_column);
-    get diagnostics restamped = row_count;
+        'select exists (select from %1$s where %2$I >= pg_snapshot_xmin(pg_current_snapshot()) '
+        'and not pg_visible_in_snapshot(%2$I, pg_current_snapshot()))', listed.table_name, listed.xid_column) into is_needed;
+    if is_needed then
+        perform postroad.mapped_guard(listed.table_name, 'update');
+        execute format(
+            'update %1$s set %2$I = pg_current_xact_id() where %2$I >= pg_snapshot_xmin(pg_current_snapshot()) '
+            'and not pg_visible_in_snapshot(%2$I, pg_current_snapshot())', listed.table_name, listed.xid_column);
+        get diagnostics restamped = row_count;
+    end if;
     numbers := pg_get_serial_sequence(listed.table_name, listed.seq_column);
     if numbers is not null then
         execute format('select max(%I) from %s', listed.seq_column, listed.table_name) into highest;
@@ -66,4 +184,4 @@ begin
     return restamped;
 end
 $$;
-revoke all on function postroad.mapped_restamp(text) from public;
+revoke all on function postroad.mapped_code(text, text), postroad.mapped_guard(text, text), postroad.mapped_restamp(text) from public;

@@ -157,6 +157,18 @@ create table postroad.outbox_5 partition of postroad.outbox for values in (5) wi
 create table postroad.outbox_6 partition of postroad.outbox for values in (6) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
 create table postroad.outbox_7 partition of postroad.outbox for values in (7) with (autovacuum_enabled = false, toast.autovacuum_enabled = false);
 
+-- Rows are updated only by a restamp, below. A publication for all tables, as tools for change data capture make, refuses an update where
+-- there is nothing to tell the rows of a subscriber by. Costs inserts and TRUNCATE nothing.
+alter table postroad.outbox replica identity full;
+alter table postroad.outbox_0 replica identity full;
+alter table postroad.outbox_1 replica identity full;
+alter table postroad.outbox_2 replica identity full;
+alter table postroad.outbox_3 replica identity full;
+alter table postroad.outbox_4 replica identity full;
+alter table postroad.outbox_5 replica identity full;
+alter table postroad.outbox_6 replica identity full;
+alter table postroad.outbox_7 replica identity full;
+
 -- The one index. Its being valid also tells the relay that a dump has been restored to its end: pg_restore makes indexes last.
 create index outbox_xid on postroad.outbox (xid);
 
@@ -170,9 +182,12 @@ create table postroad.relay_mark (
 -- Up to which of a broker's positions rows have left by TRUNCATE: written by the transaction that empties a leaf. A broker
 -- whose stored position has a lower number was restored from a backup, and no longer has messages that are gone from here.
 create table postroad.relay_emptied (
-    broker uuid primary key,
+    broker uuid not null,
+    -- The number of its origin: under another one it is another position.
+    origin_id integer not null,
     number bigint not null,
-    emptied_at timestamptz not null default clock_timestamp()
+    emptied_at timestamptz not null default clock_timestamp(),
+    primary key (broker, origin_id)
 );
 
 -- When each leaf was emptied last, by the broker's clock: no row in it is older, so a re-relay need not look further back in the streams.
@@ -180,6 +195,23 @@ create table postroad.outbox_leaf (
     leaf smallint primary key,
     emptied_at timestamptz not null
 );
+
+-- Who relays this outbox, and who did. One at a time: two would each take away what the other has not read. The first that comes
+-- writes itself down, and any other is refused until its claim is released.
+create table postroad.relay_claim (
+    -- The outbox itself.
+    table_name text not null,
+    broker uuid not null,
+    -- The broker's number of its origin, which stays when the origin is given another name.
+    origin_id integer not null,
+    origin text not null,
+    -- The history that the broker's database was in: a copy of it, with the same id, is in another.
+    salt uuid not null,
+    claimed_at timestamptz not null default clock_timestamp(),
+    released_at timestamptz,
+    primary key (table_name, broker, origin_id)
+);
+create unique index relay_claim_one on postroad.relay_claim (table_name) where released_at is null;
 
 -- Called by a relay that found this database gone back in time (restored, failed over, crashed with transactions not yet
 -- flushed). Rows that were restored from elsewhere can carry transaction ids that this cluster has not handed out yet, or has
@@ -191,12 +223,17 @@ create table postroad.outbox_leaf (
 create function postroad.relay_restamp() returns bigint
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-    restamped bigint;
+    restamped bigint := 0;
     highest bigint;
 begin
-    update postroad.outbox set xid = pg_current_xact_id()
-        where xid >= pg_snapshot_xmin(pg_current_snapshot()) and not pg_visible_in_snapshot(xid, pg_current_snapshot());
-    get diagnostics restamped = row_count;
+    if exists (
+        select from postroad.outbox
+        where xid >= pg_snapshot_xmin(pg_current_snapshot()) and not pg_visible_in_snapshot(xid, pg_current_snapshot())
+    ) then
+        update postroad.outbox set xid = pg_current_xact_id()
+            where xid >= pg_snapshot_xmin(pg_current_snapshot()) and not pg_visible_in_snapshot(xid, pg_current_snapshot());
+        get diagnostics restamped = row_count;
+    end if;
     select max(seq) into highest from postroad.outbox;
     if highest >= (select case when is_called then last_value + 1 else last_value end from postroad.outbox_seq) then
         perform setval('postroad.outbox_seq', highest + 10000);

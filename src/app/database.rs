@@ -37,7 +37,7 @@ pub(super) async fn prepare(
                 if grants == Grants::Skipped {
                     tracing::warn!(
                         database = %database.place(),
-                        "the roles postroad_producer and postroad_relay are missing, and this user may not create them; \
+                        "the roles postroad_producer_… and postroad_relay_… of this database are missing, and this user may not create them; \
                          services that use other roles cannot write to the outbox"
                     );
                 }

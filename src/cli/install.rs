@@ -39,31 +39,46 @@ pub(super) struct Install {
 #[derive(Clone, Copy)]
 struct Side {
     name: &'static str,
-    roles: &'static str,
-    next: &'static str,
+    /// Kinds of roles, and who is to be granted each.
+    roles: &'static [(&'static str, &'static str)],
     script: fn() -> String,
 }
 
 const OUTBOX: Side = Side {
     name: "outbox",
-    roles: "postroad_producer and postroad_relay",
-    next: "grant your services the role postroad_producer, and the relay's user postroad_relay",
+    roles: &[("producer", "your services"), ("relay", "the relay's user")],
     script: migrate::origin_sql,
 };
 
 const INBOX: Side = Side {
     name: "inbox",
-    roles: "postroad_consumer",
-    next: "grant your services the role postroad_consumer",
+    roles: &[("consumer", "your services")],
     script: migrate::inbox_sql,
 };
 
 const FENCE: Side = Side {
     name: "fence",
-    roles: "postroad_fenced",
-    next: "grant your services the role postroad_fenced",
+    roles: &[("fenced", "your services")],
     script: migrate::fence_sql,
 };
+
+/// Says whom to grant which role, or which roles are missing.
+async fn told(database: &Database, grants: Grants, roles: &[(&str, &str)]) -> anyhow::Result<()> {
+    let kinds: Vec<&str> = roles.iter().map(|(kind, _)| *kind).collect();
+    let names = migrate::role_names(database, &kinds).await?;
+    match grants {
+        Grants::Given => {
+            for (name, (_, whom)) in names.iter().zip(roles) {
+                say!("grant {whom} the role {name}");
+            }
+        }
+        Grants::Skipped => say!(
+            "{} must exist, and this user may not create roles: have them created, then install again",
+            names.join(" and ")
+        ),
+    }
+    Ok(())
+}
 
 impl Install {
     const fn side(&self) -> Side {
@@ -111,15 +126,9 @@ impl Install {
             (false, false) => migrate::origin(&database).await,
         };
         let grants = grants.map_err(|error| explained(&what, &error))?;
-        database.close().await;
         say!("the {} is installed in {place}", side.name);
-        match grants {
-            Grants::Given => say!("{}", side.next),
-            Grants::Skipped => say!(
-                "{} must exist, and this user may not create roles: have them created, then install again",
-                side.roles
-            ),
-        }
+        told(&database, grants, side.roles).await?;
+        database.close().await;
         Ok(())
     }
 
@@ -147,14 +156,9 @@ impl Install {
             return super::print(&mapped::install::script(&database, &mapping).await?);
         }
         let grants = mapped::install::install(&database, &mapping).await?;
-        database.close().await;
         say!("the table {} is mapped in {place}", mapping.table);
-        match grants {
-            Grants::Given => say!("grant the relay's user the role postroad_relay"),
-            Grants::Skipped => say!(
-                "postroad_relay must exist, and this user may not create roles: have it created, then install again"
-            ),
-        }
+        told(&database, grants, &[("relay", "the relay's user")]).await?;
+        database.close().await;
         Ok(())
     }
 }

@@ -4,6 +4,7 @@
 mod flags;
 mod healthcheck;
 mod install;
+mod leave;
 mod serve;
 mod signals;
 
@@ -39,6 +40,13 @@ enum Command {
     Bench(Box<bench::Options>),
     /// Install the outbox's schema in a database, or the inbox's, or print it as SQL
     Install(install::Install),
+    /// Give an outbox up, so that another broker, or this one under another origin, can relay it
+    Release(leave::Release),
+    /// Take the outbox out of a database, or the inbox, or print that as SQL
+    Uninstall(leave::Uninstall),
+    /// Forget an origin, or rename it, in the broker's database
+    #[command(subcommand)]
+    Origin(leave::Origin),
     /// Print the description of the HTTP API, openapi.yaml
     Openapi,
     /// Look at the configuration
@@ -92,6 +100,9 @@ fn run(command: Command) -> ExitCode {
             })
         }
         Command::Install(install) => on_runtime(async { ended(install.run().await) }),
+        Command::Release(release) => on_runtime(async { ended(release.run().await) }),
+        Command::Uninstall(uninstall) => on_runtime(async { ended(uninstall.run().await) }),
+        Command::Origin(origin) => on_runtime(async { ended(origin.run().await) }),
         Command::Healthcheck(healthcheck) => on_runtime(async { ended(healthcheck.run().await) }),
         Command::Config(ConfigCommand::Check(flags)) => with_config(&flags, |config| {
             let warnings = config.warnings.iter();

@@ -55,11 +55,14 @@ impl Run<'_> {
         if is_gap {
             self.note_gap();
         }
+        let is_taken_over = self.position.is_none() && !self.formers.is_empty();
         let went_back = self
             .position
             .as_ref()
             .and_then(|position| went_back(position, &batch.identity));
-        let why = went_back.or(is_gap.then_some("the broker's database went back in time"));
+        let why = went_back
+            .or(is_gap.then_some("the broker's database went back in time"))
+            .or(is_taken_over.then_some("this broker has relayed it as another origin"));
         let is_cut_short = self
             .position
             .as_ref()
@@ -218,9 +221,9 @@ impl Run<'_> {
     }
 
     async fn take_out(&mut self, keys: &[Vec<String>]) -> Result<(), Trouble> {
-        let broker = self.relay.cluster.identity().id;
+        let reader = self.relay.reader();
         failpoint::reach("relay.before_delete");
-        let deleting = self.session.delete_rows(keys, broker, self.number);
+        let deleting = self.session.delete_rows(keys, reader, self.number);
         let left = deleting.await.map_err(Trouble::Origin)?;
         if left > 0 {
             // Reading on would relay them again.

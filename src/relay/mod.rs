@@ -8,6 +8,7 @@
 mod append;
 mod backlog;
 mod caution;
+mod claim;
 mod decide;
 mod deletion;
 mod handle;

@@ -83,7 +83,8 @@ impl Run<'_> {
         position.window = Some(Window {
             since: NOTHING.to_owned(),
             after_seq: i64::MIN,
-            is_rerelay: !is_first,
+            // What another origin of this broker has relayed of it is in the streams too.
+            is_rerelay: !is_first || !self.formers.is_empty(),
             oldest: oldest.filter(|_| !is_first),
         });
         self.append(position.clone(), Page::default()).await?;

@@ -79,6 +79,11 @@ impl Run<'_> {
         let Some(position) = self.position.clone().filter(|p| p.window.is_none()) else {
             return Ok(());
         };
+        if self.has_foreign_rows().await? {
+            self.rerelay("it holds rows with transaction ids that this server has not handed out")
+                .await?;
+            return Ok(());
+        }
         // Rows that leave as they are relayed have no history.
         let is_kept = self.relay.pickup() == Pickup::Snapshot;
         if is_kept {
@@ -168,10 +173,10 @@ impl Run<'_> {
             return Ok(());
         };
         let passed: Position = serde_json::from_str(&text).map_err(Trouble::Position)?;
-        let broker = relay.cluster.identity().id;
+        let reader = relay.reader();
         let deleting =
             self.session
-                .delete_passed(&passed.snapshot, broker, number, DELETE_ROWS_PER_TURN);
+                .delete_passed(&passed.snapshot, reader, number, DELETE_ROWS_PER_TURN);
         let deleted = deleting.await.map_err(Trouble::Origin)?;
         if deleted > 0 {
             tracing::debug!(origin = %relay.name, deleted, "took out rows that were relayed a grace ago");
@@ -265,7 +270,7 @@ impl Run<'_> {
         let mut emptied_count = 0;
         for leaf in leaves {
             let passed = Passed {
-                broker: self.relay.cluster.identity().id,
+                reader: self.relay.reader(),
                 now,
                 number,
                 snapshot: &passed.snapshot,

@@ -211,7 +211,8 @@ fn check_length(name: &str, value: Option<&str>, limit: usize) -> Result<(), Str
 }
 
 fn to_extensions(headers: Option<&str>) -> Result<Map<String, Value>, String> {
-    let Some(headers) = headers else {
+    // The JSON null is what some mappers of objects to tables write where they mean none.
+    let Some(headers) = headers.filter(|headers| *headers != "null") else {
         return Ok(Map::new());
     };
     if headers.len() > 2 * HEADERS_MAX_BYTES {

@@ -5,9 +5,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use chrono::SecondsFormat;
 use tokio::sync::watch;
-use uuid::Uuid;
 
 use super::Options;
 use super::caution::Caution;
@@ -20,7 +18,6 @@ use super::trouble::Trouble;
 use crate::domain::id::{Fence, OriginId};
 use crate::domain::mapping::{Mapping, Pickup};
 use crate::domain::name::OriginName;
-use crate::store::mapped::{Claim, Misfit};
 use crate::store::origin::{Backend, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database};
@@ -71,6 +68,10 @@ pub(super) struct Run<'a> {
     pub(super) cursor: Option<String>,
     /// The rows that the stored position took are out of the table, as this session knows.
     pub(super) is_settled: bool,
+    /// Other origins of this broker, under which it has relayed this outbox before: messages of it are theirs in the streams.
+    pub(super) formers: Vec<OriginId>,
+    /// When rows of another server were last looked for.
+    pub(super) foreign_at: Option<Instant>,
     pub(super) rotation: Rotation,
     /// What is known of rows that were refused, and of the backlog, in this session and before.
     pub(super) caution: &'a mut Caution,
@@ -221,8 +222,8 @@ impl Relay {
         let opening = Session::open(&self.source, self.former());
         let mut session = opening.await.map_err(Trouble::Origin)?;
         *self.session.lock().unwrap_or_else(PoisonError::into_inner) = session.backend();
-        self.check_installed(&mut session).await?;
-        let emptied = session.find_emptied(self.cluster.identity().id).await;
+        let formers = self.take_hold(&mut session).await?;
+        let emptied = session.find_emptied(self.reader()).await;
         let emptied = emptied.map_err(Trouble::Origin)?;
         let rejected = store::relay::count_rejected(&self.broker, self.id).await;
         let rejected = rejected.map_err(Trouble::Broker)?;
@@ -241,6 +242,8 @@ impl Relay {
             emptied,
             cursor: None,
             is_settled: false,
+            formers,
+            foreign_at: None,
             rotation: Rotation::new(stored.folded),
             caution,
         })
@@ -252,43 +255,6 @@ impl Relay {
             .as_ref()
             .map_or(Pickup::Snapshot, |mapping| mapping.pickup)
     }
-
-    async fn check_installed(&self, session: &mut Session) -> Result<(), Trouble> {
-        let Some(mapping) = &self.mapping else {
-            return match session.is_installed().await.map_err(Trouble::Origin)? {
-                true => Ok(()),
-                false => Err(Trouble::NotInstalled(
-                    "the origin has no outbox: run `postroad install` there".to_owned(),
-                )),
-            };
-        };
-        let mapped = session.map(mapping).await.map_err(Trouble::Origin)?;
-        mapped.map_err(|misfit| match misfit {
-            Misfit::NotInstalled(what) => Trouble::NotInstalled(what),
-            Misfit::Wrong(faults) => Trouble::Mapping(faults.join("; ")),
-        })?;
-        let broker = self.cluster.identity().id;
-        let claiming = session.claim(broker, self.name.as_str());
-        match claiming.await.map_err(Trouble::Origin)? {
-            None => Ok(()),
-            Some(claim) => Err(Trouble::Mapping(claimed_by(&claim, broker))),
-        }
-    }
-}
-
-fn claimed_by(claim: &Claim, broker: Uuid) -> String {
-    let Claim {
-        table, origin, at, ..
-    } = claim;
-    let whose = match claim.broker == broker {
-        true => "this broker".to_owned(),
-        false => format!("the broker {}", claim.broker),
-    };
-    let since = at.to_rfc3339_opts(SecondsFormat::Secs, true);
-    format!(
-        "`{table}` is relayed as the origin `{origin}` of {whose} since {since}, and only one may: once that one does not run any more, \
-         set `broker`, `origin` and `claimed_at` of its row in postroad.mapped_outbox to null"
-    )
 }
 
 impl Run<'_> {

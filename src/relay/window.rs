@@ -290,9 +290,12 @@ impl Run<'_> {
     ) -> Result<Vec<bool>, Trouble> {
         let relay = self.relay;
         let is_stopping = || relay.supervisor.is_stopping();
+        // Under its present name, and under those that this broker knew it by before.
+        let mut origins = vec![relay.id];
+        origins.extend(&self.formers);
         let finding = relay
             .stream
-            .find_present(relay.id, wanted, since, is_stopping);
+            .find_present(&origins, wanted, since, is_stopping);
         finding.await.map_err(|error| match error {
             crate::stream::Error::Store(error) => Trouble::Broker(error),
             _ => Trouble::Stopping,

@@ -85,6 +85,25 @@ pub async fn begin(database: &Database, void: &[Uuid]) -> Result<Present, Error>
     Ok(present)
 }
 
+/// The salts of the history that the database is in, and of those before it in the same server and database, latest first. None where no
+/// process has begun one.
+///
+/// # Errors
+/// The statement failed.
+pub async fn lineage(database: &Database) -> Result<Vec<Uuid>, Error> {
+    sqlx::query_scalar(
+        "select h.salt from postroad_broker.history h \
+         where not exists ( \
+            select from postroad_broker.history o, \
+                (select l.* from postroad_broker.history l order by l.era desc limit 1) last \
+            where o.era >= h.era and (o.system_identifier, o.database_oid) <> (last.system_identifier, last.database_oid)) \
+         order by h.era desc",
+    )
+    .fetch_all(database.pooled())
+    .await
+    .map_err(Error::query("reading the lineage of the database"))
+}
+
 /// All histories, by number.
 ///
 /// # Errors

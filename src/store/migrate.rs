@@ -67,13 +67,28 @@ const MAPPED: &[File] = &[file!("mapped", 20261122002000, "mapped")];
 const FENCE: &[File] = &[file!("fence", 20261122003000, "fence")];
 
 /// Roles of an origin and what they may do; run at the end of every install.
-const ORIGIN_GRANTS: &str = include_str!("../../migrations/origin/grants.sql");
+const ORIGIN_GRANTS: &str = concat!(
+    include_str!("../../migrations/roles.sql"),
+    include_str!("../../migrations/origin/grants.sql")
+);
 /// The same of an inbox.
-const INBOX_GRANTS: &str = include_str!("../../migrations/inbox/grants.sql");
+const INBOX_GRANTS: &str = concat!(
+    include_str!("../../migrations/roles.sql"),
+    include_str!("../../migrations/inbox/grants.sql")
+);
 /// The same of a fence.
-const FENCE_GRANTS: &str = include_str!("../../migrations/fence/grants.sql");
+const FENCE_GRANTS: &str = concat!(
+    include_str!("../../migrations/roles.sql"),
+    include_str!("../../migrations/fence/grants.sql")
+);
 /// The same beside mapped tables.
-const MAPPED_GRANTS: &str = include_str!("../../migrations/mapped/grants.sql");
+const MAPPED_GRANTS: &str = concat!(
+    include_str!("../../migrations/roles.sql"),
+    include_str!("../../migrations/mapped/grants.sql")
+);
+
+/// Before the first statement of an install. A schema that somebody made before, to have us put our tables into what is his, is not taken.
+const FIRST: &str = include_str!("../../migrations/first.sql");
 
 /// The schema of the broker's own tables.
 const BROKER_SCHEMA: &str = "postroad_broker";
@@ -172,33 +187,32 @@ pub enum Grants {
     Skipped,
 }
 
-/// Installs an origin's schema, `postroad`, or brings it up to date, and grants `postroad_producer` and `postroad_relay` their
+/// Installs an origin's schema, `postroad`, or brings it up to date, and gives the database's roles of producers and relays their
 /// rights. Safe to call from several processes at once, and idempotent. Relays do not call it for an origin of another
 /// database: `postroad install` does.
 ///
 /// # Errors
 /// A migration that failed, or one applied before that was edited; grants refused.
 pub async fn origin(database: &Database) -> Result<Grants, Error> {
-    let roles = &["postroad_producer", "postroad_relay"];
-    install(database, ORIGIN, ORIGIN_GRANTS, roles).await
+    install(database, ORIGIN, ORIGIN_GRANTS, &["producer", "relay"]).await
 }
 
-/// Installs `postroad.assert_fence` in the database of what locks protect, or brings it up to date, and grants `postroad_fenced` its
-/// right. Safe to call from several processes at once, and idempotent. An outbox and an inbox may stand beside it.
+/// Installs `postroad.assert_fence` in the database of what locks protect, or brings it up to date, and gives the database's role of
+/// those who work under locks its right. Safe to call from several processes at once, and idempotent. An outbox and an inbox may stand beside it.
 ///
 /// # Errors
 /// A migration that failed, or one applied before that was edited; grants refused.
 pub async fn fence(database: &Database) -> Result<Grants, Error> {
-    install(database, FENCE, FENCE_GRANTS, &["postroad_fenced"]).await
+    install(database, FENCE, FENCE_GRANTS, &["fenced"]).await
 }
 
-/// Installs the inbox in a consumer's database, in schema `postroad`, or brings it up to date, and grants `postroad_consumer` its
-/// rights. Safe to call from several processes at once, and idempotent. An outbox may stand beside it.
+/// Installs the inbox in a consumer's database, in schema `postroad`, or brings it up to date, and gives the database's role of
+/// consumers its rights. Safe to call from several processes at once, and idempotent. An outbox may stand beside it.
 ///
 /// # Errors
 /// A migration that failed, or one applied before that was edited; grants refused.
 pub async fn inbox(database: &Database) -> Result<Grants, Error> {
-    install(database, INBOX, INBOX_GRANTS, &["postroad_consumer"]).await
+    install(database, INBOX, INBOX_GRANTS, &["consumer"]).await
 }
 
 /// Installs what stands beside mapped tables, then runs these statements, in one transaction of their own: what one table needs.
@@ -207,7 +221,7 @@ pub(in crate::store) async fn mapped(
     statements: &str,
 ) -> Result<Grants, Error> {
     const DOING: &str = "changing the mapped table";
-    let grants = install(database, MAPPED, MAPPED_GRANTS, &["postroad_relay"]).await?;
+    let grants = install(database, MAPPED, MAPPED_GRANTS, &["relay"]).await?;
     let mut connection = database.connect().await?;
     // Sent as one message, it is one transaction.
     sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned()))
@@ -229,6 +243,12 @@ async fn install(
     grants: &'static str,
     roles: &[&str],
 ) -> Result<Grants, Error> {
+    let mut connection = database.connect().await?;
+    sqlx::raw_sql(FIRST)
+        .execute(&mut connection)
+        .await
+        .map_err(Error::query("looking at the database before the install"))?;
+    drop(connection);
     migrate(database, (files, "postroad"), turn::LONGEST).await?;
     let mut connection = database.connect().await?;
     // Sent as one message, it is one transaction. One at a time: two that grant at once update the same rows of the catalogue, which
@@ -238,17 +258,31 @@ async fn install(
         .execute(&mut connection)
         .await
         .map_err(Error::query("granting the installed roles their rights"))?;
-    let found: i64 =
-        sqlx::query_scalar("select count(*) from pg_catalog.pg_roles where rolname = any ($1)")
-            .bind(roles)
-            .fetch_one(&mut connection)
-            .await
-            .map_err(Error::query("looking up the installed roles"))?;
+    let found: i64 = sqlx::query_scalar(
+        "select count(*) from unnest($1::text[]) as k (kind)
+        join pg_roles as r on r.rolname = postroad.role_name(k.kind)",
+    )
+    .bind(roles)
+    .fetch_one(&mut connection)
+    .await
+    .map_err(Error::query("looking up the installed roles"))?;
     Ok(if usize::try_from(found) == Ok(roles.len()) {
         Grants::Given
     } else {
         Grants::Skipped
     })
+}
+
+/// The names of this database's roles of these kinds: `producer`, `relay`, `consumer`, `fenced`. After an install.
+///
+/// # Errors
+/// The statement failed.
+pub async fn role_names(database: &Database, kinds: &[&str]) -> Result<Vec<String>, Error> {
+    sqlx::query_scalar("select postroad.role_name(k.kind) from unnest($1::text[]) with ordinality as k (kind, n) order by k.n")
+        .bind(kinds)
+        .fetch_all(database.pool())
+        .await
+        .map_err(Error::query("looking up the names of roles"))
 }
 
 /// What [`origin`] does as one SQL script, for teams that run their own migrations. Idempotent, and it leaves the same record
@@ -282,6 +316,7 @@ fn script(what: &str, files: &[File], grants: &str) -> String {
                  raise exception 'the encoding of this database is %, and Postroad needs UTF8', getdatabaseencoding();\n    \
              end if;\n\
          end $postroad_look$;\n\
+         {FIRST}\
          create schema if not exists postroad;\n\
          create table if not exists postroad.migration (\n    \
              version bigint primary key,\n    \

@@ -28,6 +28,7 @@ pub mod shop;
 pub mod stream;
 mod target;
 pub mod topic;
+pub mod uninstall;
 
 use std::fmt;
 use std::sync::Arc;

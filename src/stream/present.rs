@@ -117,14 +117,14 @@ impl Found {
 }
 
 impl Handle {
-    /// Says for each message, in the order added, whether an origin's relay has appended it, or waits to. What was appended before
+    /// Says for each message, in the order added, whether a relay of one of these origins has appended it, or waits to. What was appended before
     /// `since` is not looked at. HTTP's messages are of no origin.
     ///
     /// # Errors
     /// The database's; [`Error::Stopping`] as soon as `is_stopping`.
     pub async fn find_present(
         &self,
-        origin: OriginId,
+        origins: &[OriginId],
         wanted: Wanted,
         since: Option<DateTime<Utc>>,
         is_stopping: impl Fn() -> bool,
@@ -152,7 +152,7 @@ impl Handle {
                 }
                 let through = Offset(after.0.saturating_add(piece).min(top.0));
                 let began = Instant::now();
-                let rows = sql::read_ids(connection, stream, (after, through), origin).await?;
+                let rows = sql::read_ids(connection, stream, (after, through), origins).await?;
                 for (topic, source, id) in rows {
                     if let Some(topic) = topics.get(&topic) {
                         found.note(hash(topic, &source, &id), false);
@@ -182,7 +182,7 @@ impl Handle {
                     after = Some((row.due_at, row.number));
                     if let Some(topic) = topics
                         .get(&row.topic)
-                        .filter(|_| row.origin == Some(origin))
+                        .filter(|_| row.origin.is_some_and(|origin| origins.contains(&origin)))
                     {
                         // It is in the log too once it was due.
                         found.note(hash(topic, &row.source, &row.id), true);

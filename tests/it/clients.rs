@@ -72,7 +72,10 @@ async fn check_helper(command: impl AsyncFnOnce(&str, &str) -> Command, from: &s
     let proxy = support::proxy(&broker.database.url).await;
     let user = format!("producer_{}", broker.database.name);
     let mut owner = broker.database.connect().await;
-    let statement = format!("create role {user} login in role postroad_producer");
+    let statement = format!(
+        "create role {user} login in role {}",
+        broker.database.role("producer")
+    );
     sqlx::raw_sql(sqlx::AssertSqlSafe(statement))
         .execute(&mut owner)
         .await

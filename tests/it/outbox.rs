@@ -11,7 +11,10 @@ async fn what_the_library_publishes_arrives_if_it_commits() {
     let broker = support::broker().await;
     let mut producer = PgConnection::connect(&broker.database.url).await.unwrap();
     producer
-        .execute("set role postroad_producer")
+        .execute(sqlx::AssertSqlSafe(format!(
+            "set role {}",
+            broker.database.role("producer")
+        )))
         .await
         .unwrap();
     let mut lost = producer.begin().await.unwrap();
@@ -102,7 +105,12 @@ async fn what_cannot_become_a_message_is_refused_with_the_reason() {
         assert_eq!(constraint, expected);
     }
     let mut tx = producer.begin().await.unwrap();
-    tx.execute("set local role postroad_relay").await.unwrap();
+    tx.execute(sqlx::AssertSqlSafe(format!(
+        "set local role {}",
+        broker.database.role("relay")
+    )))
+    .await
+    .unwrap();
     let refused = outbox::publish(&mut tx, &Message::new("a")).await;
     assert!(matches!(refused, Err(Error::Database(_))), "{refused:?}");
 }

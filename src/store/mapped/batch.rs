@@ -4,8 +4,10 @@ use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 use uuid::Uuid;
 
 use super::ROW_MAX_BYTES;
-use crate::store::Error;
-use crate::store::origin::{Identity, Ids, OutboxRow, Session, read_identity, read_row, statement};
+use crate::store::origin::{
+    Identity, Ids, OutboxRow, Reader, Session, read_identity, read_row, statement,
+};
+use crate::store::{Connection, Error};
 
 /// What stands between the parts of a key in one text.
 const KEY_END: &str = "\u{1f}";
@@ -23,6 +25,16 @@ pub struct Batch {
     pub keys: Vec<Vec<String>>,
     /// Whether the table held no further row.
     pub is_all: bool,
+}
+
+/// Refuses to delete from a table whose owner would have code of his run by it: see `postroad.mapped_guard`. Until the transaction
+/// ends nobody can add any.
+async fn guard(connection: &mut Connection, table: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("select postroad.mapped_guard($1, 'delete')")
+        .bind(table)
+        .execute(connection)
+        .await
+        .map(|_| ())
 }
 
 impl Session {
@@ -91,7 +103,7 @@ impl Session {
     pub async fn delete_rows(
         &mut self,
         keys: &[Vec<String>],
-        broker: Uuid,
+        reader: Reader,
         number: i64,
     ) -> Result<i64, Error> {
         let relation = self.relation()?.clone();
@@ -111,6 +123,7 @@ impl Session {
                 .collect();
             left += statement("taking relayed rows out of a mapped table", async {
                 let mut transaction = self.connection.begin().await?;
+                guard(&mut transaction, &relation.table).await?;
                 let mut deleting = sqlx::query(AssertSqlSafe(delete.clone()));
                 let mut looking = sqlx::query_scalar(AssertSqlSafe(look.clone()));
                 for column in columns {
@@ -120,10 +133,11 @@ impl Session {
                 deleting.execute(&mut *transaction).await?;
                 let left: i64 = looking.fetch_one(&mut *transaction).await?;
                 sqlx::query(
-                    "insert into postroad.mapped_emptied (broker, table_name, number) values ($1, $2, $3)
+                    "insert into postroad.mapped_emptied (broker, origin_id, table_name, number) values ($1, $2, $3, $4)
                     on conflict do nothing",
                 )
-                .bind(broker)
+                .bind(reader.broker)
+                .bind(reader.origin.0)
                 .bind(&relation.table)
                 .bind(number)
                 .execute(&mut *transaction)
@@ -213,7 +227,7 @@ impl Session {
     pub async fn delete_passed(
         &mut self,
         snapshot: &str,
-        broker: Uuid,
+        reader: Reader,
         number: i64,
         limit: i64,
     ) -> Result<u64, Error> {
@@ -234,6 +248,7 @@ impl Session {
         );
         statement("taking passed rows out of a mapped table", async {
             let mut transaction = self.connection.begin().await?;
+            guard(&mut transaction, table).await?;
             let deleted = sqlx::query(AssertSqlSafe(delete))
                 .bind(snapshot)
                 .bind(limit)
@@ -242,10 +257,11 @@ impl Session {
                 .rows_affected();
             if deleted > 0 {
                 sqlx::query(
-                    "insert into postroad.mapped_emptied (broker, table_name, number) values ($1, $2, $3)
+                    "insert into postroad.mapped_emptied (broker, origin_id, table_name, number) values ($1, $2, $3, $4)
                     on conflict do nothing",
                 )
-                .bind(broker)
+                .bind(reader.broker)
+                .bind(reader.origin.0)
                 .bind(&relation.table)
                 .bind(number)
                 .execute(&mut *transaction)
@@ -273,7 +289,7 @@ impl Session {
                 "delete from postroad.mapped_emptied as e
                 where e.table_name = $1 and e.number < (
                     select max(l.number) from postroad.mapped_emptied as l
-                    where l.table_name = e.table_name and l.broker = e.broker
+                    where l.table_name = e.table_name and l.broker = e.broker and l.origin_id = e.origin_id
                 )",
             )
             .bind(&table)

@@ -53,6 +53,7 @@ pub(super) struct Shape {
     pub(super) table: String,
     pub(super) schema: String,
     relkind: String,
+    pub(super) is_partitioned: bool,
     pub(super) columns: BTreeMap<String, Column>,
     pub(super) primary_key: Vec<(String, String)>,
     may_select: bool,
@@ -124,6 +125,7 @@ pub(super) async fn shape(
         Ok(Some(Shape {
             table: first.try_get("table_name")?,
             schema: first.try_get("schema_name")?,
+            is_partitioned: first.try_get::<String, _>("relkind")? == "p",
             relkind: first.try_get("relkind")?,
             columns,
             primary_key: key.into_iter().zip(types).collect(),
@@ -262,7 +264,7 @@ fn rights(mapping: &Mapping, shape: &Shape) -> Vec<String> {
     ] {
         if !may {
             faults.push(format!(
-                "the relay's user has no right to {right} on `{table}`: run `postroad install --map`, and grant that user postroad_relay"
+                "the relay's user has no right to {right} on `{table}`: run `postroad install --map`, and grant that user the role it names"
             ));
         }
     }
@@ -338,6 +340,23 @@ pub async fn look(
     let found = rights(mapping, &shape);
     if !found.is_empty() {
         return Ok(Err(Misfit::Wrong(found)));
+    }
+    let event = match mapping.pickup == Pickup::Delete || mapping.deletes_relayed {
+        true => "delete",
+        false => "select",
+    };
+    let looking = sqlx::query_as("select postroad.mapped_code($1, $2), current_user::text")
+        .bind(&shape.table)
+        .bind(event)
+        .fetch_one(&mut *connection);
+    let (code, user): (Vec<String>, String) =
+        bounded("looking for code of others", STATEMENT, looking).await?;
+    if !code.is_empty() {
+        return Ok(Err(Misfit::Wrong(vec![format!(
+            "to {event} rows of `{table}` would run code of others with the rights of the relay's user {user}: {}: take it out, or \
+             give those roles what they would gain (`grant {user} to …`)",
+            code.join(", ")
+        )])));
     }
     Ok(Ok(Relation::new(mapping, &shape)))
 }

@@ -1,18 +1,16 @@
 //! Outboxes that are already there, as SQL: the catalogue says what the table is, and a subquery gives it the outbox's columns,
-//! so that a relay's statements read it as they read their own. `catalog` looks and finds faults, `claim` keeps
-//! others away, `batch` picks up by deletion, `install` makes what a mapped table needs.
+//! so that a relay's statements read it as they read their own. `catalog` looks and finds faults,
+//! `batch` picks up by deletion, `install` makes what a mapped table needs.
 //!
 //! Here alone names become identifiers: always quoted, and only those of a [`Mapping`], which a person configured.
 
 mod batch;
 mod catalog;
-mod claim;
 pub mod install;
 mod keyed;
 
 pub use batch::Batch;
 pub use catalog::{Misfit, look};
-pub use claim::Claim;
 
 use super::origin::SIZE;
 use crate::domain::mapping::{Field, Mapping, Part, Pickup, Value};

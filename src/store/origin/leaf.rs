@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use sqlx::{AssertSqlSafe, Connection as _};
-use uuid::Uuid;
 
-use super::{Session, lock_refused, statement};
+use super::{Reader, Session, lock_refused, statement};
 use crate::failpoint;
 use crate::store::{Connection, Error};
 
@@ -18,8 +17,8 @@ pub const LEAF_PERIOD: Duration = Duration::from_secs(300);
 /// A stored position that was passed a grace ago.
 #[derive(Debug, Clone, Copy)]
 pub struct Passed<'a> {
-    /// The broker that stored it.
-    pub broker: Uuid,
+    /// Who stored it.
+    pub reader: Reader,
     /// The broker's clock now.
     pub now: DateTime<Utc>,
     /// Its number.
@@ -74,20 +73,22 @@ impl Session {
         statement("finding the age of the outbox", finding).await
     }
 
-    /// The highest number of a position of this broker that an emptied row was passed by; 0 when none was.
+    /// The highest number of a position of this reader that an emptied row was passed by; 0 when none was.
     ///
     /// # Errors
     /// The statement failed.
-    pub async fn find_emptied(&mut self, broker: Uuid) -> Result<i64, Error> {
+    pub async fn find_emptied(&mut self, reader: Reader) -> Result<i64, Error> {
         let finding = match &self.mapped {
             None => sqlx::query_scalar(
-                "select coalesce(max(number), 0) from postroad.relay_emptied where broker = $1",
+                "select coalesce(max(number), 0) from postroad.relay_emptied where broker = $1 and origin_id = $2",
             )
-            .bind(broker),
+            .bind(reader.broker)
+            .bind(reader.origin.0),
             Some(relation) => sqlx::query_scalar(
-                "select coalesce(max(number), 0) from postroad.mapped_emptied where broker = $1 and table_name = $2",
+                "select coalesce(max(number), 0) from postroad.mapped_emptied where broker = $1 and origin_id = $2 and table_name = $3",
             )
-            .bind(broker)
+            .bind(reader.broker)
+            .bind(reader.origin.0)
             .bind(&relation.table),
         };
         let finding = finding.fetch_one(&mut self.connection);
@@ -135,11 +136,12 @@ impl Session {
                 return Ok(Emptied::NotYet);
             }
             sqlx::query(
-                "insert into postroad.relay_emptied as noted (broker, number) values ($1, $2)
-                on conflict (broker) do update set number = excluded.number, emptied_at = excluded.emptied_at
+                "insert into postroad.relay_emptied as noted (broker, origin_id, number) values ($1, $2, $3)
+                on conflict (broker, origin_id) do update set number = excluded.number, emptied_at = excluded.emptied_at
                 where noted.number < excluded.number",
             )
-            .bind(passed.broker)
+            .bind(passed.reader.broker)
+            .bind(passed.reader.origin.0)
             .bind(passed.number)
             .execute(&mut *transaction)
             .await?;

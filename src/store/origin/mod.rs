@@ -7,6 +7,7 @@
 //! Here is the session with its marks; `window` reads what is new, `backlog` finds where it lies when it is much, `leaf` gives back the space of what was passed.
 
 mod backlog;
+pub mod claim;
 mod leaf;
 mod row;
 mod window;
@@ -23,6 +24,7 @@ use super::{Connection, Database, Error, pooler, session, settle};
 use crate::domain::mapping::Mapping;
 
 pub use backlog::{Asked, Group, Piece, Range, Where};
+pub use claim::{Claim, Claimant, Claimed, Reader};
 pub use leaf::{Emptied, LEAF_COUNT, LEAF_PERIOD, Passed};
 use row::OWN_SIZE;
 pub use row::{OutboxRow, Place};

@@ -28,7 +28,7 @@ pub async fn find_topics(
         .collect())
 }
 
-/// The topic, source and id of each message of an origin between two offsets.
+/// The topic, source and id of each message of these origins between two offsets.
 ///
 /// # Errors
 /// The database's.
@@ -36,19 +36,19 @@ pub async fn read_ids(
     connection: &mut Connection,
     stream: StreamId,
     (after, through): (Offset, Offset),
-    origin: OriginId,
+    origins: &[OriginId],
 ) -> Result<Vec<(TopicId, String, String)>, Error> {
     let rows: Vec<(i32, String, String)> = bounded(
         "looking for ids in the log",
         LONG_STATEMENT,
         sqlx::query_as(
             "select topic_id, source, id from postroad_broker.message
-            where stream_id = $1 and \"offset\" > $2 and \"offset\" <= $3 and origin_id = $4",
+            where stream_id = $1 and \"offset\" > $2 and \"offset\" <= $3 and origin_id = any ($4)",
         )
         .bind(stream.0)
         .bind(after.0)
         .bind(through.0)
-        .bind(origin.0)
+        .bind(origins.iter().map(|origin| origin.0).collect::<Vec<_>>())
         .fetch_all(connection),
     )
     .await?;

@@ -1,6 +1,8 @@
 //! Nobody's code runs as another. A role with no right but to create in `public` plants operators, functions and types there, and the
 //! database has its sessions look into `public` first; whatever of it is called notes down who called it.
 
+mod mapped;
+
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Executor as _, PgConnection};
 

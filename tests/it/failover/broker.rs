@@ -167,6 +167,11 @@ async fn a_dump_in_another_server_is_another_history() {
     proxy.lead_to(&restored);
     proxy.cut_once();
     let first_offset = history(&node.http, 2).await;
+    // A copy in another server is told from the original, which may still run: a person says that it does not.
+    let owned = postroad::store::Database::new(&origin.url, 1).unwrap();
+    let released = postroad::store::origin::claim::release(&owned, None).await;
+    assert!(released.unwrap().is_some());
+    owned.close().await;
     work(500).await;
     let outcome = load.finish(&node.http, &restored, &origin).await;
     let lost = check(&node.http, &outcome, first_offset).await;

@@ -29,8 +29,12 @@ const STEPS: [Step; 5] = [
 
 /// A table for the effects in the consumer's database, and a queue with so many messages.
 async fn open(owner: &mut PgConnection, broker: &TestBroker, messages: usize) -> Consumer {
-    let table = "create table effect (message bigint not null); grant insert on effect to postroad_consumer";
-    execute(owner, table).await;
+    execute(
+        owner,
+        "create table effect (message bigint not null);
+        do $$ begin execute format('grant insert on effect to %I', postroad.role_name('consumer')); end $$",
+    )
+    .await;
     let queue = Consumer::declare(
         &broker.http,
         "mailer",

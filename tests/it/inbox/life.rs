@@ -29,7 +29,8 @@ async fn the_printed_script_and_the_program_install_the_same_also_beside_an_outb
     assert_eq!(versions, 3);
     // One service, both sides: it hears of a message and tells of another in one transaction.
     let mut service = consumer(&database).await;
-    execute(&mut owner, "grant postroad_producer to postroad_consumer").await;
+    let (producer, role) = (database.role("producer"), database.role("consumer"));
+    execute(&mut owner, &format!("grant {producer} to {role}")).await;
     execute(&mut service, "begin").await;
     assert!(accept(&mut service, "mailer", 1).await.unwrap());
     execute(
@@ -37,11 +38,7 @@ async fn the_printed_script_and_the_program_install_the_same_also_beside_an_outb
         "insert into postroad.outbox (topic) values ('mails.sent'); commit",
     )
     .await;
-    execute(
-        &mut owner,
-        "revoke postroad_producer from postroad_consumer",
-    )
-    .await;
+    execute(&mut owner, &format!("revoke {producer} from {role}")).await;
 }
 
 #[tokio::test]

@@ -26,7 +26,11 @@ async fn consumer_database(leaf_offsets: i64) -> TestDatabase {
 /// A session with no rights but a consumer's.
 async fn consumer(database: &TestDatabase) -> PgConnection {
     let mut connection = PgConnection::connect(&database.url).await.unwrap();
-    execute(&mut connection, "set role postroad_consumer").await;
+    execute(
+        &mut connection,
+        &format!("set role {}", database.role("consumer")),
+    )
+    .await;
     connection
 }
 

@@ -107,7 +107,10 @@ async fn race(database: &TestDatabase, messages: i64, accepts: bool) -> BTreeMap
     let mut owner = database.connect().await;
     execute(
         &mut owner,
-        "create table effect (message bigint not null); grant insert on effect to postroad_consumer",
+        &format!(
+            "create table effect (message bigint not null); grant insert on effect to {}",
+            database.role("consumer")
+        ),
     )
     .await;
     let next = Arc::new(AtomicI64::new(0));

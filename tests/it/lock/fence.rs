@@ -47,7 +47,11 @@ async fn it_is_installed_beside_the_rest_and_gives_one_right() {
     );
     execute(&database.url, &migrate::fence_sql()).await;
     let mut service = database.connect().await;
-    run(&mut service, "set role postroad_fenced").await;
+    run(
+        &mut service,
+        &format!("set role {}", database.role("fenced")),
+    )
+    .await;
     assert_fence(&mut service, 7).await.unwrap();
     for forbidden in [
         "select * from postroad.fence",

@@ -21,7 +21,11 @@ async fn an_outbox_row_goes_in_at_its_version_or_is_listed() {
         layout: super::shop::Layout::Own,
     };
     let mut producer = connect(&origin.url).await;
-    execute(&mut producer, "set role postroad_producer").await;
+    execute(
+        &mut producer,
+        &format!("set role {}", support::role("producer", &origin.url)),
+    )
+    .await;
     let mut tx = producer.begin().await.unwrap();
     for (id, version) in [("one", 0), ("late", 0), ("two", 1)] {
         let message = Message::new("accounts.a")

@@ -29,7 +29,11 @@ async fn producers_insert_and_publish_and_can_do_nothing_else() {
     let database = support::empty_database().await;
     Origin::install(&database.url).await;
     let mut connection = database.connect().await;
-    execute(&mut connection, "set role postroad_producer").await;
+    execute(
+        &mut connection,
+        &format!("set role {}", database.role("producer")),
+    )
+    .await;
     for accepted in [
         "insert into postroad.outbox (topic, payload) values ('a.b', '{}')",
         "insert into postroad.outbox (topic, payload) values ('a.b', '{}') returning id, seq",
@@ -151,7 +155,11 @@ async fn producers_insert_and_publish_and_can_do_nothing_else() {
         let code = error.as_database_error().and_then(|error| error.code());
         assert_eq!(code.as_deref(), Some("42501"), "{forbidden}: {error}");
     }
-    execute(&mut connection, "set role postroad_relay").await;
+    execute(
+        &mut connection,
+        &format!("set role {}", database.role("relay")),
+    )
+    .await;
     for forbidden in [
         "insert into postroad.outbox (topic) values ('a')",
         "update postroad.outbox set topic = 'b'",
@@ -182,13 +190,13 @@ async fn an_installer_without_createrole_installs_all_but_the_grants() {
     assert_eq!(migrate::origin(&database).await.unwrap(), Grants::Skipped);
     execute(
         &mut owner,
-        "create role postroad_producer; create role postroad_relay",
+        "create role postroad_producer_shop; create role postroad_relay_shop",
     )
     .await;
     assert_eq!(migrate::origin(&database).await.unwrap(), Grants::Given);
     execute(
         &mut owner,
-        "set role postroad_producer; insert into postroad.outbox (topic) values ('a')",
+        "set role postroad_producer_shop; insert into postroad.outbox (topic) values ('a')",
     )
     .await;
 }

@@ -2,6 +2,7 @@
 //! stream is read from a ledger that the producers' own transactions wrote.
 
 mod backlog;
+mod claims;
 mod expected;
 mod faults;
 mod install;
@@ -12,6 +13,7 @@ mod race;
 mod refused;
 mod rejected;
 mod rerelay;
+mod roles;
 mod rotation;
 mod scheduled;
 pub mod shop;
@@ -181,13 +183,21 @@ pub struct Origin {
 }
 
 /// A user of each role, once the roles are there; with settings that the relay must not go by.
-const SHOP_ROLES: &str = "do $$ begin
-    create role shop_relay login in role postroad_relay;
-    alter role shop_relay set default_transaction_isolation = 'serializable';
-    alter role shop_relay set statement_timeout = '50ms';
-    alter role shop_relay set default_transaction_read_only = on;
-    create role shop_producer login in role postroad_producer;
-exception when duplicate_object or unique_violation then null;
+const SHOP_ROLES: &str = "do $$ declare kind text; begin
+    begin
+        create role shop_relay login;
+        alter role shop_relay set default_transaction_isolation = 'serializable';
+        alter role shop_relay set statement_timeout = '50ms';
+        alter role shop_relay set default_transaction_read_only = on;
+        create role shop_producer login;
+    exception when duplicate_object or unique_violation then null;
+    end;
+    foreach kind in array array['relay', 'producer'] loop
+        begin
+            execute format('grant %I to %I', 'postroad_' || kind || '_' || current_database(), 'shop_' || kind);
+        exception when undefined_object then null;
+        end;
+    end loop;
 end $$";
 
 impl Origin {

@@ -63,3 +63,31 @@ async fn a_session_whose_process_is_gone_ends_though_it_waits_for_a_lock() {
     wait_for(&database, 0).await;
     execute(&mut locker, "rollback").await;
 }
+
+#[tokio::test]
+async fn limits_that_somebody_put_on_the_role_or_the_database_do_not_hold_for_the_broker() {
+    let database = support::empty_database().await;
+    let mut owner = connect(&database.url).await;
+    for setting in [
+        "statement_timeout = '1ms'",
+        "lock_timeout = '1ms'",
+        "idle_session_timeout = '50ms'",
+        "default_transaction_read_only = on",
+    ] {
+        let text = format!("alter database {} set {setting}", database.name);
+        execute(&mut owner, &text).await;
+    }
+    postroad::store::migrate::inbox(&database.database)
+        .await
+        .unwrap();
+    let broker = postroad::app::Broker::start(support::broker::config(&database.url))
+        .await
+        .unwrap();
+    let http = support::Http::new(broker.url());
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let (status, answer) = http
+        .post("/v1/topics/a/messages", &serde_json::json!({"specversion": "1.0", "id": "1", "source": "/s", "type": "t"}))
+        .await;
+    assert!(status.is_success(), "{answer}");
+    broker.stop().await.unwrap();
+}

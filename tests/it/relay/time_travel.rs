@@ -153,8 +153,13 @@ async fn an_outbox_dumped_and_restored_into_a_younger_cluster() {
     let mut admin = restored.owner().await;
     execute(
         &mut admin,
-        "create role postroad_producer; create role postroad_relay;
-        create role shop_relay login in role postroad_relay; create role shop_producer login in role postroad_producer",
+        // As the dump has them.
+        &format!(
+            "create role {0}; create role {1};
+            create role shop_relay login in role {1}; create role shop_producer login in role {0}",
+            support::role("producer", &origin.url),
+            support::role("relay", &origin.url),
+        ),
     )
     .await;
     young.load_dump(&[&origin.url], "shop");

@@ -22,7 +22,19 @@ pub struct TestDatabase {
     pub database: Database,
 }
 
+/// The name of a role of the database that a URL names, as an install makes it.
+pub fn role(kind: &str, url: &str) -> String {
+    let place = url.split('?').next().unwrap_or_default();
+    let name = place.rsplit('/').next().unwrap_or_default();
+    format!("postroad_{kind}_{name}")
+}
+
 impl TestDatabase {
+    /// The name of one of its roles, once Postroad is installed under its name.
+    pub fn role(&self, kind: &str) -> String {
+        role(kind, &self.url)
+    }
+
     /// A connection as the superuser, with the server's own session defaults.
     pub async fn connect(&self) -> PgConnection {
         PgConnection::connect(&self.url).await.unwrap()
@@ -45,6 +57,13 @@ impl Drop for TestDatabase {
             let dropped = sqlx::query(AssertSqlSafe(statement))
                 .execute(&shared().await.admin)
                 .await;
+            for kind in ["producer", "relay", "consumer", "fenced"] {
+                // Those of a cluster of its own are gone already, and one with rights elsewhere stays.
+                let statement = format!("drop role if exists postroad_{kind}_{name}");
+                let _ = sqlx::query(AssertSqlSafe(statement))
+                    .execute(&shared().await.admin)
+                    .await;
+            }
             dropped.map(|_| ()).map_err(|error| error.to_string())
         });
         if let Err(error) = dropped {
@@ -152,7 +171,8 @@ async fn shared() -> &'static Shared {
         .await
 }
 
-async fn make(from_template: bool) -> TestDatabase {
+/// From the migrated template without another.
+async fn make(from: Option<String>) -> TestDatabase {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let name = format!("postroad_test_{}_{number}", std::process::id());
@@ -160,15 +180,16 @@ async fn make(from_template: bool) -> TestDatabase {
     let url = background()
         .spawn(async move {
             let shared = shared().await;
-            let template = if from_template {
-                shared.template().await
-            } else {
-                "template1"
+            let template = match &from {
+                None => shared.template().await,
+                Some(name) => name,
             };
-            shared
-                .create_or_drop(format!("create database {made} template {template}"))
-                .await
-                .unwrap();
+            // The last session of the original may still be on its way out.
+            super::eventually("the template to be left alone", || async {
+                let statement = format!("create database {made} template {template}");
+                shared.create_or_drop(statement).await.ok()
+            })
+            .await;
             shared.url(&made)
         })
         .await
@@ -181,14 +202,19 @@ async fn make(from_template: bool) -> TestDatabase {
     }
 }
 
+/// A copy of a database that nobody is connected to.
+pub async fn copy_of(original: &TestDatabase) -> TestDatabase {
+    make(Some(original.name.clone())).await
+}
+
 /// A fresh database with Postroad's schemas, as a broker's start makes them.
 pub async fn database() -> TestDatabase {
-    make(true).await
+    make(None).await
 }
 
 /// A fresh database with nothing in it.
 pub async fn empty_database() -> TestDatabase {
-    make(false).await
+    make(Some("template1".to_owned())).await
 }
 
 /// Splits a URL around the database's name.

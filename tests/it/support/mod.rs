@@ -30,7 +30,7 @@ pub use cluster::{
     Cluster, backup_of, cluster, cluster_in, cluster_of_copy, cluster_with, copy_folder, standby_of,
 };
 pub use consumer::Consumer;
-pub use database::{TestDatabase, database, empty_database};
+pub use database::{TestDatabase, copy_of, database, empty_database, role};
 pub use events::Events;
 pub use proxy::{Action, Direction, Proxy, Trap, cut_marked, proxy};
 

@@ -110,7 +110,9 @@ async fn dump(kind: Kind) {
         url: young.create_database("bare").await,
         ..origin.clone()
     };
-    create_roles(&mut restored.owner().await).await;
+    for origin in [&restored, &bare] {
+        create_roles(&mut origin.owner().await).await;
+    }
     young.load_dump(&[&origin.url], "shop");
     young.load_dump(&["-N", "postroad", &origin.url], "bare");
     relay(&broker, kind, &origin).await;

@@ -163,13 +163,13 @@ impl Kind {
 pub async fn create_roles(owner: &mut PgConnection) {
     execute(
         owner,
-        "do $$ begin
-            create role postroad_producer;
-        exception when duplicate_object or unique_violation then null;
-        end $$;
-        do $$ begin
-            create role postroad_relay;
-        exception when duplicate_object or unique_violation then null;
+        "do $$ declare kind text; begin
+            foreach kind in array array['relay', 'producer'] loop
+                begin
+                    execute format('create role %I', 'postroad_' || kind || '_' || current_database());
+                exception when duplicate_object or unique_violation then null;
+                end;
+            end loop;
         end $$",
     )
     .await;

@@ -166,6 +166,7 @@ async fn what_is_not_installed_or_not_granted_is_said_and_waited_for() {
     let database = Database::new(&url, 2).unwrap();
     let script = install::script(&database, &kind.mapping()).await.unwrap();
     execute(&mut owner, &script).await;
+    execute(&mut owner, crate::relay::SHOP_ROLES).await;
     rig.caught_up(kind.name()).await;
     assert_eq!(read_log(&broker.url).await.len(), 1);
     let again = install::script(&database, &kind.mapping()).await.unwrap();
@@ -175,7 +176,7 @@ async fn what_is_not_installed_or_not_granted_is_said_and_waited_for() {
 
     execute(
         &mut owner,
-        "revoke select on outboxevent from postroad_relay",
+        "revoke select on outboxevent from postroad_relay_shop",
     )
     .await;
     let rig = rig_mapped(&broker.database, kind, &origin.relay_url()).await;
@@ -191,7 +192,7 @@ async fn what_is_not_installed_or_not_granted_is_said_and_waited_for() {
     );
     execute(
         &mut owner,
-        "grant select on outboxevent to postroad_relay; alter table outboxevent enable row level security",
+        "grant select on outboxevent to postroad_relay_shop; alter table outboxevent enable row level security",
     )
     .await;
     let hidden = |status: &relay::Status| {
@@ -286,7 +287,7 @@ async fn a_second_broker_or_origin_on_a_table_is_refused_until_it_is_given_up() 
         // The first one has gone for good.
         execute(
             &mut origin.owner().await,
-            "update postroad.mapped_outbox set broker = null, origin = null, claimed_at = null",
+            "update postroad.mapped_claim set released_at = now()",
         )
         .await;
         crate::relay::shop::sell_in(origin.layout, &mut producer, 2)

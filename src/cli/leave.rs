@@ -1,0 +1,183 @@
+//! The ways out: `postroad release` gives an outbox to another broker, `postroad uninstall` takes Postroad out of a database, and
+//! `postroad origin` has the broker forget an origin or know it by another name.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+
+use crate::config::{self, Environment, Flags};
+use crate::domain::mapping::Mapping;
+use crate::domain::name::OriginName;
+use crate::store::Database;
+use crate::store::origin::claim;
+use crate::store::uninstall::{self, Changed, Side};
+use crate::telemetry::say;
+
+#[derive(Debug, Args)]
+pub(super) struct Release {
+    /// The origin's database, as a user who owns it
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        hide_env_values = true,
+        required_unless_present = "print"
+    )]
+    database_url: Option<String>,
+    /// A mapped table, as GET /v1/origins names it with its schema, instead of the outbox
+    #[arg(long)]
+    table: Option<String>,
+    /// Print the SQL instead
+    #[arg(long)]
+    print: bool,
+}
+
+impl Release {
+    pub(super) async fn run(self) -> anyhow::Result<()> {
+        let table = self.table.as_deref();
+        if self.print {
+            return super::print(&claim::release_sql(table));
+        }
+        let url = self.database_url.context("--database-url is needed")?;
+        let database = Database::new(&url, 1)?;
+        let what = table.unwrap_or("the outbox");
+        match claim::release(&database, table).await? {
+            Some(released) => say!(
+                "{what} was relayed as the origin {} of the broker {} since {}; the next broker that comes relays it",
+                released.origin,
+                released.broker,
+                released.since
+            ),
+            None => say!("no broker has {what}"),
+        }
+        database.close().await;
+        Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Uninstall {
+    /// The database, as a user who owns it
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        hide_env_values = true,
+        required_unless_present = "print"
+    )]
+    database_url: Option<String>,
+    /// Take out the inbox instead of the outbox
+    #[arg(long)]
+    inbox: bool,
+    /// Take out `postroad.assert_fence` instead of the outbox
+    #[arg(long, conflicts_with = "inbox")]
+    fence: bool,
+    /// Take out what stands beside the table that this origin of the configuration maps, instead of the outbox
+    #[arg(long, value_name = "ORIGIN", conflicts_with_all = ["inbox", "fence"])]
+    map: Option<String>,
+    /// The configuration that has the origin; postroad.toml without it
+    #[arg(long, value_name = "FILE", requires = "map")]
+    config: Option<PathBuf>,
+    /// Print the SQL instead, for teams that run their own migrations
+    #[arg(long)]
+    print: bool,
+}
+
+impl Uninstall {
+    fn mapping(&self) -> anyhow::Result<Option<Mapping>> {
+        let Some(name) = &self.map else {
+            return Ok(None);
+        };
+        let flags = Flags {
+            file: self.config.clone(),
+            ..Flags::default()
+        };
+        let config = config::load(&flags, &Environment::of_process())?;
+        let origin = config.origins.into_iter().find(|o| o.name.as_str() == name);
+        let origin = origin.with_context(|| format!("the configuration has no origin `{name}`"))?;
+        let mapping = origin
+            .mapping
+            .with_context(|| format!("the origin `{name}` maps no table"))?;
+        Ok(Some(mapping))
+    }
+
+    pub(super) async fn run(self) -> anyhow::Result<()> {
+        let mapping = self.mapping()?;
+        let (side, name) = match (&mapping, self.inbox, self.fence) {
+            (Some(mapping), ..) => (Side::Mapped(mapping), "what stood beside the mapped table"),
+            (None, true, _) => (Side::Inbox, "the inbox"),
+            (None, false, true) => (Side::Fence, "the fence"),
+            (None, false, false) => (Side::Outbox, "the outbox"),
+        };
+        if self.print {
+            return super::print(&uninstall::script(side));
+        }
+        let url = self.database_url.as_deref();
+        let database = Database::new(url.context("--database-url is needed")?, 1)?;
+        uninstall::run(&database, side).await?;
+        say!("{name} is taken out of {}", database.place());
+        database.close().await;
+        Ok(())
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Origin {
+    /// Forget an origin that is not in the configuration any more: its position, its history and its rejected rows
+    Forget {
+        /// Its name
+        name: String,
+        /// The broker's database
+        #[arg(long, env = "POSTROAD_DATABASE_URL", hide_env_values = true)]
+        database_url: String,
+    },
+    /// Give an origin another name, with all that is known of it, before the configuration does
+    Rename {
+        /// Its name
+        from: String,
+        /// Its name from now on
+        to: String,
+        /// The broker's database
+        #[arg(long, env = "POSTROAD_DATABASE_URL", hide_env_values = true)]
+        database_url: String,
+    },
+}
+
+impl Origin {
+    pub(super) async fn run(self) -> anyhow::Result<()> {
+        let parsed = |name: &str| {
+            OriginName::parse(name).with_context(|| format!("`{name}` is no origin's name"))
+        };
+        let (url, name, to) = match &self {
+            Self::Forget { name, database_url } => (database_url, name, None),
+            Self::Rename {
+                from,
+                to,
+                database_url,
+            } => (database_url, from, Some(to)),
+        };
+        let origin = parsed(name)?;
+        let to = to.map(|to| parsed(to)).transpose()?;
+        let database = Database::new(url, 1)?;
+        let changed = match &to {
+            None => uninstall::forget_origin(&database, &origin).await?,
+            Some(to) => uninstall::rename_origin(&database, &origin, to).await?,
+        };
+        database.close().await;
+        match (changed, to) {
+            (Changed::Yes, None) => say!("the origin `{name}` is forgotten"),
+            (Changed::Yes, Some(to)) => {
+                say!(
+                    "the origin `{name}` is called `{to}`: change the configuration, and start the broker"
+                );
+            }
+            (Changed::Unknown, _) => anyhow::bail!("the broker knows no origin `{name}`"),
+            (Changed::Configured, _) => anyhow::bail!(
+                "the origin `{name}` is relayed now: take it out of the configuration, or stop the broker"
+            ),
+            (Changed::Taken, _) => {
+                anyhow::bail!("there is an origin of that name: forget it first")
+            }
+        }
+        Ok(())
+    }
+}
