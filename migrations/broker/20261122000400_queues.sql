@@ -50,7 +50,8 @@ create table postroad_broker.former_queue (
 create index former_queue_name on postroad_broker.former_queue (name);
 create index former_queue_version on postroad_broker.former_queue (version);
 
--- The whole state of a queue as of a group of its slot. Rewritten once per turn of the journal.
+-- The state of a queue as of a group of its slot. Rewritten once per turn of the journal. That of a large queue is in chunks, which its
+-- `state` names.
 create table postroad_broker.queue_checkpoint (
     queue_id bigint primary key references postroad_broker.queue (id) on delete cascade,
     generation bigint not null,
@@ -59,6 +60,15 @@ create table postroad_broker.queue_checkpoint (
     state bytea not null,
     -- 0: what a generation begins with, before any group of it.
     constraint queue_checkpoint_number_not_negative check (number >= 0)
+);
+
+-- The chunks of checkpoints, named by their content: written one after the other before the checkpoint that names them, and deleted with it
+-- when the next one does not.
+create table postroad_broker.queue_checkpoint_chunk (
+    queue_id bigint not null references postroad_broker.queue (id) on delete cascade,
+    id uuid not null,
+    data bytea not null,
+    primary key (queue_id, id)
 );
 
 -- What queues decided: one row per queue and group. Inserted and truncated, never updated or deleted. A group has a number
@@ -115,6 +125,14 @@ create table postroad_broker.queue_journal_turn (
     constraint queue_journal_turn_is_one_row check (singleton)
 );
 insert into postroad_broker.queue_journal_turn default values;
+
+-- Segments that every checkpoint is past, since when, and the first transaction that began after: a snapshot from before it has former
+-- checkpoints, and needs the segment beside them. TRUNCATE takes its rows from every snapshot, however old.
+create table postroad_broker.queue_journal_folded (
+    segment smallint primary key,
+    as_of xid8 not null,
+    folded_at timestamptz not null default clock_timestamp()
+);
 
 -- Messages that were rejected or are out of attempts, with a copy: the log may drop its own. One for each message of a
 -- queue: it stays while its message is redriven, and is removed when that is settled, or replaced when it dies again.
@@ -302,8 +320,8 @@ begin
     return query select 'renewed', from_generation + 1, first_offset, is_at_floor, first_offset > end_offset + 1;
 end $$;
 
--- Writes one group commit of the settlement writer: journal rows, checkpoints, dead letters, for the slots that the
--- caller still owns. Returns the turn of the journal and the slots that were taken over, of which nothing is written.
+-- Writes one group commit of the settlement writer: journal rows, checkpoints and their chunks, dead letters, for the slots that the
+-- caller still owns. A checkpoint is as of its number in `checkpoint_numbers`, or of this group. Returns the turn of the journal and the slots that were taken over, of which nothing is written.
 --
 -- The lease rows are locked `for no key update`, in the order of their names. A share lock would let a group whose
 -- connection was lost, and that still runs on the server, pass beside its own repetition; so would two rows of one number
@@ -317,7 +335,9 @@ create function postroad_broker.write_queue_group(
     letter_deliveries integer[], letter_attempts integer[], letter_causes text[], letter_failures text[],
     letter_died_at timestamptz[], letter_forwards text[],
     removed_slots smallint[], removed_queues bigint[], removed_offsets bigint[],
-    redrive_slots smallint[], redrive_queues bigint[], redrive_steps text[]
+    redrive_slots smallint[], redrive_queues bigint[], redrive_steps text[],
+    checkpoint_numbers bigint[], named_slots smallint[], named_queues bigint[], named_chunks uuid[],
+    chunk_slots smallint[], chunk_queues bigint[], chunk_ids uuid[], chunk_data bytea[]
 ) returns table (current_turn bigint, fenced smallint[])
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -364,16 +384,38 @@ begin
     join unnest(slots, slot_epochs, slot_numbers) s (slot, epoch, number) on s.slot = j.slot
     where j.slot = any (fresh);
 
+    if cardinality(chunk_queues) > 0 then
+        insert into postroad_broker.queue_checkpoint_chunk (queue_id, id, data)
+        select c.queue_id, c.id, c.data
+        from unnest(chunk_slots, chunk_queues, chunk_ids, chunk_data) c (slot, queue_id, id, data)
+        where c.slot = any (fresh) and exists (select from postroad_broker.queue q where q.id = c.queue_id)
+        on conflict (queue_id, id) do nothing;
+    end if;
+
     if cardinality(checkpoint_queues) > 0 then
-        insert into postroad_broker.queue_checkpoint (queue_id, generation, epoch, number, state)
-        select c.queue_id, c.generation, s.epoch, s.number, c.state
-        from unnest(checkpoint_slots, checkpoint_queues, checkpoint_generations, checkpoint_states)
-            c (slot, queue_id, generation, state)
-        join unnest(slots, slot_epochs, slot_numbers) s (slot, epoch, number) on s.slot = c.slot
-        where c.slot = any (fresh)
-          and exists (select from postroad_broker.queue q where q.id = c.queue_id and q.generation = c.generation)
-        on conflict (queue_id) do update
-            set generation = excluded.generation, epoch = excluded.epoch, number = excluded.number, state = excluded.state;
+        if exists (
+            select from unnest(named_slots, named_queues, named_chunks) n (slot, queue_id, id)
+            where n.slot = any (fresh) and exists (select from postroad_broker.queue q where q.id = n.queue_id)
+              and not exists (
+                select from postroad_broker.queue_checkpoint_chunk k where k.queue_id = n.queue_id and k.id = n.id))
+        then
+            raise exception 'a checkpoint names a chunk that is not stored';
+        end if;
+        with written as (
+            insert into postroad_broker.queue_checkpoint (queue_id, generation, epoch, number, state)
+            select c.queue_id, c.generation, s.epoch, coalesce(c.number, s.number), c.state
+            from unnest(checkpoint_slots, checkpoint_queues, checkpoint_generations, checkpoint_states, checkpoint_numbers)
+                c (slot, queue_id, generation, state, number)
+            join unnest(slots, slot_epochs, slot_numbers) s (slot, epoch, number) on s.slot = c.slot
+            where c.slot = any (fresh)
+              and exists (select from postroad_broker.queue q where q.id = c.queue_id and q.generation = c.generation)
+            on conflict (queue_id) do update
+                set generation = excluded.generation, epoch = excluded.epoch, number = excluded.number, state = excluded.state
+            returning queue_id
+        )
+        delete from postroad_broker.queue_checkpoint_chunk k using written w
+        where k.queue_id = w.queue_id and not exists (
+            select from unnest(named_queues, named_chunks) n (queue_id, id) where n.queue_id = k.queue_id and n.id = k.id);
     end if;
 
     -- Before the letters: a message that came back and died again in one group has died last. The other way about cannot be,
@@ -518,7 +560,9 @@ begin
     return turn_now;
 end $$;
 
--- Truncates the segments that are not written and that every checkpoint is past. Returns how many still have rows. The
+-- Truncates the segments that are not written and that every checkpoint is past, once no snapshot is left that has former checkpoints: a
+-- dump by such a one would have those without what came after them. A session whose snapshot cannot be seen counts as one for a minute,
+-- and one that is held counts for ten: what a forgotten transaction keeps is bounded. Returns how many still have rows. The
 -- lock comes before the look: a group that chose the segment before the turn either is seen, or waits and inserts after.
 -- Another look comes before the lock, which every group would wait for, and which is mostly not worth it.
 create function postroad_broker.truncate_queue_journal() returns integer
@@ -527,6 +571,7 @@ declare
     turn_now bigint;
     left_count integer := 0;
     needed boolean;
+    folded record;
     leaf text;
     look text;
 begin
@@ -534,9 +579,9 @@ begin
         raise exception 'truncate_queue_journal needs read committed';
     end if;
     select t.turn into strict turn_now from postroad_broker.queue_journal_turn t for update;
-    for segment in 0..3 loop
-        leaf := format('postroad_broker.queue_journal_%s', segment);
-        continue when segment = turn_now % 4 or pg_relation_size(leaf::regclass) = 0;
+    for closed in 0..3 loop
+        leaf := format('postroad_broker.queue_journal_%s', closed);
+        continue when closed = turn_now % 4 or pg_relation_size(leaf::regclass) = 0;
         look := format(
             'select exists (select from only %s j
                 join postroad_broker.queue q on q.id = j.queue_id and q.generation = j.generation
@@ -545,6 +590,21 @@ begin
                 where c.queue_id is null or (c.epoch, c.number) < (j.epoch, j.number))', leaf);
         execute look into needed;
         if needed then
+            delete from postroad_broker.queue_journal_folded f where f.segment = closed;
+            left_count := left_count + 1;
+            continue;
+        end if;
+        insert into postroad_broker.queue_journal_folded (segment, as_of)
+            values (closed, pg_snapshot_xmax(pg_current_snapshot())) on conflict (segment) do nothing;
+        select f.as_of, clock_timestamp() - f.folded_at as since into strict folded
+            from postroad_broker.queue_journal_folded f where f.segment = closed;
+        if exists (
+            select from pg_stat_activity a
+            where a.datid = (select d.oid from pg_database d where d.datname = current_database()) and a.pid <> pg_backend_pid()
+              and case when a.backend_xmin is not null
+                then age(a.backend_xmin) > age(folded.as_of::xid) and folded.since < interval '10 minutes'
+                else a.query = '<insufficient privilege>' and folded.since < interval '1 minute' end)
+        then
             left_count := left_count + 1;
             continue;
         end if;
@@ -555,6 +615,7 @@ begin
                 left_count := left_count + 1;
             else
                 execute format('truncate only %s', leaf);
+                delete from postroad_broker.queue_journal_folded f where f.segment = closed;
             end if;
         exception when lock_not_available then
             left_count := left_count + 1;

@@ -93,7 +93,7 @@ impl Engine {
         if let Some(former) = self.find(&row.name) {
             self.forget(former).await;
         }
-        self.take_over(row).await;
+        self.take_over(row);
     }
 
     /// A name's queue as the database has it now.
@@ -124,6 +124,9 @@ impl Engine {
             self.write_known().remove(&owned.row.name);
         }
         self.alone.remove(&id);
+        if let Some(state) = self.slots.get_mut(&owned.row.slot) {
+            state.void_recovery();
+        }
         owned.dispatch.unsubscribe(id);
         if let Some(mailbox) = owned.mailbox {
             let _ = mailbox.send(Command::End).await;

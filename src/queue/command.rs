@@ -251,7 +251,7 @@ impl Task {
             }
             Command::Pause { is_paused } => self.parts.is_paused = is_paused,
             Command::Fold { before_turn } => {
-                self.fold_wanted |= self.unfolded_turn.is_some_and(|turn| turn < before_turn);
+                self.folds.want(self.unfolded_turn, before_turn);
             }
             Command::Trim { letters } => {
                 // The copy of one that was redriven may be the only one.

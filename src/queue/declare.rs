@@ -11,7 +11,7 @@ use super::api::{Declaration, Declared, Description, Error};
 use super::command::Command;
 use super::engine::Engine;
 use super::handle::ENDED;
-use super::recovery::{self, Recovered};
+use super::recovery::Recovered;
 use crate::domain::id::{Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::name::{QueueName, StreamName, Topic, TopicPattern};
 use crate::domain::policy::{Fault, Start};
@@ -215,27 +215,10 @@ impl Engine {
     }
 
     /// Takes in a queue that is found in the database. One whose slot is recovered already has to be recovered alone.
-    pub(in crate::queue) async fn take_over(&mut self, row: QueueRow) {
-        let slot = row.slot;
-        self.add(row.clone());
-        let state = self.slots.get(&slot);
-        let Some(fence) = state
-            .filter(|state| state.is_recovered)
-            .and_then(|state| state.fence.clone())
-        else {
-            return;
-        };
-        match recovery::recover(&self.database, &fence, slot, &[&row]).await {
-            Ok(machines) => {
-                for recovered in machines {
-                    self.start_task(recovered, &fence);
-                }
-            }
-            Err(error) => {
-                tracing::warn!(queue = %row.name, error = &error as &dyn std::error::Error, "recovering a queue failed; its slot is read again");
-                self.read_again(slot).await;
-            }
-        }
+    pub(in crate::queue) fn take_over(&mut self, row: QueueRow) {
+        let id = row.id;
+        self.add(row);
+        self.recover_alone(id);
     }
 
     async fn change(

@@ -17,6 +17,7 @@ use super::command::{Command, Job};
 use super::declare::describe;
 use super::feed::{self, Dispatch, Feed};
 use super::handle::{Known, Shared};
+use super::recover::{RECOVERIES, Recovery};
 use super::recovery::Recovered;
 use super::scans::Scans;
 use super::task::{Ended, Parts, Progress, Task};
@@ -58,6 +59,8 @@ pub(in crate::queue) struct Owned {
     pub(in crate::queue) marked: Option<(Generation, Offset)>,
     /// The task's mailbox, while it runs.
     pub(in crate::queue) mailbox: Option<mpsc::Sender<Command>>,
+    /// Its state is being read, alone.
+    pub(in crate::queue) is_recovering: bool,
 }
 
 pub(in crate::queue) struct Engine {
@@ -68,6 +71,7 @@ pub(in crate::queue) struct Engine {
     pub(in crate::queue) supervisor: Supervisor,
     pub(in crate::queue) shared: Arc<Shared>,
     pub(in crate::queue) writer: mpsc::Sender<Submission>,
+    pub(in crate::queue) folds: mpsc::Sender<Submission>,
     pub(in crate::queue) contact: Arc<Contact>,
     pub(in crate::queue) jobs: mpsc::Receiver<Job>,
     pub(in crate::queue) queues: HashMap<QueueId, Owned>,
@@ -90,6 +94,9 @@ pub(in crate::queue) struct Engine {
     /// At the last look that found nothing to turn and nothing to truncate: how many groups this process had written, and when that was.
     turned: Option<(u64, Instant)>,
     ended: (mpsc::Sender<Ended>, mpsc::Receiver<Ended>),
+    /// Permits to read stored state.
+    pub(in crate::queue) recovering: Arc<Semaphore>,
+    pub(in crate::queue) recoveries: (mpsc::Sender<Recovery>, mpsc::Receiver<Recovery>),
     pub(in crate::queue) fences: (
         mpsc::Sender<(Slot, Option<Fence>)>,
         mpsc::Receiver<(Slot, Option<Fence>)>,
@@ -105,6 +112,7 @@ pub(in crate::queue) struct Given {
     pub(in crate::queue) supervisor: Supervisor,
     pub(in crate::queue) shared: Arc<Shared>,
     pub(in crate::queue) writer: mpsc::Sender<Submission>,
+    pub(in crate::queue) folds: mpsc::Sender<Submission>,
     pub(in crate::queue) contact: Arc<Contact>,
     pub(in crate::queue) scans: Scans,
     pub(in crate::queue) jobs: mpsc::Receiver<Job>,
@@ -121,6 +129,7 @@ impl Engine {
             supervisor: given.supervisor,
             shared: given.shared,
             writer: given.writer,
+            folds: given.folds,
             contact: given.contact,
             jobs: given.jobs,
             queues: HashMap::new(),
@@ -136,6 +145,8 @@ impl Engine {
             turn: None,
             turned: None,
             ended: mpsc::channel(1_024),
+            recovering: Arc::new(Semaphore::new(RECOVERIES)),
+            recoveries: mpsc::channel(1_024),
             fences: mpsc::channel(128),
         }
     }
@@ -167,7 +178,8 @@ impl Engine {
                 },
                 Some((slot, fence)) = self.fences.1.recv() => self.change_fence(slot, fence).await,
                 Some(ended) = self.ended.1.recv() => self.note_end(ended).await,
-                () = sleep_until(recover_at) => self.recover_due().await,
+                Some(recovery) = self.recoveries.1.recv() => self.note_recovery(recovery).await,
+                () = sleep_until(recover_at) => self.recover_due(),
                 Ok(()) = views.changed() => {
                     let view = Arc::clone(&views.borrow_and_update());
                     self.follow_catalogue(&view).await;
@@ -217,12 +229,16 @@ impl Engine {
                 refused_at: None,
                 marked: None,
                 mailbox: None,
+                is_recovering: false,
             },
         );
         self.shared.metrics.queues.set(self.queues.len() as i64);
-        if let Entry::Vacant(vacant) = self.slots.entry(slot) {
-            vacant.insert(SlotState::default());
-            self.hold(slot);
+        match self.slots.entry(slot) {
+            Entry::Occupied(mut occupied) => occupied.get_mut().void_recovery(),
+            Entry::Vacant(vacant) => {
+                vacant.insert(SlotState::default());
+                self.hold(slot);
+            }
         }
     }
 
@@ -252,10 +268,13 @@ impl Engine {
     }
 
     /// Lets the dispatcher and the handles see what the queue's row says.
-    pub(in crate::queue) fn show_row(&self, id: QueueId) {
+    pub(in crate::queue) fn show_row(&mut self, id: QueueId) {
         let Some(owned) = self.queues.get(&id) else {
             return;
         };
+        if let Some(state) = self.slots.get_mut(&owned.row.slot) {
+            state.void_recovery();
+        }
         let patterns = owned.row.patterns.clone().into();
         owned.dispatch.subscribe(id, patterns);
         if let Some(known) = self.write_known().get_mut(&owned.row.name) {
@@ -300,6 +319,7 @@ impl Engine {
             feed: Arc::clone(&owned.feed),
             mailbox: commands,
             writer: self.writer.clone(),
+            folds: self.folds.clone(),
             contact: Arc::clone(&self.contact),
             reads: Arc::clone(&self.reads),
             scans: self.scans.clone(),
@@ -358,10 +378,12 @@ impl Engine {
 
     /// Has queues remove dead letters that were kept long enough: a bounded number each time.
     async fn trim_letters(&self) {
+        // This process' own count since its start, and its machine's clock: no clock that jumps ahead deletes anything by itself.
+        let witness = self.cluster.now().min(chrono::Utc::now());
         let seconds = REDRIVE_RETENTION.as_secs_f64();
-        let _ = store::redrive::delete_old_redrives(&self.database, seconds).await;
+        let _ = store::redrive::delete_old_redrives(&self.database, seconds, witness).await;
         let seconds = DEAD_LETTER_RETENTION.as_secs_f64();
-        let old = match store::letter::find_old_letters(&self.database, seconds).await {
+        let old = match store::letter::find_old_letters(&self.database, seconds, witness).await {
             Ok(old) => old,
             Err(error) => {
                 tracing::debug!(

@@ -50,7 +50,7 @@ impl Task {
     pub(in crate::queue) fn hold_round(&mut self) {
         self.end_waits();
         self.submit();
-        let is_drained = !self.is_writing() && self.answers.is_empty();
+        let is_drained = !self.is_writing() && !self.folds.is_sent() && self.answers.is_empty();
         let Some(Hold::Draining { .. }) = self.hold.as_ref().filter(|_| is_drained) else {
             return;
         };

@@ -13,7 +13,9 @@ mod command;
 mod declare;
 mod engine;
 mod feed;
+mod fold;
 mod forward;
+mod gather;
 mod handle;
 mod handout;
 mod hold;
@@ -26,6 +28,7 @@ mod pages;
 mod part;
 mod positions;
 mod receive;
+mod recover;
 mod recovery;
 mod redrive;
 mod refused;
@@ -141,6 +144,7 @@ pub async fn start(
     let (jobs_in, jobs) = mpsc::channel(256);
     // A part and a probe of every queue there can be: sending to the writer never has to wait.
     let (writer_in, submissions) = mpsc::channel(2 * QUEUES_MAX + 1);
+    let (folds_in, folds) = mpsc::channel(QUEUES_MAX + 1);
     let metrics = metrics::Metrics::new(registry);
     let (people, letters) = letters::Desk::new(database.clone(), supervisor.clone());
     let (tasks, task_letters) = letters::Desk::new(database.clone(), supervisor.clone());
@@ -168,6 +172,7 @@ pub async fn start(
         metrics,
         supervisor: supervisor.clone(),
         submissions,
+        folds,
         connection: Some(database.connect().await?),
     };
     supervisor.spawn("queue writer", OnEnd::StopProcess, writer.run());
@@ -186,6 +191,7 @@ pub async fn start(
         supervisor: supervisor.clone(),
         shared: Arc::clone(&shared),
         writer: writer_in,
+        folds: folds_in,
         contact,
         scans,
         jobs,

@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::api::{Error, Received};
+use super::fold::InPart;
 use super::handout::Promise;
 use super::message::Acted;
 use super::task::{Task, Why};
@@ -86,7 +87,7 @@ pub(in crate::queue) struct Submitted {
     answers: Vec<Answer>,
     has_records: bool,
     has_forwards: bool,
-    is_fold: bool,
+    fold: InPart,
     watermark: Offset,
 }
 
@@ -140,7 +141,7 @@ impl Task {
         };
         self.submitted.is_none()
             && self.machine.has_batch()
-            && !self.fold_wanted
+            && !self.may_fold()
             && !self.redrives.has_steps()
             && (1..=LINGERING_MAX).contains(&self.answers.len())
             && self.answers.iter().all(is_carried)
@@ -159,13 +160,11 @@ impl Task {
         if self.submitted.is_some() {
             return;
         }
-        // A checkpoint is of the state at hand, so it goes with the last piece.
-        let is_fold = self.fold_wanted && !self.machine.is_split();
+        let is_fold = self.may_fold();
         if is_fold {
             self.machine.journal_scan(self.machine.scanned_through());
         }
-        let has_nothing =
-            !self.machine.has_batch() && !self.fold_wanted && !self.redrives.has_steps();
+        let has_nothing = !self.machine.has_batch() && !is_fold && !self.redrives.has_steps();
         if has_nothing && !self.is_to_be_confirmed() {
             let answers = std::mem::take(&mut self.answers).into_iter();
             self.answer(answers.map(|(_, answer)| answer).collect());
@@ -174,7 +173,10 @@ impl Task {
         let number = self.machine.writing();
         let batch = self.machine.take_batch();
         self.count(&batch.records, batch.letters.len());
-        self.fold_wanted &= !is_fold;
+        let (fold, checkpoint) = match is_fold {
+            true => self.fold(),
+            false => (InPart::Nothing, None),
+        };
         let part = Box::new(GroupPart {
             slot: self.parts.slot,
             queue: self.machine.id(),
@@ -183,11 +185,12 @@ impl Task {
                 true => Vec::new(),
                 false => encode(&batch.records),
             },
-            checkpoint: is_fold.then(|| self.machine.checkpoint()),
+            checkpoint,
             letters: batch.letters,
             forward: self.machine.settings().dead_letter_topic.clone(),
             removed_letters: batch.removed_letters,
             redrives: self.redrives.take_steps(),
+            chunks: Vec::new(),
         });
         let has_records = !part.records.is_empty();
         let has_forwards = part.forward.is_some() && !part.letters.is_empty();
@@ -220,7 +223,7 @@ impl Task {
             answers,
             has_records,
             has_forwards,
-            is_fold,
+            fold,
             watermark: self.machine.watermark(),
         });
     }
@@ -253,14 +256,10 @@ impl Task {
             return;
         };
         match written {
-            Some(Written::Committed { turn }) => {
+            Some(Written::Committed { turn, number }) => {
                 let waited = part.decided_at.elapsed().as_secs_f64();
                 self.parts.shared.metrics.wait_seconds.observe(waited);
-                if part.is_fold {
-                    self.unfolded_turn = None;
-                } else if part.has_records {
-                    self.unfolded_turn.get_or_insert(turn);
-                }
+                self.note_folded(part.fold, part.has_records, (turn, number));
                 self.parts
                     .progress
                     .watermark

@@ -2,14 +2,14 @@
 //! at that epoch before the read: nobody else can write behind it, and a group of this epoch that is still under way on a
 //! lost connection is waited for. A standby, where no row can be locked, is not believed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
-use crate::domain::queue::{Queue, Random, Record, decode};
+use crate::domain::queue::{ChunkId, Decode, Queue, Random, Record, decode};
 use crate::failpoint;
-use crate::store::journal::StatePart;
 use crate::store::mark::Place;
 use crate::store::queue::QueueRow;
+use crate::store::queue_state::{PartKind, StatePart};
 use crate::store::redrive::RedriveRow;
 use crate::store::{self, Database};
 
@@ -24,7 +24,7 @@ pub(in crate::queue) enum Error {
     Decode {
         queue: QueueId,
         #[source]
-        source: crate::domain::queue::Decode,
+        source: Decode,
     },
 }
 
@@ -51,25 +51,36 @@ impl Recovered {
     }
 }
 
-/// The slot's queues as they were.
+/// The queues of these rows, all of a slot or one of it, as they were. The stored state is taken in as it is read.
 pub(in crate::queue) async fn recover(
     database: &Database,
     fence: &Fence,
     slot: Slot,
-    rows: &[&QueueRow],
+    rows: &[QueueRow],
+    one: Option<QueueId>,
 ) -> Result<Vec<Recovered>, Error> {
     failpoint::reach("recovery.before_read");
-    let state = store::journal::find_queue_state(database, fence, slot).await?;
+    let rebuilds = rows.iter().map(|row| (row.id, Rebuild::new(row)));
+    let mut rebuilds: HashMap<QueueId, Rebuild<'_>> = rebuilds.collect();
+    let mut failed = None;
+    let mut take = |part: StatePart| {
+        if failed.is_none()
+            && let Some(rebuild) = rebuilds.get_mut(&part.queue)
+            && let Err(source) = rebuild.take(&part)
+        {
+            failed = Some((part.queue, source));
+        }
+    };
+    let read = store::queue_state::find_queue_state(database, fence, slot, one, &mut take);
+    let positions = read.await?.ok_or(Error::Fenced)?;
     failpoint::reach("recovery.after_read");
-    let state = state.ok_or(Error::Fenced)?;
-    let positions = state.positions.into_iter();
+    if let Some((queue, source)) = failed {
+        return Err(Error::Decode { queue, source });
+    }
+    let positions = positions.into_iter();
     let positions: HashMap<(QueueId, Generation), Offset> = positions
         .map(|position| ((position.queue, position.generation), position.through))
         .collect();
-    let mut by_queue: HashMap<QueueId, Vec<StatePart>> = HashMap::new();
-    for part in state.parts {
-        by_queue.entry(part.queue).or_default().push(part);
-    }
     // After the state, under whose lock every group is decided.
     let mut redrives: HashMap<QueueId, Vec<RedriveRow>> = HashMap::new();
     for (queue, redrive) in store::redrive::find_running(database, slot).await? {
@@ -77,8 +88,12 @@ pub(in crate::queue) async fn recover(
     }
     let mut machines = Vec::with_capacity(rows.len());
     for row in rows {
-        let parts = by_queue.remove(&row.id).unwrap_or_default();
-        let mut machine = rebuild(row, &parts).map_err(|source| Error::Decode {
+        let Some(rebuild) = rebuilds.remove(&row.id) else {
+            continue;
+        };
+        let unfolded = rebuild.has_journal;
+        let rebuilt = rebuild.finish();
+        let mut machine = rebuilt.map_err(|source| Error::Decode {
             queue: row.id,
             source,
         })?;
@@ -91,7 +106,7 @@ pub(in crate::queue) async fn recover(
         }
         machines.push(Recovered {
             machine,
-            unfolded: parts.iter().any(|part| part.is_journal),
+            unfolded,
             redrives: redrives.remove(&row.id).unwrap_or_default(),
             log_end: None,
         });
@@ -103,7 +118,7 @@ pub(in crate::queue) async fn recover(
 /// Looks whether the logs have what the queues know.
 async fn compare_with_logs(
     database: &Database,
-    rows: &[&QueueRow],
+    rows: &[QueueRow],
     machines: &mut [Recovered],
 ) -> Result<(), store::Error> {
     let mut places = Vec::with_capacity(machines.len());
@@ -129,39 +144,91 @@ async fn compare_with_logs(
     Ok(())
 }
 
-fn rebuild(row: &QueueRow, parts: &[StatePart]) -> Result<Queue, crate::domain::queue::Decode> {
-    let random = Random::new(uuid::Uuid::new_v4().as_u64_pair().0);
-    let (id, generation, settings) = (row.id, row.generation, row.settings.clone());
-    let mut parts = parts.iter().peekable();
-    let mut queue = match parts.next_if(|part| !part.is_journal) {
-        Some(part) => {
-            let (start, data) = (row.start_offset, &part.data);
-            let begun = Queue::from_carried(
-                data,
-                id,
-                generation,
-                start,
-                settings.clone(),
-                random.clone(),
-            )?;
-            match begun {
-                Some(begun) => begun,
-                None => Queue::from_checkpoint(data, id, generation, settings, random)?,
-            }
+/// A queue that is put together from its parts, as they come.
+struct Rebuild<'a> {
+    row: &'a QueueRow,
+    machine: Option<Queue>,
+    /// Chunks that the checkpoint names and that have not come.
+    missing: HashSet<ChunkId>,
+    has_journal: bool,
+}
+
+impl<'a> Rebuild<'a> {
+    fn new(row: &'a QueueRow) -> Self {
+        Self {
+            row,
+            machine: None,
+            missing: HashSet::new(),
+            has_journal: false,
         }
-        None => Queue::new(id, generation, row.start_offset, settings, random),
-    };
-    queue.set_former(row.former.clone());
-    for part in parts {
-        for record in decode(&part.data)? {
-            if let Some(record) = planted(record) {
-                queue.apply(&record);
+    }
+
+    fn take(&mut self, part: &StatePart) -> Result<(), Decode> {
+        match part.kind {
+            PartKind::Checkpoint => self.begin(&part.data),
+            PartKind::Chunk(id) => match (self.missing.remove(&id), &mut self.machine) {
+                (true, Some(machine)) => machine.take_chunk(&part.data),
+                // Of a checkpoint that never came to its head.
+                _ => Ok(()),
+            },
+            PartKind::Journal => {
+                self.has_journal = true;
+                let records = decode(&part.data)?;
+                let row = self.row;
+                let machine = self.machine.get_or_insert_with(|| unseen(row));
+                for record in records.into_iter().filter_map(planted) {
+                    machine.apply(&record);
+                }
+                Ok(())
             }
         }
     }
-    // Of what is unsettled the journal does not know what order goes by.
-    queue.arrange();
-    Ok(queue)
+
+    fn begin(&mut self, data: &[u8]) -> Result<(), Decode> {
+        let QueueRow {
+            id,
+            generation,
+            start_offset,
+            settings,
+            ..
+        } = self.row;
+        let (id, generation, start) = (*id, *generation, *start_offset);
+        let begun = Queue::from_carried(data, id, generation, start, settings.clone(), random())?;
+        let machine = match begun {
+            Some(begun) => begun,
+            None => {
+                let read =
+                    Queue::from_checkpoint(data, id, generation, settings.clone(), random())?;
+                self.missing = read.1.into_iter().collect();
+                read.0
+            }
+        };
+        self.machine = Some(machine);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Queue, Decode> {
+        if !self.missing.is_empty() {
+            return Err(Decode {
+                what: "a checkpoint without all of its chunks",
+            });
+        }
+        let mut machine = self.machine.unwrap_or_else(|| unseen(self.row));
+        machine.set_former(self.row.former.clone());
+        // Of what is unsettled the journal does not know what order goes by.
+        machine.arrange();
+        Ok(machine)
+    }
+}
+
+fn random() -> Random {
+    Random::new(uuid::Uuid::new_v4().as_u64_pair().0)
+}
+
+/// A queue of which nothing is stored.
+fn unseen(row: &QueueRow) -> Queue {
+    let settings = row.settings.clone();
+    Queue::new(row.id, row.generation, row.start_offset, settings, random())
 }
 
 /// The record, but for two planted faults.

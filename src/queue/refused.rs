@@ -6,7 +6,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::engine::Engine;
-use super::recovery;
 use super::task::Ended;
 use crate::domain::id::QueueId;
 
@@ -46,39 +45,13 @@ impl Engine {
         true
     }
 
-    pub(in crate::queue) async fn recover_due_alone(&mut self) {
+    pub(in crate::queue) fn recover_due_alone(&mut self) {
         let now = Instant::now();
         let due = self.alone.iter().filter(|(_, at)| **at <= now);
         let due: Vec<QueueId> = due.map(|(&queue, _)| queue).collect();
         for queue in due {
             self.alone.remove(&queue);
-            self.recover_alone(queue).await;
-        }
-    }
-
-    async fn recover_alone(&mut self, queue: QueueId) {
-        let Some(owned) = self.queues.get(&queue) else {
-            return;
-        };
-        let row = owned.row.clone();
-        let state = self.slots.get(&row.slot).filter(|slot| slot.is_recovered);
-        let Some(fence) = state.and_then(|slot| slot.fence.clone()) else {
-            // The slot's recovery brings it back.
-            return;
-        };
-        if owned.mailbox.is_some() || self.supervisor.is_stopping() {
-            return;
-        }
-        match recovery::recover(&self.database, &fence, row.slot, &[&row]).await {
-            Ok(machines) => {
-                for recovered in machines {
-                    self.start_task(recovered, &fence);
-                }
-            }
-            Err(error) => {
-                tracing::warn!(queue = %row.name, error = &error as &dyn std::error::Error, "recovering a queue failed; its slot is read again");
-                self.read_again(row.slot).await;
-            }
+            self.recover_alone(queue);
         }
     }
 }

@@ -2,23 +2,16 @@
 //! another node's; dropped when the epoch is gone. A queue's task that ends by a refused write has its whole slot recovered, since
 //! its state in memory ran ahead of the journal.
 
-use std::time::Duration;
-
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::command::Command;
 use super::engine::Engine;
-use super::recovery;
 use super::task::{Ended, Why};
 use super::tenancy::{Change, SlotState};
-use crate::domain::id::{Fence, QueueId, Slot};
-use crate::store::queue::QueueRow;
+use crate::domain::id::{Fence, Slot};
+use crate::failpoint;
 use crate::supervisor::{OnEnd, Supervisor};
-use crate::{failpoint, store};
-
-/// A slot that could not be recovered is tried again after this.
-const RECOVER_AGAIN: Duration = Duration::from_millis(500);
 
 impl Engine {
     /// Wants the slot's lease from now on.
@@ -46,7 +39,7 @@ impl Engine {
                 state.are_rows_stale |= !is_next && self.catalogue.had_peers;
                 failpoint::reach("recovery.epoch_taken");
                 self.drop_slot(slot).await;
-                self.recover(slot).await;
+                self.recover(slot);
             }
         }
     }
@@ -79,7 +72,7 @@ impl Engine {
     /// Lets nobody in any more; gives the mailboxes of those that run.
     fn take_mailboxes(&mut self, slot: Slot) -> Vec<mpsc::Sender<Command>> {
         if let Some(state) = self.slots.get_mut(&slot) {
-            state.is_recovered = false;
+            state.drop_state();
         }
         self.forget_behind_of(slot);
         let of_slot = self
@@ -112,10 +105,10 @@ impl Engine {
             self.cluster.fenced(&ended.fence);
             self.forget_fence(&ended.fence, ended.slot).await;
         }
-        self.recover(ended.slot).await;
+        self.recover(ended.slot);
     }
 
-    async fn forget_fence(&mut self, fence: &Fence, slot: Slot) {
+    pub(in crate::queue) async fn forget_fence(&mut self, fence: &Fence, slot: Slot) {
         let Some(state) = self.slots.get_mut(&slot) else {
             return;
         };
@@ -137,91 +130,6 @@ impl Engine {
         if let Some(slot) = self.slots.get_mut(&ended.slot) {
             slot.task_ended();
         }
-    }
-
-    pub(in crate::queue) async fn recover_due(&mut self) {
-        let now = Instant::now();
-        let due = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| slot.recover_at.is_some_and(|at| at <= now));
-        let due: Vec<Slot> = due.map(|(&slot, _)| slot).collect();
-        for slot in due {
-            self.recover(slot).await;
-        }
-        self.recover_due_alone().await;
-    }
-
-    /// Reads the state of the slot's queues and starts their tasks, once the lease is held and no former task runs.
-    async fn recover(&mut self, slot: Slot) {
-        let Some(state) = self.slots.get_mut(&slot) else {
-            return;
-        };
-        state.recover_at = None;
-        let Some(fence) = state.recovers().cloned() else {
-            return;
-        };
-        if self.supervisor.is_stopping() {
-            return;
-        }
-        let recovered = match self.freshen_rows(slot).await {
-            Ok(()) => {
-                let rows = self.queues.values().map(|owned| &owned.row);
-                let rows: Vec<&QueueRow> = rows.filter(|row| row.slot == slot).collect();
-                recovery::recover(&self.database, &fence, slot, &rows).await
-            }
-            Err(error) => Err(error.into()),
-        };
-        match recovered {
-            Ok(machines) => {
-                if let Some(state) = self.slots.get_mut(&slot) {
-                    state.recovered();
-                }
-                for recovered in machines {
-                    self.start_task(recovered, &fence);
-                }
-            }
-            Err(recovery::Error::Fenced) => {
-                self.cluster.fenced(&fence);
-                self.forget_fence(&fence, slot).await;
-            }
-            Err(error) => {
-                tracing::error!(%slot, error = &error as &dyn std::error::Error, "recovering queues failed; trying again");
-                if let Some(state) = self.slots.get_mut(&slot) {
-                    state.recover_at = Some(Instant::now() + RECOVER_AGAIN);
-                }
-            }
-        }
-    }
-
-    /// Reads the rows of the slot's queues again, if a change of one has no known outcome.
-    async fn freshen_rows(&mut self, slot: Slot) -> Result<(), store::Error> {
-        if !self.slots.get(&slot).is_some_and(|s| s.are_rows_stale) {
-            return Ok(());
-        }
-        let rows = store::queue::find_queues_of(&self.database, slot).await?;
-        let known = self.queues.values().map(|owned| &owned.row);
-        let known = known.filter(|row| row.slot == slot).map(|row| row.id);
-        let gone: Vec<QueueId> = known
-            .filter(|id| rows.iter().all(|row| row.id != *id))
-            .collect();
-        for id in gone {
-            self.forget(id).await;
-        }
-        for row in rows {
-            match self.queues.get_mut(&row.id) {
-                Some(owned) => {
-                    let id = row.id;
-                    owned.row = row;
-                    self.show_row(id);
-                }
-                None => self.add(row),
-            }
-        }
-        if let Some(state) = self.slots.get_mut(&slot) {
-            state.are_rows_stale = false;
-        }
-        Ok(())
     }
 }
 

@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use super::api::{Error, Received, Status};
 use super::command::{Acks, Command};
 use super::feed::{Dispatch, Feed};
+use super::fold::{Folds, folded};
 use super::handle::{ENDED, Shared};
 use super::handout::Promises;
 use super::hold::{Hold, told};
@@ -103,6 +104,8 @@ pub(in crate::queue) struct Parts {
     pub(in crate::queue) feed: Arc<Feed>,
     pub(in crate::queue) mailbox: mpsc::Receiver<Command>,
     pub(in crate::queue) writer: mpsc::Sender<Submission>,
+    /// Where chunks of checkpoints go: they give way to everything else.
+    pub(in crate::queue) folds: mpsc::Sender<Submission>,
     pub(in crate::queue) contact: Arc<Contact>,
     pub(in crate::queue) reads: Arc<Semaphore>,
     pub(in crate::queue) scans: Scans,
@@ -160,7 +163,7 @@ pub(in crate::queue) struct Task {
     outage: watch::Receiver<Outage>,
     moved: i64,
     is_probing: bool,
-    pub(in crate::queue) fold_wanted: bool,
+    pub(in crate::queue) folds: Folds,
     /// The turn of the first journal row that no checkpoint holds yet.
     pub(in crate::queue) unfolded_turn: Option<i64>,
     position_at: Instant,
@@ -211,7 +214,7 @@ impl Task {
             outage,
             moved,
             is_probing: false,
-            fold_wanted: false,
+            folds: Folds::default(),
             unfolded_turn: unfolded.then_some(i64::MIN),
             position_at: Instant::now() + POSITION_EVERY,
             ending: None,
@@ -232,6 +235,7 @@ impl Task {
                 Some(first) = self.returned.1.recv() => self.take_back(first),
                 verdict = told(&mut self.hold) => self.go_on(verdict),
                 written = committed(&mut self.submitted) => self.finish_part(written),
+                written = folded(&mut self.folds) => self.finish_fold(written),
                 Some(done) = self.work.next() => self.finish_work(done),
                 () = self.parts.feed.filled() => {}
                 () = self.intake.floor_raised() => {}
@@ -244,6 +248,7 @@ impl Task {
             Some(why) => self.end(why).await,
             None => self.flush().await,
         };
+        self.await_fold().await;
         self.parts.progress.idle.store(false, Ordering::Release);
         Ended {
             queue: self.machine.id(),
@@ -260,7 +265,7 @@ impl Task {
     /// The journal has nothing of the generation that has just begun: its checkpoint was written with it.
     pub(in crate::queue) fn begin_unfolded(&mut self) {
         self.unfolded_turn = None;
-        self.fold_wanted = false;
+        self.folds = Folds::default();
         self.is_probing = false;
     }
 
@@ -309,6 +314,7 @@ impl Task {
         self.end_waits();
         self.journal_position();
         self.submit_unless_lingering();
+        self.fold_on();
         self.note_idle();
         self.note_counts();
     }

@@ -21,6 +21,10 @@ pub(in crate::queue) struct SlotState {
     /// Tasks that run. A slot is recovered only when none does.
     pub(in crate::queue) running: usize,
     pub(in crate::queue) recover_at: Option<Instant>,
+    /// Its queues' state is being read.
+    is_recovering: bool,
+    /// What is being read is not to be gone by: something has changed since.
+    is_void: bool,
     /// The epoch at which it was held last.
     last_epoch: Option<Epoch>,
 }
@@ -55,7 +59,7 @@ impl SlotState {
             }
         };
         self.fence = fence;
-        self.is_recovered = false;
+        self.drop_state();
         change
     }
 
@@ -66,8 +70,32 @@ impl SlotState {
 
     /// The fence to recover under, if it is time to.
     pub(in crate::queue) fn recovers(&self) -> Option<&Fence> {
-        let is_time = !self.is_recovered && self.running == 0;
+        let is_time = !self.is_recovered && !self.is_recovering && self.running == 0;
         self.fence.as_ref().filter(|_| is_time)
+    }
+
+    /// The state is about to be read.
+    pub(in crate::queue) fn recovery_began(&mut self) {
+        self.is_recovering = true;
+        self.is_void = false;
+    }
+
+    /// The state was read under this fence. Whether it is to be gone by; else it is to be read again, if there is still a lease.
+    pub(in crate::queue) fn recovery_ended(&mut self, fence: &Fence) -> bool {
+        self.is_recovering = false;
+        let is_void = std::mem::take(&mut self.is_void);
+        !is_void && self.fence.as_ref() == Some(fence)
+    }
+
+    /// A queue of the slot has changed: what is being read of it may be what was before.
+    pub(in crate::queue) fn void_recovery(&mut self) {
+        self.is_void |= self.is_recovering;
+    }
+
+    /// What is at hand of the state is to be gone by no more.
+    pub(in crate::queue) fn drop_state(&mut self) {
+        self.is_recovered = false;
+        self.void_recovery();
     }
 
     /// The state was read, and tasks go by it.
@@ -89,7 +117,7 @@ impl SlotState {
         let is_present = self.fence.as_ref() == Some(fence);
         if is_present {
             self.fence = None;
-            self.is_recovered = false;
+            self.drop_state();
         }
         is_present
     }

@@ -4,13 +4,14 @@
 //! written again until it is known what became of it; nothing else is written meanwhile, and the queues stand still.
 //! When Postgres is back, live deadlines move by the time that it was away.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::gather::{Gathered, Held};
 use super::metrics::Metrics;
 use crate::domain::id::{Epoch, Fence, QueueId, Slot};
 use crate::domain::queue::At;
@@ -19,14 +20,6 @@ use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::Supervisor;
 use crate::{cluster, failpoint};
 
-/// Most queues in one group.
-const GROUP_MAX_PARTS: usize = 1_000;
-/// Dead letters in a group after which it is sent: each is a copy of a message.
-const GROUP_LETTERS: usize = 64;
-/// A part of more bytes is not sent: no part that a queue's task makes comes near it.
-const PART_MAX_BYTES: usize = 32 * 1024 * 1024;
-/// Bytes in a group after which it is sent.
-const GROUP_BYTES: usize = 4 * 1024 * 1024;
 /// A call that took longer than this was an outage: the deadlines move by it.
 const STALL: Duration = Duration::from_secs(1);
 /// With nothing to write, Postgres is asked for a sign of life this often, so that an outage's beginning is known.
@@ -37,8 +30,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_s
 /// What became of a queue's part of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::queue) enum Written {
-    /// Committed, in this turn of the journal.
-    Committed { turn: i64 },
+    /// Committed, in this turn of the journal, in the group of this number.
+    Committed { turn: i64, number: i64 },
     /// The slot was taken over: nothing is written.
     Fenced,
     /// The slot was taken over, and the connection was lost before: nobody can say whether it is written.
@@ -100,8 +93,19 @@ pub(in crate::queue) struct Writer {
     pub(in crate::queue) metrics: Metrics,
     pub(in crate::queue) supervisor: Supervisor,
     pub(in crate::queue) submissions: mpsc::Receiver<Submission>,
+    /// Chunks of checkpoints: one part of them goes with a group.
+    pub(in crate::queue) folds: mpsc::Receiver<Submission>,
     /// Opened at the start: a server that has no more of them is no reason to fail the first request.
     pub(in crate::queue) connection: Option<Connection>,
+}
+
+/// What comes to the writer.
+enum Next {
+    Submission(Submission),
+    /// Nothing for a while.
+    Idle,
+    /// Every sender is gone.
+    Over,
 }
 
 /// What the writer writes by.
@@ -112,14 +116,11 @@ struct Session {
     turn: Option<i64>,
 }
 
-/// Those who wait for their parts of a group.
-type Waiting = Vec<(QueueId, Slot, oneshot::Sender<Written>)>;
-
 /// The last number used of each slot, and under which epoch.
-type Numbers = HashMap<Slot, (Epoch, i64)>;
+pub(in crate::queue) type Numbers = HashMap<Slot, (Epoch, i64)>;
 
 /// The slot's place in the next group, under its next number.
-fn number(numbers: &mut Numbers, slot: Slot, fence: Fence) -> GroupSlot {
+pub(in crate::queue) fn number(numbers: &mut Numbers, slot: Slot, fence: Fence) -> GroupSlot {
     let counter = numbers.entry(slot).or_insert((fence.epoch, 0));
     if counter.0 != fence.epoch {
         *counter = (fence.epoch, 0);
@@ -158,6 +159,15 @@ async fn resolve(
     Ok(())
 }
 
+/// A part of this slot is committed with its group.
+fn committed(group: &Group, slot: Slot, written: &GroupWritten) -> Written {
+    let slot = group.slots.iter().find(|of| of.slot == slot);
+    Written::Committed {
+        turn: written.turn,
+        number: slot.map_or(0, |slot| slot.number),
+    }
+}
+
 impl Writer {
     /// Runs until every sender is gone.
     pub(in crate::queue) async fn run(mut self) {
@@ -166,14 +176,14 @@ impl Writer {
             turn: None,
         };
         let mut numbers = Numbers::new();
-        let mut held = None;
+        let mut held = Held::default();
         loop {
             let first = match held.take() {
                 Some(first) => first,
-                None => match tokio::time::timeout(HEARTBEAT, self.submissions.recv()).await {
-                    Ok(Some(first)) => first,
-                    Ok(None) => return,
-                    Err(_) => {
+                None => match self.next().await {
+                    Next::Submission(first) => first,
+                    Next::Over => return,
+                    Next::Idle => {
                         let probe = Group::default();
                         if self.write_known(&mut session, &probe).await.is_none() {
                             return;
@@ -182,7 +192,12 @@ impl Writer {
                     }
                 },
             };
-            let (group, waiting, probes) = self.gather(first, &mut numbers, &mut held);
+            let gathered = self.gather(first, &mut numbers, &mut held);
+            let Gathered {
+                group,
+                waiting,
+                probes,
+            } = gathered;
             let answers = self.write(&mut session, &group, &mut numbers).await;
             let Some(answers) = answers else {
                 // Told to stop while Postgres is away. Who waits learns that the outcome is not known.
@@ -192,7 +207,7 @@ impl Writer {
                 let written = match &answers {
                     Ok(written) if written.unknown.contains(&slot) => Written::Unknown,
                     Ok(written) if written.fenced.contains(&slot) => Written::Fenced,
-                    Ok(written) => Written::Committed { turn: written.turn },
+                    Ok(written) => committed(&group, slot, written),
                     Err(each) => each.get(&queue).copied().unwrap_or(Written::Refused),
                 };
                 let _ = done.send(written);
@@ -203,57 +218,14 @@ impl Writer {
         }
     }
 
-    fn gather(
-        &mut self,
-        first: Submission,
-        numbers: &mut Numbers,
-        held: &mut Option<Submission>,
-    ) -> (Group, Waiting, Vec<oneshot::Sender<()>>) {
-        let mut group = Group::default();
-        let (mut waiting, mut probes) = (Waiting::new(), Vec::new());
-        let mut slots: BTreeMap<String, GroupSlot> = BTreeMap::new();
-        let (mut bytes, mut letters) = (0, 0);
-        let mut next = Some(first);
-        while let Some(submission) = next.take() {
-            match submission {
-                Submission::Probe(reply) => probes.push(reply),
-                Submission::Part { fence, part, done } => {
-                    if let Some(slot) = slots.get(&fence.lease)
-                        && slot.fence.epoch != fence.epoch
-                    {
-                        // A queue of a former epoch beside one of the present: they cannot share a group.
-                        *held = Some(Submission::Part { fence, part, done });
-                        break;
-                    }
-                    let size = part.size();
-                    if size > PART_MAX_BYTES {
-                        tracing::error!(
-                            queue = %part.queue, bytes = size, most = PART_MAX_BYTES,
-                            "what a queue has to write at a time is too large: the queue stands still, the others go on"
-                        );
-                        let _ = done.send(Written::Refused);
-                        next = self.submissions.try_recv().ok();
-                        continue;
-                    }
-                    bytes += size;
-                    letters += part.letters.len();
-                    waiting.push((part.queue, part.slot, done));
-                    slots
-                        .entry(fence.lease.clone())
-                        .or_insert_with(|| number(numbers, part.slot, fence));
-                    group.parts.push(*part);
-                }
-            }
-            let is_full = group.parts.len() >= GROUP_MAX_PARTS
-                || bytes >= GROUP_BYTES
-                || letters >= GROUP_LETTERS;
-            if is_full {
-                break;
-            }
-            next = self.submissions.try_recv().ok();
+    /// What comes next: chunks of checkpoints when there is nothing else.
+    async fn next(&mut self) -> Next {
+        tokio::select! {
+            biased;
+            first = self.submissions.recv() => first.map_or(Next::Over, Next::Submission),
+            Some(first) = self.folds.recv() => Next::Submission(first),
+            () = tokio::time::sleep(HEARTBEAT) => Next::Idle,
         }
-        group.slots = slots.into_values().collect();
-        (group, waiting, probes)
     }
 
     /// Writes until the outcome is known. Err holds what became of each part by itself, after the group as a whole was
@@ -301,9 +273,7 @@ impl Writer {
                 parts: vec![part.clone()],
             };
             let written = match self.write_known(session, &alone).await? {
-                Ok(written) if written.fenced.is_empty() => {
-                    Written::Committed { turn: written.turn }
-                }
+                Ok(written) if written.fenced.is_empty() => committed(&alone, part.slot, &written),
                 Ok(written) if written.unknown.is_empty() => Written::Fenced,
                 Ok(_) => Written::Unknown,
                 Err(error) => {

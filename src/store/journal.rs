@@ -1,16 +1,15 @@
 //! What queues decided: their journal, checkpoints and positions. Called from tasks that are never aborted.
 
 use chrono::{DateTime, Utc};
-use sqlx::Connection as _;
+use uuid::Uuid;
 
 use super::bounded::{HEARTBEAT, STATEMENT, bounded};
-use super::cluster::lock_lease;
 use super::queue::to_json;
 use super::redrive::RedriveStep;
 use super::{Connection, Database, Error};
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
 use crate::domain::name::Topic;
-use crate::domain::queue::Letter;
+use crate::domain::queue::{Chunk, ChunkId, Letter};
 use crate::failpoint;
 
 const WRITING: &str = "writing the journal of queues";
@@ -65,99 +64,6 @@ pub async fn write_positions(
     Ok(())
 }
 
-/// A part of a queue's stored state.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StatePart {
-    /// Whose.
-    pub queue: QueueId,
-    /// A row of the journal; else the checkpoint.
-    pub is_journal: bool,
-    /// The blob.
-    pub data: Vec<u8>,
-}
-
-/// What the queues of a slot recover from.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SlotState {
-    /// Per queue the checkpoint first, then the journal in order.
-    pub parts: Vec<StatePart>,
-    /// Of queues that kept up.
-    pub positions: Vec<Position>,
-}
-
-/// Checkpoints and journal of a slot, and the positions of its queues.
-pub(in crate::store) type Rows = (
-    Vec<(i64, bool, Vec<u8>)>,
-    Option<(Vec<i64>, Vec<i64>, Vec<i64>)>,
-);
-
-pub(in crate::store) async fn read_rows(
-    connection: &mut Connection,
-    slot: Slot,
-) -> Result<Rows, sqlx::Error> {
-    let parts = sqlx::query_as(include_str!("sql/read_queue_state.sql"))
-        .bind(slot.0)
-        .fetch_all(&mut *connection)
-        .await?;
-    let positions = sqlx::query_as(
-        "select queue_ids, generations, throughs from postroad_broker.queue_position where slot = $1",
-    )
-    .bind(slot.0)
-    .fetch_optional(&mut *connection)
-    .await?;
-    Ok((parts, positions))
-}
-
-/// Reads what the queues of a slot recover from. None when the
-/// lease is no longer at the fence's epoch. The lease's row first, in a statement of its own: a group whose outcome is
-/// unknown holds it until it is decided, and the state is read by a later snapshot.
-///
-/// # Errors
-/// The transaction failed.
-pub async fn find_queue_state(
-    database: &Database,
-    fence: &Fence,
-    slot: Slot,
-) -> Result<Option<SlotState>, Error> {
-    let read = async {
-        let mut connection = database.pool().acquire().await?;
-        let mut transaction = connection.begin().await?;
-        if !lock_lease(&mut transaction, fence).await? {
-            transaction.rollback().await?;
-            return Ok(None);
-        }
-        failpoint::reach("recovery.lease_locked");
-        let rows = read_rows(&mut transaction, slot).await?;
-        transaction.commit().await?;
-        #[cfg(feature = "failpoints")]
-        let rows = super::mutant::early(slot).unwrap_or(rows);
-        Ok(Some(rows))
-    };
-    let rows: Option<Rows> = read
-        .await
-        .map_err(Error::query("reading the state of queues"))?;
-    Ok(rows.map(|(parts, positions)| {
-        let parts = parts
-            .into_iter()
-            .map(|(queue, is_journal, data)| StatePart {
-                queue: QueueId(queue),
-                is_journal,
-                data,
-            });
-        let (queues, generations, throughs) = positions.unwrap_or_default();
-        let positions = queues.into_iter().zip(generations).zip(throughs);
-        let positions = positions.map(|((queue, generation), through)| Position {
-            queue: QueueId(queue),
-            generation: Generation(generation),
-            through: Offset(through),
-        });
-        SlotState {
-            parts: parts.collect(),
-            positions: positions.collect(),
-        }
-    }))
-}
-
 /// One group commit: per slot its lease, epoch and number, and what its queues wrote.
 #[derive(Debug, Clone, Default)]
 pub struct Group {
@@ -178,6 +84,17 @@ pub struct GroupSlot {
     pub number: i64,
 }
 
+/// A checkpoint's head.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointHead {
+    /// What it holds.
+    pub state: Vec<u8>,
+    /// The chunks that it is made of, stored by then.
+    pub chunks: Vec<ChunkId>,
+    /// The number of the group under this epoch that it is as of; the group's own without.
+    pub as_of: Option<i64>,
+}
+
 /// What one queue wrote.
 #[derive(Debug, Clone)]
 pub struct GroupPart {
@@ -189,8 +106,10 @@ pub struct GroupPart {
     pub generation: Generation,
     /// The encoded records; empty for none.
     pub records: Vec<u8>,
-    /// The state after these records, if it is time for one.
-    pub checkpoint: Option<Vec<u8>>,
+    /// The state after these records or an earlier group's, if it is time for one.
+    pub checkpoint: Option<CheckpointHead>,
+    /// Chunks of a checkpoint whose head comes later.
+    pub chunks: Vec<Chunk>,
     /// Messages that died.
     pub letters: Vec<Letter>,
     /// Where copies of them go.
@@ -202,6 +121,30 @@ pub struct GroupPart {
 }
 
 impl GroupPart {
+    /// One that writes nothing.
+    #[must_use]
+    pub fn new(slot: Slot, queue: QueueId, generation: Generation) -> Self {
+        Self {
+            slot,
+            queue,
+            generation,
+            records: Vec::new(),
+            checkpoint: None,
+            chunks: Vec::new(),
+            letters: Vec::new(),
+            forward: None,
+            removed_letters: Vec::new(),
+            redrives: Vec::new(),
+        }
+    }
+
+    /// Whether it is of a checkpoint that is written beside the queue's decisions.
+    #[must_use]
+    pub fn is_fold(&self) -> bool {
+        let head = self.checkpoint.as_ref();
+        !self.chunks.is_empty() || head.is_some_and(|head| head.as_of.is_some())
+    }
+
     /// About how many bytes it takes in a call.
     #[must_use]
     pub fn size(&self) -> usize {
@@ -209,7 +152,15 @@ impl GroupPart {
         let letters: usize = reasons.map(|failure| failure.reason.len() + 64).sum();
         let redrives = self.redrives.iter().map(|step| step.offsets.len() * 12);
         self.records.len()
-            + self.checkpoint.as_ref().map_or(0, Vec::len)
+            + self
+                .checkpoint
+                .as_ref()
+                .map_or(0, |head| head.state.len() + 16 * head.chunks.len())
+            + self
+                .chunks
+                .iter()
+                .map(|chunk| chunk.data.len())
+                .sum::<usize>()
             + letters
             + redrives.sum::<usize>()
     }
@@ -218,6 +169,7 @@ impl GroupPart {
     fn is_plain(&self) -> bool {
         !self.records.is_empty()
             && self.checkpoint.is_none()
+            && self.chunks.is_empty()
             && self.letters.is_empty()
             && self.removed_letters.is_empty()
             && self.redrives.is_empty()
@@ -297,7 +249,15 @@ pub async fn write_group(
 ) -> Result<GroupWritten, Error> {
     let slots = &group.slots;
     let journal = || group.parts.iter().filter(|part| !part.records.is_empty());
-    let folded = || group.parts.iter().filter(|part| part.checkpoint.is_some());
+    let folded = || {
+        let parts = group.parts.iter();
+        parts.filter_map(|part| Some((part, part.checkpoint.as_ref()?)))
+    };
+    let named = || folded().flat_map(|(part, head)| head.chunks.iter().map(move |id| (part, id)));
+    let chunks = || {
+        let parts = group.parts.iter();
+        parts.flat_map(|part| part.chunks.iter().map(move |chunk| (part, chunk)))
+    };
     let letters = || {
         group
             .parts
@@ -318,7 +278,8 @@ pub async fn write_group(
     };
     let (turn, fenced): (i64, Vec<i16>) = bounded(WRITING, STATEMENT, sqlx::query_as(
         "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
-            $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29)",
+            $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29, \
+            $30, $31, $32, $33, $34, $35, $36, $37)",
     )
     .bind(incarnation)
     .bind(collect(slots.iter(), |slot| slot.slot.0))
@@ -329,10 +290,10 @@ pub async fn write_group(
     .bind(collect(journal(), |part| part.queue.0))
     .bind(collect(journal(), |part| part.generation.0))
     .bind(collect(journal(), |part| part.records.as_slice()))
-    .bind(collect(folded(), |part| part.slot.0))
-    .bind(collect(folded(), |part| part.queue.0))
-    .bind(collect(folded(), |part| part.generation.0))
-    .bind(collect(folded(), |part| part.checkpoint.as_deref().unwrap_or_default()))
+    .bind(collect(folded(), |(part, _)| part.slot.0))
+    .bind(collect(folded(), |(part, _)| part.queue.0))
+    .bind(collect(folded(), |(part, _)| part.generation.0))
+    .bind(collect(folded(), |(_, head)| head.state.as_slice()))
     .bind(collect(letters(), |(part, _)| part.slot.0))
     .bind(collect(letters(), |(part, _)| part.queue.0))
     .bind(collect(letters(), |(part, _)| part.generation.0))
@@ -349,6 +310,14 @@ pub async fn write_group(
     .bind(collect(redrives(), |(part, _)| part.slot.0))
     .bind(collect(redrives(), |(part, _)| part.queue.0))
     .bind(collect(redrives(), |(_, step)| to_json(step)))
+    .bind(collect(folded(), |(_, head)| head.as_of))
+    .bind(collect(named(), |(part, _)| part.slot.0))
+    .bind(collect(named(), |(part, _)| part.queue.0))
+    .bind(collect(named(), |(_, id)| Uuid::from_bytes(*id)))
+    .bind(collect(chunks(), |(part, _)| part.slot.0))
+    .bind(collect(chunks(), |(part, _)| part.queue.0))
+    .bind(collect(chunks(), |(_, chunk)| Uuid::from_bytes(chunk.id)))
+    .bind(collect(chunks(), |(_, chunk)| chunk.data.as_slice()))
     .fetch_one(connection)).await?;
     Ok(GroupWritten {
         turn,

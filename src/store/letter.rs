@@ -361,17 +361,19 @@ fn read_copy(row: &PgRow) -> Result<Copy, Error> {
 
 /// Finds dead letters older than their queues keep them, the oldest of each queue: at most a hundred of each, and of a
 /// hundred queues. Those on their way back are kept: their messages may be nowhere else. `default_seconds` is for queues
-/// whose settings do not say.
+/// whose settings do not say. `witness`: what another clock says; the earlier of the two counts, so that one that runs ahead for a while
+/// deletes nothing.
 ///
 /// # Errors
 /// The database's.
 pub async fn find_old_letters(
     database: &Database,
     default_seconds: f64,
+    witness: DateTime<Utc>,
 ) -> Result<Vec<(QueueId, Vec<Offset>)>, Error> {
     let found: Vec<(i64, Vec<i64>)> = sqlx::query_as(
         "select q.id, array_agg(d.\"offset\") \
-         from (select q.id, clock_timestamp() - make_interval(secs => \
+         from (select q.id, least(clock_timestamp(), $2) - make_interval(secs => \
                 coalesce((q.settings ->> 'dead_letter_retention_ms')::float8 / 1000, $1)) as before \
             from postroad_broker.queue q) q, \
             lateral (select l.\"offset\" from postroad_broker.dead_letter l \
@@ -380,6 +382,7 @@ pub async fn find_old_letters(
          group by q.id limit 100",
     )
     .bind(default_seconds)
+    .bind(witness)
     .fetch_all(database.pooled())
     .await
     .map_err(Error::query("finding old dead letters"))?;

@@ -19,6 +19,7 @@ pub mod origin;
 mod pooled;
 mod pooler;
 pub mod queue;
+pub mod queue_state;
 pub mod redrive;
 pub mod relay;
 pub mod renewal;

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::Connection;
-use super::journal::{Rows, read_rows};
 use super::origin::OutboxRow;
+use super::queue_state::{Rows, read_rows};
 use crate::domain::id::Slot;
 use crate::failpoint;
 

@@ -169,16 +169,21 @@ pub async fn find_running(
         .collect()
 }
 
-/// Removes redrives that ended longer ago than this, a thousand at most.
+/// Removes redrives that ended longer ago than this, a thousand at most, by the earlier of the database's clock and another.
 ///
 /// # Errors
 /// The database's.
-pub async fn delete_old_redrives(database: &Database, seconds: f64) -> Result<(), Error> {
+pub async fn delete_old_redrives(
+    database: &Database,
+    seconds: f64,
+    witness: DateTime<Utc>,
+) -> Result<(), Error> {
     sqlx::query(
         "delete from postroad_broker.redrive where (queue_id, id) in (select queue_id, id from postroad_broker.redrive \
-            where finished_at < clock_timestamp() - make_interval(secs => $1) limit 1000)",
+            where finished_at < least(clock_timestamp(), $2) - make_interval(secs => $1) limit 1000)",
     )
     .bind(seconds)
+    .bind(witness)
     .execute(database.pooled())
     .await
     .map_err(Error::query("removing old redrives"))?;

@@ -11,6 +11,7 @@ mod lanes;
 mod many;
 mod pgbench;
 mod readers;
+mod reasons;
 mod scheduled;
 mod stuck;
 

@@ -285,7 +285,7 @@ impl Queue {
 mod tests {
     use std::time::Duration;
 
-    use super::super::{Found, Item, Outcome, Reborn, Verb, decode, encode};
+    use super::super::{Found, Item, Outcome, Reborn, Stored, Verb, decode, encode};
     use super::*;
     use crate::domain::policy::Ordering;
     use crate::domain::receipt::Receipt;
@@ -541,7 +541,7 @@ mod tests {
             (standing(&purged, 3, 6), purged.counts().dead),
             (Standing::Dead, 2)
         );
-        let checkpoint = purged.checkpoint();
+        let checkpoint = purged.checkpoint(&Stored::default()).head;
         let other = Queue::from_carried(
             &checkpoint,
             QueueId(1),

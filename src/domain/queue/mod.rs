@@ -46,6 +46,7 @@ use order::Order;
 use pending::Pending;
 
 pub use blocked::{BlockedBy, BlockedKey};
+pub use checkpoint::{Checkpoint, Chunk, ChunkId, Stored};
 pub use decide::{ENTRIES_MAX, Handed, Taken};
 pub use manage::{Inspected, Standing, Whose};
 pub use record::{Decode, End, Record, SettledAs, decode, encode};
@@ -121,6 +122,11 @@ pub struct Failure {
 
 /// Failures kept per message.
 pub const FAILURES_KEPT: usize = 5;
+/// Bytes of the reasons of failures that a queue keeps of its unsettled messages. Of a message that fails beyond that the last reason is kept,
+/// and its first [`REASON_BYTES_MIN`] bytes if that is too much as well. What a dead letter has when it is written it keeps.
+pub const REASON_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Of the last reason so many bytes are always kept.
+pub const REASON_BYTES_MIN: usize = 100;
 /// The reason of an attempt whose time ran out.
 pub const TIMED_OUT: &str = "timed_out";
 
@@ -206,6 +212,11 @@ impl Entry {
             State::Live { .. } => self.attempts + 1,
             State::Ended { .. } => self.attempts.max(1),
         }
+    }
+
+    fn reason_bytes(&self) -> usize {
+        let reasons = self.failures.iter().map(|failure| failure.reason.len());
+        reasons.sum()
     }
 
     /// Whether it was tried before, in vain.
@@ -323,6 +334,8 @@ pub struct Queue {
     again: BTreeSet<i64>,
     receives: HashMap<String, BTreeSet<i64>>,
     order: Order,
+    /// Bytes of all reasons.
+    reason_bytes: usize,
     /// Nothing goes out before the marks of all that is unsettled are known.
     is_arranging: bool,
     /// Every entry below is a redriven one.

@@ -157,7 +157,7 @@ impl Queue {
 mod tests {
     use std::time::Duration;
 
-    use super::super::{Found, Item, Outcome, Random, Receive, Verb, decode, encode};
+    use super::super::{Found, Item, Outcome, Random, Receive, Stored, Verb, decode, encode};
     use super::*;
     use crate::domain::id::{Generation, QueueId};
     use crate::domain::policy::Settings;
@@ -213,9 +213,15 @@ mod tests {
     /// The queue as a restart finds it, by the journal and by a checkpoint.
     fn restarted(queue: &mut Queue) -> Queue {
         queue.journal_scan(Offset(i64::MAX));
-        let blob = queue.checkpoint();
-        let (id, settings) = (queue.id(), queue.settings().clone());
-        Queue::from_checkpoint(&blob, id, queue.generation(), settings, Random::new(7)).unwrap()
+        let checkpoint = queue.checkpoint(&Stored::default());
+        let (id, settings, head) = (queue.id(), queue.settings().clone(), &checkpoint.head);
+        let generation = queue.generation();
+        let read = Queue::from_checkpoint(head, id, generation, settings, Random::new(7));
+        let (mut queue, _) = read.unwrap();
+        for chunk in checkpoint.chunks {
+            queue.take_chunk(&chunk.data).unwrap();
+        }
+        queue
     }
 
     fn reborn(offset: i64, delivery: u32) -> Reborn {

@@ -9,7 +9,7 @@ use roaring::RoaringTreemap;
 use super::record::{End, Record, SettledAs};
 use super::{
     At, Counts, Dead, Entry, FAILURES_KEPT, Failure, LiveDelivery, Mark, Offsets, Order, Pending,
-    Queue, Random, Receive, State,
+    Queue, REASON_BYTES_MAX, REASON_BYTES_MIN, Random, Receive, State, TIMED_OUT,
 };
 use crate::domain::id::{Generation, Offset, QueueId};
 use crate::domain::policy::Settings;
@@ -30,6 +30,7 @@ impl Queue {
             former: Vec::new(),
             order: Order::of(&settings),
             is_arranging: false,
+            reason_bytes: 0,
             settings,
             random,
             scanned: start.0 - 1,
@@ -299,9 +300,30 @@ impl Queue {
             End::Released | End::Unwritten => None,
         };
         if let Some(reason) = reason {
-            entry.note_failure(Failure { at: *at, reason });
+            self.keep_failure(&mut entry, Failure { at: *at, reason });
         }
         self.attach(*offset, entry);
+    }
+
+    /// Keeps how an attempt failed, as far as the queue's budget for reasons goes. The entry is not among the others at this moment.
+    fn keep_failure(&self, entry: &mut Entry, mut failure: Failure) {
+        let room = REASON_BYTES_MAX.saturating_sub(self.reason_bytes);
+        note_failure(&mut entry.failures, failure.clone());
+        if entry.reason_bytes() <= room {
+            return;
+        }
+        if failure.reason.len() > room.max(REASON_BYTES_MIN) {
+            let end = failure.reason.floor_char_boundary(REASON_BYTES_MIN);
+            failure.reason.truncate(end);
+            failure.reason.shrink_to_fit();
+        }
+        entry.failures = vec![failure];
+    }
+
+    /// Bytes of the reasons of all unsettled messages.
+    #[must_use]
+    pub fn reason_bytes(&self) -> usize {
+        self.reason_bytes
     }
 
     /// One that is live stays where it is: its key has not been without a live message for a moment.
@@ -337,6 +359,7 @@ impl Queue {
     /// Takes an entry out, with everything derived from it.
     pub(super) fn detach(&mut self, offset: i64) -> Option<Entry> {
         let entry = self.entries.remove(&offset)?;
+        self.reason_bytes -= entry.reason_bytes();
         match entry.state {
             State::Live { deadline } => {
                 self.deadlines.remove(&(deadline, offset));
@@ -382,6 +405,7 @@ impl Queue {
             self.passed.set(self.passed.get().min(offset));
         }
         let (mark, state) = (entry.mark, entry.state);
+        self.reason_bytes += entry.reason_bytes();
         self.entries.insert(offset, entry);
         self.enter(offset, mark, state);
     }
@@ -413,14 +437,6 @@ impl Delivered {
         }
     }
 }
-
-impl Entry {
-    fn note_failure(&mut self, failure: Failure) {
-        note_failure(&mut self.failures, failure);
-    }
-}
-
-use super::TIMED_OUT;
 
 /// Keeps the last few.
 pub(super) fn note_failure(failures: &mut Vec<Failure>, failure: Failure) {

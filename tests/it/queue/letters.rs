@@ -467,3 +467,36 @@ async fn a_receipt_of_a_letter_that_is_removed_is_settled() {
     assert!(letters(&broker, Selection::default()).await.is_empty());
     broker.stop().await;
 }
+
+/// A clock that is a year ahead for a while, and back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumps_deletes_no_letter_and_ends_nothing_early() {
+    let database = support::database().await;
+    support::clock::settable(&database.url).await;
+    let options = queue::Options {
+        trim_every: Duration::from_millis(50),
+        ..queue::Options::default()
+    };
+    let broker = Broker::start(&database.url, &database.url, options).await;
+    with_letters(&broker, 3, at_once(16)).await;
+    broker.publish("orders.created", 2).await;
+    let taken = broker.take(2, HOUR).await;
+    broker
+        .settle(Verb::Nack, super::delayed(&taken[..1], HOUR))
+        .await;
+    for ahead in ["1 day", "40 days", "10 years", "-1 day", "0"] {
+        support::clock::set(&database.url, ahead).await;
+        // The engine looks for old letters by then.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(
+            letters(&broker, Selection::default()).await.len(),
+            3,
+            "{ahead}"
+        );
+        let status = broker.status().await;
+        assert_eq!((status.in_flight, status.delayed), (1, 1), "{ahead}");
+    }
+    let outcomes = broker.settle(Verb::Ack, items(&taken[1..])).await;
+    assert_eq!(outcomes, [Outcome::Acked]);
+    broker.stop().await;
+}

@@ -215,3 +215,62 @@ async fn the_journal_turns_and_its_segments_are_emptied() {
     assert_eq!(broker.status().await.ready, 0);
     broker.stop().await;
 }
+
+/// A dump may read its snapshot long after it was taken. TRUNCATE takes rows from every snapshot, so a segment stays while one is held
+/// that has the checkpoints of before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_before_a_turn_has_the_journal_that_goes_with_its_checkpoints() {
+    let database = support::database().await;
+    let options = queue::Options {
+        journal_full_bytes: 8_192,
+        ..queue::Options::default()
+    };
+    let broker = Broker::start(&database.url, &database.url, options).await;
+    let declared = broker.queue.declare(name(), declaration(at_once(16))).await;
+    declared.unwrap();
+    broker.publish("orders.created", 600).await;
+    let taken = broker.take(50, HOUR).await;
+    broker.settle(Verb::Ack, items(&taken)).await;
+    const ROWS: &str = "select count(*) from postroad_broker.queue_journal";
+    let mut old = database.connect().await;
+    sqlx::raw_sql("begin isolation level repeatable read; select count(*) from postroad_broker.queue_checkpoint")
+        .execute(&mut old)
+        .await
+        .unwrap();
+    let rows: i64 = sqlx::query_scalar(ROWS)
+        .fetch_one(&mut database.connect().await)
+        .await
+        .unwrap();
+    assert!(rows > 0);
+    for _ in 0..50 {
+        let taken = broker.take(5, HOUR).await;
+        broker.settle(Verb::Ack, items(&taken)).await;
+    }
+    support::eventually("every checkpoint to be past the first segment", || async {
+        let is_folded: bool = sqlx::query_scalar(
+            "select t.turn > 0 and not exists (select from postroad_broker.queue_journal_0 j \
+                left join postroad_broker.queue_checkpoint c on c.queue_id = j.queue_id \
+                where c.queue_id is null or (c.epoch, c.number) < (j.epoch, j.number)) \
+             from postroad_broker.queue_journal_turn t",
+        )
+        .fetch_one(&mut database.connect().await)
+        .await
+        .unwrap();
+        is_folded.then_some(())
+    })
+    .await;
+    // The engine looks every two seconds.
+    tokio::time::sleep(Duration::from_millis(4_500)).await;
+    let in_snapshot: i64 = sqlx::query_scalar(ROWS).fetch_one(&mut old).await.unwrap();
+    assert_eq!(in_snapshot, rows);
+    sqlx::raw_sql("rollback").execute(&mut old).await.unwrap();
+    support::eventually("the first segment to be emptied", || async {
+        let left: i64 = sqlx::query_scalar("select count(*) from postroad_broker.queue_journal_0")
+            .fetch_one(&mut database.connect().await)
+            .await
+            .unwrap();
+        (left == 0).then_some(())
+    })
+    .await;
+    broker.stop().await;
+}

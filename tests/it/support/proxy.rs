@@ -29,6 +29,8 @@ pub enum Action {
     CutBefore,
     /// The chunk is passed on, then the connection ends.
     CutAfter,
+    /// The chunk is lost, and the connection stays.
+    Swallow,
 }
 
 type Filter = Box<dyn FnMut(Direction, &[u8]) -> Action + Send>;
@@ -333,6 +335,9 @@ async fn pass(
             Some(filter) => filter(direction, chunk),
             None => Action::Forward,
         };
+        if action == Action::Swallow {
+            continue;
+        }
         if action == Action::CutBefore || to.write_all(chunk).await.is_err() {
             return;
         }

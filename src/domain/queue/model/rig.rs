@@ -19,6 +19,9 @@ pub(super) struct Rig {
     is_changing: bool,
     /// What the generation or the last fold began with.
     base: Option<Vec<u8>>,
+    /// The chunks that are stored, and what the owner knows of them.
+    chunks: BTreeMap<ChunkId, Vec<u8>>,
+    stored: Stored,
     start: i64,
     journal: Vec<Vec<u8>>,
     letters: BTreeMap<i64, Letter>,
@@ -68,6 +71,8 @@ impl Rig {
             plan,
             is_changing,
             base: None,
+            chunks: BTreeMap::new(),
+            stored: Stored::default(),
             start: 1,
             journal: Vec::new(),
             letters: BTreeMap::new(),
@@ -157,8 +162,15 @@ impl Rig {
         });
         self.machine = match (carried, state) {
             (Some(machine), _) => machine,
-            (None, Some(bytes)) => Queue::from_checkpoint(bytes, id, generation, settings, random)
-                .expect("a checkpoint reads"),
+            (None, Some(bytes)) => {
+                let read = Queue::from_checkpoint(bytes, id, generation, settings, random);
+                let (mut machine, names) = read.expect("a checkpoint reads");
+                for name in names {
+                    let chunk = machine.take_chunk(&self.chunks[&name]);
+                    chunk.expect("a chunk reads");
+                }
+                machine
+            }
             (None, None) => Queue::new(id, generation, start, settings, random),
         };
         for blob in &self.journal {
@@ -168,6 +180,7 @@ impl Rig {
         }
         self.machine.arrange();
         self.learn_order();
+        self.stored = Stored::default();
         self.reference = self.committed.clone();
         self.reference.forget();
         self.publish_from(1);
@@ -333,7 +346,13 @@ impl Rig {
             Step::Fold => {
                 self.machine.journal_scan(self.machine.scanned_through());
                 self.commit();
-                self.base = Some(self.machine.checkpoint());
+                let checkpoint = self.machine.checkpoint(&self.stored);
+                let new = checkpoint.chunks.into_iter();
+                self.chunks.extend(new.map(|chunk| (chunk.id, chunk.data)));
+                self.chunks
+                    .retain(|name, _| checkpoint.names.contains(name));
+                self.stored.note(checkpoint.names);
+                self.base = Some(checkpoint.head);
                 self.journal.clear();
             }
             Step::Crash => self.crash(),

@@ -1,0 +1,138 @@
+//! What goes into one group commit: what has come by now, bounded, so that nobody waits long for what others have to write.
+
+use std::collections::BTreeMap;
+
+use tokio::sync::oneshot;
+
+use super::writer::{Numbers, Submission, Writer, Written, number};
+use crate::domain::id::{QueueId, Slot};
+use crate::store::journal::{Group, GroupSlot};
+
+/// Most queues in one group.
+const GROUP_MAX_PARTS: usize = 1_000;
+/// Bytes in a group after which it is sent.
+const GROUP_BYTES: usize = 4 * 1024 * 1024;
+/// Dead letters in a group after which it is sent: each is a copy of a message.
+const GROUP_LETTERS: usize = 64;
+/// A part of more bytes is not sent: no part that a queue's task makes comes near it.
+const PART_MAX_BYTES: usize = 32 * 1024 * 1024;
+
+/// Those who wait for their parts of a group.
+type Waiting = Vec<(QueueId, Slot, oneshot::Sender<Written>)>;
+
+/// A group, and who waits for it.
+#[derive(Default)]
+pub(in crate::queue) struct Gathered {
+    pub(in crate::queue) group: Group,
+    pub(in crate::queue) waiting: Waiting,
+    pub(in crate::queue) probes: Vec<oneshot::Sender<()>>,
+}
+
+/// What came and cannot go with the group at hand.
+#[derive(Default)]
+pub(in crate::queue) struct Held {
+    part: Option<Submission>,
+    fold: Option<Submission>,
+}
+
+impl Held {
+    pub(in crate::queue) fn take(&mut self) -> Option<Submission> {
+        self.part.take().or_else(|| self.fold.take())
+    }
+}
+
+/// A group that is being put together.
+#[derive(Default)]
+struct Gathering {
+    gathered: Gathered,
+    slots: BTreeMap<String, GroupSlot>,
+    bytes: usize,
+    letters: usize,
+    /// The queue whose checkpoint has a part in it.
+    folding: Option<QueueId>,
+}
+
+impl Gathering {
+    fn is_full(&self) -> bool {
+        self.gathered.group.parts.len() >= GROUP_MAX_PARTS
+            || self.bytes >= GROUP_BYTES
+            || self.letters >= GROUP_LETTERS
+    }
+
+    /// Takes it in, or gives back what cannot share a group with what is there.
+    fn add(&mut self, submission: Submission, numbers: &mut Numbers) -> Result<(), Submission> {
+        let (fence, part, done) = match submission {
+            Submission::Part { fence, part, done } => (fence, part, done),
+            Submission::Probe(reply) => {
+                self.gathered.probes.push(reply);
+                return Ok(());
+            }
+        };
+        let size = part.size();
+        if size > PART_MAX_BYTES {
+            tracing::error!(
+                queue = %part.queue, bytes = size, most = PART_MAX_BYTES,
+                "what a queue has to write at a time is too large: it stands still, the others go on"
+            );
+            let _ = done.send(Written::Refused);
+            return Ok(());
+        }
+        // A queue of a former epoch beside one of the present.
+        let slot = self.slots.get(&fence.lease);
+        let is_of_another_time = slot.is_some_and(|slot| slot.fence.epoch != fence.epoch);
+        // What became of a part is told by its queue.
+        let mut parts = self.gathered.group.parts.iter();
+        let is_twice = match part.is_fold() {
+            true => self.folding.is_some() || parts.any(|other| other.queue == part.queue),
+            false => self.folding == Some(part.queue),
+        };
+        if is_of_another_time || is_twice {
+            return Err(Submission::Part { fence, part, done });
+        }
+        if part.is_fold() {
+            self.folding = Some(part.queue);
+        }
+        self.bytes += size;
+        self.letters += part.letters.len();
+        self.gathered.waiting.push((part.queue, part.slot, done));
+        self.slots
+            .entry(fence.lease.clone())
+            .or_insert_with(|| number(numbers, part.slot, fence));
+        self.gathered.group.parts.push(*part);
+        Ok(())
+    }
+}
+
+impl Writer {
+    /// Puts a group together of what has come, and of one part of a checkpoint.
+    pub(in crate::queue) fn gather(
+        &mut self,
+        first: Submission,
+        numbers: &mut Numbers,
+        held: &mut Held,
+    ) -> Gathered {
+        let mut gathering = Gathering::default();
+        let mut next = Some(first);
+        while let Some(submission) = next.take() {
+            if let Err(submission) = gathering.add(submission, numbers) {
+                held.part = Some(submission);
+                break;
+            }
+            if gathering.is_full() {
+                break;
+            }
+            next = self.submissions.try_recv().ok();
+        }
+        if gathering.folding.is_none() {
+            let fold = held.fold.take().or_else(|| self.folds.try_recv().ok());
+            if let Some(fold) = fold
+                && let Err(fold) = gathering.add(fold, numbers)
+            {
+                held.fold = Some(fold);
+            }
+        }
+        let mut gathered = gathering.gathered;
+        gathered.group.slots = gathering.slots.into_values().collect();
+        gathered
+    }
+}
