@@ -275,14 +275,12 @@ impl Run {
             }
             _ => one.state.recovers(),
         };
+        let fence = fence.filter(|_| one.reading.is_none());
         let Some(fence) = fence.cloned() else { return };
         if self.epoch != fence.epoch || self.holder != Some(one.incarnation) {
             if one.state.forget(&fence) && one.shown.as_ref() == Some(&fence) {
                 one.shown = None;
             }
-            return;
-        }
-        if one.reading.is_some() {
             return;
         }
         one.state.recovery_began();
