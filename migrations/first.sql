@@ -1,18 +1,20 @@
--- Looked at before an install makes anything.
+-- Looked at before an install makes anything. Whose schema it is can put into it what he likes, and take out of it what is there: functions
+-- that others call would be his. So it belongs to whoever installs, to the database's owner, to a superuser, or to a role that whoever
+-- installs, no superuser himself, acts for.
 do $postroad$
 declare
+    found_schema text;
     found_owner text;
 begin
-    -- Whose schema it is can put into it what he likes, and take it out. That of an install before is left as it is.
-    select r.rolname into found_owner
+    select n.nspname, r.rolname into found_schema, found_owner
     from pg_namespace n join pg_roles r on r.oid = n.nspowner
-    where n.nspname = 'postroad' and to_regclass('postroad.migration') is null and r.rolname <> current_user and not r.rolsuper
+    where n.nspname in ('postroad', 'postroad_broker') and r.rolname not in (current_user, 'pg_database_owner') and not r.rolsuper
         and n.nspowner <> (select b.datdba from pg_database b where b.datname = current_database())
-        and r.rolname <> 'pg_database_owner';
+        and ((select u.rolsuper from pg_roles u where u.rolname = current_user) or not pg_has_role(n.nspowner, 'usage'));
     if found_owner is not null then
-        raise exception 'the schema postroad is there and belongs to the role %', found_owner
+        raise exception 'the schema % is there and belongs to the role %', found_schema, found_owner
             using errcode = 'insufficient_privilege',
-                hint = format('Drop it, or make it yours: alter schema postroad owner to %I.', current_user);
+                hint = format('Drop it, or make it yours: alter schema %I owner to %I.', found_schema, current_user);
     end if;
 end
 $postroad$;

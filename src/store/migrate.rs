@@ -126,6 +126,10 @@ async fn migrate(
     longest_wait: Duration,
 ) -> Result<(), Error> {
     let mut turn = Turn::take(database, longest_wait).await?;
+    sqlx::raw_sql(FIRST)
+        .execute(&mut turn.0)
+        .await
+        .map_err(Error::query("looking whose schema it is"))?;
     if schema == BROKER_SCHEMA {
         refuse_newer(&mut turn.0).await?;
     }
@@ -243,12 +247,6 @@ async fn install(
     grants: &'static str,
     roles: &[&str],
 ) -> Result<Grants, Error> {
-    let mut connection = database.connect().await?;
-    sqlx::raw_sql(FIRST)
-        .execute(&mut connection)
-        .await
-        .map_err(Error::query("looking at the database before the install"))?;
-    drop(connection);
     migrate(database, (files, "postroad"), turn::LONGEST).await?;
     let mut connection = database.connect().await?;
     // Sent as one message, it is one transaction. One at a time: two that grant at once update the same rows of the catalogue, which

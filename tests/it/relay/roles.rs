@@ -180,6 +180,15 @@ async fn a_schema_that_somebody_made_before_is_not_taken_and_another_encoding_ne
     let database = Database::new(&url, 1).unwrap();
     assert!(migrate::origin(&database).await.is_err());
     database.close().await;
+    // Nor does the broker take a schema of its own name.
+    execute(
+        &mut owner,
+        "drop schema postroad; grant create on database shop to low; set role low; create schema postroad_broker; reset role",
+    )
+    .await;
+    let database = Database::new(&url, 1).unwrap();
+    assert!(migrate::broker(&database).await.is_err());
+    database.close().await;
     execute(
         &mut owner,
         "create database ascii encoding 'SQL_ASCII' locale 'C' template template0",
