@@ -48,6 +48,7 @@ const BROKER: &[File] = &[
     file!("broker", 20261122000380, "user_locks"),
     file!("broker", 20261122000390, "histories"),
     file!("broker", 20261122000400, "queues"),
+    file!("broker", 20261122000405, "queue_journal_turns"),
     file!("broker", 20261122000410, "redrives"),
 ];
 

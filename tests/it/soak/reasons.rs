@@ -56,7 +56,7 @@ async fn a_backlog_of_long_reasons_is_kept_within_bounds() {
     let mut program = support::program(&database.url, &[]).await;
     let http = program.http.clone();
     let failing = json!({
-        "topics": ["failing.>"], "max_attempts": 1_000, "max_in_flight": 200_000,
+        "topics": ["failing.>"], "max_attempts": 1_000, "max_in_flight": 10_000,
         "visibility_timeout_seconds": 43_200
     });
     let failing = Consumer::declare(&http, "failing", &failing).await;
