@@ -85,7 +85,8 @@ impl Run<'_> {
             after_seq: i64::MIN,
             // What another origin of this broker has relayed of it is in the streams too.
             is_rerelay: !is_first || !self.formers.is_empty(),
-            oldest: oldest.filter(|_| !is_first),
+            // A time to come was noted by a clock that was ahead, and says nothing.
+            oldest: oldest.filter(|oldest| !is_first && *oldest <= relay.cluster.now()),
         });
         self.append(position.clone(), Page::default()).await?;
         self.relay_window(position).await
