@@ -108,7 +108,7 @@ fn has_test(path: &Path) -> bool {
         .any(|path| std::fs::read_to_string(path).is_ok_and(is_test))
 }
 
-fn pages() -> Vec<PathBuf> {
+pub(crate) fn pages() -> Vec<PathBuf> {
     let mut pages = Vec::new();
     for folder in ["docs", "examples"] {
         files(&root().join(folder), "md", &mut pages);

@@ -4,6 +4,7 @@
 mod layers;
 mod links;
 mod lists;
+mod pages;
 mod places;
 mod schemas;
 mod shape;
