@@ -107,7 +107,7 @@ async fn what_cannot_become_a_message_is_refused_with_the_reason() {
     let mut tx = producer.begin().await.unwrap();
     tx.execute(sqlx::AssertSqlSafe(format!(
         "set local role {}",
-        broker.database.role("relay")
+        database.role("relay")
     )))
     .await
     .unwrap();
