@@ -99,6 +99,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "cli",
         &[
             "app",
+            "domain",
             "bench",
             "config",
             "demo",
