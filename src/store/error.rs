@@ -335,6 +335,12 @@ impl Error {
         self.sqlstate().as_deref() == Some("53200")
     }
 
+    /// Whether the statement names a table or a schema that is not there.
+    #[must_use]
+    pub fn is_undefined(&self) -> bool {
+        matches!(self.sqlstate().as_deref(), Some("42P01" | "3F000"))
+    }
+
     /// Whether the server refused the data itself, for a value or a constraint (SQLSTATE classes 22 and 23): it came as
     /// far as writing it.
     #[must_use]

@@ -1,6 +1,7 @@
 //! The library's way into the outbox, with a producer's rights, and what arrives.
 
 use postroad::outbox::{self, Error, Message};
+use postroad::store::migrate;
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
@@ -83,6 +84,8 @@ async fn what_the_library_publishes_arrives_if_it_commits() {
 #[tokio::test]
 async fn what_cannot_become_a_message_is_refused_with_the_reason() {
     let database = support::database().await;
+    // Roles are made by an install under the database's own name.
+    migrate::origin(&database.database).await.unwrap();
     let mut producer = database.connect().await;
     for (message, expected) in [
         (Message::new("a..b"), "outbox_topic_is_valid"),

@@ -95,7 +95,7 @@ impl Cutter<'_> {
             chunk.push((offset, item));
             bytes += size;
             let bits = (offset as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-            let is_end = bits % CHUNK_OFFSETS == 0 || bytes >= CHUNK_BYTES;
+            let is_end = bits.is_multiple_of(CHUNK_OFFSETS) || bytes >= CHUNK_BYTES;
             if is_end || items.peek().is_none() {
                 let mut data = vec![kind];
                 write(&mut Writer(&mut data), &chunk);

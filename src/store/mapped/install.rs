@@ -87,9 +87,9 @@ fn write(mapping: &Mapping, shape: &Shape) -> String {
     if let Some(seq) = column(Field::Seq)
         && !shape.has(seq)
     {
-        let _ = write!(
+        let _ = writeln!(
             text,
-            "-- Rewrites the table, and holds up readers and writers for as long: the numbers of rows, in the order in which they are inserted.\n"
+            "-- Rewrites the table, and holds up readers and writers for as long: the numbers of rows, in the order in which they are inserted."
         );
         let name = identifier(seq);
         let _ = match shape.is_partitioned {

@@ -258,7 +258,11 @@ pub async fn release(database: &Database, table: Option<&str>) -> Result<Option<
         sqlx::AssertSqlSafe(text.trim_end().trim_end_matches(';').to_owned()),
     )
     .fetch_optional(&mut connection);
-    let found = statement("releasing the claim", releasing).await?;
+    let found = match statement("releasing the claim", releasing).await {
+        // Nothing of the kind is installed here, so nobody has claimed it.
+        Err(error) if error.is_undefined() => None,
+        found => found?,
+    };
     Ok(found.map(|(table, broker, origin, since)| Released {
         table,
         broker,
