@@ -12,17 +12,29 @@ use crate::domain::name::OriginName;
 use crate::store::Database;
 use crate::store::origin::claim;
 use crate::store::uninstall::{self, Changed, Side};
-use crate::telemetry::say;
+use crate::telemetry::{say, tell};
+
+/// The URL, by the flag or by the variable.
+fn database_url(flag: Option<&String>, variable: &str) -> anyhow::Result<String> {
+    if let Some(url) = flag {
+        if let Some(warning) = config::exposed_password("--database-url", url) {
+            tell!("warning: {warning}");
+        }
+        return Ok(url.clone());
+    }
+    let environment = Environment::of_process();
+    let url = environment.get(variable).map(ToOwned::to_owned);
+    url.with_context(|| {
+        format!("name the database, as a user who owns it: set {variable}, or give --database-url")
+    })
+}
 
 #[derive(Debug, Args)]
 pub(super) struct Release {
     /// The origin's database, as a user who owns it
-    #[arg(
-        long,
-        env = "DATABASE_URL",
-        hide_env_values = true,
-        required_unless_present = "print"
-    )]
+    ///
+    /// [env: DATABASE_URL]
+    #[arg(long)]
     database_url: Option<String>,
     /// A mapped table, as GET /v1/origins names it with its schema, instead of the outbox
     #[arg(long)]
@@ -38,7 +50,7 @@ impl Release {
         if self.print {
             return super::print(&claim::release_sql(table));
         }
-        let url = self.database_url.context("--database-url is needed")?;
+        let url = database_url(self.database_url.as_ref(), "DATABASE_URL")?;
         let database = Database::new(&url, 1)?;
         let what = table.unwrap_or("the outbox");
         match claim::release(&database, table).await? {
@@ -58,12 +70,9 @@ impl Release {
 #[derive(Debug, Args)]
 pub(super) struct Uninstall {
     /// The database, as a user who owns it
-    #[arg(
-        long,
-        env = "DATABASE_URL",
-        hide_env_values = true,
-        required_unless_present = "print"
-    )]
+    ///
+    /// [env: DATABASE_URL]
+    #[arg(long)]
     database_url: Option<String>,
     /// Take out the inbox instead of the outbox
     #[arg(long)]
@@ -111,8 +120,8 @@ impl Uninstall {
         if self.print {
             return super::print(&uninstall::script(side));
         }
-        let url = self.database_url.as_deref();
-        let database = Database::new(url.context("--database-url is needed")?, 1)?;
+        let url = database_url(self.database_url.as_ref(), "DATABASE_URL")?;
+        let database = Database::new(&url, 1)?;
         uninstall::run(&database, side).await?;
         say!("{name} is taken out of {}", database.place());
         database.close().await;
@@ -127,8 +136,10 @@ pub(super) enum Origin {
         /// Its name
         name: String,
         /// The broker's database
-        #[arg(long, env = "POSTROAD_DATABASE_URL", hide_env_values = true)]
-        database_url: String,
+        ///
+        /// [env: POSTROAD_DATABASE_URL]
+        #[arg(long)]
+        database_url: Option<String>,
     },
     /// Give an origin another name, with all that is known of it, before the configuration does
     Rename {
@@ -137,8 +148,10 @@ pub(super) enum Origin {
         /// Its name from now on
         to: String,
         /// The broker's database
-        #[arg(long, env = "POSTROAD_DATABASE_URL", hide_env_values = true)]
-        database_url: String,
+        ///
+        /// [env: POSTROAD_DATABASE_URL]
+        #[arg(long)]
+        database_url: Option<String>,
     },
 }
 
@@ -157,7 +170,8 @@ impl Origin {
         };
         let origin = parsed(name)?;
         let to = to.map(|to| parsed(to)).transpose()?;
-        let database = Database::new(url, 1)?;
+        let url = database_url(url.as_ref(), "POSTROAD_DATABASE_URL")?;
+        let database = Database::new(&url, 1)?;
         let changed = match &to {
             None => uninstall::forget_origin(&database, &origin).await?,
             Some(to) => uninstall::rename_origin(&database, &origin, to).await?,
