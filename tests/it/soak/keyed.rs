@@ -68,8 +68,11 @@ async fn fill(
         .unwrap();
         if last - first + 1 == leaf {
             let began = Instant::now();
-            for function in ["fold_keys", "summarise_leaf"] {
-                let text = format!("select postroad_broker.{function}($1, $2)");
+            for call in [
+                "fold_keys($1, $2)",
+                "summarise_leaf($1, $2, clock_timestamp())",
+            ] {
+                let text = format!("select postroad_broker.{call}");
                 sqlx::query(sqlx::AssertSqlSafe(text))
                     .bind(stream)
                     .bind(first)
