@@ -43,6 +43,7 @@ pub type TakePart<'a> = &'a mut (dyn FnMut(StatePart) + Send);
 type PartRow = (i64, i16, Option<Uuid>, Vec<u8>);
 type PositionRow = (Vec<i64>, Vec<i64>, Vec<i64>);
 /// All of a slot at once, for a planted fault.
+#[cfg(feature = "failpoints")]
 pub(in crate::store) type Rows = (Vec<PartRow>, Option<PositionRow>);
 
 fn part((queue, kind, chunk, data): PartRow) -> Result<StatePart, Error> {
