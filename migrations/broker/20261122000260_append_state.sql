@@ -1,4 +1,4 @@
--- What stands beside the log: the catalogue's version, its leaves, recent ids, the results of appends.
+-- The tables beside the log: the catalogue's version, its leaves, recent ids, the results of appends.
 
 -- Rises with each change of streams and their patterns. An append names the version that it was routed by.
 create table postroad_broker.catalogue (

@@ -181,7 +181,7 @@ $$;
 
 -- One step of dropping the log of a deleted stream, each a transaction of few locks, however many leaves it has: first it is taken out
 -- of the log of all streams, the one step that others can notice; then p_leaves of its leaves go at a time; at last what is left.
--- Whether all is gone. Fails after 50 ms, with lock_not_available, behind anybody who has what it needs open.
+-- Returns true once all is gone. Fails after 50 ms, with lock_not_available, behind any session that has these tables open.
 create function postroad_broker.drop_stream_log(p_stream integer, p_leaves integer) returns boolean
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp

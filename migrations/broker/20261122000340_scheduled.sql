@@ -188,7 +188,7 @@ $$;
 -- payload, but always one. One commit: what it appended lies between the old horizon and the new one. Called at read committed
 -- and outside of a transaction, by any number of nodes; when the outcome of a call is unknown, the next call goes by what is there.
 --
--- What is due, `agreed_clock` says. Statuses: published (which can be 0 messages, all cancelled); idle, nothing is due; gone, there is
+-- `agreed_clock` decides which messages are due. Statuses: published (which can be 0 messages, all cancelled); idle, nothing is due; gone, there is
 -- no such stream.
 create function postroad_broker.publish_scheduled(
     p_stream integer,

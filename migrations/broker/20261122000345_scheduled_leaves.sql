@@ -14,7 +14,7 @@ begin
 end
 $$;
 
--- The times whose leaves are to be there and are not: of 6 hours from now to 3 days ahead, of months as far as can be asked for, and
+-- The times whose leaves are missing: of 6 hours from now to 3 days ahead, of months as far as can be asked for, and
 -- for the next moves of horizons. The nearest first. A broker that never schedules anything has none.
 create function postroad_broker.missing_scheduled_leaves(p_now timestamptz)
 returns table (kind text, leaf_at timestamptz)

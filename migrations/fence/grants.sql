@@ -1,4 +1,4 @@
--- What the role of those who work under locks may do. Without it, no grants.
+-- Grants of the role that works under locks. Without the role, no grants.
 do $postroad$
 declare
     fenced constant text := postroad.make_role('fenced');

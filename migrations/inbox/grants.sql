@@ -1,4 +1,4 @@
--- What the role of consumers may do. Without it, no grants.
+-- Grants of the consumers' role. Without the role, no grants.
 do $postroad$
 declare
     consumer constant text := postroad.make_role('consumer');

@@ -125,7 +125,7 @@ declare
     found_code text[];
 begin
     execute format('lock table %s in row exclusive mode', mapped_table::regclass);
-    -- What is left to look at is looked at when a relay connects, and need not be for each batch: only these run for a delete alone.
+    -- A relay looks at the rest when it connects, not for each batch: only these run for a delete alone.
     if event = 'delete' and not exists (
         select from pg_class as c where c.oid = mapped_table::regclass and (c.relhastriggers or c.relhasrules or c.relhassubclass)
     ) then

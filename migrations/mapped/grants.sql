@@ -1,4 +1,4 @@
--- What the role of a relay may do beside mapped tables. Without it, no grants.
+-- Grants of the relay's role beside mapped tables. Without the role, no grants.
 do $postroad$
 declare
     relay constant text := postroad.make_role('relay');

@@ -1,4 +1,4 @@
--- What stands beside a mapped table. The table itself stays, without the columns that an install added.
+-- Takes out the rows and tables beside a mapped table. The table itself stays, without the columns that an install added.
 do $postroad$
 declare
     schema_name constant text := /*schema*/;

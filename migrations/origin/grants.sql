@@ -11,7 +11,7 @@ begin
 end
 $postroad$;
 
--- What the two roles of an origin may do. Without both, no grants.
+-- Grants of the two roles of an origin. Without both, no grants.
 do $postroad$
 declare
     producer constant text := postroad.make_role('producer');

@@ -24,7 +24,7 @@ pub enum Error {
     Refused {
         /// Host, port and name.
         place: String,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// The start was to be given up, and parts of it did not stop.

@@ -29,7 +29,7 @@ pub use error::{Error, NotStopped};
 
 /// The part of readiness that says how far the start is.
 const START: &str = "start";
-/// What a stop may take beyond the sum of its deadlines.
+/// The time that a stop may take beyond the sum of its deadlines.
 const STOP_MARGIN: Duration = Duration::from_secs(5);
 /// How long parts have to end whose work is void.
 const ABANDON: Duration = Duration::from_secs(1);
@@ -187,7 +187,7 @@ impl Broker {
             Some(Err(error)) => Some(error),
             None => None,
         };
-        // What could not start has nothing to finish; what did stops by itself.
+        // A part that could not start has nothing to finish; one that did stops by itself.
         let stopped = steps.stop(None, config.shutdown).await;
         match failed {
             Some(error) => Err(error),
@@ -356,7 +356,7 @@ async fn assemble(
     })
 }
 
-/// What is known of a process that is starting: what it uses of the machine.
+/// The metrics of a process that is starting: its use of the machine.
 fn early_registry() -> Arc<Registry> {
     let mut registry = Registry::default();
     telemetry::register(&mut registry);

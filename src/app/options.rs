@@ -1,4 +1,4 @@
-//! What each engine is started with, out of the configuration.
+//! The options of each engine, out of the configuration.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -30,7 +30,7 @@ pub(super) fn node_url(listening: SocketAddr) -> String {
     }
 }
 
-/// What a schedule's occurrence must be for its topic to take it.
+/// The conditions under which a topic takes a schedule's occurrence.
 pub(super) fn acceptance(topics: &topic::Handle, message_max_bytes: usize) -> stream::Acceptance {
     let topics = topics.clone();
     stream::Acceptance::new(move |message| {

@@ -46,7 +46,7 @@ pub(super) fn main(flags: &ConfigFlags) -> ExitCode {
         tracing::warn!("{warning}");
     }
     let served = serve(&mut config);
-    // What was not stopped in order, because there was no time for it, ends by itself.
+    // A part that there was no time to stop in order ends by itself.
     app::let_postgres_go();
     ended(served)
 }

@@ -28,7 +28,7 @@ struct Heard {
     last: &'static str,
 }
 
-/// What asks the process to stop: SIGTERM, SIGINT and SIGHUP, which a terminal sends when it closes.
+/// The signals that ask the process to stop: SIGTERM, SIGINT and SIGHUP, which a terminal sends when it closes.
 pub(super) struct Signals {
     heard: watch::Receiver<Heard>,
     seen: usize,

@@ -1,9 +1,9 @@
-//! What the process was given: its command line and its environment.
+//! The input of the process: its command line and its environment.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// What the command line said.
+/// The flags of the command line.
 #[derive(Debug, Clone, Default)]
 pub struct Flags {
     /// `--config`.

@@ -371,7 +371,7 @@ mod tests {
         let mut found = Vec::new();
         let mut at = start;
         let mut seen: std::collections::BTreeSet<chrono::NaiveDateTime> = Default::default();
-        // What the clock shows for the first time, and what it never shows.
+        // Times that the clock shows for the first time, and times that it never shows.
         let mut last = (start - TimeDelta::minutes(1))
             .with_timezone(&zone)
             .naive_local();

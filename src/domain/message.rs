@@ -54,7 +54,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// What stands around a message's texts, in bytes.
+    /// The fixed part of a message's size, in bytes.
     const OVERHEAD_BYTES: usize = 256;
     /// The same of an extension attribute.
     const EXTENSION_OVERHEAD_BYTES: usize = 16;

@@ -276,7 +276,7 @@ mod tests {
             r#"{"inner": [["a"]]}"#,
             r#"{"one": ["b"]}"#,
         ] {
-            // What serde alone makes of it.
+            // The result of serde alone.
             assert!(serde_json::from_str::<Outer>(text).is_ok(), "{text}");
             let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with("invalid type: sequence"), "{error}");

@@ -225,7 +225,7 @@ pub(in crate::http) async fn carry(
         Some(Counted(share)) => share,
         None => match budget.hold(bytes).await {
             Ok(share) => Arc::new(share),
-            // What it hands out goes back, as if it had not been written.
+            // Its deliveries go back, as if they had not been written.
             Err(full) => return Problem::from(full).into_response(),
         },
     };
@@ -300,7 +300,7 @@ mod tests {
         large.grow(7 << 20).unwrap();
         assert!(large.grow((7 << 20) + 2 * UNIT_BYTES).is_err());
         assert_eq!(large.units(), 7 << 10, "as it was");
-        // What is small still has its part.
+        // Small bodies still have their part.
         let mut small = budget.share();
         small.grow(SMALL_BYTES).unwrap();
         assert!(!budget.has_room(2 << 20) && budget.has_room(10));

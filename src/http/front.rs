@@ -1,4 +1,4 @@
-//! What stands before the routes: until the engines are there, the process says that it lives, what it waits for and how it does, and
+//! The answers before the routes are there: until the engines are there, the process says that it lives, what it waits for and how it does, and
 //! refuses the rest. A request that comes shortly before the routes are there waits for them.
 
 use std::net::SocketAddr;
@@ -24,14 +24,14 @@ use super::{Metrics, Readiness, door, forward, observe};
 /// How long a request waits for the routes: a usual start is over by then.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What the server has before the engines are there.
+/// The server's state before the engines are there.
 #[derive(Debug, Clone)]
 pub struct Early {
     /// Why the process is not ready.
     pub readiness: Readiness,
     /// The server's own metrics.
     pub metrics: Metrics,
-    /// What `/metrics` shows until the whole registry is there.
+    /// The text of `/metrics` until the whole registry is there.
     pub registry: Arc<Registry>,
 }
 

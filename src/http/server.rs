@@ -316,7 +316,7 @@ impl Connection {
             if seen == START.len() {
                 return Some(true);
             }
-            // What was peeked at is there again at once. A preface comes in one piece, but for a client that means to keep this awake.
+            // Bytes that were peeked at are there again at once. A preface comes in one piece, but for a client that means to keep this awake.
             if !std::mem::replace(&mut has_begun, true) {
                 let until = Instant::now() + PREFACE_TIME.min(self.idle_timeout);
                 over.as_mut().reset(until);

@@ -31,13 +31,13 @@ pub struct Options {
     pub publish: Limits,
     /// The largest request body, in bytes.
     pub body_max_bytes: usize,
-    /// What all bodies on their way in, and all answers on their way out, may hold of memory, in bytes: half of it each.
+    /// The memory, in bytes, that all bodies on their way in and all answers on their way out may hold: half of it each.
     pub memory_bytes: usize,
     /// How long a body may take to arrive.
     pub body_timeout: Duration,
     /// How long a connection may be without a request, and how long a request's head may take to arrive.
     pub idle_timeout: Duration,
-    /// What answers say of it; below it, so that no client counts on a connection that is about to end.
+    /// The time that answers announce; below it, so that no client counts on a connection that is about to end.
     pub keep_alive: Duration,
     /// The names that requests may ask for besides the usual ones.
     pub allowed_hosts: Vec<String>,
@@ -129,9 +129,9 @@ pub(in crate::http) struct State(Arc<Inner>);
 pub(in crate::http) struct Inner {
     pub(in crate::http) parts: Parts,
     pub(in crate::http) options: Options,
-    /// What bodies may hold together.
+    /// The bytes that bodies may hold together.
     pub(in crate::http) bodies: Budget,
-    /// What answers may hold together.
+    /// The bytes that answers may hold together.
     pub(in crate::http) answers: Budget,
     /// The names that requests may ask for.
     pub(in crate::http) hosts: Hosts,

@@ -14,7 +14,7 @@ use crate::supervisor::Supervisor;
 /// Lists that are read at a time: the pool is for others too.
 const READS: usize = 2;
 
-/// What is to be read.
+/// The request to read.
 #[derive(Debug)]
 pub(super) struct List {
     /// This lock alone.

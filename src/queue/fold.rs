@@ -14,7 +14,7 @@ use crate::store::journal::{CheckpointHead, GroupPart};
 /// Bytes of chunks in one part.
 const TOGETHER: usize = 256 * 1024;
 
-/// What a task knows of its checkpoints.
+/// A task's knowledge of its checkpoints.
 #[derive(Debug, Default)]
 pub(in crate::queue) struct Folds {
     /// The journal holds rows that are to go.
@@ -34,12 +34,12 @@ struct Fold {
     as_of: Option<i64>,
     /// The turn of the first journal row that it does not hold.
     unfolded_turn: Option<i64>,
-    /// What is with the writer.
+    /// The part that the writer has.
     sent: Option<oneshot::Receiver<Written>>,
     is_head_sent: bool,
 }
 
-/// What a part does for a checkpoint.
+/// The work of a part for a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::queue) enum InPart {
     Nothing,
@@ -191,7 +191,7 @@ impl Task {
     }
 }
 
-/// What became of the chunks or the head under way; never resolves when there are none. Cancel-safe.
+/// Waits for the outcome of the chunks or the head under way; never resolves when there are none. Cancel-safe.
 pub(in crate::queue) async fn folded(folds: &mut Folds) -> Option<Written> {
     match folds.now.as_mut().and_then(|now| now.sent.as_mut()) {
         Some(sent) => sent.await.ok(),

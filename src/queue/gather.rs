@@ -1,4 +1,4 @@
-//! What goes into one group commit: what has come by now, bounded, so that nobody waits long for what others have to write.
+//! Gathers one group commit: the parts that have arrived, bounded, so that nobody waits long for what others have to write.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ pub(in crate::queue) struct Gathered {
     pub(in crate::queue) probes: Vec<oneshot::Sender<()>>,
 }
 
-/// What came and cannot go with the group at hand.
+/// Parts that arrived and cannot go with the group at hand.
 #[derive(Default)]
 pub(in crate::queue) struct Held {
     part: Option<Submission>,
@@ -80,7 +80,7 @@ impl Gathering {
         // A queue of a former epoch beside one of the present.
         let slot = self.slots.get(&fence.lease);
         let is_of_another_time = slot.is_some_and(|slot| slot.fence.epoch != fence.epoch);
-        // What became of a part is told by its queue.
+        // Its queue tells the outcome of a part.
         let mut parts = self.gathered.group.parts.iter();
         let is_twice = match part.is_fold() {
             true => self.folding.is_some() || parts.any(|other| other.queue == part.queue),

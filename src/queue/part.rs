@@ -79,7 +79,7 @@ impl Answer {
     }
 }
 
-/// What is with the writer.
+/// The part that the writer has.
 pub(in crate::queue) struct Submitted {
     decided_at: Instant,
     submitted_at: Instant,

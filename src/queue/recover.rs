@@ -20,7 +20,7 @@ pub(in crate::queue) const RECOVERIES: usize = 3;
 /// A slot that could not be recovered is tried again after this.
 const RECOVER_AGAIN: Duration = Duration::from_millis(500);
 
-/// What is to be read.
+/// The request to read.
 struct Asked {
     slot: Slot,
     fence: Fence,
@@ -32,7 +32,7 @@ struct Asked {
     are_stale: bool,
 }
 
-/// What was read.
+/// The state that was read.
 pub(in crate::queue) struct Recovery {
     asked: Asked,
     /// The rows as they are, if they were read.

@@ -34,7 +34,7 @@ enum Wrong {
     NeverVacant,
     /// A lease that came and is to go before the engine heard of it is kept.
     UnseenStays,
-    /// What was read is gone by, though it is void by then.
+    /// The owner goes by a state that is void by then.
     GoesByWhatIsVoid,
 }
 
@@ -116,7 +116,7 @@ struct Node {
     shown: Option<Fence>,
     yielding: bool,
     tasks: Vec<Task>,
-    /// What is being read beside the engine's task: under which fence, and each queue's state.
+    /// The reads beside the engine's task: under which fence, and each queue's state.
     reading: Option<(Fence, Vec<Memory>)>,
     is_asleep: bool,
 }

@@ -299,7 +299,7 @@ impl Task {
         self.ask_marks();
         self.give_up_dropped();
         if !outage.standing {
-            // What a redrive did is written with the piece that records it, and that has to be the next one.
+            // A redrive's step is written with the piece that records it, which has to be the next one.
             if !self.machine.is_split() {
                 self.redrive();
             }

@@ -23,7 +23,7 @@ pub(in crate::queue) struct SlotState {
     pub(in crate::queue) recover_at: Option<Instant>,
     /// Its queues' state is being read.
     is_recovering: bool,
-    /// What is being read is not to be gone by: something has changed since.
+    /// A read under way is void: something has changed since.
     is_void: bool,
     /// The epoch at which it was held last.
     last_epoch: Option<Epoch>,
@@ -92,7 +92,7 @@ impl SlotState {
         self.is_void |= self.is_recovering;
     }
 
-    /// What is at hand of the state is to be gone by no more.
+    /// The state at hand is void.
     pub(in crate::queue) fn drop_state(&mut self) {
         self.is_recovered = false;
         self.void_recovery();

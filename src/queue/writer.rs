@@ -99,7 +99,7 @@ pub(in crate::queue) struct Writer {
     pub(in crate::queue) connection: Option<Connection>,
 }
 
-/// What comes to the writer.
+/// A job for the writer.
 enum Next {
     Submission(Submission),
     /// Nothing for a while.
@@ -218,7 +218,7 @@ impl Writer {
         }
     }
 
-    /// What comes next: chunks of checkpoints when there is nothing else.
+    /// The next job: chunks of checkpoints when there is nothing else.
     async fn next(&mut self) -> Next {
         tokio::select! {
             biased;

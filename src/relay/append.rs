@@ -23,7 +23,7 @@ pub(super) struct Prepared {
     pub(super) sent: Sent,
 }
 
-/// What a member's success means.
+/// The meaning of a member's success.
 pub(super) struct Sent {
     position: Position,
     /// Rows.
@@ -173,7 +173,7 @@ impl Run<'_> {
             self.relay.set_state(State::Running, None);
         }
         failpoint::reach("relay.after_append");
-        // What expected another version of its key was listed by the append itself.
+        // The append itself listed a message that expected another version of its key.
         let rejected = rejected + messages.saturating_sub(placed.len());
         self.number = self.next_number();
         self.is_settled = position.taken.is_empty();

@@ -240,7 +240,7 @@ impl Run<'_> {
                     self.note_slow();
                 }
                 Err(error) => {
-                    // What is counted stays so.
+                    // The counts stay.
                     self.caution.backlog = Some(backlog);
                     return Err(Trouble::Origin(error));
                 }

@@ -1,4 +1,4 @@
-//! What a relay remembers beyond its sessions. An append that is refused for what some row holds is tried
+//! A relay's memory beyond its sessions. An append that is refused for what some row holds is tried
 //! again with half of its rows, until the row stands alone: then it is listed as rejected, and the rows behind it go on. After each
 //! append that passes the next takes twice as many.
 
@@ -117,7 +117,7 @@ impl Caution {
                     seq: row.seq,
                     reason: format!("the stream refuses the row: {}", to_ascii(&doomed.reason)),
                     outbox_row: match doomed.is_bare {
-                        // Whatever the database's encoding is, it has these letters.
+                        // Every encoding has these letters.
                         false => to_ascii(&copy),
                         true => row::unread_copy(row.seq, None),
                     },

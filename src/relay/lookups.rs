@@ -10,7 +10,7 @@ const ALL_ROWS_MAX: usize = 2_000_000;
 /// The fewest: below, the log would be read too often.
 const ROWS_MIN: usize = 50_000;
 
-/// What is left of the bound.
+/// The rest of the bound.
 #[derive(Debug)]
 pub(super) struct Lookups {
     free: AtomicUsize,

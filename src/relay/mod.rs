@@ -154,7 +154,7 @@ pub enum Error {
     Url {
         /// The origin.
         name: OriginName,
-        /// What is wrong with it.
+        /// The fault.
         #[source]
         source: store::Error,
     },

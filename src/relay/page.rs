@@ -9,7 +9,7 @@ use crate::store::mapped::ROW_MAX_BYTES;
 use crate::store::origin::{Ids, OutboxRow, Place, Session};
 use crate::stream::Rejected;
 
-/// What came of reading some rows.
+/// The outcome of reading some rows.
 #[derive(Debug, Default)]
 pub(super) struct Page {
     pub(super) rows: Vec<OutboxRow>,
@@ -77,7 +77,7 @@ impl Page {
     }
 }
 
-/// What the messages of the rows at these places are known by, in their order; none of a row that cannot say it. Fewer, when a row is
+/// The identities of the messages of the rows at these places, in their order; none of a row that cannot say it. Fewer, when a row is
 /// not where it was.
 pub(super) async fn read_ids(
     session: &mut Session,
@@ -111,7 +111,7 @@ pub(super) async fn read_ids(
         .collect())
 }
 
-/// What the server gives out of a row that cannot be read, which can be nothing.
+/// The part of an unreadable row that the server gives out, which can be nothing.
 pub(super) fn kept(
     raw: Result<Option<String>, store::Error>,
 ) -> Result<Option<String>, store::Error> {

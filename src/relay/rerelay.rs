@@ -70,7 +70,7 @@ impl Run<'_> {
         let opening = self.session.open_window(NOTHING, None, 0, 0);
         let opened = opening.await.map_err(Trouble::Origin)?;
         self.check_session(&opened.identity)?;
-        // What lies there from another life of the database, nobody knows the age of.
+        // Nobody knows the age of rows from another life of the database.
         let stored = self.position.as_ref();
         let is_same = stored.is_some_and(|position| {
             position.system_identifier == opened.identity.system_identifier
@@ -83,7 +83,7 @@ impl Run<'_> {
         position.window = Some(Window {
             since: NOTHING.to_owned(),
             after_seq: i64::MIN,
-            // What another origin of this broker has relayed of it is in the streams too.
+            // The streams also have the rows that another origin of this broker relayed.
             is_rerelay: !is_first || !self.formers.is_empty(),
             // A time to come was noted by a clock that was ahead, and says nothing.
             oldest: oldest.filter(|oldest| !is_first && *oldest <= relay.cluster.now()),

@@ -263,7 +263,7 @@ fn to_integer(value: &Value) -> Option<i32> {
     (in_range && number.fract() == 0.0).then_some(number as i32)
 }
 
-/// What a payload is, by its column and its content type. JSON is checked here once, by the rule that holds over HTTP too, and passes
+/// The kind of a payload, by its column and its content type. JSON is checked here once, by the rule that holds over HTTP too, and passes
 /// as it was written; what is declared JSON (or nothing) and is not JSON that every reader takes goes out as bytes.
 fn to_data(text: Option<String>, bytes: Option<Vec<u8>>, content_type: Option<&str>) -> Data {
     match (text, bytes) {
@@ -339,7 +339,7 @@ pub(super) fn copy(row: &OutboxRow) -> Value {
     copy
 }
 
-/// What is listed of a row that cannot be read: its number and, if it can be had, the row as its server prints it, in the server's
+/// The entry in the list for a row that cannot be read: its number and, if it can be had, the row as its server prints it, in the server's
 /// encoding and then in base64.
 pub(super) fn unread_copy(seq: i64, raw: Option<String>) -> String {
     let mut copy = serde_json::json!({ "seq": seq, "left_in_outbox": true });

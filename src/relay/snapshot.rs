@@ -29,7 +29,7 @@ impl Snapshot {
 
     /// Spans of ids, first and last, in order and apart, that have all that this snapshot shows and `since` does not; and few others.
     pub(super) fn spans_since(&self, since: &Self) -> Vec<(i64, i64)> {
-        // What was in progress then and has ended: each alone, since all around it was passed.
+        // Transactions that were in progress then and have ended: each alone, since all around it was passed.
         let stragglers = since.held.iter().filter(|id| self.shows(**id));
         let mut spans: Vec<(i64, i64)> = stragglers.map(|id| (*id, *id)).collect();
         let mut from = since.xmax;

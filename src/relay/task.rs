@@ -73,7 +73,7 @@ pub(super) struct Run<'a> {
     /// When rows of another server were last looked for.
     pub(super) foreign_at: Option<Instant>,
     pub(super) rotation: Rotation,
-    /// What is known of rows that were refused, and of the backlog, in this session and before.
+    /// Knowledge of refused rows and of the backlog, from this session and before.
     pub(super) caution: &'a mut Caution,
 }
 

@@ -154,7 +154,7 @@ impl Error {
                     }
                     // A timeout of the session or of its transaction ended it; the server is a standby.
                     "25P03" | "25P04" | "25006" => Retry::Backoff,
-                    // Whatever else ended the session says nothing about the statement.
+                    // Any other end of the session says nothing about the statement.
                     code if is_fatal(&**error) && !is_refused_session(code) => Retry::Backoff,
                     // The pool could not connect: the user or the database is refused.
                     code if is_refused_login(code) => Retry::Backoff,
@@ -222,7 +222,7 @@ impl Error {
         text
     }
 
-    /// What to do about it, as a clause.
+    /// The advice, as a clause.
     fn advice(&self) -> Option<&'static str> {
         if self.is_pooler() {
             return Some(
@@ -319,7 +319,7 @@ impl Error {
         self.sqlstate().as_deref() == Some("57014")
     }
 
-    /// What the server says, in its own words and without what was being done.
+    /// The server's own words, without the action.
     #[must_use]
     pub fn reason(&self) -> String {
         match self.driver() {

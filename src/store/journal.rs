@@ -87,7 +87,7 @@ pub struct GroupSlot {
 /// A checkpoint's head.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointHead {
-    /// What it holds.
+    /// Its content.
     pub state: Vec<u8>,
     /// The chunks that it is made of, stored by then.
     pub chunks: Vec<ChunkId>,

@@ -168,7 +168,7 @@ type Row = (
     DateTime<Utc>,
 );
 
-/// What a page of locks, found by a subquery, is told with: those who wait are looked up for these alone.
+/// The columns of a page of locks, which a subquery finds: those who wait are looked up for these alone.
 macro_rules! describe {
     ($page:literal) => {
         concat!(

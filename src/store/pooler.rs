@@ -1,4 +1,4 @@
-//! What stands between Postroad and a server: nothing, a pooler whose clients have sessions of their own, or one whose clients share them.
+//! The ways between Postroad and a server: none, a pooler whose clients have sessions of their own, or one whose clients share them.
 //!
 //! The last kind cannot serve: settings, prepared statements and locks of a session are lost, or are somebody else's next. It is found
 //! out before anything is set. Statements go as simple queries, which leave nothing behind in a session.
@@ -11,7 +11,7 @@ use super::{Connection, Database, Error};
 /// A setting that means nothing to anybody else: a session that has it began with Postroad's settings.
 pub(in crate::store) const MARKER: (&str, &str) = ("postroad.session", "postroad");
 
-/// What a session says of itself.
+/// A session's own account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Seen {
     pid: i32,

@@ -1,4 +1,4 @@
-//! What queues recover from: checkpoints, their chunks, the journal and the positions of slots, read as a stream, since all of it is more than
+//! The state that queues recover from: checkpoints, their chunks, the journal and the positions of slots, read as a stream, since all of it is more than
 //! memory should hold at a time.
 
 use futures_util::TryStreamExt as _;

@@ -76,7 +76,7 @@ fn target(url: &DatabaseUrl, server: &Server) -> Result<PgConnectOptions, Error>
     })
 }
 
-/// What the variables say, with options of the server's command line besides, which can be had by a URL alone.
+/// The variables' parameters, with options of the server's command line besides, which can be had by a URL alone.
 fn base(options: Option<&str>) -> Result<PgConnectOptions, Error> {
     let Some(options) = options else {
         return Ok(PgConnectOptions::new_without_pgpass());

@@ -8,16 +8,16 @@ use crate::domain::id::OriginId;
 use crate::domain::mapping::{Field, Mapping};
 use crate::domain::name::OriginName;
 
-/// What is taken out.
+/// The side to take out.
 #[derive(Debug, Clone, Copy)]
 pub enum Side<'a> {
     /// The outbox.
     Outbox,
-    /// What consumers accept messages in.
+    /// The inbox of consumers.
     Inbox,
-    /// What tokens of locks are checked by.
+    /// The fence that checks tokens of locks.
     Fence,
-    /// What stands beside one mapped table.
+    /// The tables beside one mapped table.
     Mapped(&'a Mapping),
 }
 
@@ -30,7 +30,7 @@ const MAPPED: &str = include_str!("../../migrations/mapped/uninstall.sql");
 /// At the end of each: the schema goes when nothing is left in it, and roles go that have no rights left.
 const LAST: &str = include_str!("../../migrations/last.sql");
 
-/// What takes a side out, as one SQL script. It does nothing where there is nothing.
+/// Takes a side out, as one SQL script. It does nothing where there is nothing.
 #[must_use]
 pub fn script(side: Side<'_>) -> String {
     let text = match side {
@@ -70,7 +70,7 @@ pub async fn run(database: &Database, side: Side<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// What came of a change to an origin that the broker remembers.
+/// The outcome of a change to an origin that the broker remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Changed {
     /// It is done.

@@ -32,7 +32,7 @@ use crate::supervisor::{OnEnd, Supervisor};
 const REPEAT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// After so many parts of a group in a row whose locks were not to be had, the others are not tried here: it is not a stream that is held.
 const HELD_IN_A_ROW: usize = 3;
-/// What one lane may have of the bound on what waits, as a fraction.
+/// The share of one lane in the bound on waiting members.
 const LANE_FRACTION: usize = 8;
 /// The pause between two tries of a lane.
 const LANE_PAUSE: Duration = Duration::from_millis(150);

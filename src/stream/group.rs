@@ -54,7 +54,7 @@ impl Router {
         stream
     }
 
-    /// What a member needs of the log, as far as it is held apart.
+    /// The parts of the log that a member needs, as far as they are held apart.
     pub(super) fn parts(&mut self, member: &Member) -> BTreeSet<Part> {
         let messages = member.messages().iter();
         messages

@@ -19,7 +19,7 @@ use crate::domain::id::StreamId;
 /// Lanes at a time: each has a connection. Beyond them a stream shares the last one.
 const LANES_MAX: usize = 4;
 
-/// What can be held apart from the rest: a stream's log; and, apart from that, what of it comes later.
+/// A part that can be held apart from the rest: a stream's log; and, apart from that, its later messages.
 pub(super) type Part = (StreamId, bool);
 
 /// Where an appender's members come from.
@@ -27,7 +27,7 @@ pub(super) type Part = (StreamId, bool);
 pub(super) enum Source {
     /// All that is published.
     Inbox(mpsc::Receiver<Pending>),
-    /// What was passed on to a lane.
+    /// Members that were passed on to a lane.
     Lane(mpsc::UnboundedReceiver<Taken>, Load),
 }
 
@@ -71,7 +71,7 @@ impl Source {
     }
 }
 
-/// What a lane has to do.
+/// The work of a lane.
 #[derive(Debug, Clone)]
 pub(super) struct Load {
     members: Arc<AtomicUsize>,
@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(gauge.get(), 1);
         assert!(lanes.pass(&b, taken(1).await.0).is_some());
         assert!(lanes.pass(&both, taken(1).await.0).is_none());
-        // What is due later is held apart.
+        // Later messages are held apart.
         let later = BTreeSet::from([(StreamId(1), true)]);
         assert!(lanes.pass(&later, taken(1).await.0).is_some());
         // Beyond its share a member is refused, and nobody else is.

@@ -295,7 +295,7 @@ fn check(stream: StreamId, message: &Message) -> (Uuid, Uuid) {
 /// Attributes that a repeat may have anew: they are of the sending, not of what is sent.
 const OF_THE_SENDING: [&str; 4] = ["traceparent", "tracestate", "baggage", "recordedtime"];
 
-/// What a message says, where it goes and when. Not its `time`, which libraries put in as they send; and not the version that it expects:
+/// The content of a message, where it goes and when. Not its `time`, which libraries put in as they send; and not the version that it expects:
 /// what has gone in is in, whatever the key's version is by now.
 fn digest_content(message: &Message) -> Uuid {
     fn text(text: &Option<String>) -> &[u8] {

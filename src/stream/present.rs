@@ -223,7 +223,7 @@ async fn offset_at(
         let middle = Offset(before.0 + (after.0 - before.0) / 2);
         match sql::read_appended_at(connection, stream, middle).await? {
             Some(appended_at) if appended_at >= at => after = middle,
-            // What retention dropped meanwhile is older than what is left.
+            // Messages that retention dropped meanwhile are older than the rest.
             Some(_) | None => before = middle,
         }
     }

@@ -464,7 +464,7 @@ impl Reader {
             let connection = self.connected().await?;
             match sql::read_appended_at(connection, stream, middle).await? {
                 Some(appended_at) if appended_at >= at => after = middle,
-                // What retention dropped meanwhile is older than what is left.
+                // Messages that retention dropped meanwhile are older than the rest.
                 Some(_) | None => before = middle,
             }
         }

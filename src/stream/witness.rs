@@ -18,7 +18,7 @@ use prometheus_client::registry::Registry;
 use super::handle::State;
 use crate::{cluster, failpoint};
 
-/// What lies between the two clocks before nobody knows the time, as `agreed_clock` and `rotate_buckets` have it.
+/// The gap between the two clocks from which on nobody knows the time, as `agreed_clock` and `rotate_buckets` have it.
 const GAP_MAX: TimeDelta = TimeDelta::minutes(1);
 
 /// This node's clock.

@@ -14,7 +14,7 @@ use tracing_subscriber::fmt::MakeWriter;
 
 /// Most bytes that wait to be written.
 const WAITING_MAX_BYTES: usize = 4 << 20;
-/// What a line costs beside its text.
+/// The cost of a line beside its text.
 const LINE_OVERHEAD: usize = 64;
 /// About how much is written at a time.
 const WRITE_BYTES: usize = 64 << 10;
@@ -36,7 +36,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Waiting {
     lines: VecDeque<Box<[u8]>>,
-    /// What they and what is being written cost.
+    /// The cost of these lines and of the line being written.
     bytes: usize,
     is_writing: bool,
 }

@@ -156,7 +156,7 @@ impl Line {
         self.changed.notify_all();
     }
 
-    /// What each thread does until the stop.
+    /// The loop of each thread until the stop.
     fn work(&self) {
         while let Some(mut work) = self.next() {
             // A defect in one piece of work is its own: dropped, it tells who waits for it.

@@ -36,7 +36,7 @@ pub const SETTINGS_MAX_COUNT: usize = 1_000;
 const POLL: Duration = Duration::from_secs(1);
 /// Jobs that wait.
 const JOBS_MAX: usize = 256;
-/// What is asked where it comes in: steps and bytes of payloads in all.
+/// The bound on payloads that are checked where they come in: steps and bytes in all.
 const BRIEF_STEPS: u64 = 20_000;
 const BRIEF_BYTES: usize = 16 << 10;
 

@@ -24,7 +24,7 @@ pub struct Rules {
     applied: RwLock<HashMap<Topic, Arc<Applied>>>,
 }
 
-/// What is declared for a pattern, ready to be applied.
+/// The declaration of a pattern, ready to be applied.
 #[derive(Debug)]
 pub(super) struct Rule {
     pub(super) row: Arc<SettingsRow>,
@@ -79,7 +79,7 @@ impl Rules {
         }
     }
 
-    /// What is declared, by pattern.
+    /// The declarations, by pattern.
     pub(super) fn declared(&self) -> Vec<&Rule> {
         let mut rules: Vec<&Rule> = self.rules.iter().collect();
         rules.sort_by(|left, right| left.row.pattern.as_str().cmp(right.row.pattern.as_str()));

@@ -187,7 +187,7 @@ fn path_faults(page: &Path, text: &str) -> Vec<String> {
     for (at, line) in text.lines().enumerate() {
         for name in line.split('`').skip(1).step_by(2) {
             let is_path = roots.iter().any(|root| name.starts_with(root));
-            // A pattern or a placeholder is no path.
+            // A pattern such as `<name>` is no path.
             let is_plain = !name.contains(['<', '{', '*', '…', ' ', ':']);
             if is_path && is_plain && !root().join(name).exists() {
                 let page = page.display();

@@ -424,7 +424,7 @@ proptest! {
         if let Ok(messages) = run_request(&request) {
             for message in messages {
                 let printed = message.to_event_json();
-                // Whatever came in, every parser reads what goes out.
+                // Every parser reads the output, whatever the input was.
                 prop_assert!(crate::domain::json::check_envelope(&printed).is_ok());
                 prop_assert!(serde_json::from_slice::<Value>(&printed).is_ok());
             }

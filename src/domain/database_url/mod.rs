@@ -9,7 +9,7 @@ use std::fmt::{self, Write as _};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-/// What is left as it is in a URL that is shown.
+/// Characters that stay as they are in a URL that is shown.
 const SHOWN: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')

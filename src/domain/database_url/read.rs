@@ -4,11 +4,11 @@ use percent_encoding::percent_decode_str;
 
 use super::{DatabaseUrl, Fault, Place, SSL_MODES, Server, SslMode};
 
-/// What a password must not hold as it is.
+/// Characters that a password must not hold as they are.
 const ESCAPE: &str =
     "in a user or password, write / as %2F, ? as %3F, @ as %40, : as %3A and % as %25";
 
-/// What Postroad does itself for every session, by bounds in time.
+/// Parameters that Postroad sets itself for every session, as bounds in time.
 const UNHEEDED: [&str; 9] = [
     "keepalives",
     "keepalives_idle",
@@ -21,7 +21,7 @@ const UNHEEDED: [&str; 9] = [
     "sslcompression",
 ];
 
-/// What a value must be, where only one of its values is what Postroad does.
+/// The one value that a parameter may have where Postroad does nothing else.
 const FIXED: [(&str, &[&str]); 6] = [
     ("gssencmode", &["disable", "prefer"]),
     ("channel_binding", &["disable", "prefer"]),
@@ -31,7 +31,7 @@ const FIXED: [(&str, &[&str]); 6] = [
     ("replication", &["false", "off", "no", "0"]),
 ];
 
-/// What libpq or other drivers know, and Postroad does not.
+/// Parameters that libpq or other drivers know, and Postroad does not.
 const UNSUPPORTED: [&str; 21] = [
     "service",
     "servicefile",
@@ -72,7 +72,7 @@ pub(super) fn read(text: &str) -> Result<DatabaseUrl, Fault> {
     found.finish()
 }
 
-/// What a text said, before it is looked at together.
+/// The parameters of a text, before they are checked together.
 #[derive(Default)]
 struct Found {
     url: DatabaseUrl,

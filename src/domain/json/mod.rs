@@ -43,7 +43,7 @@ pub enum Error {
     /// Not JSON.
     #[error("is not valid JSON: {detail}")]
     Syntax {
-        /// What the parser said, with line and column.
+        /// The parser's message, with line and column.
         detail: String,
     },
     /// Nested deeper than [`DEPTH_MAX`].
@@ -140,7 +140,7 @@ fn explain(scan: &Scan<'_>, fault: Fault) -> Error {
     }
 }
 
-/// What a parser says against the text, if anything.
+/// The parser's objection to the text, if it has one.
 fn syntax(text: &str) -> Option<String> {
     if text.starts_with('\u{feff}') {
         return Some("it begins with a byte order mark".to_owned());

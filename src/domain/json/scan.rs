@@ -212,7 +212,7 @@ impl<'t> Scan<'t> {
         Err(None)
     }
 
-    /// What follows a backslash.
+    /// The character behind a backslash.
     fn escape(&mut self) -> Result<(), Option<&'static str>> {
         const HALF: &str = "half a surrogate pair";
         let byte = self.peek().ok_or(None)?;

@@ -24,7 +24,7 @@ const INLINE_MAX: usize = if cfg!(test) { 3 } else { 512 };
 const CHUNK_OFFSETS: u64 = if cfg!(test) { 2 } else { 2_048 };
 /// About how many bytes a chunk has at most.
 const CHUNK_BYTES: usize = 256 * 1024;
-/// What a chunk holds.
+/// The content of a chunk.
 const DEAD: u8 = 1;
 const ENTRIES: u8 = 2;
 
@@ -242,7 +242,7 @@ impl Queue {
     /// Takes in a chunk of the checkpoint.
     ///
     /// # Errors
-    /// What is not a chunk of a known kind.
+    /// A text that is no chunk of a known kind.
     pub fn take_chunk(&mut self, data: &[u8]) -> Result<(), Decode> {
         let mut from = Reader(data);
         match from.byte()? {
@@ -482,7 +482,7 @@ mod tests {
         let checkpoint = queue.checkpoint(&Stored::default());
         let largest = checkpoint.chunks.iter().map(|chunk| chunk.data.len()).max();
         assert!(largest.is_some_and(|largest| largest < CHUNK_BYTES + 8_192));
-        // What is recovered knows as much, and goes on by the same budget.
+        // A recovered queue knows as much, and goes on by the same budget.
         let chunks = checkpoint.chunks.iter();
         let chunks = chunks.map(|chunk| (chunk.id, chunk.data.clone())).collect();
         assert_eq!(recovered(&checkpoint, &chunks).reason_bytes(), kept);

@@ -229,7 +229,7 @@ impl Queue {
             self.again.insert(offset);
             self.fall_due(offset);
         }
-        // What is over already and not written yet is enough at a time.
+        // Deliveries that are over and not written yet are enough at a time.
         let expire_through = match self.is_split() {
             true => At(i64::MIN),
             false => expire_through,

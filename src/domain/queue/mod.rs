@@ -342,7 +342,7 @@ pub struct Queue {
     passed: Cell<i64>,
 
     pending: Pending,
-    /// What went out last had failed before: the next one is one that did not.
+    /// The last message that went out had failed before: the next one is one that did not.
     after_failed: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What was decided and is not written yet, in pieces that can be written one by one: each begins where the one before ends, so that what is
+//! Decisions that are not written yet, in pieces that can be written one by one: each begins where the one before ends, so that what is
 //! stored is the state as of some moment, whichever of them was the last. A piece is bounded, so that no request, and no hour at which
 //! the time of very many deliveries runs out, makes one write of it that everybody else waits for.
 
@@ -12,7 +12,7 @@ pub(super) const LETTERS_TOGETHER: usize = 32;
 /// About how many bytes of records and letters make a piece.
 pub(super) const BYTES_TOGETHER: usize = 512 * 1024;
 
-/// What is to be written, oldest first.
+/// The pieces to write, oldest first.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pending {
     /// The piece that decisions go into.
@@ -74,7 +74,7 @@ impl Pending {
 }
 
 impl Queue {
-    /// What is to be written next: one piece, the oldest.
+    /// The piece to write next: the oldest.
     pub fn take_batch(&mut self) -> Batch {
         if !self.is_split() && self.is_leaving() != self.left_order {
             let leaves = self.is_leaving();
@@ -159,7 +159,7 @@ mod tests {
         (queue, journal, items)
     }
 
-    /// Whatever piece was the last that was written, each letter's death is stored with its row. Gives how many pieces there were.
+    /// Each letter's death is stored with its row, whichever piece was the last to be written. Gives how many pieces there were.
     fn check_pieces(queue: &mut Queue, journal: &mut Vec<Record>) -> usize {
         let (mut pieces, mut letters) = (0, 0);
         let mut stored = self::queue();

@@ -33,7 +33,7 @@ pub(super) struct Walk<'a> {
     credits: [i64; LANES],
     /// The credits once what was given last is accepted.
     next_credits: [i64; LANES],
-    /// What was accepted last had failed before: one that was never handed out goes next, if there is one. So what fails again and again,
+    /// The last message accepted had failed before: one that was never handed out goes next, if there is one. So what fails again and again,
     /// and is ready at once each time, takes no more than every other place.
     after_failed: bool,
 }

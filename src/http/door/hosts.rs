@@ -8,7 +8,7 @@ use crate::http::Options;
 /// Which names are this broker's.
 #[derive(Debug)]
 pub(in crate::http) struct Hosts {
-    /// Whatever is asked for is let through.
+    /// Every name is let through.
     takes_all: bool,
     /// Addresses are let through: no page gets at them by a name of its own.
     takes_addresses: bool,

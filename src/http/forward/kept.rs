@@ -32,7 +32,7 @@ pub(super) struct Kept {
     pub(super) goes_back: bool,
     /// The owner was asked before it waited in line.
     pub(super) has_asked: bool,
-    /// What it brought along is acknowledged, and not in its body any more.
+    /// Its acknowledgements are answered, and no longer in its body.
     pub(super) acked: Option<Acked>,
 }
 

@@ -41,7 +41,7 @@ impl Kept {
         Ok(())
     }
 
-    /// What it brought along to be acknowledged is: it is left out from here on.
+    /// Its acknowledgements are done: they are left out from here on.
     fn forget_acks(&mut self, state: &State, acked: Acked) -> Result<(), Problem> {
         let mut receive: Receive = parse_json(&self.body)?;
         receive.forget_acks();

@@ -9,7 +9,7 @@ use crate::store::origin::{
 };
 use crate::store::{Connection, Error};
 
-/// What stands between the parts of a key in one text.
+/// The separator between the parts of a key in one text.
 const KEY_END: &str = "\u{1f}";
 /// Rows that one statement takes out.
 const DELETE_MAX_ROWS: usize = 5_000;

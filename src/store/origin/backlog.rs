@@ -32,7 +32,7 @@ pub struct Piece {
     pub ids: Option<Range>,
 }
 
-/// What a window is, and which of its rows are asked for.
+/// A window, and the rows of it to read.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
     /// The snapshot before it.

@@ -51,7 +51,7 @@ pub struct Claim {
     salt: Uuid,
 }
 
-/// What came of a claim.
+/// The outcome of a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claimed {
     /// It is the claimant's. With the other origins of this broker that have relayed it before.

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
-/// What stands in statements for a row's size in bytes, as a message is measured (`Message::size`), and not less than that.
+/// The expression for a row's size in bytes, as a message is measured (`Message::size`), and not less than that.
 pub(in crate::store) const SIZE: &str = "/*size*/";
 /// Of Postroad's own outbox. The length of a text is known without its being read.
 pub(in crate::store) const OWN_SIZE: &str = "256 + coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)

@@ -65,7 +65,7 @@ const ROWS_BY_PLACE: &str = "select seq, topic, payload, payload_bytes, key, typ
 const IDS_BY_PLACE: &str = "select outbox.seq, 0::smallint as leaf, outbox.ctid::text as place, 0 as bytes, outbox.topic, outbox.source, outbox.id
     from postroad.outbox_/*leaf*/ as outbox where outbox.ctid = any($1::text[]::tid[])";
 
-/// What a message is known by, in the streams of its origin.
+/// The identity of a message, in the streams of its origin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the columns")]
 pub struct Ids {

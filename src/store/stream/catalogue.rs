@@ -63,7 +63,7 @@ pub enum DeclareOutcome {
     },
 }
 
-/// What a delete did.
+/// The outcome of a delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeleteOutcome {
     /// It is gone.

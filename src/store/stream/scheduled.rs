@@ -147,7 +147,7 @@ pub struct NextScheduled {
     pub files_until: DateTime<Utc>,
 }
 
-/// What comes next in each stream, `ahead` of the clock at most.
+/// The next message of each stream, `ahead` of the clock at most.
 ///
 /// # Errors
 /// The database's.

@@ -124,7 +124,7 @@ impl Duty {
             match publishing.await {
                 Ok(true) => pause = Duration::ZERO,
                 Ok(false) => {}
-                // What the database refuses of one stream, and what another session holds of its log, is in no other's way.
+                // A refusal of one stream, or a lock on its log, is in no other's way.
                 Err(error) if is_of_stream(&error) => self.note_failure(&error),
                 Err(error) => return Err(error),
             }

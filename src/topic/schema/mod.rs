@@ -26,7 +26,7 @@ pub const MISMATCHES_MAX: usize = 10;
 const DETAIL_MAX_CHARS: usize = 300;
 /// The largest compiled pattern, in bytes.
 const PATTERN_MAX_BYTES: usize = 1 << 20;
-/// What a pattern may remember of the states that it came by; beyond it, it forgets and works them out again.
+/// The memory of a pattern for the states that it reached; beyond it, it forgets and works them out again.
 const PATTERN_MEMORY_BYTES: usize = 64 << 10;
 /// Steps that every payload has, and those that it has for each of its bytes. One is some nanoseconds; payloads of ordinary schemas take
 /// 0.2 to 0.7 of them for each byte.

@@ -1,4 +1,4 @@
-//! What asking a schema can cost, seen from the schema alone: refused before it is compiled.
+//! The cost of asking a schema, seen from the schema alone: refused before it is compiled.
 //!
 //! Some keywords ask further schemas about the very same value: `$ref`, `allOf`, `if` and others. Together they are a graph. A way back to
 //! its beginning would never end; two ways to each schema double the work with each step; and a long way is deep on the stack.
@@ -37,7 +37,7 @@ const IN_PLACE: [&str; 9] = [
     "dependencies",
 ];
 
-/// What a schema costs at most, beside its size.
+/// The highest cost of a schema, beside its size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shape {
     /// Schemas on the longest way to one place.

@@ -11,7 +11,7 @@ pub(super) enum Fault {
     LetterHoldsNothing,
     BatchInAnyOrder,
     LanesAreUneven,
-    /// What failed before does not let others go in between.
+    /// Messages that failed before do not let others go in between.
     FailedGoFirst,
     OneTooManyInFlight,
     /// From its third attempt after an expiry it does not go out alone.

@@ -63,7 +63,7 @@ pub(super) struct Reference {
     /// As of the last commit, there were such keys.
     was_leaving: bool,
     credits: [i64; 3],
-    /// What went out last had failed before.
+    /// The last message that went out had failed before.
     after_failed: bool,
     /// What is wrong with it, if something is.
     pub(super) fault: Option<Fault>,
