@@ -120,7 +120,7 @@ pub(in crate::http) fn panicked(panic: Box<dyn Any + Send>) -> Response {
     tracing::error!(panic = text, "a request handler panicked");
     Problem::new(
         Kind::Internal,
-        "an internal error; it is in the broker's log",
+        "an internal error; the broker's log has the details",
     )
     .into_response()
 }

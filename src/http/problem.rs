@@ -1,4 +1,4 @@
-//! Problem details (RFC 9457): every error that the API answers. Each kind has a stable `type`, which is also the path of
+//! Problem details (RFC 9457): every error that the API returns. Each kind has a stable `type`, which is also the path of
 //! a page that explains it, kept in `docs/problems/` and served.
 
 use std::borrow::Cow;
@@ -28,7 +28,7 @@ macro_rules! kinds {
                 match self { $(Self::$name => $slug,)* }
             }
 
-            /// The status that it is answered with.
+            /// The HTTP status.
             #[must_use]
             pub const fn status(self) -> u16 {
                 match self { $(Self::$name => $status,)* }
@@ -40,7 +40,7 @@ macro_rules! kinds {
                 match self { $(Self::$name => $title,)* }
             }
 
-            /// The page that explains it, Markdown.
+            /// The page that explains it, in Markdown.
             #[must_use]
             pub const fn page(self) -> &'static str {
                 match self {
@@ -54,10 +54,10 @@ macro_rules! kinds {
 kinds! {
     /// The request's JSON or encoding cannot be read.
     MalformedRequest = "malformed-request", 400, "The request cannot be read";
-    /// A page of another site asks.
-    CrossSite = "cross-site", 403, "A page of another site may not ask this";
-    /// A name that is not this broker's.
-    HostNotAllowed = "host-not-allowed", 403, "The broker is not known by this name";
+    /// A browser sent the request for a page of another site.
+    CrossSite = "cross-site", 403, "Pages of other sites may not send requests";
+    /// The request names a host that is not this broker's.
+    HostNotAllowed = "host-not-allowed", 403, "The request's host name is not allowed";
     /// No such path.
     NotFound = "not-found", 404, "There is nothing at this path";
     /// No such stream.
@@ -67,7 +67,7 @@ kinds! {
     /// No such message, or not the queue's.
     QueueMessageNotFound = "queue-message-not-found", 404, "There is no such message in the queue";
     /// No settings for the topics.
-    TopicSettingsNotFound = "topic-settings-not-found", 404, "The topics have no settings";
+    TopicSettingsNotFound = "topic-settings-not-found", 404, "No settings are declared for this pattern";
     /// No such origin.
     OriginNotFound = "origin-not-found", 404, "There is no such origin";
     /// No such rejected row.
@@ -90,76 +90,76 @@ kinds! {
     IdConflict = "id-conflict", 409, "An id was already used for another message";
     /// A message expects another version of its key.
     VersionConflict = "version-conflict", 409, "The key is at another version";
-    /// Versions and keys are of keyed streams alone.
+    /// Only keyed streams have versions and keys.
     StreamNotKeyed = "stream-not-keyed", 409, "The stream is not keyed";
-    /// A stream that has had messages stays keyed, or not.
-    StreamKeyedFixed = "stream-keyed-fixed", 409, "Whether the stream is keyed cannot be changed";
+    /// A stream that has had messages cannot become keyed, or stop being keyed.
+    StreamKeyedFixed = "stream-keyed-fixed", 409, "The stream's `keyed` setting cannot be changed";
     /// Patterns of two streams overlap.
     StreamOverlap = "stream-overlap", 409, "The topics belong to another stream";
     /// The stream has queues.
     StreamHasQueues = "stream-has-queues", 409, "The stream still has queues";
-    /// `main` stays.
+    /// The stream `main` cannot be deleted.
     StreamIsKept = "stream-is-kept", 409, "This stream cannot be deleted";
     /// A queue's stream is fixed.
     QueueStreamFixed = "queue-stream-fixed", 409, "The stream of a queue cannot be changed";
-    /// A seek or purge counts on another generation.
+    /// A seek or purge expects another generation.
     GenerationMoved = "generation-moved", 409, "The queue is in another generation";
-    /// The log was restored without the queue.
-    LogBehindQueue = "log-behind-queue", 409, "The log was restored without the queue";
-    /// As many queues as there can be.
-    TooManyQueues = "too-many-queues", 409, "There are as many queues as there can be";
-    /// As many patterns with settings as there can be.
-    TooManyTopicSettings = "too-many-topic-settings", 409, "There are as many settings of topics as there can be";
-    /// The rejected row cannot be sent on.
-    NotResendable = "not-resendable", 409, "The rejected message cannot be sent on";
+    /// The log is older than the queue's state.
+    LogBehindQueue = "log-behind-queue", 409, "The log is older than the queue's state";
+    /// No more queues are allowed.
+    TooManyQueues = "too-many-queues", 409, "The queue limit is reached";
+    /// No more patterns may have settings.
+    TooManyTopicSettings = "too-many-topic-settings", 409, "The limit of topic settings is reached";
+    /// The rejected row cannot be resent.
+    NotResendable = "not-resendable", 409, "The rejected message cannot be resent";
     /// The letter's message is in the queue again.
-    DeadLetterRedriven = "dead-letter-redriven", 409, "The dead letter is on its way back";
+    DeadLetterRedriven = "dead-letter-redriven", 409, "The dead letter has been redriven";
     /// A scheduled message cannot be cancelled any more.
-    AlreadyPublished = "already-published", 409, "The message is published already";
-    /// Another holds the lock.
-    LockHeld = "lock-held", 409, "The lock is held by another";
+    AlreadyPublished = "already-published", 409, "The message has already been published";
+    /// Another owner holds the lock.
+    LockHeld = "lock-held", 409, "Another owner holds the lock";
     /// A renewal came too late.
-    LockLost = "lock-lost", 409, "The lock is not held under this token any more";
-    /// Messages wait to enter the stream.
-    StreamHasScheduled = "stream-has-scheduled", 409, "Messages wait to enter the stream";
-    /// As many streams as there can be.
-    TooManyStreams = "too-many-streams", 409, "There are as many streams as there can be";
-    /// As many topics as there can be.
-    TooManyTopics = "too-many-topics", 409, "There are as many topics as there can be";
-    /// As many schedules as there can be.
-    TooManySchedules = "too-many-schedules", 409, "There are as many schedules as there can be";
-    /// Retention dropped what a reader asks for.
-    OffsetGone = "offset-gone", 410, "The messages asked for are gone";
+    LockLost = "lock-lost", 409, "The lock is no longer held under this token";
+    /// The stream still has scheduled messages.
+    StreamHasScheduled = "stream-has-scheduled", 409, "The stream still has scheduled messages";
+    /// No more streams are allowed.
+    TooManyStreams = "too-many-streams", 409, "The stream limit is reached";
+    /// No more topics are allowed.
+    TooManyTopics = "too-many-topics", 409, "The topic limit is reached";
+    /// No more schedules are allowed.
+    TooManySchedules = "too-many-schedules", 409, "The schedule limit is reached";
+    /// Retention has dropped messages that the request asks for.
+    OffsetGone = "offset-gone", 410, "The requested messages are gone";
     /// The body is too large.
     PayloadTooLarge = "payload-too-large", 413, "The request is too large";
     /// One message is too large.
     MessageTooLarge = "message-too-large", 413, "A message is too large";
     /// A content type that the path does not take.
     UnsupportedMediaType = "unsupported-media-type", 415, "The content type is not supported";
-    /// Passed on by another node to one that does not own the queue. Between nodes; no client gets it.
-    MisdirectedRequest = "misdirected-request", 421, "The queue is not this node's";
+    /// Another node passed the request on, and this node does not own the queue. Only nodes get this answer.
+    MisdirectedRequest = "misdirected-request", 421, "This node does not own the queue";
     /// Fields, parameters or names break rules.
     InvalidRequest = "invalid-request", 422, "The request is not valid";
     /// Messages break rules.
     InvalidMessage = "invalid-message", 422, "A message is not valid";
-    /// Payloads are not what the topic's schema says.
+    /// Payloads do not match the topic's schema.
     SchemaMismatch = "schema-mismatch", 422, "A message does not match the schema of its topic";
     /// The topic's rate is used up.
-    RateLimited = "rate-limited", 429, "The rate of the topic is used up";
-    /// Too much is in flight or waits.
-    TooManyRequests = "too-many-requests", 429, "Too much is in flight";
-    /// A defect of the broker's.
+    RateLimited = "rate-limited", 429, "The topic's rate limit is reached";
+    /// Too much is in progress, or waits.
+    TooManyRequests = "too-many-requests", 429, "Too much work is in progress";
+    /// The broker has a defect.
     Internal = "internal", 500, "The broker failed";
-    /// The body comes in a way that is not spoken here.
-    TransferEncoding = "transfer-encoding", 501, "The body's transfer coding is not known";
+    /// The body comes in an unsupported transfer coding.
+    TransferEncoding = "transfer-encoding", 501, "The body's transfer coding is not supported";
     /// The database or the queue's owner cannot be reached.
     Unavailable = "unavailable", 503, "The broker cannot do this at the moment";
     /// The write may or may not have happened.
     OutcomeUnknown = "outcome-unknown", 503, "The outcome is not known";
     /// Nobody owns the queue at the moment.
     NoOwner = "no-owner", 503, "The queue has no owner at the moment";
-    /// There is no room for the request or its answer at the moment.
-    Overloaded = "overloaded", 503, "The broker has as much to carry as it can";
+    /// There is no memory or connection for the request or its answer at the moment.
+    Overloaded = "overloaded", 503, "The broker is at capacity";
     /// The process stops.
     Stopping = "stopping", 503, "The broker is stopping";
 }
@@ -224,7 +224,7 @@ struct Wire<'a> {
 }
 
 impl Problem {
-    /// A problem with what is special about this occurrence.
+    /// A problem whose `detail` describes this occurrence.
     #[must_use]
     pub fn new(kind: Kind, detail: impl Into<Cow<'static, str>>) -> Self {
         Self {
@@ -254,38 +254,38 @@ impl Problem {
         problem
     }
 
-    /// With these faults.
+    /// Adds these faults.
     #[must_use]
     pub fn with_errors(mut self, errors: Vec<FieldError>) -> Self {
         self.errors = errors;
         self
     }
 
-    /// With a member of its kind's own.
+    /// Adds a member that only this kind has.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.members.insert(name.to_owned(), value.into());
         self
     }
 
-    /// With a `Retry-After`, in seconds.
+    /// Sets `Retry-After`, in seconds.
     #[must_use]
     pub const fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after_seconds = Some(seconds);
         self
     }
 
-    /// Logs a fault of the broker's with its causes, once, and gives a generic answer for it.
+    /// Logs the broker's own fault with its causes, once, and makes a generic answer.
     #[must_use]
     pub fn internal(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %chain(error), "a request failed");
         Self::new(
             Kind::Internal,
-            "an internal error; it is in the broker's log",
+            "an internal error; the broker's log has the details",
         )
     }
 
-    /// Logs trouble with the database, once, and gives a generic answer for it.
+    /// Logs trouble with the database, once, and makes a generic answer.
     #[must_use]
     pub fn unavailable(error: &dyn std::error::Error) -> Self {
         tracing::error!(error = %chain(error), "a request could not be served");

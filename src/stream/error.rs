@@ -34,7 +34,7 @@ pub enum Error {
         /// The stream.
         name: StreamName,
     },
-    /// Messages wait to enter the stream.
+    /// The stream still has scheduled messages.
     #[error(
         "messages wait to enter stream `{name}` later, and would go with it: cancel them, or delete it with `?force=true`"
     )]
@@ -42,7 +42,7 @@ pub enum Error {
         /// The stream.
         name: StreamName,
     },
-    /// There are as many streams as there can be.
+    /// The stream limit is reached.
     #[error("there are {STREAMS_MAX} streams, as many as there can be")]
     TooManyStreams,
     /// `main` takes what no other stream claims, so it is always there.
@@ -72,7 +72,7 @@ pub enum Error {
         /// The name asked for.
         name: ScheduleName,
     },
-    /// There are as many schedules as there can be.
+    /// The schedule limit is reached.
     #[error("there are {SCHEDULES_MAX} schedules, as many as there can be")]
     TooManySchedules,
     /// The engine has ended.

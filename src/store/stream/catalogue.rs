@@ -50,7 +50,7 @@ pub enum DeclareOutcome {
     Changed,
     /// It has had messages: whether it is keyed cannot change; nothing was done.
     KeyedIsFixed,
-    /// There are as many streams as there can be; nothing was done.
+    /// The stream limit is reached; nothing was done.
     Full,
     /// Another stream's pattern is in the way; nothing was done.
     Overlap {
