@@ -10,18 +10,18 @@ use super::Client;
 use super::call::Call;
 use super::error::Error;
 
-/// All nodes, and what each holds, as the node sees it that was asked.
+/// All nodes and what each holds, as seen by the node that answers.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Cluster {
     /// The number of the node that was asked.
     pub node: i64,
     /// The node that says which of them is to hold what; None while there is none.
     pub leader: Option<i64>,
-    /// By number. Those that have ended are not here.
+    /// By number. Nodes that have ended are left out.
     pub nodes: Vec<Node>,
     /// The parts that queues belong to, by number.
     pub slots: Vec<Slot>,
-    /// What else is held: the relays of the origins, and duties, by name.
+    /// The other leases: relays of origins and duties, by name.
     pub leases: Vec<Lease>,
     /// The histories of the broker's database, by number. The last one is the present one.
     pub histories: Vec<History>,
@@ -30,19 +30,19 @@ pub struct Cluster {
 /// A node.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Node {
-    /// Its number, new at each start.
+    /// The node's number, new at each start.
     pub node: i64,
-    /// What makes it the same node after a restart.
+    /// The address that identifies the node across restarts.
     pub address: String,
-    /// Where other nodes reach it.
+    /// The URL at which other nodes reach it.
     pub url: String,
     /// Since when it runs.
     pub started_at: DateTime<Utc>,
-    /// Until when it lives without a further heartbeat.
+    /// The node counts as dead after this time, unless it sends another heartbeat.
     pub expires_at: DateTime<Utc>,
     /// What it is about.
     pub state: NodeState,
-    /// How many slots it is to hold.
+    /// The number of slots that are assigned to it.
     pub slots: usize,
 }
 
@@ -89,9 +89,9 @@ pub struct Held {
     pub node: Option<i64>,
     /// The node that holds it: another one while it changes hands.
     pub holder: Option<i64>,
-    /// How often it has been taken; 0 for never.
+    /// How many times the lease has been taken; 0 for never.
     pub epoch: i64,
-    /// Since when it is held so.
+    /// The time since when this has been so.
     pub since: Option<DateTime<Utc>>,
 }
 

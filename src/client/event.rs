@@ -156,13 +156,13 @@ pub struct Published {
     pub scheduled: Option<ScheduledFor>,
 }
 
-/// A message that comes later.
+/// A message that enters its stream later.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[non_exhaustive]
 pub struct ScheduledFor {
     /// Its name, to look it up or cancel it by.
     pub id: String,
-    /// When it enters its stream.
+    /// The time when the message enters its stream.
     pub due_at: DateTime<Utc>,
 }
 

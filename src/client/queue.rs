@@ -192,21 +192,21 @@ struct WireReceived {
     next_due_at: Option<DateTime<Utc>>,
 }
 
-/// One handing-out of one message.
+/// One delivery of one message.
 #[derive(Debug, Clone, Deserialize)]
 #[non_exhaustive]
 pub struct Delivery {
-    /// What it is settled by.
+    /// The receipt that settles this delivery.
     pub receipt: String,
-    /// Its number, ever rising per message.
+    /// The delivery's number, which rises with each delivery of the message.
     pub delivery: u32,
-    /// The number of the attempt: deliveries that count.
+    /// The attempt's number. Released deliveries do not count.
     pub attempt: u32,
     /// Its place in the stream.
     pub offset: i64,
     /// What it was published to.
     pub topic: String,
-    /// Until when it is held for this consumer.
+    /// This consumer holds the delivery until then.
     pub visible_until: DateTime<Utc>,
     /// The message.
     pub event: Event,

@@ -41,16 +41,16 @@ struct Base;
 #[schema(as = Problem)]
 #[expect(dead_code, reason = "describes what Problem renders")]
 struct ProblemDocument {
-    /// The kind of problem, which is also the path of its page.
+    /// The kind of problem. It is also the path of the page that explains it.
     #[schema(rename = "type", example = "/problems/queue-not-found")]
     kind: String,
-    /// The same for all problems of the kind.
+    /// A title that is the same for all problems of this kind.
     title: String,
     /// The HTTP status.
     status: u16,
-    /// What is special about this occurrence.
+    /// What went wrong in this request.
     detail: String,
-    /// The path that was asked for.
+    /// The request's path.
     instance: String,
     /// The request's id, as in the header `x-request-id` and in the broker's log.
     request_id: String,
@@ -58,7 +58,7 @@ struct ProblemDocument {
     errors: Option<Vec<ProblemField>>,
 }
 
-/// A part of the request that breaks a rule: one of `pointer`, `parameter` and `header` says which.
+/// A part of the request that breaks a rule. Exactly one of `pointer`, `parameter` and `header` says which part.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes what Problem renders")]
 struct ProblemField {
@@ -70,7 +70,7 @@ struct ProblemField {
     header: Option<String>,
     /// What is wrong.
     detail: String,
-    /// What is allowed.
+    /// The allowed values.
     allowed: Option<String>,
 }
 

@@ -18,21 +18,21 @@ use crate::http::openapi::Reads;
 use crate::http::problem::Problem;
 use crate::http::state::State;
 
-/// All nodes, and what each holds, as the node sees it that was asked.
+/// All nodes and what each holds, as seen by the node that answers.
 #[derive(Debug, Serialize, ToSchema)]
 struct Cluster {
-    /// The node that was asked.
+    /// The node that answers.
     node: i64,
-    /// The node that says which of them is to hold what; null while there is none.
+    /// The node that assigns slots and leases to nodes; null while there is none.
     leader: Option<i64>,
-    /// By number. Those that have ended are not here.
+    /// By number. Nodes that have ended are left out.
     nodes: Vec<Node>,
-    /// All of them, by number.
+    /// All slots, by number.
     slots: Vec<SlotNow>,
-    /// What else is held: the relays of the origins, and duties, by name.
+    /// The other leases: relays of origins and duties, by name.
     leases: Vec<Lease>,
-    /// The histories of the broker's database, by number: another one begins when the database is found promoted, or restored into
-    /// another server. The last one is the present one.
+    /// The histories of the broker's database, by number. A new one begins when the database is found promoted, or restored into
+    /// another server. The last one is current.
     histories: Vec<HistoryNow>,
 }
 
@@ -41,40 +41,40 @@ struct Cluster {
 struct HistoryNow {
     #[schema(minimum = 1)]
     era: i64,
-    /// The server's, as `pg_control_system()` gives it.
+    /// The server's system identifier, as `pg_control_system()` returns it.
     system_identifier: String,
-    /// Of the server's log.
+    /// The timeline of the server's log.
     timeline: i32,
-    /// When a node first found it.
+    /// The time when a node first found it.
     #[schema(format = DateTime)]
     began_at: String,
-    /// By stream, the first offset of the messages that were appended in it. What a reader had from there on before is lost, and
-    /// other messages are in its place. Empty for the first history.
+    /// By stream, the first offset of the messages that were appended in this history. Messages that a reader had before, from that offset
+    /// on, are lost, and other messages are in their place. Empty for the first history.
     first_offsets: BTreeMap<String, i64>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Node {
-    /// Its number, new at each start.
+    /// The node's number, new at each start.
     node: i64,
-    /// What makes it the same node after a restart.
+    /// The address that identifies the node across restarts.
     #[schema(example = "http://broker-1:8080")]
     address: String,
-    /// Where other nodes reach it.
+    /// The URL at which other nodes reach it.
     #[schema(example = "http://broker-1:8080")]
     url: String,
     #[schema(format = DateTime)]
     started_at: String,
-    /// Until when it lives without a further heartbeat.
+    /// The node counts as dead after this time, unless it sends another heartbeat.
     #[schema(format = DateTime)]
     expires_at: String,
-    /// `live`; `leaving` while it hands over what it holds; `expired` when others take that.
+    /// `live`; `leaving` while it hands over what it holds; `expired` when others take over.
     state: &'static str,
-    /// How many slots it is to hold.
+    /// The number of slots that are assigned to it.
     slots: usize,
 }
 
-/// A part of the queues: each queue belongs to one.
+/// A slot. Each queue belongs to one slot.
 #[derive(Debug, Serialize, ToSchema)]
 struct SlotNow {
     #[schema(minimum = 0, maximum = 63)]
@@ -94,13 +94,13 @@ struct Lease {
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Held {
-    /// The node that is to hold it, and answers for it; null while there is none.
+    /// The node that is assigned to hold it, and answers for it; null while there is none.
     node: Option<i64>,
     /// The node that holds it: another one while it changes hands, null while nobody has asked for it.
     holder: Option<i64>,
-    /// How often it has been taken; 0 for never.
+    /// How many times the lease has been taken; 0 for never.
     epoch: i64,
-    /// Since when it is held so.
+    /// The time since when this has been so.
     #[schema(format = DateTime)]
     since: Option<String>,
 }

@@ -27,19 +27,19 @@ pub(super) const TEXT_MAX_BYTES: usize = 512;
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = DeadLetterSummary)]
 struct Summary {
-    /// Its name in the queue.
+    /// The letter's id in the queue.
     #[schema(example = "1-17")]
     id: String,
-    /// The message's place in the stream.
+    /// The message's offset in the stream.
     #[schema(minimum = 1)]
     offset: i64,
-    /// The number of the delivery that it died with.
+    /// The number of the message's last delivery.
     delivery: u32,
-    /// Attempts made.
+    /// The number of attempts made.
     attempts: u32,
     /// `rejected` or `out_of_attempts`.
     cause: String,
-    /// How the last attempt failed.
+    /// The reason of the last failure.
     reason: Option<String>,
     #[schema(format = DateTime)]
     died_at: String,
@@ -48,13 +48,13 @@ struct Summary {
     event_id: String,
     event_source: String,
     event_type: String,
-    /// The redrive that brought the message back, while it is not settled.
+    /// The redrive that brought the message back, while the message is not settled.
     redrive_id: Option<String>,
     #[schema(format = DateTime)]
     redriven_at: Option<String>,
-    /// Where a copy goes, if the queue had a `dead_letter_topic` when the message died.
+    /// The topic that gets a copy, if the queue had a `dead_letter_topic` when the message died.
     forward_topic: Option<String>,
-    /// When the copy was published.
+    /// The time when the copy was published.
     #[schema(format = DateTime)]
     forwarded_at: Option<String>,
 }
@@ -75,7 +75,7 @@ struct Failure {
 struct Letter {
     #[serde(flatten)]
     summary: Summary,
-    /// How the last attempts failed, five at most, oldest first; those of former lives count.
+    /// The failures of the last attempts, at most five, oldest first. Attempts before a redrive are included.
     failures: Vec<Failure>,
     /// When the message was appended to the stream.
     #[schema(format = DateTime)]
@@ -90,8 +90,8 @@ struct Letter {
 struct Page {
     /// By offset.
     dead_letters: Vec<Summary>,
-    /// The next page is the one `after` this number; null at the end. A page can have fewer letters than asked for, or none,
-    /// and there are more all the same.
+    /// Pass this as `after` to get the next page; null at the end. A page can have fewer letters than asked for, or none,
+    /// although more follow.
     next_after: Option<i64>,
 }
 

@@ -28,16 +28,17 @@ const PAGE_MAX_BYTES: i64 = 16 * 1024 * 1024;
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct WireHistory {
     key: String,
-    /// How many messages the key has had in the stream, gone ones too: what the next one may expect. 0 if there was none.
+    /// How many messages the key has had in the stream, dropped ones included: the version that the next message may expect. 0 if
+    /// there was none.
     #[schema(minimum = 0)]
     version: i64,
-    /// The offset of the last one; null if there was none.
+    /// The offset of the key's last message; null if there was none.
     last_offset: Option<i64>,
-    /// The first offset that the stream still has. Messages of the key before it are missing here.
+    /// The first offset that the stream still has. Earlier messages of the key are missing here.
     first_offset: i64,
     /// By offset.
     messages: Vec<LoggedMessage>,
-    /// The next page is the one `after` this offset; null when this one reaches `last_offset`.
+    /// Pass this as `after` to get the next page; null when this page reaches `last_offset`.
     next_after: Option<i64>,
 }
 
@@ -46,9 +47,9 @@ struct WireHistory {
 #[schema(as = KeysPage)]
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct WireKeys {
-    /// By key, in the order of their bytes.
+    /// By key, in byte order.
     keys: Vec<WireKey>,
-    /// The next page is the one `after` this key; null at the end.
+    /// Pass this as `after` to get the next page; null at the end.
     next_after: Option<String>,
 }
 
@@ -58,13 +59,13 @@ struct WireKeys {
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct WireKey {
     key: String,
-    /// How many messages the key has had in the stream, gone ones too.
+    /// How many messages the key has had in the stream, dropped ones included.
     #[schema(minimum = 1)]
     version: i64,
-    /// The offset of the last one.
+    /// The offset of its last message.
     #[schema(minimum = 1)]
     last_offset: i64,
-    /// That message; null when retention dropped it.
+    /// Its last message; null when retention has dropped it.
     message: Option<LoggedMessage>,
 }
 

@@ -28,23 +28,23 @@ const WAIT_MAX: f64 = 50.0;
 /// The largest token: what JSON keeps.
 const TOKEN_MAX: i64 = 9_007_199_254_740_991;
 
-/// What is asked of a lock.
+/// A request to acquire or renew a lock.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = LockRequest, example = json!({"owner": "billing-7f3a", "ttl_seconds": 30, "wait_seconds": 0}))]
 struct Wanted {
-    /// Who asks, 1 to 255 bytes. No two that could hold the lock at the same time may have the same: a name with a random part for
-    /// each process. Who holds the lock and asks again gets it for longer, under the same token.
+    /// The caller's name, 1 to 255 bytes. Two callers that could hold the lock at the same time must not share a name: give each process a
+    /// name with a random part. A caller that holds the lock and asks again gets more time under the same token.
     #[schema(min_length = 1, max_length = 255, pattern = r"^[^\x00]*$")]
     owner: String,
-    /// How long it is held without a renewal; 30 without. Count it from before the request.
+    /// How long the lock is held without a renewal; 30 by default. Count it from before the request.
     #[schema(minimum = 1, maximum = 3600, nullable = false)]
     ttl_seconds: Option<f64>,
-    /// How long to wait in line while another has it; 0 without. The place in the line is kept for 5 seconds after that, for the next
-    /// request.
+    /// How long to wait in line while another owner holds the lock; 0 by default. The place in line is kept for 5 seconds after that,
+    /// for the next request.
     #[schema(minimum = 0, maximum = 50, nullable = false)]
     wait_seconds: Option<f64>,
-    /// Renew the lock that is held under this token, and take no other: `lock-lost` when another has had it since.
+    /// Renew the lock that is held under this token, and do not acquire it anew: `lock-lost` when another owner has held it since.
     #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64, nullable = false)]
     token: Option<i64>,
 }
@@ -54,18 +54,18 @@ struct Wanted {
 struct HeldLock {
     name: String,
     owner: String,
-    /// The fencing token. Each holder's is higher than those of all before, also after a failover of the database. Send it with
-    /// whatever the lock protects, and refuse there what comes with a lower one.
+    /// The fencing token. It is higher than the tokens of all earlier holders, also after a failover of the database. Send it with
+    /// every request to the thing that the lock protects, and let that thing refuse lower tokens.
     #[schema(example = 1_099_511_627_777_i64)]
     token: i64,
     #[schema(format = DateTime)]
     acquired_at: String,
-    /// By the database's clock, unless it is renewed.
+    /// The end of the lease by the database's clock, unless it is renewed.
     #[schema(format = DateTime)]
     expires_at: String,
 }
 
-/// One who waits for a lock.
+/// A caller that waits for a lock.
 #[derive(Debug, Serialize, ToSchema)]
 struct LockWaiter {
     owner: String,
@@ -73,21 +73,21 @@ struct LockWaiter {
     since: String,
 }
 
-/// A lock as it is.
+/// A lock and its holder.
 #[derive(Debug, Serialize, ToSchema)]
 struct Lock {
     name: String,
     /// `held` or `free`.
     state: &'static str,
-    /// Who holds it.
+    /// The holder's name.
     owner: Option<String>,
-    /// Of the present or the last holder; 0 before the first.
+    /// The fencing token of the current or last holder; 0 before the first.
     token: i64,
     #[schema(format = DateTime)]
     acquired_at: Option<String>,
     #[schema(format = DateTime)]
     expires_at: Option<String>,
-    /// Those who wait, in order, the first hundred.
+    /// The first hundred that wait, in order.
     waiting: Vec<LockWaiter>,
 }
 
@@ -95,7 +95,7 @@ struct Lock {
 #[derive(Debug, Serialize, ToSchema)]
 struct Locks {
     locks: Vec<Lock>,
-    /// The next page is the one `after` this; null at the end.
+    /// Pass this as `after` to get the next page; null at the end.
     next_after: Option<String>,
 }
 

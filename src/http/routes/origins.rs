@@ -28,49 +28,49 @@ const WAITING: &str = relay::State::Waiting.as_str();
 struct Origin {
     #[schema(example = "local")]
     name: String,
-    /// Host, port and database.
+    /// The host, port and database.
     place: String,
-    /// The table that is read in place of the outbox; null where the outbox is Postroad's own.
+    /// The table that the relay reads in place of the outbox; null where the outbox is Postroad's own.
     table: Option<String>,
     /// How the table's rows are picked up, `snapshot` or `delete`; null where the outbox is Postroad's own.
     pickup: Option<&'static str>,
-    /// What the relay does: `waiting`, `connecting`, `running`, `re-relaying`, `standby`, `unreachable`,
+    /// The relay's state: `waiting`, `connecting`, `running`, `re-relaying`, `standby`, `unreachable`,
     /// `not_installed`, `refused`, `rows_refused`, `broker_unavailable` or `stopped`.
     state: &'static str,
     #[schema(format = DateTime)]
     state_since: String,
-    /// Why, if something is wrong.
+    /// The reason, if something is wrong.
     detail: Option<String>,
-    /// The number of the position stored last.
+    /// The number of the position that was stored last.
     position: i64,
-    /// Everything committed before then is in the streams; null until that is known.
+    /// Everything that was committed before then is in the streams; null until this is known.
     #[schema(format = DateTime)]
     relayed_through: Option<String>,
-    /// For how long the relay has not been sure that everything is relayed.
+    /// How long the relay has not been sure that everything is relayed.
     lag_seconds: Option<f64>,
-    /// Rows known to be committed and not yet relayed.
+    /// Rows that are known to be committed and are not relayed yet.
     lag_rows: u64,
     /// Messages relayed by this process.
     relayed_count: u64,
-    /// Rows that could not become messages and have not been sent on.
+    /// Rows that could not become messages and have not been resent.
     rejected_count: u64,
-    /// Times that this process read all of the outbox again.
+    /// How many times this process read the whole outbox again.
     rerelay_count: u64,
-    /// Times that rows were found emptied that the broker's database, restored from a backup, can lack: messages are missing. Kept over
-    /// restarts; null until a node that answers has read it.
+    /// How many times the relay found that emptied rows may be missing from the broker's database, which was restored from a backup:
+    /// messages are missing. The count survives restarts; it is null until the answering node has read it.
     gap_count: Option<u64>,
-    /// When that was last; null if never, or while the count is.
+    /// The time of the last one; null if there was none, or while `gap_count` is null.
     #[schema(format = DateTime)]
     gap_at: Option<String>,
-    /// The part of the outbox that cannot be emptied since somebody holds a lock on it.
+    /// The leaf of the outbox that cannot be emptied because a session holds a lock on it.
     blocked: Option<Blocked>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Blocked {
-    /// The table.
+    /// The leaf's table.
     leaf: String,
-    /// The session that holds it; null is a prepared transaction.
+    /// The session that holds the lock; null for a prepared transaction.
     pid: Option<i32>,
     #[schema(format = DateTime)]
     since: String,
@@ -88,7 +88,7 @@ struct Origins {
 struct Rejected {
     /// Oldest first.
     rejected: Vec<RejectedRow>,
-    /// The next page is the one `after` this number; null at the end.
+    /// Pass this as `after` to get the next page; null at the end.
     next_after: Option<i64>,
 }
 
@@ -98,28 +98,28 @@ struct RejectedRow {
     id: i64,
     /// Its number in the outbox.
     seq: i64,
-    /// Why.
+    /// The reason why it was rejected.
     reason: String,
-    /// The row, an object of its columns.
+    /// The row, as an object of its columns.
     #[schema(value_type = serde_json::Value)]
     row: Option<Box<RawValue>>,
     #[schema(format = DateTime)]
     rejected_at: String,
-    /// When it was sent on after all.
+    /// The time when the row was resent.
     #[schema(format = DateTime)]
     resent_at: Option<String>,
 }
 
-/// What was deleted.
+/// The number of deleted rows.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = RejectedCleared)]
 struct Cleared {
-    /// Rows that were there.
+    /// Rows that existed and were deleted.
     #[schema(minimum = 0)]
     deleted: u64,
 }
 
-/// What to change about the row; what is left out stays.
+/// Corrections to the row. The row keeps what is left out.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = Resend, example = json!({"topic": "orders.created"}))]
@@ -133,19 +133,19 @@ struct Resend {
     topic: Option<String>,
     /// Another payload, as text.
     payload: Option<String>,
-    /// Whether it is sent on also when it does not match the schema of its topic.
+    /// Send the row even if it does not match its topic's schema.
     #[serde(default)]
     skip_schema: bool,
 }
 
-/// Where the message went.
+/// The message that was published.
 #[derive(Debug, Serialize, ToSchema)]
 struct Resent {
     stream: Option<String>,
-    /// Null for one that comes later, at its `deliver_at`.
+    /// The message's offset; null for a scheduled message, which enters its stream at its `deliver_at`.
     #[schema(minimum = 1)]
     offset: Option<i64>,
-    /// Whether it was sent on before.
+    /// True if the message was published before.
     duplicate: bool,
 }
 

@@ -29,9 +29,9 @@ const IDEMPOTENCY: Uuid = Uuid::from_u128(0x9d6f_5b0e_31a4_5c8e_8f57_2c1a_6b0d_4
 /// The longest `Idempotency-Key`, in bytes.
 const IDEMPOTENCY_KEY_MAX_BYTES: usize = 255;
 
-/// A CloudEvent to be published. What is left out is filled in: `id` is made, `source` is `/postroad/http`, `type` is the
-/// topic. Further members are extension attributes: names of a-z and 0-9, at most 20 long; strings, booleans, integers.
-/// Lengths are limited in bytes of UTF-8, so a text of other than ASCII characters ends sooner.
+/// A CloudEvent to publish. The broker fills in missing attributes: it makes an `id`, `source` is `/postroad/http`, and `type` is the
+/// topic. Other members are extension attributes: names of a-z and 0-9, at most 20 long; strings, booleans, integers.
+/// Length limits count bytes of UTF-8, so text with non-ASCII characters reaches them sooner.
 #[derive(Deserialize, ToSchema)]
 #[schema(
     as = PublishEvent,
@@ -43,21 +43,21 @@ struct NewEvent {
     /// Always `1.0`.
     #[schema(pattern = "^1\\.0$")]
     specversion: String,
-    /// With `source`, what makes the event unique.
+    /// The event's id, unique together with `source`.
     #[schema(
         min_length = 1,
         max_length = 1024,
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     id: Option<String>,
-    /// Where it comes from.
+    /// The context in which the event happened.
     #[schema(
         min_length = 1,
         max_length = 1024,
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     source: Option<String>,
-    /// The kind of event.
+    /// The type of event.
     #[schema(
         rename = "type",
         min_length = 1,
@@ -65,24 +65,24 @@ struct NewEvent {
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     kind: Option<String>,
-    /// What it is about.
+    /// The subject of the event within its source.
     #[schema(
         min_length = 1,
         max_length = 1024,
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     subject: Option<String>,
-    /// When it happened.
+    /// The time when the event happened.
     #[schema(value_type = Option<String>, format = DateTime, pattern = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T")]
     time: Option<String>,
-    /// The type of the payload; JSON without one.
+    /// The payload's media type; JSON by default.
     #[schema(
         min_length = 1,
         max_length = 1024,
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     datacontenttype: Option<String>,
-    /// The schema of the payload.
+    /// The URI of the payload's schema.
     #[schema(
         min_length = 1,
         max_length = 1024,
@@ -96,28 +96,28 @@ struct NewEvent {
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     partitionkey: Option<String>,
-    /// Where the topic belongs to a keyed stream: how many messages the key must have had there; 409 otherwise. Not part of the
-    /// event as it is kept.
+    /// If the topic belongs to a keyed stream: how many messages the key must have had there; 409 otherwise. Not kept as part of the
+    /// event.
     #[schema(minimum = 0, maximum = 9_007_199_254_740_991_i64)]
     expectedversion: Option<i64>,
-    /// When it is to enter its stream, a year ahead at most; a time that is past is at once.
+    /// The time when the message enters its stream, at most a year ahead. A time in the past means at once.
     #[schema(value_type = Option<String>, format = DateTime, pattern = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T")]
     deliverat: Option<String>,
-    /// The payload, JSON or text by `datacontenttype`. Passed on as the text it is.
+    /// The payload, JSON or text by `datacontenttype`. The broker passes it on as the text it is.
     data: Option<serde_json::Value>,
 }
 
-/// Messages to be published together.
+/// Messages to publish together.
 #[derive(ToSchema)]
 #[schema(as = PublishMessages)]
 #[expect(dead_code, reason = "describes what domain::cloudevents reads")]
 struct NewMessages {
-    /// Each with its topic, in the order in which they get their offsets.
+    /// Messages with their topics. They get their offsets in this order.
     #[schema(max_items = 1000)]
     messages: Vec<NewItem>,
 }
 
-/// One message of several: an event, or a payload that becomes one.
+/// One message of a request: an event, or a payload that becomes one.
 #[derive(Deserialize, ToSchema)]
 #[schema(as = PublishItem)]
 #[serde(untagged)]
@@ -127,13 +127,13 @@ enum NewItem {
     Plain(PlainItem),
 }
 
-/// A CloudEvent and where it goes.
+/// A CloudEvent and its topic.
 #[derive(Deserialize, ToSchema)]
 #[schema(as = PublishEventItem)]
 #[serde(deny_unknown_fields)]
 #[expect(dead_code, reason = "describes what domain::cloudevents reads")]
 struct EventItem {
-    /// Where it goes.
+    /// The topic to publish to.
     #[schema(
         min_length = 1,
         max_length = 255,
@@ -145,13 +145,13 @@ struct EventItem {
     event: NewEvent,
 }
 
-/// A payload and where it goes.
+/// A payload and its topic.
 #[derive(Deserialize, ToSchema)]
 #[schema(as = PublishPlainItem)]
 #[serde(deny_unknown_fields)]
 #[expect(dead_code, reason = "describes what domain::cloudevents reads")]
 struct PlainItem {
-    /// Where it goes.
+    /// The topic to publish to.
     #[schema(
         min_length = 1,
         max_length = 255,
@@ -159,7 +159,7 @@ struct PlainItem {
         example = "orders.created"
     )]
     topic: String,
-    /// The payload, any JSON; passed on as the text it is. Without it the message has none, which is not `null`.
+    /// The payload, any JSON; the broker passes it on as the text it is. Without it the message has no payload, which differs from `null`.
     #[schema(required = false)]
     data: serde_json::Value,
     /// The ordering key.
@@ -171,7 +171,7 @@ struct PlainItem {
         pattern = "^[^\\u0000-\\u001F\\u007F-\\u009F]+$"
     )]
     key: Option<String>,
-    /// Where the topic belongs to a keyed stream: how many messages the key must have had there; 409 otherwise.
+    /// If the topic belongs to a keyed stream: how many messages the key must have had there; 409 otherwise.
     #[schema(
         minimum = 0,
         maximum = 9_007_199_254_740_991_i64,
@@ -179,7 +179,7 @@ struct PlainItem {
         nullable = false
     )]
     expected_version: Option<i64>,
-    /// When it is to enter its stream, a year ahead at most; a time that is past is at once.
+    /// The time when the message enters its stream, at most a year ahead. A time in the past means at once.
     #[schema(
         value_type = String,
         format = DateTime,
@@ -188,7 +188,7 @@ struct PlainItem {
         pattern = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T"
     )]
     deliver_at: Option<String>,
-    /// Its id; made, if there is none.
+    /// The message's id; the broker makes one if there is none.
     #[schema(
         min_length = 1,
         max_length = 1024,
@@ -199,36 +199,36 @@ struct PlainItem {
     id: Option<String>,
 }
 
-/// Where the messages went, in the order sent.
+/// The published messages, in the order of the request.
 #[derive(Debug, Serialize, ToSchema)]
 struct Published {
     messages: Vec<PublishedMessage>,
 }
 
-/// Where a message went.
+/// One published message.
 #[derive(Debug, Serialize, ToSchema)]
 struct PublishedMessage {
-    /// Its id: the producer's, or the one made for it.
+    /// The message's id: the producer's, or the one that the broker made.
     id: String,
-    /// The stream that owns its topic; null when it was deleted just now.
+    /// The stream that owns the topic; null when it was deleted just now.
     #[schema(example = "main")]
     stream: Option<String>,
-    /// Its offset there; of the first use, for a duplicate. Null for one that comes later.
+    /// The message's offset in the stream; for a duplicate, the first one's. Null for a scheduled message.
     #[schema(minimum = 1)]
     offset: Option<i64>,
-    /// Whether source and id were used before, for the same message.
+    /// True if an earlier message with this source and id was the same one.
     duplicate: bool,
-    /// For a message that comes later: its name until then. Of the first use, for a duplicate.
+    /// For a scheduled message: its id until it is published. For a duplicate, the first one's.
     scheduled: Option<ScheduledFor>,
 }
 
-/// A message that comes later.
+/// A message that enters its stream later.
 #[derive(Debug, Serialize, ToSchema)]
 struct ScheduledFor {
-    /// What it is looked up and cancelled by: see `/v1/scheduled-messages`.
+    /// The id under which the message can be read and cancelled: see `/v1/scheduled-messages`.
     #[schema(example = "1-1764000000000000-17")]
     id: String,
-    /// When it enters its stream.
+    /// The time when the message enters its stream.
     #[schema(format = DateTime)]
     due_at: String,
 }

@@ -27,13 +27,13 @@ use crate::stream::Search;
 /// Bytes of events of one page.
 const PAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
 
-/// A message, and what has become of it in this queue.
+/// A message and its state in this queue.
 #[derive(ToSchema)]
 #[schema(as = QueueMessage)]
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct WireMessage {
     offset: i64,
-    /// Null when the stream does not have the message any more.
+    /// The topic; null when the stream no longer has the message.
     topic: Option<String>,
     #[schema(format = DateTime)]
     appended_at: Option<String>,
@@ -41,21 +41,21 @@ struct WireMessage {
     state: String,
     /// The number of its last delivery; 0 before the first.
     delivery: u32,
-    /// Attempts made, one under way included.
+    /// The number of attempts, a current one included.
     attempts: u32,
-    /// How its last attempts failed, at most five, oldest first; of a dead letter those of former lives, too.
+    /// The failures of its last attempts, at most five, oldest first. For a dead letter, attempts before a redrive are included.
     failures: Vec<WireFailure>,
-    /// The id of its dead letter, also while the message is on its way back; null without.
+    /// The id of its dead letter, also while the message has been redriven and is not settled; null if there is none.
     dead_letter: Option<String>,
-    /// Who has it, or had it last.
+    /// The consumer that holds the message, or held it last.
     consumer: Option<String>,
-    /// When its last delivery began.
+    /// The time when its last delivery began.
     #[schema(format = DateTime)]
     delivered_at: Option<String>,
-    /// With `live`: until when it is held.
+    /// With `live`: the consumer holds the delivery until then.
     #[schema(format = DateTime)]
     visible_until: Option<String>,
-    /// With `delayed`: until when.
+    /// With `delayed`: the time when the message goes out.
     #[schema(format = DateTime)]
     due_at: Option<String>,
     event: Option<Event>,
@@ -66,7 +66,7 @@ struct WireMessage {
 struct WireFailure {
     #[schema(format = DateTime)]
     at: String,
-    /// `timed_out`, or the consumer's.
+    /// `timed_out`, or the consumer's reason.
     reason: String,
 }
 
@@ -75,28 +75,28 @@ struct WireFailure {
 #[schema(as = QueueMessages)]
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct WirePage {
-    /// By offset. Can be empty before the end: a request looks at a bounded part of the stream.
+    /// By offset. This can be empty before the end: a request looks at a bounded part of the stream.
     messages: Vec<WireMessage>,
-    /// The search goes on `after` this offset; null at the end of the stream.
+    /// Pass this as `after` to continue the search; null at the end of the stream.
     next_after: Option<i64>,
 }
 
-/// Why the message is rejected.
+/// The reason why the message is rejected.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = RejectMessage, example = json!({"reason": "blocks its key"}))]
 struct RejectBody {
-    /// Kept with the dead letter; `rejected` without.
+    /// The reason, kept with the dead letter; `rejected` by default.
     #[schema(min_length = 1, max_length = 1024)]
     reason: Option<String>,
 }
 
-/// What became of the message.
+/// The result for one message.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = MessageOutcome)]
 struct WireActed {
     offset: i64,
-    /// `deleted` or `rejected`; `already_settled` and `dead_lettered` when there was nothing left to do.
+    /// `deleted` or `rejected`; `already_settled` or `dead_lettered` when there was nothing left to do.
     result: &'static str,
     /// With `rejected`: the dead letter.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -32,7 +32,7 @@ const TEN_YEARS: f64 = 315_360_000.0;
 /// Longest `max_hold_seconds`: a week.
 const WEEK: f64 = 604_800.0;
 
-/// What a queue is to be. What is left out has its default, also when it was other before.
+/// A queue's settings. A setting that is left out takes its default, even if it had another value before.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(
@@ -40,52 +40,52 @@ const WEEK: f64 = 604_800.0;
     example = json!({"stream": "main", "topics": ["orders.*"], "start": "latest", "visibility_timeout_seconds": 30})
 )]
 struct Declaration {
-    /// The stream that it reads; `main` without. Cannot be changed.
+    /// The stream that the queue reads; `main` by default. It cannot be changed.
     #[schema(
         min_length = 1,
         max_length = 100,
         pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
     )]
     stream: Option<String>,
-    /// The topics that it takes; all without. A change holds from where the queue has got to.
+    /// The topics that the queue matches; all by default. A change applies from the queue's current place in the stream.
     #[schema(min_items = 1, max_items = 100)]
     topics: Option<Vec<String>>,
-    /// Where it starts, fixed when it is made; `earliest` without.
+    /// The place in the stream where the queue starts, fixed at its creation; `earliest` by default.
     start: Option<StartAt>,
-    /// How long a delivery is held when the receive does not say.
+    /// How long a delivery is held unless the receive says otherwise.
     #[schema(minimum = 1, maximum = 43200)]
     visibility_timeout_seconds: Option<f64>,
-    /// Attempts before a message is a dead letter; 16 without.
+    /// The number of attempts before a message becomes a dead letter; 16 by default.
     #[schema(minimum = 1, maximum = 1000)]
     max_attempts: Option<i64>,
-    /// Most live deliveries at a time; 10,000 without.
+    /// The most live deliveries at a time; 10,000 by default.
     #[schema(minimum = 1, maximum = 10000)]
     max_in_flight: Option<i64>,
-    /// How long one delivery can be held by extending it; unlimited without.
+    /// How long one delivery can be held by extending it; unlimited by default.
     #[schema(minimum = 1, maximum = 604_800)]
     max_hold_seconds: Option<f64>,
-    /// When a message that failed is tried again.
+    /// When to retry a message that failed.
     retry: Option<Retry>,
-    /// How long dead letters are kept; 14 days without.
+    /// How long dead letters are kept; 14 days by default.
     #[schema(minimum = 60, maximum = 315_360_000)]
     dead_letter_retention_seconds: Option<f64>,
-    /// Where a copy of each dead letter is published, as an event with an id of its own and the attributes `postroadqueue`,
-    /// `postroadcause` and others; nowhere without. Not a topic that the queue takes itself.
+    /// The topic that gets a copy of each dead letter, as an event with its own id and the attributes `postroadqueue`,
+    /// `postroadcause` and others. By default no copy is published. The queue itself must not match the topic.
     #[schema(
         min_length = 1,
         max_length = 255,
         pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$"
     )]
     dead_letter_topic: Option<String>,
-    /// In which order messages go out. `none`: as they are ready. `key`: of one key at most one at a time is in flight,
-    /// and later ones wait for it, over retries, too; messages without a key wait for none.
+    /// The order in which messages go out. `none`: as they become ready. `key`: at most one message per key is in flight at a time,
+    /// and later ones wait for it, also through its retries; messages without a key wait for none.
     ordering: Option<OrderingName>,
-    /// In order of keys: after a dead letter its key waits until a person deletes or redrives it. Else the key goes on.
+    /// In order by key: after a dead letter its key waits until a person deletes or redrives the letter. By default the key goes on.
     hold_key: Option<bool>,
-    /// In order of keys: one receive may take several messages of a key. An ack of a later one is `blocked` while an
+    /// In order by key: one receive may take several messages of a key. An ack of a later one is `blocked` while an
     /// earlier one is not settled.
     key_batches: Option<bool>,
-    /// Three lanes, by the attribute `priority`: of ten messages seven go to `high`, two to `normal` and one to `low`
+    /// Serve three lanes, chosen by the attribute `priority`: of ten messages seven come from `high`, two from `normal` and one from `low`
     /// while all have some. Not together with order by key.
     priorities: Option<bool>,
 }
@@ -104,11 +104,11 @@ enum OrderingName {
     expecting = "it must be \"earliest\", \"latest\", {\"offset\": …} or {\"time\": …}"
 )]
 pub(super) enum StartAt {
-    /// One of two words.
+    /// `earliest` or `latest`.
     Word(StartWord),
-    /// The message of this offset is the first.
+    /// The offset of the first message.
     Offset(#[serde(deserialize_with = "objects::read")] StartOffset),
-    /// The first message appended at or after this time.
+    /// A time: start at the first message appended at or after it.
     Time(#[serde(deserialize_with = "objects::read")] StartTime),
 }
 
@@ -135,7 +135,7 @@ pub(super) struct StartTime {
     time: String,
 }
 
-/// A queue as it is.
+/// A queue, its settings and its numbers.
 #[derive(Debug, Serialize, ToSchema)]
 struct Queue {
     #[schema(example = "billing")]
@@ -150,31 +150,31 @@ struct Queue {
     retry: RetryNow,
     dead_letter_retention_seconds: Seconds,
     dead_letter_topic: Option<String>,
-    /// What that comes to.
+    /// The delays that the retry policy leads to.
     retry_schedule: RetrySchedule,
     ordering: OrderingName,
     hold_key: bool,
     key_batches: bool,
     priorities: bool,
-    /// The incarnation: receipts of another are `gone`.
+    /// The queue's generation: receipts of other generations are `gone`.
     generation: i64,
     /// The first offset that the queue can deliver.
     start_offset: i64,
     #[schema(format = DateTime)]
     created_at: String,
-    /// Whether a person has paused it.
+    /// True while a person has paused the queue.
     paused: bool,
-    /// Its numbers now; null while its state is being recovered.
+    /// The queue's current numbers; null while its state is being recovered.
     status: Option<Numbers>,
-    /// The queue is not served: its log was restored without it. Null otherwise.
+    /// Set while the queue is not served because its log was restored without it; null otherwise.
     log_behind: Option<LogBehindNow>,
 }
 
-/// A log that lacks what its queue knows, or has other messages there.
+/// A log that lacks messages that its queue has seen, or has other messages in their place.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = LogBehind)]
 struct LogBehindNow {
-    /// The queue has looked at everything up to here.
+    /// The queue has looked at every message up to here.
     through_offset: i64,
     /// The log's last offset when the queue's state was read.
     end_offset: i64,
@@ -184,36 +184,36 @@ struct LogBehindNow {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = QueueStatus)]
 struct Numbers {
-    /// Unsettled messages.
+    /// The number of unsettled messages.
     depth: u64,
-    /// Of these, handed out and live.
+    /// Unsettled messages that are handed out and live.
     in_flight: u64,
-    /// Of these, held back by time.
+    /// Unsettled messages that are held back by time.
     delayed: u64,
-    /// Of these, ready to go out.
+    /// Unsettled messages that are ready to go out.
     ready: u64,
-    /// Of these, waiting for an earlier message of their key.
+    /// Unsettled messages that wait for an earlier message of their key.
     waiting: u64,
     /// Unsettled messages by lane; null without priorities.
     lanes: Option<Lanes>,
-    /// The keys that stand still for longest, with messages that wait; at most 20.
+    /// The keys that have been blocked for longest, with the messages that wait; at most 20.
     blocked_keys: Vec<BlockedKeyNow>,
-    /// Dead letters that are still there.
+    /// The number of dead letters.
     dead_letters: u64,
-    /// Receives that wait.
+    /// The number of receives that wait.
     waiters: u64,
-    /// Everything that matches up to here is settled.
+    /// Every matching message up to this offset is settled.
     watermark: i64,
-    /// How far the stream was looked at.
+    /// The offset up to which the queue has looked at the stream.
     scanned_through: i64,
     /// The lowest unsettled offset.
     oldest_unsettled: Option<i64>,
-    /// When that message was appended, if known.
+    /// The time when that message was appended, if known.
     #[schema(format = DateTime)]
     oldest_unsettled_at: Option<String>,
-    /// Whether the queue begins beyond the stream's end, as far as this node knows it: nothing is delivered until the stream has got there.
+    /// True if the queue starts beyond the stream's end, as far as this node knows: nothing is delivered until the stream gets there.
     ahead: bool,
-    /// Whether the queue stands still since the database cannot be reached.
+    /// True while the queue stands still because the database cannot be reached.
     standing_still: bool,
 }
 
@@ -229,26 +229,26 @@ struct Lanes {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = BlockedKey)]
 struct BlockedKeyNow {
-    /// The key; null if the log has dropped the message that is waited for.
+    /// The key; null if the log has dropped the message that holds it back.
     key: Option<String>,
-    /// Since when, as far as it is known.
+    /// The time since when it has been blocked, as far as known.
     #[schema(format = DateTime)]
     since: String,
-    /// How many of its messages wait.
+    /// The number of its messages that wait.
     waiting: u64,
     by: BlockerNow,
 }
 
-/// What a key's messages wait for.
+/// The message that a key's other messages wait for.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Blocker)]
 struct BlockerNow {
     offset: i64,
-    /// The attempt that is under way or was the last; null for a dead letter.
+    /// The current or last attempt; null for a dead letter.
     attempt: Option<u32>,
     /// `live`: handed out. `delayed`: held back by time. `held`: a dead letter that waits for a person.
     state: BlockerState,
-    /// When its time is up, or when it goes out again; null for a dead letter.
+    /// The time when its delivery expires, or when it goes out again; null for a dead letter.
     #[schema(format = DateTime)]
     due_at: Option<String>,
 }

@@ -19,63 +19,63 @@ use crate::http::problem::Problem;
 use crate::http::state::State;
 use crate::queue::{NewRedrive, Redrive};
 
-/// Which dead letters come back, and how fast: those of `ids`, those that fit the `filter`, or all without either. Those that die
-/// after the redrive began are not meant.
+/// The dead letters to bring back, and how fast: those in `ids`, those that match `filter`, or all if neither is given. Letters that
+/// die after the redrive began are not included.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = RedriveRequest, example = json!({"filter": {"reason": "no stock"}, "rate_per_second": 100}))]
 struct Request {
-    /// A name for it: a repeat under the same name is the same redrive. Made up without.
+    /// The redrive's id: a repeat with the same id is the same redrive. The broker makes one if there is none.
     #[schema(
         min_length = 1,
         max_length = 100,
         pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
     )]
     redrive_id: Option<String>,
-    /// These dead letters.
+    /// The ids of the letters.
     #[schema(min_items = 1, max_items = 1000)]
     ids: Option<Vec<String>>,
-    /// Those that fit all that is given.
+    /// The letters that match every given condition.
     filter: Option<Filter>,
-    /// How many per second; as fast as the consumers settle them without.
+    /// The number of letters per second; by default as fast as the consumers settle them.
     #[schema(minimum = 1, maximum = 10000)]
     rate_per_second: Option<i64>,
-    /// Only count them.
+    /// Only count the letters.
     dry_run: Option<bool>,
 }
 
-/// Which dead letters.
+/// A filter on dead letters.
 #[derive(Debug, Default, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = RedriveFilter)]
 struct Filter {
-    /// Only those that died so: `rejected` or `out_of_attempts`.
+    /// Only letters with this cause: `rejected` or `out_of_attempts`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(pattern = "^(rejected|out_of_attempts)$")]
     cause: Option<String>,
-    /// Only of topics that match this pattern.
+    /// Only letters whose topic matches this pattern.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 255)]
     topic: Option<String>,
-    /// Only of this ordering key.
+    /// Only letters with this ordering key.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 512)]
     key: Option<String>,
-    /// Only those one of whose failures has this in its reason.
+    /// Only letters with this text in the reason of one of their failures.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 512)]
     reason: Option<String>,
-    /// Only those that died after this moment.
+    /// Only letters that died after this time.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime)]
     died_after: Option<String>,
-    /// Only those that died before this moment.
+    /// Only letters that died before this time.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime)]
     died_before: Option<String>,
 }
 
-/// A redrive, as far as it has got.
+/// A redrive and its progress.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Redrive)]
 struct View {
@@ -86,30 +86,30 @@ struct View {
     created_at: String,
     #[schema(format = DateTime)]
     finished_at: Option<String>,
-    /// Dead letters per second; null is as fast as the consumers settle them.
+    /// Dead letters per second; null means as fast as the consumers settle them.
     rate_per_second: Option<u32>,
-    /// The dead letters asked for by name.
+    /// The ids of the requested dead letters.
     ids: Option<Vec<String>>,
-    /// What they had to fit.
+    /// The filter that the dead letters had to match.
     filter: Option<Filter>,
-    /// Dead letters that fitted when it began; null until they are counted.
+    /// Dead letters that matched when the redrive began; null until they are counted.
     total: Option<u64>,
-    /// Of these, those that came back.
+    /// Letters that came back into the queue.
     redriven: u64,
-    /// Of these, those that were gone, or in the queue already, when their turn came.
+    /// Letters that were gone, or already in the queue, when their turn came.
     skipped: u64,
-    /// Of those that came back, in a queue ordered by key: a later message of their key was settled before.
+    /// Redriven messages, in a queue ordered by key, whose key had a later message that was already settled.
     late: u64,
 }
 
-/// What a redrive would bring back.
+/// The dead letters that a redrive would bring back.
 #[derive(Debug, Serialize, ToSchema)]
 struct DryRun {
     /// Always true.
     dry_run: bool,
-    /// Dead letters that fit.
+    /// The number of dead letters that match.
     matching: u64,
-    /// Of these, in a queue ordered by key: a later message of their key is settled already.
+    /// Matching letters, in a queue ordered by key, whose key has a later message that is already settled.
     late: u64,
 }
 
@@ -300,7 +300,7 @@ async fn begin(
     Ok(wire::json(status, &View::from(redrive)))
 }
 
-/// One or the other.
+/// A redrive, or the counts of a dry run.
 #[derive(ToSchema)]
 #[serde(untagged)]
 #[schema(as = RedriveAnswer)]

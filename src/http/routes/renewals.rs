@@ -19,44 +19,44 @@ use crate::http::problem::Problem;
 use crate::http::state::State;
 use crate::queue::{OnLoss, Renewal, Renewed};
 
-/// Where the queue goes on.
+/// The place where the queue continues.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = Seek, example = json!({"to": {"offset": 1}}))]
 struct SeekBody {
     to: StartAt,
-    /// Of a queue whose log was restored without it: go on all the same. What the log lacks is lost to the queue, and what is there
-    /// from the new place on is delivered, whether the queue had it before or not.
+    /// For a queue whose log was restored without it: continue anyway. The queue loses messages that the log lacks, and delivers the
+    /// messages from the new place on, including those that it has delivered before.
     #[serde(default)]
     accept_loss: bool,
-    /// The generation that the request counts on: 409 when the queue is in another one. A repeat of a request that was carried
-    /// out gets its answer, and does nothing.
+    /// The generation that the request expects: 409 when the queue is in another one. Repeating a request that was carried out returns
+    /// its answer and does nothing.
     #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64)]
     expected_generation: Option<i64>,
 }
 
-/// What is dropped: everything that the stream has by now.
+/// The messages to drop: everything that the stream has by now.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = Purge, example = json!({}))]
 struct PurgeBody {
-    /// The generation that the request counts on: 409 when the queue is in another one. A repeat of a request that was carried
-    /// out gets its answer, and does nothing.
+    /// The generation that the request expects: 409 when the queue is in another one. Repeating a request that was carried out returns
+    /// its answer and does nothing.
     #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64)]
     expected_generation: Option<i64>,
 }
 
-/// The generation that began.
+/// The generation that has begun.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = NewGeneration)]
 struct WireRenewed {
-    /// Receipts of others are `gone`.
+    /// Receipts of earlier generations are `gone`.
     generation: i64,
-    /// The queue goes on after this offset.
+    /// The queue continues after this offset.
     through_offset: i64,
-    /// Whether retention had dropped some of what was asked for: the queue goes on with what is left.
+    /// True if retention had dropped some of the requested messages: the queue continues with the first one left.
     at_floor: bool,
-    /// Whether the stream's end is before that: nothing is delivered until the stream has got there.
+    /// True if the stream has not reached this place yet: the queue delivers nothing until it has.
     ahead: bool,
 }
 

@@ -32,7 +32,7 @@ const REPLAY_PATTERNS_MAX: usize = 100;
 struct WirePage {
     /// By offset.
     messages: Vec<LoggedMessage>,
-    /// The next page is the one `after` this offset. Rises although nothing matched.
+    /// Pass this as `after` to get the next page. It rises even when nothing matched.
     next_after: i64,
 }
 

@@ -17,24 +17,24 @@ const PREVIEW_MAX: usize = 100;
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Retry {
-    /// Delay after the first attempt.
+    /// The delay after the first attempt.
     #[schema(minimum = 0, maximum = 43200)]
     initial_seconds: Option<f64>,
-    /// Growth per attempt.
+    /// The growth of the delay per attempt.
     #[schema(minimum = 1, maximum = 10)]
     factor: Option<f64>,
-    /// Longest delay.
+    /// The longest delay.
     #[schema(minimum = 0, maximum = 43200)]
     cap_seconds: Option<f64>,
-    /// Random part: 0.2 is up to 20 % less or more.
+    /// The random part of the delay: 0.2 means up to 20 % less or more.
     #[schema(minimum = 0, maximum = 1)]
     jitter: Option<f64>,
-    /// One delay per attempt; the last one holds for all later ones.
+    /// One delay per attempt. The last one applies to all further attempts.
     #[schema(min_items = 1, max_items = 100)]
     delays_seconds: Option<Vec<f64>>,
 }
 
-/// When a message that failed is tried again.
+/// When to retry a message that failed.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub(super) enum RetryNow {
@@ -49,12 +49,12 @@ pub(super) enum RetryNow {
     },
 }
 
-/// What the retry policy comes to, without its random part. After an expiry the first two retries are at once.
+/// The delays that the retry policy leads to, without their random part. After an expiry the first two retries are immediate.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct RetrySchedule {
-    /// The delay after each attempt but the last, the first hundred of them.
+    /// The delay after each attempt except the last; at most the first hundred.
     delays_seconds: Vec<Seconds>,
-    /// The sum of all delays: from the first failure to the dead letter, at least.
+    /// The sum of all delays: the least time from the first failure to the dead letter.
     total_seconds: Seconds,
 }
 
@@ -69,7 +69,7 @@ impl RetrySchedule {
     }
 }
 
-/// Seconds as a JSON number, without a fraction when there is none.
+/// Seconds as a JSON number, without a fraction when they are whole.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(value_type = f64)]
 pub(super) struct Seconds(Number);

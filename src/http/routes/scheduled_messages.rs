@@ -23,15 +23,15 @@ use crate::stream::{Cancelled, ScheduledQuery, ScheduledStatus, Waiting};
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = WaitingMessage)]
 struct WaitingView {
-    /// What it is looked up and cancelled by.
+    /// The id under which it can be read and cancelled.
     #[schema(example = "1-1764000000000000-17")]
     id: String,
-    /// The stream that it enters; null when it was deleted just now.
+    /// The stream that it will enter; null when the stream was deleted just now.
     #[schema(example = "main")]
     stream: Option<String>,
     #[schema(example = "orders.reminder")]
     topic: String,
-    /// When it enters its stream.
+    /// The time when it enters its stream.
     #[schema(format = DateTime)]
     due_at: String,
     #[schema(format = DateTime)]
@@ -44,7 +44,7 @@ struct WaitingView {
     event_source: String,
     /// The event's type.
     event_type: String,
-    /// Bytes of its payload.
+    /// The size of its payload in bytes.
     data_bytes: u64,
 }
 
@@ -52,12 +52,12 @@ struct WaitingView {
 #[derive(Debug, Serialize, ToSchema)]
 struct WaitingMessages {
     messages: Vec<WaitingView>,
-    /// The next page is the one `after` this; null at the end. A page can be empty although more follows: a request looks at
+    /// Pass this as `after` to get the next page; null at the end. A page can be empty although more follows: a request looks at
     /// 20,000 messages at most.
     next_after: Option<String>,
 }
 
-/// A scheduled message, and what became of it.
+/// A scheduled message and its state.
 #[derive(Debug, Serialize, ToSchema)]
 struct ScheduledMessage {
     #[schema(example = "1-1764000000000000-17")]
@@ -71,10 +71,10 @@ struct ScheduledMessage {
     accepted_at: String,
     /// `scheduled`, `published` or `cancelled`.
     status: &'static str,
-    /// Where it is in its stream, once it is published.
+    /// Its offset in the stream, once it is published.
     #[schema(minimum = 1)]
     offset: Option<i64>,
-    /// When it was cancelled, if it was.
+    /// The time when it was cancelled, if it was.
     #[schema(format = DateTime)]
     cancelled_at: Option<String>,
     #[schema(value_type = Event)]

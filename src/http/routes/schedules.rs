@@ -29,7 +29,7 @@ const NEXT_MAX: i64 = 100;
 /// What an occurrence has of its own.
 const NOT_IN_EVENT: [&str; 5] = ["id", "source", "time", "deliverat", "expectedversion"];
 
-/// What is to be published, and when.
+/// The message to publish, and when.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(
@@ -38,31 +38,31 @@ const NOT_IN_EVENT: [&str; 5] = ["id", "source", "time", "deliverat", "expectedv
         "event": {"partitionkey": "reports", "data": {"kind": "daily"}}, "misfire": "one"})
 )]
 struct Body {
-    /// Where to.
+    /// The topic to publish to.
     #[schema(
         min_length = 1,
         max_length = 255,
         pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$"
     )]
     topic: String,
-    /// Minute, hour, day of month, month, day of week; seconds may stand before them; or `@daily` and its like.
+    /// Minute, hour, day of month, month, day of week, with optional seconds before them; or `@daily` and its like.
     #[schema(min_length = 1, max_length = 200)]
     cron: String,
-    /// The zone whose clock it goes by, of the IANA database; `UTC` without.
+    /// The IANA time zone of the schedule's clock; `UTC` by default.
     time_zone: Option<String>,
-    /// The CloudEvent without `id`, `source` and `time`, which each occurrence has of its own; one without data without it.
+    /// The CloudEvent without `id`, `source` and `time`, which each occurrence gets for itself. If it has no data, neither do occurrences.
     #[schema(value_type = Option<Object>)]
     event: Option<Box<RawValue>>,
-    /// What becomes of occurrences that no broker published within 60 seconds: `skip`, `one` (the latest of them, the default) or
-    /// `all` (1,000 at most, the latest).
+    /// What to do with occurrences that no broker published within 60 seconds: `skip`, `one` (the latest of them, the default) or
+    /// `all` (the latest 1,000 at most).
     #[schema(pattern = "^(skip|one|all)$")]
     misfire: Option<String>,
-    /// Nothing is published while it is paused, and nothing of that time is made up for.
+    /// A paused schedule publishes nothing, and does not make up for the pause later.
     #[serde(default)]
     paused: bool,
 }
 
-/// A schedule.
+/// A schedule and its state.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Schedule)]
 struct View {
@@ -80,21 +80,21 @@ struct View {
     created_at: String,
     #[schema(format = DateTime)]
     changed_at: String,
-    /// `active`; `paused`; or `failing`, its latest occurrence could not be published: `last_failure` says why.
+    /// `active`; `paused`; or `failing` when its latest occurrence could not be published: `last_failure` says why.
     state: &'static str,
-    /// For how long an occurrence that is due has not been published; 0 when none is due.
+    /// How long a due occurrence has been waiting to be published; 0 when none is due.
     #[schema(minimum = 0)]
     lag_seconds: f64,
     /// Occurrences published so far.
     published_count: u64,
-    /// Occurrences left out so far, since they could not be published.
+    /// Occurrences left out so far because they could not be published.
     failed_count: u64,
-    /// The last that could not be.
+    /// The last occurrence that could not be published.
     last_failure: Option<Failure>,
     /// The last occurrence that was published.
     #[schema(format = DateTime)]
     last_at: Option<String>,
-    /// The occurrences that come next; none while it is paused.
+    /// The next occurrences; none while the schedule is paused.
     next_at: Vec<String>,
 }
 
@@ -102,15 +102,15 @@ struct View {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ScheduleFailure)]
 struct Failure {
-    /// When it was due.
+    /// The time when the occurrence was due.
     #[schema(format = DateTime)]
     occurrence_at: String,
-    /// Why, as one clause.
+    /// The reason, as one clause.
     #[schema(
         example = "the payload does not match the schema of `reports.*`: \"kind\" is a required property"
     )]
     reason: String,
-    /// When that was found.
+    /// The time when the failure was found.
     #[schema(format = DateTime)]
     at: String,
 }

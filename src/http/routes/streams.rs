@@ -28,24 +28,24 @@ const RETENTION_MAX_SECONDS: i64 = 100 * 366 * 86_400;
 /// The largest offset that every JSON parser reads exactly.
 pub(super) const OFFSET_MAX: i64 = (1 << 53) - 1;
 
-/// What a stream is to be. Everything is optional; what is left out has its default, also when it was other before.
+/// A stream's settings. Everything is optional; a setting that is left out takes its default, even if it had another value before.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = StreamDeclaration, example = json!({"topics": ["orders.>"]}))]
 struct Declaration {
-    /// The topics that it owns: `*` stands for one token, a final `>` for the rest. All streams but `main` need one.
+    /// The topics that it owns: `*` stands for one token, a final `>` for the rest. Every stream except `main` needs one.
     #[serde(default)]
     #[schema(max_items = 1000)]
     topics: Vec<String>,
-    /// The least age at which a message goes that every queue has settled; 7 days without.
+    /// A message that every queue has settled is kept at least this long; 7 days by default.
     settled_retention_seconds: Option<Seconds>,
-    /// Bytes beyond which the oldest messages go that every queue has settled, however young; unlimited without.
+    /// Beyond this size the oldest messages that every queue has settled are dropped, however young; unlimited by default.
     settled_retention_bytes: Option<Bytes>,
-    /// The age at which a message goes, settled or not; 14 days without, or unlimited if `settled_retention_seconds` is.
+    /// A message of this age is dropped, settled or not; by default 14 days, or unlimited if `settled_retention_seconds` is.
     unsettled_retention_seconds: Option<Seconds>,
-    /// Bytes beyond which the oldest messages go, settled or not; unlimited without.
+    /// Beyond this size the oldest messages are dropped, settled or not; unlimited by default.
     unsettled_retention_bytes: Option<Bytes>,
-    /// Whether its keys are indexed: each has a history and a version, and a message may expect one (`expectedversion`). Fixed
+    /// Index the keys: each key has a history and a version, and a message may expect a version (`expectedversion`). Fixed
     /// once the stream has had a message.
     #[serde(default)]
     keyed: bool,
@@ -59,9 +59,9 @@ struct Declaration {
 )]
 #[schema(as = RetentionSeconds)]
 enum Seconds {
-    /// So long.
+    /// A number of seconds.
     Of(SecondCount),
-    /// For ever.
+    /// No limit.
     Unlimited(Unlimited),
 }
 
@@ -76,9 +76,9 @@ struct SecondCount(i64);
     expecting = "a retention must be an integer or \"unlimited\""
 )]
 enum Bytes {
-    /// So many.
+    /// A number of bytes.
     Of(ByteCount),
-    /// All.
+    /// No limit.
     Unlimited(Unlimited),
 }
 
@@ -128,47 +128,47 @@ impl Bytes {
     }
 }
 
-/// A stream as it is.
+/// A stream, its settings and its numbers.
 #[derive(Debug, Serialize, ToSchema)]
 struct Stream {
     #[schema(example = "main")]
     name: String,
-    /// The topics that it owns; `main` takes what is left.
+    /// The topics that it owns; `main` takes all that no other stream owns.
     topics: Vec<String>,
     settled_retention_seconds: Seconds,
     settled_retention_bytes: Bytes,
     unsettled_retention_seconds: Seconds,
     unsettled_retention_bytes: Bytes,
-    /// Whether its keys are indexed.
+    /// True if its keys are indexed.
     keyed: bool,
-    /// How much of the limits for unsettled messages is used up by those that some queue has not settled, 0 to 1; absent
-    /// without a limit. At 1 they are dropped; from a half on the broker warns.
+    /// The used share, from 0 to 1, of the limits for messages that some queue has not settled; left out without a limit.
+    /// At 1 the messages are dropped; the broker warns from one half on.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false, minimum = 0, maximum = 1)]
     unsettled_limit_used: Option<f64>,
-    /// What waits to enter it; null when nothing was ever to come later.
+    /// Messages that wait to enter the stream; null if it never had a scheduled message.
     scheduled: Option<Scheduled>,
-    /// The first offset still there; one past `last_offset` when all are gone.
+    /// The first offset that is still there; one past `last_offset` when all messages are gone.
     first_offset: i64,
-    /// The last offset given out; 0 before the first message.
+    /// The last offset given to a message; 0 before the first.
     last_offset: i64,
-    /// Bytes on disk of its messages, about.
+    /// The approximate size of its messages on disk.
     message_bytes: u64,
     #[schema(format = DateTime)]
     created_at: String,
 }
 
-/// How a stream stands with the messages that are to enter it.
+/// The state of a stream's scheduled messages.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = StreamSchedule)]
 struct Scheduled {
-    /// When the next of them is due, if that is within a day; past while it is late. One that was cancelled counts until then.
+    /// The next due time, if it is within a day; in the past while publishing is late. A cancelled message counts until then.
     #[schema(format = DateTime)]
     next_due_at: Option<String>,
-    /// For how long it has been due: more than a moment when publishing it cannot go on.
+    /// How long the first of them has been overdue: more than a moment when publishing cannot go on.
     #[schema(minimum = 0)]
     lag_seconds: f64,
-    /// How many there are, 100,000 at most; null where streams are listed.
+    /// The number of waiting messages, at most 100,000; null where streams are listed.
     #[schema(minimum = 0)]
     waiting: Option<i64>,
 }

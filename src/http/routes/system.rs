@@ -20,11 +20,11 @@ use crate::http::openapi::{Fails, NoPage, Reads, openapi_yaml};
 use crate::http::problem::{Kind, Problem};
 use crate::http::state::State;
 
-/// Whether the process takes traffic.
+/// The readiness of the process.
 #[derive(Debug, Serialize, ToSchema)]
 struct Ready {
     ready: bool,
-    /// Why not.
+    /// The reasons why the process is not ready.
     reasons: Vec<Reason>,
 }
 

@@ -30,9 +30,9 @@ const ERRORS_MAX: usize = 100;
 /// How long a request waits for the answer of the schemas.
 const ASKING_MAX: Duration = Duration::from_secs(10);
 
-/// What may be published to the topics of a pattern. Everything is optional; what is left out is not limited, also when it
-/// was before. Of each setting, that of the most specific pattern counts that has it: token by token, a name before `*`
-/// before `>`.
+/// Rules for publishing to the topics of a pattern. Everything is optional; a setting that is left out sets no limit, even if it did
+/// before. For each setting, the most specific pattern that has it applies: compared token by token, a name comes before `*`,
+/// and `*` before `>`.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(
@@ -40,8 +40,8 @@ const ASKING_MAX: Duration = Duration::from_secs(10);
     example = json!({"schema": {"type": "object", "required": ["order"]}, "max_bytes": 65536, "rate_per_second": 100, "burst": 200})
 )]
 struct Declaration {
-    /// A JSON Schema for payloads, of 64 KiB at most, an object or a boolean. References lead to itself only. Over HTTP what does
-    /// not match is refused; a row of an outbox is listed as rejected.
+    /// A JSON Schema for payloads, at most 64 KiB, an object or a boolean. References may only point into the schema itself. HTTP requests
+    /// with payloads that do not match are refused; such rows of an outbox are listed as rejected.
     #[schema(value_type = Option<serde_json::Value>)]
     schema: Option<serde_json::Value>,
     /// The largest payload over HTTP, in bytes.
@@ -50,7 +50,7 @@ struct Declaration {
     /// Messages per second over HTTP, all topics of the pattern together, on each node.
     #[schema(minimum = 0.001, maximum = 1_000_000)]
     rate_per_second: Option<f64>,
-    /// Messages that may come at once; without it, what comes in a second.
+    /// Messages that may come at once; by default the messages of one second.
     #[schema(minimum = 1, maximum = 1_000_000)]
     burst: Option<i64>,
 }
@@ -71,8 +71,8 @@ struct TopicSettings {
     created_at: String,
     #[schema(format = DateTime)]
     changed_at: String,
-    /// Why the schema is not asked although it is declared; null in general. A schema is refused when it is declared, so this is for
-    /// one that another version of the program took. Until it is declared anew, everything is published.
+    /// The reason why the declared schema is not applied; usually null. The broker checks a schema when it is declared, so this happens only
+    /// to one that another version of the program accepted. Until it is declared again, everything is published.
     schema_fault: Option<String>,
 }
 
@@ -81,14 +81,14 @@ struct TopicSettings {
 struct TopicSummary {
     /// The pattern.
     topic: String,
-    /// Whether there is a schema; `GET /v1/topics/{topic}` has it.
+    /// True if there is a schema; `GET /v1/topics/{topic}` returns it.
     has_schema: bool,
     max_bytes: Option<i64>,
     rate_per_second: Option<f64>,
     burst: Option<i64>,
     #[schema(format = DateTime)]
     changed_at: String,
-    /// Why the schema is not asked although it is declared; null in general.
+    /// The reason why the declared schema is not applied; usually null.
     schema_fault: Option<String>,
 }
 

@@ -25,23 +25,23 @@ use crate::{lock, queue, relay, store, stream, topic};
 pub(super) struct Event {
     /// Always `1.0`.
     specversion: String,
-    /// With `source`, what makes the event unique.
+    /// The event's id, unique together with `source`.
     id: String,
-    /// Where it came from.
+    /// The context in which the event happened.
     source: String,
-    /// The kind of event; the topic unless the producer said otherwise.
+    /// The type of event; the topic unless the producer gave another.
     #[schema(rename = "type")]
     kind: String,
-    /// What it is about.
+    /// The subject of the event within its source.
     #[schema(required = false, nullable = false)]
     subject: Option<String>,
-    /// When it happened.
+    /// The time when the event happened.
     #[schema(required = false, nullable = false, value_type = String, format = DateTime)]
     time: Option<String>,
-    /// The type of the payload.
+    /// The payload's media type.
     #[schema(required = false, nullable = false)]
     datacontenttype: Option<String>,
-    /// The schema of the payload.
+    /// The URI of the payload's schema.
     #[schema(required = false, nullable = false)]
     dataschema: Option<String>,
     /// The ordering key.
@@ -49,7 +49,7 @@ pub(super) struct Event {
     partitionkey: Option<String>,
     /// The payload, if it is JSON or text.
     data: Option<serde_json::Value>,
-    /// The payload, if it is neither.
+    /// The payload in Base64, if it is neither JSON nor text.
     #[schema(required = false, nullable = false)]
     data_base64: Option<String>,
 }

@@ -25,7 +25,7 @@ use crate::queue::{Expire, INSPECT_MAX, InFlightFilter, Whose};
 struct WireInFlight {
     /// By offset.
     deliveries: Vec<LiveDelivery>,
-    /// The next page is the one `after` this offset; null at the end.
+    /// Pass this as `after` to get the next page; null at the end.
     next_after: Option<i64>,
 }
 
@@ -42,29 +42,29 @@ struct LiveDelivery {
     visible_until: String,
 }
 
-/// Which deliveries end: those of a consumer, or of some messages.
+/// The deliveries to end: those of a consumer, or those of some messages.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = ExpireInFlight, example = json!({"consumer": "billing-1"}))]
 struct ExpireBody {
-    /// Those of this consumer. Not together with `offsets`.
+    /// End this consumer's deliveries. Not together with `offsets`.
     #[schema(min_length = 1, max_length = 255)]
     consumer: Option<String>,
-    /// Those of these messages.
+    /// End the deliveries of these messages.
     #[schema(min_items = 1, max_items = 1000)]
     offsets: Option<Vec<i64>>,
-    /// Only those handed out before this time: a repeat then ends none that began since.
+    /// Only deliveries that began before this time: a repeat then ends none that began since.
     #[schema(format = DateTime)]
     delivered_before: Option<String>,
 }
 
-/// What ended.
+/// The deliveries that ended.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ExpiredInFlight)]
 struct WireExpired {
-    /// How many deliveries.
+    /// The number of deliveries.
     expired: usize,
-    /// Their messages, by offset.
+    /// The offsets of their messages, in order.
     offsets: Vec<i64>,
 }
 

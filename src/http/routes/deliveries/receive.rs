@@ -27,80 +27,80 @@ use crate::http::routes::wire::{self, Event};
 use crate::http::state::State;
 use crate::queue::{BATCH_MAX, BATCH_WAIT_MAX, Handout, ReceiveRequest, Received, Verb, WAIT_MAX};
 
-/// How to receive. Everything is optional.
+/// Options of a receive. All are optional.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = Receive, example = json!({"max_messages": 10, "wait_seconds": 0, "consumer": "billing-1"}))]
 pub(in crate::http) struct Receive {
-    /// At most so many messages; 10 without.
+    /// At most this many messages; 10 by default.
     #[schema(minimum = 1, maximum = 1000)]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_messages: Option<i64>,
-    /// At most so many bytes of events, but one message always; 4 MiB without.
+    /// At most this many bytes of events, but always at least one message; 4 MiB by default.
     #[schema(minimum = 1, maximum = 16_777_216)]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_bytes: Option<i64>,
-    /// How long to wait for the first message; 20 without.
+    /// How long to wait for the first message; 20 by default.
     #[schema(minimum = 0, maximum = 50)]
     #[serde(skip_serializing_if = "Option::is_none")]
     wait_seconds: Option<f64>,
-    /// From the first message on, how long to wait for others until there are `max_messages`; 0 without, and never
-    /// beyond `wait_seconds`. Other receives take what is ready meanwhile.
+    /// How long to wait, after the first message, until there are `max_messages`; 0 by default, and never beyond
+    /// `wait_seconds`. Other receives can take ready messages meanwhile.
     #[schema(minimum = 0, maximum = 5)]
     #[serde(skip_serializing_if = "Option::is_none")]
     batch_wait_seconds: Option<f64>,
-    /// How long the deliveries are held; as the queue says without.
+    /// How long the deliveries are held; by default the queue's visibility timeout.
     #[schema(minimum = 1, maximum = 43200)]
     #[serde(skip_serializing_if = "Option::is_none")]
     visibility_timeout_seconds: Option<f64>,
-    /// Who receives, for the list of what is in flight.
+    /// The consumer's name, shown in the list of live deliveries.
     #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
     #[serde(skip_serializing_if = "Option::is_none")]
     consumer: Option<String>,
-    /// Repeated under the same id while its deliveries live, a receive gives the same deliveries.
+    /// Repeating a receive under the same id while its deliveries are live returns the same deliveries.
     #[schema(min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
     #[serde(skip_serializing_if = "Option::is_none")]
     receive_id: Option<String>,
-    /// Deliveries that are done. They are acknowledged first, in the commit of what is handed out, and at once: the wait
-    /// for messages does not delay it, and a receive that is given up does not undo it.
+    /// Deliveries to acknowledge. They are acknowledged first, in the commit of the new deliveries, and at once: waiting for
+    /// messages does not delay it, and abandoning the receive does not undo it.
     #[schema(min_items = 0, max_items = 1000)]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     ack: Vec<AckItem>,
 }
 
-/// What was received.
+/// The received messages.
 #[derive(ToSchema)]
 #[schema(as = Received)]
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct WireReceived {
-    /// What became of the deliveries to acknowledge; missing if there were none. Those that were refused keep nothing
-    /// from being handed out.
+    /// The results for the deliveries to acknowledge; left out if there were none. A refused one does not keep messages from being
+    /// handed out.
     #[schema(required = false, nullable = false)]
     ack: Option<WireSettled>,
     /// By offset.
     deliveries: Vec<Delivery>,
-    /// Why there are none: `empty`, `paused`, `in_flight_full`, `waiting_for_keys` or `delayed`.
+    /// The reason why there are no messages: `empty`, `paused`, `in_flight_full`, `waiting_for_keys` or `delayed`.
     #[schema(required = false, nullable = false, value_type = String)]
     reason: Option<String>,
-    /// When a delayed message falls due or a live one expires.
+    /// The next time when a delayed message falls due or a live delivery expires.
     #[schema(required = false, format = DateTime)]
     next_due_at: Option<String>,
 }
 
-/// One handing-out of one message.
+/// One delivery of one message.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes what is printed by hand")]
 struct Delivery {
-    /// What it is settled by.
+    /// The receipt that settles this delivery.
     receipt: String,
-    /// Its number, ever rising per message.
+    /// The delivery's number, which rises with each delivery of the message.
     delivery: u32,
-    /// The number of the attempt: deliveries that count.
+    /// The attempt's number. Released deliveries do not count.
     attempt: u32,
     #[schema(minimum = 1)]
     offset: i64,
     topic: String,
-    /// Until when it is held for this consumer.
+    /// This consumer holds the delivery until then.
     #[schema(format = DateTime)]
     visible_until: String,
     event: Event,

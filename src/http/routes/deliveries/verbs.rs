@@ -28,7 +28,7 @@ macro_rules! verb {
         $item:ident as $item_schema:ident { $($(#[$attr:meta])* $field:ident: $type:ty,)* }
         => |$items:ident, $sent:ident| { $($set:ident: $value:expr),* }
     ) => {
-        /// Which deliveries.
+        /// The deliveries, each named by its receipt.
         #[derive(Debug, Deserialize, ToSchema)]
         #[serde(deny_unknown_fields)]
         #[schema(as = $schema)]
@@ -85,10 +85,10 @@ verb! {
     /// Give deliveries back as failed: they are tried again later, or become dead letters.
     nack("/v1/queues/{queue}/nack", Verb::Nack): NackBody as Nack,
     NackItem as NackDelivery {
-        /// Not before so long; by the queue's retry policy without.
+        /// Try again no sooner than after this delay; by default the queue's retry policy decides.
         #[schema(minimum = 0, maximum = 43200)]
         delay_seconds: Option<f64>,
-        /// Why it failed, for the dead letter.
+        /// The reason of the failure, kept for the dead letter.
         #[schema(min_length = 1, max_length = 1024)]
         reason: Option<String>,
     } => |items, item| {
@@ -101,7 +101,7 @@ verb! {
     /// Hold deliveries for longer.
     extend("/v1/queues/{queue}/extend", Verb::Extend): ExtendBody as Extend,
     ExtendItem as ExtendDelivery {
-        /// Held for so long from now on; the queue's visibility timeout without.
+        /// Hold the delivery for this long from now on; by default the queue's visibility timeout.
         #[schema(minimum = 1, maximum = 43200)]
         visibility_timeout_seconds: Option<f64>,
     } => |items, item| {
@@ -113,7 +113,7 @@ verb! {
     /// Give deliveries back unhandled: the attempt does not count.
     release("/v1/queues/{queue}/release", Verb::Release): ReleaseBody as Release,
     ReleaseItem as ReleaseDelivery {
-        /// Not before so long; at once without.
+        /// Hand the message out no sooner than after this delay; at once by default.
         #[schema(minimum = 0, maximum = 43200)]
         delay_seconds: Option<f64>,
     } => |items, item| {
@@ -125,7 +125,7 @@ verb! {
     /// Refuse deliveries for good: they become dead letters.
     reject("/v1/queues/{queue}/reject", Verb::Reject): RejectBody as Reject,
     RejectItem as RejectDelivery {
-        /// Why it cannot succeed, for the dead letter.
+        /// The reason why it cannot succeed, kept for the dead letter.
         #[schema(min_length = 1, max_length = 1024)]
         reason: Option<String>,
     } => |items, item| {
@@ -133,20 +133,20 @@ verb! {
     }
 }
 
-/// What became of each delivery, in the order sent.
+/// The result for each delivery, in the order of the request.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Settled)]
 pub(super) struct WireSettled {
-    /// Deliveries for which the verb did what it says, now or before: with `ack` those that are `already_settled` too, with `nack`,
-    /// `release` and `reject` those that are `dead_lettered` by this very delivery. So a repeat of a request whose answer was lost
-    /// counts as the first.
+    /// The number of deliveries for which the verb's effect holds, from this request or an earlier one: `ack` counts those that are
+    /// `already_settled`, and `nack`, `release` and `reject` count those that are `dead_lettered` by this very delivery. So a repeat
+    /// of a request whose answer was lost counts like the first.
     settled: usize,
-    /// The others.
+    /// The number of other deliveries.
     refused: usize,
     deliveries: Vec<WireOutcome>,
 }
 
-/// What became of one delivery.
+/// The result for one delivery.
 #[derive(Debug, Default, Serialize, ToSchema)]
 #[schema(as = Outcome)]
 struct WireOutcome {
@@ -154,11 +154,11 @@ struct WireOutcome {
     /// `acked`, `nacked`, `extended`, `released`, `rejected`, `already_settled`, `dead_lettered`, `stale`, `gone`,
     /// `blocked` or `unknown`.
     result: &'static str,
-    /// With `nacked` and `released`: when it goes out again.
+    /// With `nacked` and `released`: the time when the message goes out again.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime)]
     due_at: Option<String>,
-    /// With `extended`: until when it is held.
+    /// With `extended`: the consumer holds the delivery until then.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime)]
     visible_until: Option<String>,
