@@ -165,7 +165,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
     OpenApiRouter::new().routes(routes!(describe))
 }
 
-/// Describe the nodes, and which of them holds what.
+/// Describe the nodes and what each of them holds.
 #[utoipa::path(
     get, path = "/v1/cluster", tag = "operation", operation_id = "describe_cluster",
     responses((status = 200, description = "The nodes", body = Cluster), Reads),

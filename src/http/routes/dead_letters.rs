@@ -161,16 +161,16 @@ fn selection(query: &mut Query) -> Selection {
     get, path = "/v1/queues/{queue}/dead-letters", tag = "dead letters", operation_id = "list_dead_letters",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
-        ("after" = Option<i64>, Query, description = "Of messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
-        ("limit" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
-        ("cause" = Option<String>, Query, description = "Only those that died so: `rejected` or `out_of_attempts`",
+        ("after" = Option<i64>, Query, description = "Only letters whose message comes after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("limit" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
+        ("cause" = Option<String>, Query, description = "Only letters with this cause: `rejected` or `out_of_attempts`",
             pattern = "^(rejected|out_of_attempts)$"),
-        ("topic" = Option<String>, Query, description = "Only of topics that match this pattern", min_length = 1, max_length = 255),
-        ("key" = Option<String>, Query, description = "Only of this ordering key", min_length = 1, max_length = 512),
-        ("reason" = Option<String>, Query, description = "Only those one of whose failures has this in its reason",
+        ("topic" = Option<String>, Query, description = "Only letters whose topic matches this pattern", min_length = 1, max_length = 255),
+        ("key" = Option<String>, Query, description = "Only letters with this ordering key", min_length = 1, max_length = 512),
+        ("reason" = Option<String>, Query, description = "Only letters with this text in the reason of one of their failures",
             min_length = 1, max_length = 512),
-        ("died_after" = Option<String>, Query, description = "Only those that died after this moment", format = DateTime),
-        ("died_before" = Option<String>, Query, description = "Only those that died before this moment", format = DateTime),
+        ("died_after" = Option<String>, Query, description = "Only letters that died after this time", format = DateTime),
+        ("died_before" = Option<String>, Query, description = "Only letters that died before this time", format = DateTime),
     ),
     responses((status = 200, description = "A page", body = Page), NoQueue, Reads),
 )]
@@ -201,7 +201,7 @@ async fn list(
     get, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters", operation_id = "read_dead_letter",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
-        ("id" = String, Path, description = "Its id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-17"),
+        ("id" = String, Path, description = "The letter's id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-17"),
     ),
     responses((status = 200, description = "The dead letter", body = Letter), NoLetter, Reads),
 )]
@@ -229,14 +229,14 @@ async fn read(
     Ok(wire::json(StatusCode::OK, &answer))
 }
 
-/// Remove a dead letter: its message counts as settled. One that is not there is removed already.
+/// Delete a dead letter: its message counts as settled. Repeating it changes nothing.
 #[utoipa::path(
     delete, path = "/v1/queues/{queue}/dead-letters/{id}", tag = "dead letters", operation_id = "remove_dead_letter",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
-        ("id" = String, Path, description = "Its id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-18"),
+        ("id" = String, Path, description = "The letter's id in the list", pattern = "^[1-9][0-9]{0,17}-[1-9][0-9]{0,17}$", example = "1-18"),
     ),
-    responses((status = 204, description = "It is not there"), NoQueue, LetterStays, Reads),
+    responses((status = 204, description = "It does not exist"), NoQueue, LetterStays, Reads),
 )]
 async fn remove(
     Extract(state): Extract<State>,

@@ -73,7 +73,7 @@ fn text(content_type: &'static str, text: &'static str) -> Response {
     response
 }
 
-/// A page to read this description and to try requests.
+/// Show a page where you can read this description and try requests.
 #[utoipa::path(
     get, path = "/docs", tag = "operation", operation_id = "show_docs",
     responses((status = 200, description = "The page", body = String, content_type = "text/html; charset=utf-8"), Fails),
@@ -82,10 +82,10 @@ async fn page() -> Response {
     text("text/html; charset=utf-8", PAGE)
 }
 
-/// A file of that page.
+/// Return a file of that page.
 #[utoipa::path(
     get, path = "/docs/{file}", tag = "operation", operation_id = "show_docs_file",
-    params(("file" = String, Path, description = "Its name", example = "page.js")),
+    params(("file" = String, Path, description = "The file's name", example = "page.js")),
     responses(
         (status = 200, description = "The file", content(
             (String = "text/javascript; charset=utf-8"),

@@ -77,15 +77,15 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 
 /// List the keys of a keyed stream, each with its version and its last message.
 ///
-/// What is published meanwhile may or may not be in it. Keys outlive their messages: retention takes those, and the key stays with its
-/// version.
+/// Messages published meanwhile may or may not be included. Keys outlive their messages: retention drops messages, and the key stays
+/// with its version.
 #[utoipa::path(
     get, path = "/v1/streams/{stream}/keys", tag = "streams", operation_id = "list_keys",
     params(
         ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders"),
-        ("after" = Option<String>, Query, description = "Keys after this one", min_length = 1, max_length = 512),
-        ("max_keys" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
-        ("max_bytes" = Option<i64>, Query, description = "At most so many bytes of events, but one key always; 4 MiB without",
+        ("after" = Option<String>, Query, description = "Only keys after this one", min_length = 1, max_length = 512),
+        ("max_keys" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
+        ("max_bytes" = Option<i64>, Query, description = "At most this many bytes of events, but always at least one key; 4 MiB by default",
             minimum = 1, maximum = 16_777_216),
     ),
     responses((status = 200, description = "A page", body = WireKeys), NoStream, NotKeyed, Reads),
@@ -116,17 +116,17 @@ async fn list(
 
 /// Read the history of a key of a keyed stream, in order, and its version.
 ///
-/// The version and the messages are of one moment: a page whose `next_after` is null has all up to `version`. A key that was never used has
-/// version 0 and no messages. Slashes and other special characters of the key are percent-encoded in the path.
+/// The version and the messages are from one moment: a page whose `next_after` is null has all messages up to `version`. A key that
+/// was never used has version 0 and no messages. Percent-encode slashes and other special characters of the key in the path.
 #[utoipa::path(
     get, path = "/v1/streams/{stream}/keys/{key}", tag = "streams", operation_id = "read_key",
     params(
         ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders"),
         ("key" = String, Path, min_length = 1, max_length = 512, example = "customer-7"),
-        ("after" = Option<i64>, Query, description = "Messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("after" = Option<i64>, Query, description = "Only messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
         ("last" = Option<bool>, Query, description = "Only the last message"),
-        ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
-        ("max_bytes" = Option<i64>, Query, description = "At most so many bytes of events, but one message always; 4 MiB without",
+        ("max_messages" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
+        ("max_bytes" = Option<i64>, Query, description = "At most this many bytes of events, but always at least one message; 4 MiB by default",
             minimum = 1, maximum = 16_777_216),
     ),
     responses((status = 200, description = "A page", body = WireHistory), NoStream, NotKeyed, Reads),

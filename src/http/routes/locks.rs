@@ -192,9 +192,9 @@ impl Wanted {
 #[utoipa::path(
     get, path = "/v1/locks", tag = "locks", operation_id = "list_locks",
     params(
-        ("after" = Option<String>, Query, description = "`next_after` of the page before", min_length = 1, max_length = 100,
+        ("after" = Option<String>, Query, description = "`next_after` of the previous page", min_length = 1, max_length = 100,
             pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"),
-        ("max_locks" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+        ("max_locks" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
     ),
     responses((status = 200, description = "A page", body = Locks), Reads),
 )]
@@ -216,8 +216,8 @@ async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Respon
 
 /// Acquire a lock, or renew it.
 ///
-/// A lock that another holds is waited for, in line. A lock here is a lease: its time can be up while its holder still works. What the
-/// lock protects must refuse a token lower than one it has seen.
+/// If another owner holds the lock, the request waits in line. A lock is a lease: its time can be up while its holder still works.
+/// So whatever the lock protects must refuse a token lower than one it has seen.
 #[utoipa::path(
     put, path = "/v1/locks/{name}", tag = "locks", operation_id = "acquire_lock",
     params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
@@ -254,7 +254,7 @@ async fn acquire(
     Ok(wire::json(StatusCode::OK, &HeldLock::new(&name, holder)))
 }
 
-/// Look at a lock: who holds it, until when, and who waits.
+/// Describe a lock: who holds it, until when, and who waits.
 #[utoipa::path(
     get, path = "/v1/locks/{name}", tag = "locks", operation_id = "describe_lock",
     params(("name" = String, Path, description = "The lock", min_length = 1, max_length = 100,
@@ -271,8 +271,8 @@ async fn describe(
     Ok(wire::json(StatusCode::OK, &Lock::from(lock)))
 }
 
-/// Release a lock that is held under a token. Repeating it changes nothing, and it is no error when the lock is not held under that
-/// token any more: afterwards it is not.
+/// Release a lock that is held under a token. Repeating it changes nothing, and it is no error if the lock is no longer held under
+/// that token.
 #[utoipa::path(
     delete, path = "/v1/locks/{name}", tag = "locks", operation_id = "release_lock",
     params(
@@ -281,7 +281,7 @@ async fn describe(
         ("token" = i64, Query, description = "The token under which it is held", minimum = 1,
             maximum = 9_007_199_254_740_991_i64),
     ),
-    responses((status = 204, description = "Not held under this token"), Writes),
+    responses((status = 204, description = "The lock is not held under this token"), Writes),
 )]
 async fn release(
     Extract(state): Extract<State>,

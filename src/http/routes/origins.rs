@@ -256,8 +256,8 @@ async fn describe(
     get, path = "/v1/origins/{origin}/rejected", tag = "origins", operation_id = "list_rejected",
     params(
         ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local"),
-        ("after" = Option<i64>, Query, description = "Rows after this number", minimum = 0, maximum = 9_007_199_254_740_991_i64),
-        ("max_rows" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+        ("after" = Option<i64>, Query, description = "Only rows after this number", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("max_rows" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
     ),
     responses((status = 200, description = "A page", body = Rejected), NoOrigin, Reads),
 )]
@@ -291,7 +291,7 @@ async fn rejected(
     delete, path = "/v1/origins/{origin}/rejected", tag = "origins",
     params(
         ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
-        ("through" = i64, Query, description = "Rows up to this number", minimum = 1, maximum = 9_007_199_254_740_991_i64),
+        ("through" = i64, Query, description = "Delete rows up to this number", minimum = 1, maximum = 9_007_199_254_740_991_i64),
     ),
     responses((status = 200, description = "Deleted", body = Cleared), NoOrigin, Reads),
 )]
@@ -316,14 +316,14 @@ async fn clear_rejected(
     Ok(wire::json(StatusCode::OK, &Cleared { deleted }))
 }
 
-/// Delete a rejected row. One that is not there is deleted already.
+/// Delete a rejected row. Repeating it changes nothing.
 #[utoipa::path(
     delete, path = "/v1/origins/{origin}/rejected/{id}", tag = "origins",
     params(
         ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]+$", example = "local"),
-        ("id" = i64, Path, description = "Its number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
+        ("id" = i64, Path, description = "The row's number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
     ),
-    responses((status = 204, description = "It is not there"), NoOrigin, Reads),
+    responses((status = 204, description = "It does not exist"), NoOrigin, Reads),
 )]
 async fn remove_rejected(
     Extract(state): Extract<State>,
@@ -336,15 +336,15 @@ async fn remove_rejected(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-/// Send a rejected row on, corrected or as it is.
+/// Resend a rejected row, corrected or as it is.
 #[utoipa::path(
     post, path = "/v1/origins/{origin}/rejected/{id}/resend", tag = "origins", operation_id = "resend_rejected",
     params(
         ("origin" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "local"),
-        ("id" = i64, Path, description = "Its number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
+        ("id" = i64, Path, description = "The row's number in the list", minimum = 1, maximum = 9_007_199_254_740_991_i64),
     ),
     request_body = Resend,
-    responses((status = 200, description = "Sent on", body = Resent), NoRejected, Resends),
+    responses((status = 200, description = "The message that was published", body = Resent), NoRejected, Resends),
 )]
 async fn resend(
     Extract(state): Extract<State>,

@@ -241,16 +241,16 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 
 /// Publish messages to a topic.
 ///
-/// Binary mode takes attributes from `ce-` headers and the body as the payload; a body without any is a payload all the
-/// same, JSON unless `Content-Type` says otherwise. All or nothing: one fault refuses the whole request.
-/// Deduplicated by source and id for 24 hours.
+/// In binary mode the attributes come from `ce-` headers and the payload is the body. A body without such headers is a payload, too:
+/// JSON unless `Content-Type` says otherwise. All or nothing: one fault refuses the whole request. Messages are deduplicated by
+/// source and id for 24 hours.
 #[utoipa::path(
     post, path = "/v1/topics/{topic}/messages", tag = "publish",
     params(
         ("topic" = String, Path, description = "Tokens of A-Z a-z 0-9 _ -, separated by dots",
             min_length = 1, max_length = 255, pattern = "^[A-Za-z0-9_-]+(\\.[A-Za-z0-9_-]+)*$", example = "orders.created"),
         ("Idempotency-Key" = Option<String>, Header,
-            description = "Makes the ids of messages without one. The same request again: duplicates. Another one with the same key: 409",
+            description = "Gives ids to messages that have none. Repeating the same request yields duplicates; another request with the same key: 409",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
     request_body(content(
@@ -259,7 +259,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
         (serde_json::Value = "application/json"),
         (String = "text/plain"),
     )),
-    responses((status = 200, description = "Published, and durable", body = Published), Publishes),
+    responses((status = 200, description = "The messages are published and durable", body = Published), Publishes),
 )]
 async fn publish(
     Extract(state): Extract<State>,
@@ -289,20 +289,21 @@ async fn publish(
 
 /// Publish messages to several topics.
 ///
-/// To any number of topics and streams: all or nothing, in one commit. One fault refuses the whole request, and `errors` names
-/// the items. Deduplicated by source and id for 24 hours, as in all publishing; with `Idempotency-Key`, also where messages have no id.
+/// The messages can go to any number of topics and streams: all or nothing, in one commit. One fault refuses the whole request, and
+/// `errors` names the items. Messages are deduplicated by source and id for 24 hours, as in all publishing; with `Idempotency-Key`,
+/// also messages without an id.
 #[utoipa::path(
     post, path = "/v1/messages", tag = "publish",
     params(
         ("Idempotency-Key" = Option<String>, Header,
-            description = "Makes the ids of messages without one. The same request again: duplicates. Another one with the same key: 409",
+            description = "Gives ids to messages that have none. Repeating the same request yields duplicates; another request with the same key: 409",
             min_length = 1, max_length = 255, pattern = "^[!-~]+$"),
     ),
     request_body(content = NewMessages, example = json!({"messages": [
         {"topic": "orders.created", "key": "customer-7", "data": {"order": 1}},
         {"topic": "audit.orders", "event": {"specversion": "1.0", "id": "a-1", "source": "/shop", "type": "audit", "data": "order 1"}},
     ]})),
-    responses((status = 200, description = "Published, and durable", body = Published), Publishes),
+    responses((status = 200, description = "The messages are published and durable", body = Published), Publishes),
 )]
 async fn publish_together(
     Extract(state): Extract<State>,

@@ -121,18 +121,18 @@ fn not_found(offset: Offset, state: MessageState) -> Problem {
     Problem::new(Kind::QueueMessageNotFound, detail)
 }
 
-/// Look for messages that match the queue's topics, and see what has become of each. A request looks at a bounded part of the
-/// stream: go on with `next_after` until it is null.
+/// Find messages that match the queue's topics, and show the state of each. A request looks at a bounded part of the stream:
+/// continue with `next_after` until it is null.
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/messages", tag = "queues", operation_id = "search_messages",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
-        ("key" = Option<String>, Query, description = "Of this ordering key", min_length = 1, max_length = 512),
-        ("topic" = Option<String>, Query, description = "Of topics that match this pattern", min_length = 1, max_length = 255),
-        ("id" = Option<String>, Query, description = "Of this CloudEvents id", min_length = 1, max_length = 1024),
-        ("after" = Option<i64>, Query, description = "After this offset; from where the queue began without",
+        ("key" = Option<String>, Query, description = "Only messages with this ordering key", min_length = 1, max_length = 512),
+        ("topic" = Option<String>, Query, description = "Only messages whose topic matches this pattern", min_length = 1, max_length = 255),
+        ("id" = Option<String>, Query, description = "Only messages with this CloudEvents id", min_length = 1, max_length = 1024),
+        ("after" = Option<i64>, Query, description = "Only messages after this offset; by default from the queue's start",
             minimum = 0, maximum = 9_007_199_254_740_991_i64),
-        ("max_messages" = Option<i64>, Query, description = "At most so many; 20 without", minimum = 1, maximum = 100),
+        ("max_messages" = Option<i64>, Query, description = "At most this many; 20 by default", minimum = 1, maximum = 100),
     ),
     responses((status = 200, description = "A page", body = WirePage), NoQueue, Reads),
 )]
@@ -188,7 +188,7 @@ async fn search(
     Ok(wire::json_counted(out, share))
 }
 
-/// See one message, and what has become of it in this queue.
+/// Describe one message and its state in this queue.
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues", operation_id = "find_message",
     params(
@@ -227,15 +227,15 @@ async fn find(
     }
 }
 
-/// Delete a message from this queue, also while a consumer holds it. Other queues of the stream have it as before. A dead letter is
-/// deleted by its own id. Repeating it is safe.
+/// Delete a message from this queue, even while a consumer holds it. Other queues of the stream keep it. Dead letters have their
+/// own request for this, by id. Repeating it is safe.
 #[utoipa::path(
     delete, path = "/v1/queues/{queue}/messages/{offset}", tag = "queues", operation_id = "delete_message",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),
     ),
-    responses((status = 200, description = "What became of it", body = WireActed), NoMessage, Writes),
+    responses((status = 200, description = "The result", body = WireActed), NoMessage, Writes),
 )]
 async fn delete(
     Extract(state): Extract<State>,
@@ -247,8 +247,7 @@ async fn delete(
     act(&state, &name, offset, Act::Delete).await
 }
 
-/// Make a message a dead letter, also while a consumer holds it: how one that blocks its key is taken out of the way. Repeating it
-/// is safe.
+/// Make a message a dead letter, even while a consumer holds it. Use it for a message that blocks its key. Repeating it is safe.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/messages/{offset}/reject", tag = "queues", operation_id = "reject_message",
     params(
@@ -256,7 +255,7 @@ async fn delete(
         ("offset" = i64, Path, minimum = 1, maximum = 9_007_199_254_740_991_i64, example = 1),
     ),
     request_body = RejectBody,
-    responses((status = 200, description = "What became of it", body = WireActed), NoMessage, Writes),
+    responses((status = 200, description = "The result", body = WireActed), NoMessage, Writes),
 )]
 async fn reject(
     Extract(state): Extract<State>,

@@ -507,14 +507,14 @@ async fn list(
     Ok(wire::json(StatusCode::OK, &queues))
 }
 
-/// Declare a queue: make it, or change it. A message published after the answer is delivered if it matches.
+/// Declare a queue: create it, or change its settings. It delivers every matching message that is published after the answer.
 #[utoipa::path(
     put, path = "/v1/queues/{queue}", tag = "queues", operation_id = "declare_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Declaration,
     responses(
-        (status = 200, description = "It was there, and has these settings now", body = Queue),
-        (status = 201, description = "It is new", body = Queue),
+        (status = 200, description = "It existed, and now has these settings", body = Queue),
+        (status = 201, description = "It has been created", body = Queue),
         QueueConflicts, Writes,
     ),
 )]
@@ -534,7 +534,7 @@ async fn declare(
     Ok(wire::json(status, &Queue::from(queue)))
 }
 
-/// Describe a queue, with its numbers.
+/// Describe a queue and its numbers.
 #[utoipa::path(
     get, path = "/v1/queues/{queue}", tag = "queues", operation_id = "describe_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),

@@ -239,12 +239,12 @@ impl Request {
     }
 }
 
-/// List a queue's redrives. Those that ended are kept for 30 days.
+/// List a queue's redrives. Ended ones are kept for 30 days.
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/redrives", tag = "dead letters", operation_id = "list_redrives",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
-        ("limit" = Option<i64>, Query, description = "The newest so many; 100 without", minimum = 1, maximum = 1000),
+        ("limit" = Option<i64>, Query, description = "At most this many, newest first; 100 by default", minimum = 1, maximum = 1000),
     ),
     responses((status = 200, description = "Redrives", body = Redrives), NoQueue, Reads),
 )]
@@ -261,16 +261,16 @@ async fn list(
     Ok(wire::json(StatusCode::OK, &Redrives { redrives }))
 }
 
-/// Bring dead letters back into their queue, and into no other: in offset order, each with all its attempts. A message that comes
-/// back goes out before later ones; receipts of former deliveries are `stale`.
+/// Redrive dead letters into their own queue, in offset order, each with all its attempts. A redriven message goes out before later
+/// ones; receipts of its former deliveries are `stale`. Other queues are not affected.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/redrives", tag = "dead letters", operation_id = "begin_redrive",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Request,
     responses(
-        (status = 200, description = "A dry run's counts; or there is a redrive of this name already, and nothing new begins",
+        (status = 200, description = "The counts of a dry run; or the redrive with this id, which had begun before",
             body = Answer),
-        (status = 201, description = "It has begun", body = View),
+        (status = 201, description = "The redrive has begun", body = View),
         NoQueue, QueueBounds, Writes,
     ),
 )]
@@ -310,7 +310,7 @@ enum Answer {
     Redrive(Box<View>),
 }
 
-/// Describe a redrive, as far as it has got.
+/// Describe a redrive and its progress.
 #[utoipa::path(
     get, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters", operation_id = "describe_redrive",
     params(
@@ -330,14 +330,14 @@ async fn describe(
     Ok(wire::json(StatusCode::OK, &View::from(redrive)))
 }
 
-/// Cancel a redrive: what came back stays in the queue, the other letters stay dead. One that is over is left as it is.
+/// Cancel a redrive: redriven messages stay in the queue, and the other letters stay dead. A redrive that has ended is left as it is.
 #[utoipa::path(
     delete, path = "/v1/queues/{queue}/redrives/{id}", tag = "dead letters", operation_id = "cancel_redrive",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("id" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "after-the-fix"),
     ),
-    responses((status = 204, description = "It does not run"), NoRedrive, Cancels, Reads),
+    responses((status = 204, description = "The redrive is not running"), NoRedrive, Cancels, Reads),
 )]
 async fn cancel(
     Extract(state): Extract<State>,

@@ -89,8 +89,8 @@ fn answer(renewed: Renewed) -> Response {
     wire::json(StatusCode::OK, &answer)
 }
 
-/// Go on at another place of the stream, in a new generation. Receipts of before are `gone`; dead letters stay; receives that
-/// wait go on.
+/// Continue at another place in the stream, and begin a new generation. Earlier receipts are `gone`; dead letters stay; waiting
+/// receives go on.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/seek", tag = "queues", operation_id = "seek_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
@@ -118,8 +118,8 @@ async fn seek(
     Ok(answer(renewed))
 }
 
-/// Drop everything that the stream has by now, in a new generation: from this queue only. Receipts of before are `gone`; dead
-/// letters stay; receives that wait go on.
+/// Drop from this queue everything that the stream has by now, and begin a new generation. Other queues keep the messages. Earlier
+/// receipts are `gone`; dead letters stay; waiting receives go on.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/purge", tag = "queues", operation_id = "purge_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
@@ -144,8 +144,8 @@ async fn purge(
     Ok(answer(renewed))
 }
 
-/// Hand nothing out until the queue is resumed. Receives wait, or answer `paused`; the verbs, expiry and delays go on. Repeating
-/// it changes nothing.
+/// Pause the queue: it hands out nothing until it is resumed. Receives wait, or answer `paused`; the verbs, expiry and delays go on.
+/// Repeating it changes nothing.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/pause", tag = "queues", operation_id = "pause_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
@@ -159,7 +159,7 @@ async fn pause(
     set_paused(&state, &name, query, true).await
 }
 
-/// Go on handing out. Repeating it changes nothing.
+/// Resume a paused queue. Repeating it changes nothing.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/resume", tag = "queues", operation_id = "resume_queue",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),

@@ -69,27 +69,26 @@ enum From {
     Time(DateTime<Utc>),
 }
 
-/// Replay a stream: a page at a time, or with `Accept: text/event-stream` as server-sent events that go on live.
+/// Replay a stream: a page at a time, or with `Accept: text/event-stream` as server-sent events that continue live.
 ///
-/// An event's `id` is the message's offset, its `data` the same JSON as in a page. A client that connects again with
-/// `Last-Event-ID` goes on after it. Named events end a stream of events: `too_slow` (nothing was taken for 30 seconds),
-/// `offset_gone` (retention dropped what was not sent yet; `first_offset` is the first one left), `stream_deleted`,
+/// An event's `id` is the message's offset, and its `data` is the same JSON as in a page. A client that reconnects with
+/// `Last-Event-ID` continues after it. A named event ends a stream of events: `too_slow` (the client read nothing for 30 seconds),
+/// `offset_gone` (retention dropped messages before they were sent; `first_offset` is the first one left), `stream_deleted` or
 /// `stopping`.
 #[utoipa::path(
     get, path = "/v1/streams/{stream}/messages", tag = "streams", operation_id = "replay_stream",
     params(
         ("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "main"),
-        ("after" = Option<i64>, Query, description = "Messages after this offset, none of which may be gone (410); from the first \
-            one left without", minimum = 0, maximum = 9_007_199_254_740_991_i64),
-        ("at" = Option<String>, Query, description = "Messages appended at or after this time; not together with `after`",
+        ("after" = Option<i64>, Query, description = "Only messages after this offset. If some of them are gone, \
+            the answer is 410. By default from the first message left", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("at" = Option<String>, Query, description = "Only messages appended at or after this time; not together with `after`",
             format = DateTime),
-        ("topic" = Option<Vec<String>>, Query, description = "Only topics that match this pattern; can be repeated",
+        ("topic" = Option<Vec<String>>, Query, description = "Only messages whose topic matches this pattern; can be repeated",
             max_items = 100),
-        ("key" = Option<String>, Query, description = "Only this ordering key", min_length = 1, max_length = 512),
-        ("max_messages" = Option<i64>, Query, description = "Of a page: at most so many; 100 without", minimum = 1, maximum = 1000),
-        ("max_bytes" = Option<i64>, Query, description = "Of a page: at most so many bytes of events, but one message always; \
-            4 MiB without", minimum = 1, maximum = 16_777_216),
-        ("Last-Event-ID" = Option<i64>, Header, description = "Of server-sent events: the last id received; goes before `after` and `at`",
+        ("key" = Option<String>, Query, description = "Only messages with this ordering key", min_length = 1, max_length = 512),
+        ("max_messages" = Option<i64>, Query, description = "For pages: at most this many messages; 100 by default", minimum = 1, maximum = 1000),
+        ("max_bytes" = Option<i64>, Query, description = "For pages: at most this many bytes of events, but always at least one message; 4 MiB by default", minimum = 1, maximum = 16_777_216),
+        ("Last-Event-ID" = Option<i64>, Header, description = "For server-sent events: the last id received; takes precedence over `after` and `at`",
             minimum = 0, maximum = 9_007_199_254_740_991_i64),
     ),
     responses(

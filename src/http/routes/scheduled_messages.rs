@@ -107,18 +107,18 @@ fn not_found() -> Problem {
     )
 }
 
-/// List messages that wait to enter their streams, in the order in which they are due.
+/// List scheduled messages that wait to enter their streams, by due time.
 #[utoipa::path(
     get, path = "/v1/scheduled-messages", tag = "scheduled messages", operation_id = "list_scheduled_messages",
     params(
-        ("stream" = Option<String>, Query, description = "Only of this stream", min_length = 1, max_length = 100,
+        ("stream" = Option<String>, Query, description = "Only messages of this stream", min_length = 1, max_length = 100,
             pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$"),
-        ("topic" = Option<String>, Query, description = "Only topics that match this pattern"),
-        ("key" = Option<String>, Query, description = "Only this ordering key", min_length = 1, max_length = 512),
-        ("due_from" = Option<String>, Query, description = "Only those due at or after this time", format = DateTime),
-        ("due_until" = Option<String>, Query, description = "Only those due before this time", format = DateTime),
-        ("after" = Option<String>, Query, description = "`next_after` of the page before", max_length = 100),
-        ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+        ("topic" = Option<String>, Query, description = "Only messages whose topic matches this pattern"),
+        ("key" = Option<String>, Query, description = "Only messages with this ordering key", min_length = 1, max_length = 512),
+        ("due_from" = Option<String>, Query, description = "Only messages due at or after this time", format = DateTime),
+        ("due_until" = Option<String>, Query, description = "Only messages due before this time", format = DateTime),
+        ("after" = Option<String>, Query, description = "`next_after` of the previous page", max_length = 100),
+        ("max_messages" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
     ),
     responses((status = 200, description = "A page", body = WaitingMessages), NoStream, Reads),
 )]
@@ -170,7 +170,7 @@ async fn list(Extract(state): Extract<State>, mut query: Query) -> Result<Respon
     Ok(wire::json(StatusCode::OK, &answer))
 }
 
-/// Describe a scheduled message, whatever became of it. Published and cancelled ones are kept for a day after they were due.
+/// Describe a scheduled message and its state. Published and cancelled ones are kept for a day after their due time.
 #[utoipa::path(
     get, path = "/v1/scheduled-messages/{id}", tag = "scheduled messages", operation_id = "describe_scheduled_message",
     params(("id" = String, Path, min_length = 1, max_length = 100, example = "1-1764000000000000-17")),
@@ -206,12 +206,12 @@ async fn describe(
     Ok(wire::json(StatusCode::OK, &answer))
 }
 
-/// Cancel a scheduled message: it never enters its stream. Its id stays taken for 24 hours from when it was accepted. Too late: 409
-/// with the `offset` that it has. Safe to repeat.
+/// Cancel a scheduled message, so that it never enters its stream. Its id stays taken for 24 hours after it was accepted. If the
+/// message has been published, the answer is 409 with its `offset`. Safe to repeat.
 #[utoipa::path(
     delete, path = "/v1/scheduled-messages/{id}", tag = "scheduled messages", operation_id = "cancel_scheduled_message",
     params(("id" = String, Path, min_length = 1, max_length = 100, example = "1-1764000000000000-17")),
-    responses((status = 204, description = "It is cancelled, now or before"), NoScheduled, CancelsScheduled, Reads),
+    responses((status = 204, description = "The message is cancelled, by this request or an earlier one"), NoScheduled, CancelsScheduled, Reads),
 )]
 async fn cancel(
     Extract(state): Extract<State>,

@@ -312,18 +312,18 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
     Ok(wire::json(StatusCode::OK, &Schedules { schedules }))
 }
 
-/// Declare a schedule: messages are published again and again from now on, each occurrence once, whatever happens to the broker.
+/// Declare a schedule: it publishes a message again and again from now on, each occurrence once, whatever happens to the broker.
 ///
-/// A change of `cron` or `time_zone`, and the end of a pause, begin anew from now. Repeating the declaration changes nothing.
-/// What is due at a fixed time in an hour that the zone skips comes with the first moment after it; in one that it has twice,
-/// once. What recurs by `*` or a step is passed over, or comes in both.
+/// A change of `cron` or `time_zone`, and the end of a pause, start afresh from now. Repeating the declaration changes nothing.
+/// Daylight saving time: an occurrence at a fixed time in a skipped hour comes at the first moment after it, and in a repeated hour
+/// it comes once. An occurrence by `*` or a step is left out in a skipped hour, and comes in both repeated hours.
 #[utoipa::path(
     put, path = "/v1/schedules/{name}", tag = "scheduled messages", operation_id = "declare_schedule",
     params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report")),
     request_body = Body,
     responses(
-        (status = 200, description = "It was there, and is as declared now", body = View),
-        (status = 201, description = "It is new", body = View),
+        (status = 200, description = "It existed, and now is as declared", body = View),
+        (status = 201, description = "It has been created", body = View),
         SchedulesFull, Writes,
     ),
 )]
@@ -346,12 +346,12 @@ async fn declare(
     Ok(wire::json(status, &View::of(schedule, now, shown)))
 }
 
-/// Describe a schedule, with the occurrences that come next.
+/// Describe a schedule and its next occurrences.
 #[utoipa::path(
     get, path = "/v1/schedules/{name}", tag = "scheduled messages", operation_id = "describe_schedule",
     params(
         ("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report"),
-        ("next" = Option<i64>, Query, description = "So many of the next occurrences; 5 without", minimum = 0, maximum = 100),
+        ("next" = Option<i64>, Query, description = "How many of the next occurrences to return; 5 by default", minimum = 0, maximum = 100),
     ),
     responses((status = 200, description = "The schedule", body = View), NoSchedule, Reads),
 )]
@@ -368,11 +368,11 @@ async fn describe(
     Ok(wire::json(StatusCode::OK, &view))
 }
 
-/// Delete a schedule. What it published stays.
+/// Delete a schedule. The messages that it published stay.
 #[utoipa::path(
     delete, path = "/v1/schedules/{name}", tag = "scheduled messages", operation_id = "delete_schedule",
     params(("name" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "daily-report")),
-    responses((status = 204, description = "It is gone"), NoSchedule, Reads),
+    responses((status = 204, description = "It does not exist"), NoSchedule, Reads),
 )]
 async fn delete(
     Extract(state): Extract<State>,

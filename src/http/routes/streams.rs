@@ -273,14 +273,14 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
     Ok(wire::json(StatusCode::OK, &Streams { streams }))
 }
 
-/// Declare a stream: make it, or change its settings. Repeating it changes nothing.
+/// Declare a stream: create it, or change its settings. Repeating it changes nothing.
 #[utoipa::path(
     put, path = "/v1/streams/{stream}", tag = "streams", operation_id = "declare_stream",
     params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "orders")),
     request_body = Declaration,
     responses(
-        (status = 200, description = "It was there, and has these settings now", body = Stream),
-        (status = 201, description = "It is new", body = Stream),
+        (status = 200, description = "It existed, and now has these settings", body = Stream),
+        (status = 201, description = "It has been created", body = Stream),
         StreamConflicts, Writes,
     ),
 )]
@@ -316,11 +316,11 @@ async fn describe(
     Ok(wire::json(StatusCode::OK, &Stream::from(stream)))
 }
 
-/// Delete a stream with its messages. Its topics fall to `main` from then on. While messages wait to enter it later, only by force.
+/// Delete a stream with its messages. Its topics then belong to `main`. A stream with scheduled messages needs `force`.
 #[utoipa::path(
     delete, path = "/v1/streams/{stream}", tag = "streams", operation_id = "delete_stream",
     params(("stream" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "gone"),
-        ("force" = Option<bool>, Query, description = "Delete what waits to enter it, too"),
+        ("force" = Option<bool>, Query, description = "Also delete the scheduled messages that wait to enter the stream"),
     ),
     responses((status = 204, description = "Deleted"), NoStream, StreamStays, Reads),
 )]

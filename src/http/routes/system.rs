@@ -72,10 +72,10 @@ fn text(content_type: &'static str, body: String) -> Response {
     response
 }
 
-/// Whether the process lives.
+/// Tell whether the process is alive.
 #[utoipa::path(
     get, path = "/healthz", tag = "operation",
-    responses((status = 200, description = "It does", body = Health), Fails),
+    responses((status = 200, description = "The process is alive", body = Health), Fails),
 )]
 async fn healthz() -> Response {
     health()
@@ -86,12 +86,12 @@ pub(in crate::http) fn health() -> Response {
     wire::json(StatusCode::OK, &Health { status: "ok" })
 }
 
-/// Whether the process takes traffic, and if not, why.
+/// Tell whether the process takes traffic and, if not, why.
 #[utoipa::path(
     get, path = "/readyz", tag = "operation",
     responses(
-        (status = 200, description = "It does", body = Ready),
-        (status = 503, description = "It does not", body = Ready),
+        (status = 200, description = "The process takes traffic", body = Ready),
+        (status = 503, description = "The process takes no traffic", body = Ready),
         Fails,
     ),
 )]
@@ -116,7 +116,7 @@ pub(in crate::http) fn ready(readiness: &Readiness) -> Response {
     wire::json(status, &ready)
 }
 
-/// The metrics: in the OpenMetrics text format for who asks for it (`Accept`), as Prometheus does, else in Prometheus' own.
+/// Return the metrics, in the OpenMetrics text format if the request asks for it (`Accept`), as Prometheus does, otherwise in Prometheus' own.
 #[utoipa::path(
     get, path = "/metrics", tag = "operation",
     responses(
@@ -143,7 +143,7 @@ pub(in crate::http) fn scrape(
     Ok(text(format.content_type(), format.print(body)))
 }
 
-/// This description.
+/// Return this description.
 #[utoipa::path(
     get, path = "/openapi.yaml", tag = "operation",
     responses(
@@ -156,7 +156,7 @@ async fn openapi() -> Response {
     text("application/yaml", YAML.clone())
 }
 
-/// What a problem means, and what to do about it.
+/// Explain a problem and what to do about it.
 #[utoipa::path(
     get, path = "/problems/{problem}", tag = "operation", operation_id = "read_problem",
     params(("problem" = String, Path, description = "The last part of the problem's type", example = "queue-not-found")),

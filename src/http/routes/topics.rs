@@ -183,17 +183,17 @@ async fn list(Extract(state): Extract<State>, query: Query) -> Result<Response, 
     Ok(wire::json(StatusCode::OK, &Topics { topics }))
 }
 
-/// Declare the settings of topics, in place of those that the pattern had. Repeating it changes nothing.
+/// Declare the settings of a pattern's topics. They replace the pattern's earlier settings. Repeating it changes nothing.
 ///
-/// Applied by this node before it answers, by the others within a second. `>` is written `%3E` in the path.
+/// This node applies them before it answers, the others within a second. Write `>` as `%3E` in the path.
 #[utoipa::path(
     put, path = "/v1/topics/{topic}", tag = "topics", operation_id = "declare_topic",
     params(("topic" = String, Path, description = "A topic, or a pattern over topics: `*` is one token, a final `>` the rest",
         min_length = 1, max_length = 255, pattern = "^(>|([A-Za-z0-9_-]+|\\*)(\\.([A-Za-z0-9_-]+|\\*))*(\\.>)?)$", example = "orders.created")),
     request_body = Declaration,
     responses(
-        (status = 200, description = "The pattern had settings, and has these now", body = TopicSettings),
-        (status = 201, description = "The pattern has settings now", body = TopicSettings),
+        (status = 200, description = "The pattern had settings, and now has these", body = TopicSettings),
+        (status = 201, description = "The pattern now has settings", body = TopicSettings),
         TopicSettingsBounds, Writes,
     ),
 )]

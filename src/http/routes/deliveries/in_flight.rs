@@ -79,9 +79,9 @@ pub(super) fn routes() -> OpenApiRouter<State> {
     get, path = "/v1/queues/{queue}/in-flight", tag = "deliveries", operation_id = "list_in_flight",
     params(
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
-        ("consumer" = Option<String>, Query, description = "Of this consumer only", min_length = 1, max_length = 255),
-        ("after" = Option<i64>, Query, description = "Of offsets after this one", minimum = 0, maximum = 9_007_199_254_740_991_i64),
-        ("max_messages" = Option<i64>, Query, description = "At most so many; 100 without", minimum = 1, maximum = 1000),
+        ("consumer" = Option<String>, Query, description = "Only deliveries of this consumer", min_length = 1, max_length = 255),
+        ("after" = Option<i64>, Query, description = "Only messages after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
+        ("max_messages" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
     ),
     responses((status = 200, description = "A page", body = WireInFlight), NoQueue, Reads),
 )]
@@ -130,13 +130,13 @@ async fn in_flight(
     Ok(wire::json(StatusCode::OK, &answer))
 }
 
-/// End live deliveries before their time, as if it were up: the attempts count, and the messages go out again. Repeating it ends
-/// those that are live then; `delivered_before` leaves out what was handed out since.
+/// End live deliveries early, as if they had expired: the attempts count, and the messages go out again. Repeating it ends the
+/// deliveries that are live then; `delivered_before` excludes those that began since.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/in-flight/expire", tag = "deliveries", operation_id = "expire_in_flight",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = ExpireBody,
-    responses((status = 200, description = "What ended", body = WireExpired), NoQueue, Writes),
+    responses((status = 200, description = "The deliveries that ended", body = WireExpired), NoQueue, Writes),
 )]
 async fn expire(
     Extract(state): Extract<State>,

@@ -191,12 +191,12 @@ impl Receive {
     }
 }
 
-/// Receive messages, waiting for the first one if need be.
+/// Receive messages; wait for the first one if necessary.
 #[utoipa::path(
     post, path = "/v1/queues/{queue}/receive", tag = "deliveries",
     params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
     request_body = Receive,
-    responses((status = 200, description = "Deliveries, or why there are none", body = WireReceived), NoQueue, QueueBounds, Writes),
+    responses((status = 200, description = "Deliveries, or the reason why there are none", body = WireReceived), NoQueue, QueueBounds, Writes),
 )]
 async fn receive(
     Extract(state): Extract<State>,

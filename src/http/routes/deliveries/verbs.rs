@@ -52,7 +52,7 @@ macro_rules! verb {
             post, path = $path, tag = "deliveries",
             params(("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing")),
             request_body = $body,
-            responses((status = 200, description = "What became of each", body = WireSettled), NoQueue, Writes),
+            responses((status = 200, description = "The result for each delivery", body = WireSettled), NoQueue, Writes),
         )]
         async fn $route(
             Extract(state): Extract<State>,
@@ -76,13 +76,13 @@ macro_rules! verb {
 }
 
 verb! {
-    /// Settle deliveries: done.
+    /// Acknowledge deliveries: they are done.
     ack("/v1/queues/{queue}/ack", Verb::Ack): AckBody as Ack,
     AckItem as AckDelivery {} => |items, item| {}
 }
 
 verb! {
-    /// Give deliveries back as failed: they are tried again later, or become dead letters.
+    /// Give deliveries back as failed: their messages are retried later, or become dead letters.
     nack("/v1/queues/{queue}/nack", Verb::Nack): NackBody as Nack,
     NackItem as NackDelivery {
         /// Try again no sooner than after this delay; by default the queue's retry policy decides.
@@ -98,7 +98,7 @@ verb! {
 }
 
 verb! {
-    /// Hold deliveries for longer.
+    /// Extend deliveries: hold them for longer.
     extend("/v1/queues/{queue}/extend", Verb::Extend): ExtendBody as Extend,
     ExtendItem as ExtendDelivery {
         /// Hold the delivery for this long from now on; by default the queue's visibility timeout.
@@ -122,7 +122,7 @@ verb! {
 }
 
 verb! {
-    /// Refuse deliveries for good: they become dead letters.
+    /// Reject deliveries for good: their messages become dead letters.
     reject("/v1/queues/{queue}/reject", Verb::Reject): RejectBody as Reject,
     RejectItem as RejectDelivery {
         /// The reason why it cannot succeed, kept for the dead letter.
