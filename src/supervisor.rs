@@ -108,7 +108,7 @@ impl Supervisor {
             if on_end == OnEnd::StopProcess && !stop.is_cancelled() {
                 tracing::error!(
                     task = %running.name,
-                    "a task ended before it was told to; stopping the process"
+                    "a task ended unexpectedly; stopping the process"
                 );
                 failed.cancel();
             }
@@ -142,7 +142,7 @@ impl Supervisor {
             } else {
                 tracing::error!(
                     thread = name,
-                    "a thread ended before it was told to; stopping the process"
+                    "a thread ended unexpectedly; stopping the process"
                 );
             }
         });

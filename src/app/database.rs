@@ -68,7 +68,7 @@ async fn migrate_all(
         tracing::error!(
             era = present.era,
             database = %database.place(),
-            "the broker's database is in another history than before: it was failed over or restored. What was answered and is not in \
+            "the broker's database has a new history: it was failed over or restored. Acknowledged work that is not in \
              it is lost; relays read again what outboxes still hold. GET /v1/cluster has the histories"
         );
     }

@@ -33,7 +33,7 @@ pub(super) async fn declare(
                 stream::Error::Store(_) => error.into(),
                 other => fault(&key, other.to_string()),
             })?;
-        tracing::info!(stream = %name, ?declared, "stream of the configuration");
+        tracing::info!(stream = %name, ?declared, "declared a stream of the configuration");
     }
     for (pattern, body) in &config.topics {
         let key = format!("topics.{pattern}");
@@ -45,7 +45,7 @@ pub(super) async fn declare(
                 topic::Error::Store(_) => error.into(),
                 other => fault(&key, other.to_string()),
             })?;
-        tracing::info!(topic = %pattern, ?declared, "settings of topics of the configuration");
+        tracing::info!(topic = %pattern, ?declared, "declared topic settings of the configuration");
     }
     for (name, body) in &config.queues {
         let key = format!("queues.{name}");
@@ -66,7 +66,7 @@ async fn declare_queue(
         let declaration = http::queue_declaration(body).map_err(|reason| fault(key, reason))?;
         match queue.declare(name.clone(), declaration).await {
             Ok((_, declared)) => {
-                tracing::info!(queue = %name, ?declared, "queue of the configuration");
+                tracing::info!(queue = %name, ?declared, "declared a queue of the configuration");
                 return Ok(());
             }
             Err(queue::Error::NotOwner { .. }) => {}
@@ -76,11 +76,13 @@ async fn declare_queue(
         if let Ok((_, Owner::Other { url, .. })) = queue.locate(name).await {
             match put(&url, name, body).await {
                 Ok(()) => {
-                    tracing::info!(queue = %name, url, "queue of the configuration, declared at its node");
+                    tracing::info!(queue = %name, url, "declared a queue of the configuration at its node");
                     return Ok(());
                 }
                 Err(why) if Instant::now() >= until => return Err(fault(key, why)),
-                Err(why) => tracing::debug!(queue = %name, url, why, "declaring at a node failed"),
+                Err(why) => {
+                    tracing::debug!(queue = %name, url, why, "declaring a queue at its node failed")
+                }
             }
         }
         sleep(Duration::from_millis(100)).await;

@@ -28,7 +28,7 @@ pub enum Error {
         reason: String,
     },
     /// The start was to be given up, and parts of it did not stop.
-    #[error("the start was given up, and the stop was not clean")]
+    #[error("the start was aborted, and the stop was not clean")]
     NotStopped(#[source] NotStopped),
     /// The database failed.
     #[error("the database failed")]
@@ -43,7 +43,7 @@ pub enum Error {
     #[error("the queues did not start")]
     Queue(#[from] queue::Error),
     /// The settings of topics.
-    #[error("the settings of topics did not start")]
+    #[error("the topic settings did not load")]
     Topic(#[from] topic::Error),
     /// The relays.
     #[error("the relays did not start")]
@@ -52,7 +52,7 @@ pub enum Error {
     #[error("the HTTP server did not start")]
     Http(#[from] http::Error),
     /// A stream or queue of the configuration breaks a rule.
-    #[error("the configuration's `{key}` cannot be had: {reason}")]
+    #[error("`{key}` in the configuration was refused: {reason}")]
     Declaration {
         /// `streams.orders`.
         key: String,
@@ -63,5 +63,5 @@ pub enum Error {
 
 /// Parts that had not stopped when their time was over.
 #[derive(Debug, thiserror::Error)]
-#[error("these had not stopped in time: {}", .0.join(", "))]
+#[error("these tasks did not stop in time: {}", .0.join(", "))]
 pub struct NotStopped(pub Vec<String>);

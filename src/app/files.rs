@@ -14,7 +14,7 @@ pub(super) fn connections_within(wanted: usize) -> usize {
         maximum: limit.maximum,
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::debug!(%error, "the limit of open files stays as it is");
+        tracing::debug!(%error, "the limit of open files could not be raised");
     }
     let room = room(getrlimit(Resource::Nofile).current);
     if room < wanted {

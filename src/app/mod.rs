@@ -101,7 +101,7 @@ impl Steps {
             // that is dead without a word, on its way back into the pool.
             let closing = tokio::time::timeout(left.min(POOL_CLOSE), database.close());
             if closing.await.is_err() {
-                tracing::warn!("connections to Postgres did not end in time");
+                tracing::warn!("connections to Postgres did not close in time");
             }
         }
         if let Err(names) = self.postgres.stop(POSTGRES_STOP).await {

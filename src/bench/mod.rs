@@ -57,7 +57,7 @@ pub enum Error {
     Config(#[from] config::Error),
     /// `--url` is not one.
     #[error(
-        "`{url}` is not the URL of a broker: http://host:port is wanted, without TLS and without a password"
+        "`{url}` is not the URL of a broker: use http://host:port, without TLS and without a password"
     )]
     Url {
         /// What was given.
@@ -115,7 +115,7 @@ pub enum Error {
     Store(#[from] store::Error),
     /// Somebody else's tables are in the way.
     #[error(
-        "the database has a schema `postroad_bench` that no bench made: drop it, or give the bench another --database-url"
+        "the database has a schema `postroad_bench` that was not made by a bench: drop it, or give the bench another --database-url"
     )]
     SchemaTaken,
     /// One at a time.
@@ -152,7 +152,7 @@ pub enum Error {
     #[error("writing the report to standard output failed")]
     Print(#[source] std::io::Error),
     /// A task ended without a word, or did not end.
-    #[error("a task of the bench did not end as it should")]
+    #[error("a task of the bench ended unexpectedly")]
     TaskEnded,
 }
 

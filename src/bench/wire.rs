@@ -60,7 +60,7 @@ pub enum Error {
         body: String,
     },
     /// The answer is not what the broker sends.
-    #[error("POST {path} was answered with something else than expected: {what}")]
+    #[error("POST {path} gave an unexpected answer: {what}")]
     Answer {
         /// Path and query.
         path: String,

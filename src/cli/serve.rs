@@ -82,7 +82,7 @@ fn on_own_runtime(work: impl Future<Output = anyhow::Result<Ended>>) -> anyhow::
 async fn run(config: Config, void: Vec<Uuid>, signals: &mut Signals) -> anyhow::Result<Ended> {
     let asked = async {
         let name = signals.next().await;
-        tracing::info!("stopping on {name}, before the start was done");
+        tracing::info!("stopping on {name}, before the start was complete");
     };
     let Some(broker) = Broker::start_until(config, void, asked).await? else {
         tracing::info!("stopped");
@@ -91,12 +91,12 @@ async fn run(config: Config, void: Vec<Uuid>, signals: &mut Signals) -> anyhow::
     tracing::info!(url = %broker.url(), "postroad is ready");
     let has_failed = tokio::select! {
         name = signals.next() => {
-            tracing::info!("stopping on {name}; a second signal ends at once");
+            tracing::info!("stopping on {name}; a second signal ends the process at once");
             false
         }
         () = broker.failed() => true,
         why = broker.history_changed() => {
-            tracing::error!(why, "the broker's database has another history than before: starting anew");
+            tracing::error!(why, "the broker's database has a new history: starting again");
             let address = broker.address;
             signals.stop_begins();
             return Ok(Ended::Anew(address, broker.abandon().await));
@@ -109,7 +109,7 @@ async fn run(config: Config, void: Vec<Uuid>, signals: &mut Signals) -> anyhow::
     tokio::select! {
         stopped = broker.stop() => stopped.context("the stop was not clean")?,
         name = signals.next() => {
-            bail!("ended at once on {name}, while these still ran: {}", tasks.running().join(", "));
+            bail!("ended at once on {name} while these tasks still ran: {}", tasks.running().join(", "));
         }
     }
     if has_failed {

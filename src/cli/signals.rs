@@ -162,9 +162,7 @@ async fn hear(
     reason = "a stop that hangs runs no drops anyway, and its time is over"
 )]
 fn end() -> ! {
-    tracing::error!(
-        "the stop did not end in time: the process ends regardless, with status {STATUS}"
-    );
+    tracing::error!("the stop took too long: ending the process now, with status {STATUS}");
     app::let_postgres_go();
     telemetry::flush(LAST_WORDS);
     std::process::exit(STATUS);

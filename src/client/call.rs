@@ -85,7 +85,7 @@ impl Client {
             tracing::debug!(
                 ?delay,
                 error = &error as &dyn std::error::Error,
-                "calling again"
+                "repeating the call"
             );
             tokio::time::sleep(delay).await;
         }

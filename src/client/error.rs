@@ -35,15 +35,13 @@ pub enum Error {
     Refused(#[from] Refused),
     /// A worker stopped and could not say what became of its deliveries: the broker was away for too long. Those messages
     /// come again.
-    #[error(
-        "the worker stopped, and the broker has not heard of what became of {count} deliveries"
-    )]
+    #[error("the worker stopped before it could report the results of {count} deliveries")]
     Untold {
         /// How many.
         count: usize,
     },
     /// The answer is not what the contract says.
-    #[error("{call} was answered with something else than expected")]
+    #[error("{call} gave an unexpected answer")]
     Answer {
         /// Method and path.
         call: String,

@@ -132,10 +132,10 @@ pub struct Refused {
 #[non_exhaustive]
 pub enum Refusal {
     /// It was settled before.
-    #[error("it is settled already")]
+    #[error("it is already settled")]
     AlreadySettled,
     /// It is a dead letter.
-    #[error("it is the dead letter {dead_letter}")]
+    #[error("it has become the dead letter {dead_letter}")]
     DeadLettered {
         /// Its id.
         dead_letter: String,
@@ -153,7 +153,7 @@ pub enum Refusal {
     #[error("an earlier message of its key is not settled")]
     Blocked,
     /// Not a receipt of this queue.
-    #[error("it is not known")]
+    #[error("the broker does not know it")]
     Unknown,
     /// Something newer than this client.
     #[error("`{0}`")]

@@ -115,7 +115,7 @@ pub(super) async fn lead(
         moved = moved.count(),
         gone = gone.len(),
         nodes = view.nodes.len(),
-        "leases are assigned anew"
+        "assigned leases to nodes"
     );
     if store::cluster::write_assignment(connection, view.own, &fence, &changed, &gone).await? {
         view.assigned = next;

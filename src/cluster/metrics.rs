@@ -55,17 +55,17 @@ impl Metrics {
         );
         registry.register(
             "postroad_leases_yielded",
-            "Leases that were to be another node's and were handed over",
+            "Leases handed over to the node they were assigned to",
             metrics.leases_yielded.clone(),
         );
         registry.register(
             "postroad_nodes",
-            "Nodes that live, as this one sees them",
+            "Live nodes, as this one sees them",
             metrics.nodes.clone(),
         );
         registry.register(
             "postroad_node_leads",
-            "1 while this node says who is to hold what",
+            "1 while this node assigns the leases",
             metrics.leads.clone(),
         );
         registry.register(
@@ -75,7 +75,7 @@ impl Metrics {
         );
         registry.register(
             "postroad_node_trusted",
-            "1 while the node row is surely not expired",
+            "1 while the node's row is surely not expired",
             metrics.trusted.clone(),
         );
         metrics

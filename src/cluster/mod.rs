@@ -81,7 +81,7 @@ pub enum Error {
     #[error("the database is a standby: Postroad writes, so it needs the primary")]
     Standby,
     /// A ttl that a late heartbeat would exceed.
-    #[error("the node's ttl must be at least twice its heartbeat")]
+    #[error("node_ttl_seconds must be at least twice node_heartbeat_seconds")]
     TtlTooShort,
     /// The database could not do it.
     #[error("the database could not be used")]
@@ -180,7 +180,7 @@ pub async fn start(
         }
         tracing::warn!(
             settings = safety.unsafe_settings.join(", "),
-            "Postgres may lose acknowledged messages, as allowed"
+            "Postgres may lose acknowledged messages; allow_unsafe_postgres permits it"
         );
     }
     let identity = store::cluster::broker_identity(&db).await?;
@@ -414,7 +414,7 @@ impl Handle {
         };
         if tokio::time::timeout(bound, handing_over).await.is_err() {
             tracing::warn!(
-                "not all was handed over in time; the rest is free when this node has ended"
+                "not everything was handed over in time; the remaining leases become free when this node has ended"
             );
         }
     }

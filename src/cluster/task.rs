@@ -235,18 +235,21 @@ impl Heartbeat {
         for lease in given_up.late {
             tracing::warn!(
                 lease,
-                "the lease is given back, and work under it cut short"
+                "giving back the lease, and cutting work under it short"
             );
         }
         for lease in given_up.unknown {
-            tracing::info!(lease, "a lease that was taken unawares is given back");
+            tracing::info!(
+                lease,
+                "giving back a lease that an unanswered request had taken"
+            );
         }
         for Fence { lease, epoch } in given_up.taken_over {
             tracing::warn!(lease, epoch = epoch.0, "the lease was taken over");
             metrics.leases_fenced.inc();
         }
         for (Fence { lease, epoch }, to) in given_up.yielding {
-            tracing::info!(lease, epoch = epoch.0, to, "lease to be handed over");
+            tracing::info!(lease, epoch = epoch.0, to, "handing over the lease");
             metrics.leases_yielded.inc();
         }
     }
@@ -325,7 +328,7 @@ impl Heartbeat {
         if let Err(error) = done.await {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "the node's end could not be recorded; its leases are free after the ttl"
+                "the node's end could not be recorded; its leases become free after node_ttl_seconds"
             );
         }
     }

@@ -92,7 +92,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// The consumer's own table.
-    #[error("a consumer could not write down what it received")]
+    #[error("a consumer could not record what it received")]
     Store(#[from] store::Error),
 }
 

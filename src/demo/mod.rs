@@ -150,7 +150,7 @@ pub enum Error {
     #[error("listening for signals failed")]
     Signal(#[source] std::io::Error),
     /// A consumer or a producer ended without a word.
-    #[error("a task of the demo ended before it was told to")]
+    #[error("a task of the demo ended unexpectedly")]
     TaskEnded,
 }
 

@@ -27,10 +27,10 @@ pub enum CadenceError {
         reason: String,
     },
     /// No such zone.
-    #[error("`time_zone` must be a name of the IANA time zone database, `Europe/Berlin` for one")]
+    #[error("`time_zone` must be a name of the IANA time zone database, such as `Europe/Berlin`")]
     Zone,
     /// It parses, and there is no such day.
-    #[error("`cron` never comes")]
+    #[error("`cron` never occurs")]
     Never,
 }
 
@@ -255,7 +255,7 @@ mod tests {
             ("60 * * * *", "UTC", "not a cron expression"),
             ("* * * * * * 2027", "UTC", "not a cron expression"),
             ("@reboot", "UTC", "not a cron expression"),
-            ("0 0 30 2 *", "UTC", "never comes"),
+            ("0 0 30 2 *", "UTC", "never occurs"),
             ("* * * * *", "Europe/Atlantis", "IANA"),
             ("* * * * *", "", "IANA"),
         ] {

@@ -34,7 +34,7 @@ pub enum Error {
     #[error("has `>` before its end: `>` matches the rest and can only be the last token")]
     RestNotLast,
     /// A plain name that paths take for a step.
-    #[error("has nothing but dots: names have a letter, a digit, _ or -")]
+    #[error("consists of dots only: a name needs a letter, a digit, _ or -")]
     Dots,
     /// A plain name has a character that is not allowed.
     #[error("has the character `{character}`: names are one or more of A-Z a-z 0-9 _ - .")]

@@ -179,7 +179,7 @@ impl Connections {
         tracing::warn!(
             connections_max = self.most,
             ended,
-            "all places for connections are taken: idle ones end for new ones, and without any only probes are answered; \
+            "all connections are in use: the broker closes idle ones for new ones, and answers only probes when none is idle; \
              raise connections_max, or have clients share connections"
         );
     }

@@ -84,7 +84,7 @@ impl Metrics {
         );
         registry.register(
             "postroad_http_polls_in_line",
-            "Long polls for queues of other nodes that wait here; a few for each queue wait there",
+            "Long polls for queues of other nodes that wait here; a few per queue wait at its owner",
             metrics.polls_in_line.clone(),
         );
         metrics

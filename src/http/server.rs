@@ -144,7 +144,7 @@ impl Accept {
         if timeout(drain, self.open.wait()).await.is_err() {
             tracing::warn!(
                 connections = self.open.len(),
-                "connections had not finished in time and are cut"
+                "connections did not finish in time and are closed"
             );
             self.cut.cancel();
             self.open.wait().await;
@@ -359,7 +359,7 @@ impl Connection {
                 () = outgoing.attention() => {
                     if outgoing.is_to_end() {
                         if is_idle(busy, outgoing) {
-                            tracing::debug!("an idle connection ends for another");
+                            tracing::debug!("closed an idle connection for a new one");
                             return;
                         }
                         // A request came in between: it is answered, and is the last.
@@ -369,7 +369,7 @@ impl Connection {
                 }
                 () = sleep_until(wake_at) => {
                     if outgoing.next_due().is_some_and(|due_at| due_at <= Instant::now()) {
-                        tracing::debug!("a client did not take its answer in time");
+                        tracing::debug!("a client did not read its answer in time");
                         return;
                     }
                     // A long poll is silent and not idle. It ends by itself; look again a while later.

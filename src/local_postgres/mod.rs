@@ -73,7 +73,7 @@ pub enum Error {
         places: String,
     },
     /// The data folder was made by a major version that is not installed.
-    #[error("the data in {data_dir} is of Postgres {needed}, and only {found} is installed", data_dir = data_dir.display())]
+    #[error("the data in {data_dir} needs Postgres {needed}, and only {found} is installed", data_dir = data_dir.display())]
     Version {
         /// The data folder.
         data_dir: PathBuf,
@@ -139,7 +139,7 @@ pub enum Error {
         output: String,
     },
     /// The supervisor was stopped meanwhile.
-    #[error("the start was given up before the server was up")]
+    #[error("the start was aborted before the server was up")]
     Stopped,
     /// The server neither accepts connections nor ends.
     #[error("Postgres did not accept connections within {waited:?}; see {log}", log = log.display())]

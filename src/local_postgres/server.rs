@@ -333,7 +333,7 @@ pub(super) async fn keep(
                     break;
                 }
                 Err(error) => {
-                    tracing::error!(%error, "local Postgres does not start; trying again in {pause:?}");
+                    tracing::error!(%error, "local Postgres did not start; trying again in {pause:?}");
                 }
             }
             tokio::select! {

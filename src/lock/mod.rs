@@ -61,7 +61,7 @@ pub enum Error {
         ahead: u64,
     },
     /// It is not held under this token any more: its time was up, and another has had it since.
-    #[error("the lock `{name}` is not held under token {token} any more")]
+    #[error("the lock `{name}` is no longer held under token {token}")]
     Lost {
         /// Which.
         name: LockName,
@@ -69,16 +69,16 @@ pub enum Error {
         token: i64,
     },
     /// Nobody has it, and nobody had it in the last day.
-    #[error("nobody holds the lock `{name}`, and nobody did in the last day")]
+    #[error("nobody holds the lock `{name}`, and nobody has held it in the last day")]
     NotFound {
         /// Which.
         name: LockName,
     },
     /// As many wait on this node as may.
-    #[error("{WAITERS_MAX} requests for locks wait on this node, and no more may")]
+    #[error("{WAITERS_MAX} requests for locks already wait on this node, which is the limit")]
     TooManyWaiters,
     /// What became of the request is not known. A repeat is safe.
-    #[error("it is not known whether the request was carried out; a repeat is safe")]
+    #[error("it is unknown whether the request was carried out; repeating it is safe")]
     OutcomeUnknown,
     /// The task has ended.
     #[error("the broker is stopping")]
@@ -91,10 +91,10 @@ pub enum Error {
 fn held(name: &LockName, holder: Option<&Holder>, ahead: u64) -> String {
     match holder {
         Some(holder) => format!(
-            "the lock `{name}` is held by `{}`, and {ahead} others wait before",
+            "the lock `{name}` is held by `{}`, and {ahead} others are ahead in line",
             holder.owner
         ),
-        None => format!("the lock `{name}` is free, and {ahead} others wait before"),
+        None => format!("the lock `{name}` is free, and {ahead} others are ahead in line"),
     }
 }
 
@@ -148,12 +148,12 @@ pub fn start(database: Database, supervisor: &Supervisor, registry: &mut Registr
     );
     registry.register(
         "postroad_locks_acquired",
-        "Locks that were given out by this node, renewals aside",
+        "Locks that this node gave out, renewals aside",
         metrics.acquired.clone(),
     );
     registry.register(
         "postroad_lock_renewals_lost",
-        "Renewals that came after another had the lock",
+        "Renewals that came after another owner had the lock",
         metrics.lost.clone(),
     );
     let (jobs, inbox) = mpsc::channel(JOBS_MAX);

@@ -257,7 +257,7 @@ impl Run<'_> {
     fn note_slow(&self) {
         tracing::warn!(
             origin = %self.relay.name, rows = self.caution.effort.rows,
-            "the origin is slow: fewer rows of its backlog are asked for at a time"
+            "the origin is slow: reading fewer rows of its backlog at a time"
         );
     }
 
@@ -388,7 +388,7 @@ impl Run<'_> {
         if is_whole && places.len() as u64 != found.count {
             tracing::warn!(
                 origin = %self.relay.name, counted = found.count, found = places.len(),
-                "rows of the outbox are not where they were: the backlog is counted again"
+                "rows of the outbox are not where they were: counting the backlog again"
             );
             return Ok(None);
         }

@@ -189,7 +189,7 @@ impl Run<'_> {
                     let table = table.as_ref().map(|mapping| mapping.table.to_string());
                     tracing::error!(
                         %origin, table, key = key.join(", "), error = &error as &dyn std::error::Error,
-                        "a row of the mapped table cannot be read and is left where it is: mend it, or take it out"
+                        "a row of the mapped table cannot be read and stays where it is: correct it or delete it"
                     );
                     if !self.caution.leave(key) {
                         return Err(Trouble::Origin(error));
@@ -238,7 +238,7 @@ impl Run<'_> {
     async fn recheck(&mut self, why: &'static str) -> Result<(), Trouble> {
         let relay = self.relay;
         relay.set_state(State::Rerelaying, Some(why.to_owned()));
-        tracing::warn!(origin = %relay.name, position = self.number, "looking up all rows of the mapped table: {why}");
+        tracing::warn!(origin = %relay.name, position = self.number, "reading all rows of the mapped table: {why}");
         relay.status.send_modify(|status| status.rerelay_count += 1);
         let opening = self.session.open_batch(None, 0, 0, &[]);
         let batch = opening.await.map_err(Trouble::Origin)?;

@@ -46,13 +46,13 @@ pub enum RejectedError {
         id: i64,
     },
     /// It was sent on before.
-    #[error("the rejected row {id} was sent on already")]
+    #[error("the rejected row {id} has already been resent")]
     AlreadyResent {
         /// The number asked for.
         id: i64,
     },
     /// It could not be kept whole: it was too large, or could not be read.
-    #[error("the rejected row {id} could not be kept whole: insert the row again")]
+    #[error("the rejected row {id} could not be kept in full: insert the row again")]
     NotKept {
         /// The number asked for.
         id: i64,

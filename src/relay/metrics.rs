@@ -92,7 +92,7 @@ impl Collector for Metrics {
         counter(
             to,
             "postroad_relay_gaps",
-            "Times that rows were emptied that the broker, restored from a backup, can lack",
+            "Times that emptied rows were found which the broker, restored from a backup, can lack",
             &statuses,
             |s| s.gap_count.unwrap_or_default(),
         )?;
@@ -113,7 +113,7 @@ impl Collector for Metrics {
         gauge(
             to,
             "postroad_relay_lag_seconds",
-            "Since when the relay has not been sure that everything is relayed",
+            "How long the relay has not been sure that everything is relayed",
             &statuses,
             |s| s.lag(now).map(|lag| lag.as_secs_f64()),
         )?;
@@ -134,7 +134,7 @@ impl Collector for Metrics {
         gauge(
             to,
             "postroad_outbox_rotation_blocked_seconds",
-            "For how long a leaf of the outbox could not be emptied",
+            "How long a leaf of the outbox could not be emptied",
             &statuses,
             |s| {
                 let blocked = s.blocked.as_ref().map(|blocked| now - blocked.since);

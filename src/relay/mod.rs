@@ -136,7 +136,7 @@ pub enum Error {
         name: OriginName,
     },
     /// Two origins are the broker's own database: its outbox would be relayed twice.
-    #[error("the origins `{first}` and `{second}` are both the broker's own database")]
+    #[error("the origins `{first}` and `{second}` both name the broker's own database")]
     TwoLocal {
         /// One.
         first: OriginName,

@@ -39,8 +39,8 @@ impl Run<'_> {
             origin = %self.relay.name,
             stored = self.number,
             emptied = self.emptied,
-            "INCIDENT: the broker's database is older than what was emptied from the outbox: messages relayed in between are \
-             missing, but for those that the outbox still holds"
+            "INCIDENT: the broker's database was restored to a point before rows were emptied from the outbox: messages relayed in between are \
+             missing, except those that the outbox still holds"
         );
         self.relay.show_gaps(self.gaps);
     }
@@ -51,7 +51,7 @@ impl Run<'_> {
         let is_first = self.number == 0;
         relay.set_state(State::Rerelaying, Some(why.to_owned()));
         if is_first {
-            tracing::info!(origin = %relay.name, "relaying all that the outbox holds: {why}");
+            tracing::info!(origin = %relay.name, "relaying everything in the outbox: {why}");
         } else {
             tracing::warn!(origin = %relay.name, position = self.number, "reading all of the outbox again: {why}");
             relay.status.send_modify(|status| status.rerelay_count += 1);
@@ -64,7 +64,7 @@ impl Run<'_> {
         }
         let restamped = self.session.restamp().await.map_err(Trouble::Origin)?;
         if restamped > 0 {
-            tracing::warn!(origin = %relay.name, restamped, "rows had transaction ids that this cluster has not handed out");
+            tracing::warn!(origin = %relay.name, restamped, "rows had transaction ids that this Postgres cluster has not assigned");
         }
         // After the restamp has committed: this snapshot shows every row that is there.
         let opening = self.session.open_window(NOTHING, None, 0, 0);

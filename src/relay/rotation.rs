@@ -179,7 +179,7 @@ impl Run<'_> {
                 .delete_passed(&passed.snapshot, reader, number, DELETE_ROWS_PER_TURN);
         let deleted = deleting.await.map_err(Trouble::Origin)?;
         if deleted > 0 {
-            tracing::debug!(origin = %relay.name, deleted, "took out rows that were relayed a grace ago");
+            tracing::debug!(origin = %relay.name, deleted, "deleted relayed rows whose grace is over");
         }
         Ok(())
     }

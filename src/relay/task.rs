@@ -142,7 +142,7 @@ impl Relay {
                 tracing::debug!(origin = %self.name, state = state.as_str(), detail, "relay still paused");
             }
             (None, false) => {
-                tracing::info!(origin = %self.name, state = state.as_str(), "relay stands by");
+                tracing::info!(origin = %self.name, state = state.as_str(), "this node no longer runs the relay");
             }
             (None, true) => {}
         }

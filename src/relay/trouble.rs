@@ -28,7 +28,7 @@ pub(super) enum Trouble {
     #[error("the stream did not take the rows")]
     Append(#[source] AppendError),
     /// An append of so many rows was refused for what some of them hold. Fewer are tried.
-    #[error("an append of {count} rows was refused, and fewer are tried until the row is found")]
+    #[error("an append of {count} rows was refused; trying fewer until the bad row is found")]
     RowsRefused {
         count: usize,
         #[source]

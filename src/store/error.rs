@@ -16,7 +16,7 @@ pub enum Error {
     Variable(&'static str),
     /// Sessions are shared with others.
     #[error(
-        "a pooler in transaction mode is in between: settings, locks and prepared statements of a session would be lost, or be others'. \
+        "the connection goes through a pooler in transaction mode: a session would lose its settings, locks and prepared statements, or get those of others. \
          Point the URL at the server itself, or at a pool in session mode"
     )]
     Pooled,
@@ -25,7 +25,7 @@ pub enum Error {
     Migrate(#[source] sqlx::migrate::MigrateError),
     /// Another session migrates, and does not end.
     #[error(
-        "another session has migrated the database for {} s and longer: {holder}. If it hangs, end it by pg_terminate_backend", waited.as_secs()
+        "another session has been migrating the database for {} s or longer: {holder}. If it hangs, end it with pg_terminate_backend", waited.as_secs()
     )]
     MigrationHeld {
         /// How long it was waited for.
@@ -35,7 +35,7 @@ pub enum Error {
     },
     /// The schema was changed by a later version in a way that this one cannot run with.
     #[error(
-        "the database's schema is of a later version of postroad: it needs one that knows migration {needed}, and this one knows {known} at most"
+        "the database's schema is from a later version of postroad: it needs migration {needed}, and this version knows {known} at most"
     )]
     SchemaTooNew {
         /// The migration that a program must know.
@@ -56,7 +56,7 @@ pub enum Error {
         source: sqlx::Error,
     },
     /// The write may be carried out or not: the connection was lost, and no other came about in time. A repeat is safe.
-    #[error("it is not known whether it was done")]
+    #[error("it is unknown whether the write happened")]
     OutcomeUnknown(#[source] Box<Error>),
     /// A row holds what no version of Postroad has written.
     #[error("{doing} found a value that is not valid: {what}")]

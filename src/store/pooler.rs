@@ -51,7 +51,7 @@ pub(in crate::store) async fn check(
         if !database.sets_sessions() {
             tracing::info!(
                 database = %database.place(),
-                "a pooler is in between that drops the settings which sessions begin with; they are set afterwards"
+                "a pooler drops the startup settings of sessions; setting them after connecting"
             );
         }
         database.set_sessions();

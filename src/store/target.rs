@@ -143,7 +143,7 @@ fn filed_password(named: Option<&str>, options: &PgConnectOptions) -> Option<Str
         return None;
     }
     if metadata.permissions().mode() & 0o077 != 0 {
-        tracing::warn!(file = %path.display(), "the file of passwords is not read, since others may read it: chmod 600");
+        tracing::warn!(file = %path.display(), "ignoring the password file because others can read it: run chmod 600");
         return None;
     }
     let port = options.get_port().to_string();

@@ -197,7 +197,7 @@ impl Appender {
         let streams: BTreeSet<i32> = parts.iter().map(|(stream, _)| stream.0).collect();
         tracing::warn!(
             ?streams,
-            "another session holds a lock on the log of a stream: what is published there waits for it, other streams do not"
+            "another session holds a lock on the log of a stream: messages published there wait for it, other streams do not"
         );
         let members = group.members.into_iter().map(|member| member.taken);
         let Some(source) = self.lanes.hold(parts, members.collect()) else {
@@ -267,7 +267,7 @@ impl Appender {
                     if is_unknown {
                         tracing::error!(
                             number = key.number,
-                            "the result of an append is forgotten"
+                            "the broker's database has forgotten the result of an append"
                         );
                         drop(plan);
                         group.answer_all(|| AppendError::OutcomeUnknown);

@@ -181,7 +181,7 @@ impl Appender {
                     Err(error) => {
                         tracing::warn!(
                             error = &error as &dyn std::error::Error,
-                            "keys are not counted"
+                            "counting keys failed"
                         );
                         None
                     }

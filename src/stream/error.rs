@@ -36,14 +36,14 @@ pub enum Error {
     },
     /// The stream still has scheduled messages.
     #[error(
-        "messages wait to enter stream `{name}` later, and would go with it: cancel them, or delete it with `?force=true`"
+        "stream `{name}` has scheduled messages, which would be lost: cancel them, or delete it with `?force=true`"
     )]
     HasScheduled {
         /// The stream.
         name: StreamName,
     },
     /// The stream limit is reached.
-    #[error("there are {STREAMS_MAX} streams, as many as there can be")]
+    #[error("there are already {STREAMS_MAX} streams, which is the limit")]
     TooManyStreams,
     /// `main` takes what no other stream claims, so it is always there.
     #[error("stream `main` cannot be deleted")]
@@ -55,7 +55,7 @@ pub enum Error {
         stream: String,
     },
     /// A stream that has had messages stays keyed, or not keyed.
-    #[error("stream `{name}` has had messages: whether it is keyed cannot change any more")]
+    #[error("stream `{name}` has had messages, so its `keyed` setting can no longer change")]
     KeyedIsFixed {
         /// The stream.
         name: StreamName,
@@ -73,7 +73,7 @@ pub enum Error {
         name: ScheduleName,
     },
     /// The schedule limit is reached.
-    #[error("there are {SCHEDULES_MAX} schedules, as many as there can be")]
+    #[error("there are already {SCHEDULES_MAX} schedules, which is the limit")]
     TooManySchedules,
     /// The engine has ended.
     #[error("the stream engine is stopping")]
@@ -117,10 +117,10 @@ pub enum AppendError {
     #[error("the database could not be used")]
     Unavailable(#[source] Option<store::Error>),
     /// More waits to be appended than the bounds allow; nothing was appended.
-    #[error("too much waits to be appended")]
+    #[error("too many messages wait to be appended")]
     Overloaded,
     /// The member is beyond the limit of one append; nothing was appended.
-    #[error("{bytes} bytes in {count} messages are more than one append takes")]
+    #[error("{count} messages with {bytes} bytes are too much for one append")]
     TooLarge {
         /// Messages in the member.
         count: usize,
@@ -140,7 +140,7 @@ pub enum AppendError {
     Refused(#[source] store::Error),
     /// The topic would be one more than there can be; nothing was appended.
     #[error(
-        "there are {TOPICS_MAX} topics, as many as there can be: a name of a topic must not hold what differs from message to message"
+        "there are already {TOPICS_MAX} topics, which is the limit: keep parts that differ from message to message out of the topic"
     )]
     TooManyTopics,
     /// The engine has ended; nothing was appended.

@@ -46,7 +46,7 @@ impl Teller {
                 Err(error) => {
                     tracing::debug!(
                         error = &error as &dyn std::error::Error,
-                        "a notice was not sent"
+                        "sending a notice to other nodes failed"
                     );
                     connection = None;
                     AGAIN
@@ -77,7 +77,7 @@ impl Listener {
             if let Err(error) = self.listen().await {
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
-                    "notices are not heard"
+                    "listening for notices of other nodes failed"
                 );
             }
             tokio::select! {

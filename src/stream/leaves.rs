@@ -86,7 +86,7 @@ impl Maintenance {
         match is_apart {
             true => tracing::error!(
                 gap_seconds,
-                "the clock of the broker's database is not this node's: correct the wrong one. Until then scheduled messages wait \
+                "the clocks of the broker's database and of this node differ: correct the wrong one. Until then scheduled messages wait \
                  for the later of the two, retention goes by the earlier one, and ids are kept"
             ),
             false => tracing::info!(
@@ -150,7 +150,7 @@ impl Maintenance {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     of = %what,
-                    "a duty of the maintenance failed; the others go on"
+                    "a duty of stream maintenance failed; the others go on"
                 );
                 Ok(None)
             }
@@ -305,7 +305,7 @@ impl Maintenance {
                     tracing::warn!(
                         stream = stream.name.as_str(),
                         first_offset = leaf.first.0,
-                        "a leaf of the log is read by somebody and cannot be emptied"
+                        "another session holds a lock on a leaf of the log, so it cannot be emptied"
                     );
                     return Ok(1);
                 }

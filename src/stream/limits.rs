@@ -93,7 +93,7 @@ impl Limits {
             tracing::warn!(
                 stream = name.as_str(),
                 used = format!("{:.0} %", used * 100.0),
-                "messages that some queue has not settled come near the stream's hard limit, beyond which they are dropped"
+                "unsettled messages come near the stream's hard limit, beyond which they are dropped"
             );
         }
     }

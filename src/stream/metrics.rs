@@ -128,7 +128,7 @@ impl Metrics {
         );
         registry.register(
             "postroad_scheduled_accepted",
-            "Messages that this node accepted to come later",
+            "Messages that this node accepted for later",
             self.scheduled_accepted.clone(),
         );
         registry.register(
@@ -156,7 +156,7 @@ impl Metrics {
         );
         registry.register(
             "postroad_stream_lanes",
-            "Lanes beside the appender that have something to do: streams whose log another session holds a lock on",
+            "Lanes beside the appender that have work: streams whose log another session holds a lock on",
             self.lanes.clone(),
         );
         registry.register(
@@ -199,7 +199,7 @@ impl Metrics {
         );
         registry.register(
             "postroad_stream_tail_gaps_read",
-            "Times that the tail read the log for what another node appended",
+            "Times that the tail read the log for another node's appends",
             self.gaps_read.clone(),
         );
         registry.register(
@@ -219,7 +219,7 @@ impl Metrics {
         );
         registry.register(
             "postroad_stream_leaves_blocked",
-            "Partitions of the log that retention could not have in its last pass, since somebody reads them",
+            "Partitions of the log that retention found in use in its last pass",
             self.leaves_blocked.clone(),
         );
         registry.register(

@@ -51,10 +51,10 @@ pub enum SettingsError {
     #[error("the limit for unsettled messages is shorter than the retention of settled ones")]
     LimitBelowRetention,
     /// Fewer bytes than a partition has.
-    #[error("a retention is at least {RETENTION_MIN_BYTES} bytes")]
+    #[error("a retention must be at least {RETENTION_MIN_BYTES} bytes")]
     TooFewBytes,
     /// A retention of nothing, or of more than a hundred years.
-    #[error("a retention is at least 1 second and at most 100 years")]
+    #[error("a retention must be from 1 second to 100 years")]
     OutOfRange,
 }
 

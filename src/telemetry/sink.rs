@@ -154,7 +154,7 @@ impl<Out: Write> Writer<Out> {
             self.told = dropped;
             tracing::warn!(
                 dropped,
-                "standard error did not take all lines of this log: so many are missing since the start"
+                "standard error did not accept all log lines: this many are missing since the start"
             );
         }
     }

@@ -88,7 +88,7 @@ pub enum Error {
         pattern: TopicPattern,
     },
     /// There are as many as there may be.
-    #[error("{SETTINGS_MAX_COUNT} patterns have settings, and no more may")]
+    #[error("{SETTINGS_MAX_COUNT} patterns already have settings, which is the limit")]
     TooMany,
     /// The task has ended.
     #[error("the broker is stopping")]
@@ -371,7 +371,7 @@ impl Task {
             Err(error) => Err(error.into()),
         };
         if let Err(error) = looked {
-            tracing::debug!(error = %error, "the settings of topics stay as they are");
+            tracing::debug!(error = %error, "reading the topic settings failed; the current ones stay");
         }
     }
 

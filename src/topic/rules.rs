@@ -157,7 +157,7 @@ impl Rule {
                 let is_known =
                     same.is_some_and(|rule| rule.schema_fault.as_deref() == Some(&*reason));
                 if !is_known {
-                    tracing::error!(pattern = %row.pattern, reason, "a declared schema cannot be used: nothing is asked of these topics until it is declared anew");
+                    tracing::error!(pattern = %row.pattern, reason, "a declared schema cannot be used: payloads of these topics are not checked until it is declared again");
                 }
                 (None, Some(reason.into()))
             }

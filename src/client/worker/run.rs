@@ -274,7 +274,7 @@ impl Run {
             tracing::warn!(
                 queue = %self.queue.name(),
                 error = &error as &dyn std::error::Error,
-                "the broker is away; the worker goes on trying"
+                "the broker is unreachable; the worker keeps trying"
             );
             let ended = self.ended.entry(verb).or_default();
             ended.splice(0..0, briefs);

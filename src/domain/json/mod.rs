@@ -35,7 +35,7 @@ const SHOWN_CHARS: usize = 40;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Not UTF-8.
-    #[error("is not UTF-8: the byte at {position} does not fit")]
+    #[error("is not UTF-8: the byte at {position} is not valid")]
     NotUtf8 {
         /// Bytes before the first bad one.
         position: usize,

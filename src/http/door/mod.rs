@@ -123,7 +123,7 @@ fn admit(
         }
     }
     if headers.contains_key(PREFLIGHT) {
-        let detail = "pages of other sites may not ask, so there is nothing to ask for (CORS)";
+        let detail = "pages of other sites may not send requests, so preflights are refused (CORS)";
         return Err(Problem::new(Kind::CrossSite, detail));
     }
     match authority {

@@ -202,7 +202,7 @@ impl Reader {
             Err(error) => {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
-                    "a reader could not read the log; it tries again"
+                    "a reader could not read the log; trying again"
                 );
                 return self.pause().await;
             }

@@ -123,7 +123,7 @@ fn forwarded(state: &State, headers: &HeaderMap) -> Option<Forwarded> {
     let tag = headers.get(NODE)?;
     if !state.secret.knows(tag.as_bytes()) {
         tracing::debug!(
-            "a request passed on by something that is no node of this broker: do all nodes have one node_secret?"
+            "refused a forwarded request that did not come from a node of this broker: do all nodes have the same node_secret?"
         );
         return None;
     }

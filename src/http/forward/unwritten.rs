@@ -93,7 +93,7 @@ async fn give_back(state: &State, queue: &QueueName, receipts: Vec<String>) {
         }
         tokio::time::sleep(PAUSE).await;
     }
-    tracing::debug!(%queue, "deliveries that were not written come again when their time is up");
+    tracing::debug!(%queue, "deliveries could not be sent, and go out again when they expire");
 }
 
 async fn try_to_give_back(state: &State, queue: &QueueName, receipts: &[String]) -> bool {

@@ -100,6 +100,6 @@ async fn file(
 ) -> Result<Response, Problem> {
     query.finish()?;
     let Named(file) =
-        file.map_err(|_| Problem::new(Kind::NotFound, "the page has no file of this name"))?;
+        file.map_err(|_| Problem::new(Kind::NotFound, "the page has no file with this name"))?;
     Ok(text(file.content_type, file.text))
 }

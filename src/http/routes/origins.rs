@@ -305,7 +305,7 @@ async fn clear_rejected(
     let Some(through) = through else {
         return Err(Problem::new(
             Kind::InvalidRequest,
-            "`through` says up to which number rows are deleted, and is missing",
+            "`through` is missing: the number up to which rows are deleted",
         ));
     };
     let deleted = state

@@ -102,7 +102,7 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 fn not_found() -> Problem {
     Problem::new(
         Kind::ScheduledMessageNotFound,
-        "there is no scheduled message of this id, or it is forgotten: published and cancelled ones are kept for a day after they \
+        "there is no scheduled message with this id, or it was forgotten: published and cancelled ones are kept for a day after they \
          were due",
     )
 }

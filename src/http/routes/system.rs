@@ -168,6 +168,6 @@ async fn openapi() -> Response {
 async fn problem(slug: Result<Named<Slug>, Problem>, query: Query) -> Result<Response, Problem> {
     query.finish()?;
     let Named(Slug(kind)) =
-        slug.map_err(|_| Problem::new(Kind::NotFound, "there is no problem of this name"))?;
+        slug.map_err(|_| Problem::new(Kind::NotFound, "there is no problem with this name"))?;
     Ok(text("text/markdown; charset=utf-8", kind.page().to_owned()))
 }

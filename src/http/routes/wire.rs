@@ -181,7 +181,7 @@ pub(super) fn append_problem(
         }
         AppendError::OutcomeUnknown => Problem::new(
             Kind::OutcomeUnknown,
-            "it is not known whether the messages were published; a repeat with the same ids is safe",
+            "it is unknown whether the messages were published; repeating the request with the same ids is safe",
         ),
         AppendError::Unavailable(Some(source)) => Problem::unavailable(source),
         AppendError::Unavailable(None) => Problem::unavailable(error),

@@ -42,7 +42,7 @@ impl Turn {
                 tracing::warn!(
                     database = %database.place(),
                     holder,
-                    "waiting: another session migrates this database"
+                    "waiting for another session that is migrating this database"
                 );
                 told = Some(Instant::now());
             }

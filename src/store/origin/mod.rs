@@ -92,7 +92,7 @@ impl Session {
             match bounded("ending the former session", STATEMENT, ending).await {
                 // Another role's, say, where the login was changed. It ends by itself once the server asks after its client.
                 Err(error) if !error.is_connection_lost() => {
-                    tracing::debug!(%error, "the former session stays");
+                    tracing::debug!(%error, "the earlier session could not be ended");
                 }
                 ended => {
                     ended?;

@@ -78,7 +78,7 @@ impl Collector for Metrics {
             to,
             (
                 "postroad_scheduled_messages",
-                "Messages that wait to enter their stream, by stream; on the node that publishes them",
+                "Messages that wait to enter their stream, by stream, on the node that publishes them",
             ),
             &counts,
         )?;
@@ -86,7 +86,7 @@ impl Collector for Metrics {
             to,
             (
                 "postroad_scheduled_lag_seconds",
-                "For how long the oldest message of a stream that is due has not been published; 0 when none is",
+                "How long the oldest due message of a stream has not been published; 0 when none is due",
             ),
             &lags,
         )?;
@@ -94,7 +94,7 @@ impl Collector for Metrics {
             to,
             (
                 "postroad_schedules_failing",
-                "Schedules whose latest occurrence could not be published; on the node that publishes them",
+                "Schedules whose latest occurrence could not be published, on the node that publishes them",
             ),
             schedules.failing_count,
         )?;
@@ -102,7 +102,7 @@ impl Collector for Metrics {
             to,
             (
                 "postroad_schedule_lag_seconds",
-                "For how long the occurrence that is most overdue has not been published; 0 when none is due",
+                "How long the most overdue occurrence has not been published; 0 when none is due",
             ),
             late(schedules.next_due_at, now),
         )

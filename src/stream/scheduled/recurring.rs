@@ -142,7 +142,7 @@ impl Recurring {
                         .scheduled_occurrences
                         .inc_by(due.occurrences.len() as u64);
                     if due.has_skipped {
-                        tracing::warn!(schedule = %one.name, "missed occurrences were left out");
+                        tracing::warn!(schedule = %one.name, "left out occurrences that were missed");
                     }
                     one.last = due.occurrences.last().copied().or(one.last);
                     one.move_to(due.through);
@@ -215,7 +215,11 @@ impl Recurring {
                         self.loaded.insert(row.id, one);
                     }
                     Err(reason) => {
-                        tracing::error!(schedule = row.name, reason, "a schedule cannot be read");
+                        tracing::error!(
+                            schedule = row.name,
+                            reason,
+                            "a stored schedule cannot be read"
+                        );
                         self.loaded.remove(&row.id);
                         self.unreadable.insert(row.id, row.revision);
                     }
@@ -341,7 +345,7 @@ async fn publish(
             (Pass { failed, ..pass }, reason, Outcome::LeftOut)
         }
     };
-    tracing::warn!(schedule = %one.name, reason, "an occurrence cannot be published");
+    tracing::warn!(schedule = %one.name, reason, "an occurrence could not be published");
     let pass = Pass {
         failure: Some((last, &reason)),
         ..pass

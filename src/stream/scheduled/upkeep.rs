@@ -69,7 +69,7 @@ impl Upkeep {
             match sql::empty_scheduled_leaf(&mut connection, &leaf, now, KEEP).await {
                 Ok(false) => {}
                 Ok(true) => {
-                    tracing::debug!(first_at = %leaf.first_at, kind = leaf.kind, "scheduled messages forgotten");
+                    tracing::debug!(first_at = %leaf.first_at, kind = leaf.kind, "forgot old scheduled messages");
                 }
                 // Somebody has it open: the next time. Each attempt can hold up appends for 50 ms.
                 Err(error) if is_held(&error) => break,

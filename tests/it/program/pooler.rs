@@ -9,7 +9,7 @@ use crate::support::broker::{launch, variables};
 use crate::support::pooler::{Mode, pooler};
 use crate::support::{self, Http};
 
-const REFUSAL: &str = "a pooler in transaction mode is in between";
+const REFUSAL: &str = "the connection goes through a pooler in transaction mode";
 
 /// What the session that all clients share has been set to.
 async fn settings(url: &str) -> Vec<String> {

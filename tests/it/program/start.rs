@@ -69,7 +69,7 @@ async fn a_request_that_comes_just_before_the_start_is_done_is_served() {
     let mut variables = variables(&database.url);
     variables.push(("POSTROAD_BIND".to_owned(), address.clone()));
     let (mut child, mut log) = launch(&variables);
-    log.wait_for("waiting: another session migrates this database")
+    log.wait_for("waiting for another session that is migrating this database")
         .await;
     let http = Http::new(&format!("http://{address}"));
     // It waits two seconds; to begin the start again takes less.
@@ -110,7 +110,7 @@ async fn a_wait_for_another_migration_is_told_and_has_an_end() {
     assert!(who.contains(&format!("session {pid} of user")), "{who}");
     let (mut child, mut log) = launch(&variables(&database.url));
     let line = log
-        .wait_for("waiting: another session migrates this database")
+        .wait_for("waiting for another session that is migrating this database")
         .await;
     let told = line["fields"]["holder"].as_str().unwrap();
     assert!(told.contains(&pid.to_string()), "{line}");
