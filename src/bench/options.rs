@@ -7,9 +7,9 @@ use clap::ValueEnum;
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Scenario {
-    /// Producers commit a business row and messages by SQL; consumers receive and ack over HTTP
+    /// Producers commit a business row and messages with SQL; consumers receive and ack over HTTP
     Outbox,
-    /// The same with messages published over HTTP
+    /// The same, but producers publish over HTTP
     Publish,
     /// Every message goes to several queues
     Fanout,
@@ -23,7 +23,7 @@ pub enum Scenario {
     Idle,
     /// A steady load beside a reader's old snapshot, then beside an open writing transaction
     Held,
-    /// A steady load: from commit to receipt; then the first message after a silence
+    /// A steady load, measured from commit to receipt; then the first message after a silence
     Latency,
 }
 
@@ -48,7 +48,7 @@ impl Scenario {
 /// How often each key is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Skew {
-    /// All alike
+    /// All equally often
     #[default]
     Uniform,
     /// The n-th key 1/n as often as the first
@@ -62,7 +62,7 @@ pub enum Ack {
     /// With the next receive: one request and one commit per batch
     #[default]
     WithReceive,
-    /// By a request of its own
+    /// With a separate request
     Separate,
 }
 
@@ -72,30 +72,30 @@ pub enum Ack {
 pub struct Options {
     /// What to measure
     pub scenario: Scenario,
-    /// A running broker, such as http://127.0.0.1:8080; needs --database-url, the broker's own database. Without it a
-    /// broker is started as a process of its own
+    /// A running broker, such as http://127.0.0.1:8080; needs --database-url, the broker's own database. By default the
+    /// bench starts a broker as a separate process
     #[arg(long)]
     pub url: Option<String>,
-    /// A Postgres. With --url the broker's database; without it a server on which the bench makes a database of its own,
-    /// and drops it at the end. Without either a private server is started
+    /// A Postgres. With --url, the broker's database; without it, a server where the bench creates its own database and
+    /// drops it at the end. Without either option the bench starts a private server
     #[arg(long)]
     pub database_url: Option<String>,
-    /// Where the private Postgres keeps its data; kept for the next run
+    /// The data folder of the private Postgres, kept for the next run
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
-    /// Producers, each with a connection of its own
+    /// The number of producers, each with its own connection
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=512))]
     pub producers: Option<u32>,
-    /// Consumers of each queue, each with a connection of its own
+    /// The number of consumers per queue, each with its own connection
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub consumers: Option<u32>,
-    /// Messages per transaction or publish, and at most per receive and ack
+    /// Messages per transaction or publish, and the most per receive and ack
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub batch: Option<u32>,
-    /// Bytes of a payload, which is a JSON document made up for the purpose
+    /// The size of each payload in bytes; payloads are generated JSON documents
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
     pub payload_bytes: u32,
-    /// Take payloads from this file instead: one JSON document per line, used in turn
+    /// Read payloads from this file instead: one JSON document per line, used in turn
     #[arg(long)]
     pub payload_file: Option<PathBuf>,
     /// How consumers acknowledge
@@ -104,44 +104,44 @@ pub struct Options {
     /// Messages per second, all producers together; 0 sends as fast as consumers keep up
     #[arg(long)]
     pub rate: Option<u32>,
-    /// Seconds that are measured, in each round
+    /// Seconds to measure in each round
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub seconds: Option<u64>,
-    /// Seconds of load before the measuring begins, in each round
+    /// Seconds of load before measuring, in each round
     #[arg(long)]
     pub warmup_seconds: Option<u64>,
-    /// Messages of `backlog`
+    /// The number of messages of `backlog`
     #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub messages: u64,
-    /// Queues
+    /// The number of queues
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub queues: Option<u32>,
-    /// Ordering keys; 0 sends messages without a key
+    /// The number of ordering keys; 0 sends messages without a key
     #[arg(long)]
     pub keys: Option<u32>,
     /// How often each key is used
     #[arg(long, value_enum, default_value_t = Skew::Uniform)]
     pub skew: Skew,
-    /// How many messages may be on their way before producers wait, so that a load without --rate stays in balance
+    /// The most unacknowledged messages before producers wait, so that a load without --rate stays in balance
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub outstanding: Option<u32>,
-    /// Let transactions hold messages alone, without a business row
+    /// Let transactions insert only messages, without a business row
     #[arg(long)]
     pub no_business_row: bool,
-    /// Rounds of everything that is measured, in turn; figures are medians. 3 with --baseline, else 1
+    /// Rounds of each measurement, in turn; figures are medians. 3 with --baseline, otherwise 1
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: Option<u32>,
-    /// Measure, on the same Postgres and in turn with the broker: plain batched inserts, a queue made from a table, and the
-    /// plainest form of the scenario
+    /// Also measure, on the same Postgres and in turn with the broker: plain batched inserts, a queue made from a table, and
+    /// the plainest form of the scenario
     #[arg(long)]
     pub baseline: bool,
-    /// Write everything that was measured to this file, as JSON
+    /// Write all measurements to this file as JSON
     #[arg(long)]
     pub json: Option<PathBuf>,
     /// Write a page with charts to this file
     #[arg(long)]
     pub html: Option<PathBuf>,
-    /// Give up on messages when none has come for so many seconds
+    /// Give up when no message has arrived for this many seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     pub patience_seconds: u64,
     /// The seed of every random choice
@@ -161,7 +161,7 @@ Defaults by scenario (consumers are per queue):
   held     4 producers, 4 consumers, 2,000 messages/s in batches of 10, 60 s, on tables aged by 20,000 updates
   latency  4 producers, 4 consumers, 1,000 messages/s one by one, received by up to 10, 10 s; then 20 single messages, 1 s apart
 
-Exit status: 0 all was delivered once and in order, 1 it was not or the bench failed, 2 the command line is wrong.";
+Exit status: 0 everything was delivered once and in order, 1 it was not or the bench failed, 2 the command line is wrong.";
 
 /// The options with the scenario's own choices filled in.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]

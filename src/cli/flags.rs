@@ -16,7 +16,7 @@ impl Args for ConfigFlags {
             .long("config")
             .value_name("FILE")
             .value_parser(value_parser!(PathBuf))
-            .help("The configuration file; postroad.toml in the working folder if it is there [env: POSTROAD_CONFIG]");
+            .help("The configuration file; by default postroad.toml in the working folder, if it exists [env: POSTROAD_CONFIG]");
         KEYS.iter().fold(command.arg(file), |command, key| {
             let default = match key.default {
                 "" => String::new(),

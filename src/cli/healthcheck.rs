@@ -11,10 +11,10 @@ use crate::config::{self, Environment};
 
 #[derive(Debug, Args)]
 pub(super) struct Healthcheck {
-    /// The broker's base URL; by default the address that the configuration binds
+    /// The broker's base URL; by default the address in the configuration
     #[arg(long)]
     url: Option<String>,
-    /// Ask whether it lives, and not whether it is ready: for whoever restarts what does not answer
+    /// Ask whether the process is alive, not whether it is ready: for a supervisor that restarts it
     #[arg(long)]
     live: bool,
     #[command(flatten)]

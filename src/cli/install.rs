@@ -13,7 +13,7 @@ use crate::telemetry::{say, tell};
 
 #[derive(Debug, Args)]
 pub(super) struct Install {
-    /// The database, as a user who owns it
+    /// The database's URL, with a user who owns the database
     ///
     /// [env: DATABASE_URL]
     #[arg(long)]
@@ -24,13 +24,13 @@ pub(super) struct Install {
     /// Install `postroad.assert_fence`, for a database that locks protect, instead of the outbox
     #[arg(long, conflicts_with = "inbox")]
     fence: bool,
-    /// Make what the table needs that this origin of the configuration maps, instead of an outbox
+    /// Prepare the table that this origin of the configuration maps, instead of installing an outbox
     #[arg(long, value_name = "ORIGIN", conflicts_with_all = ["inbox", "fence"])]
     map: Option<String>,
-    /// The configuration that has the origin; postroad.toml without it
+    /// The configuration file that has the origin; postroad.toml by default
     #[arg(long, value_name = "FILE", requires = "map")]
     config: Option<PathBuf>,
-    /// Print the SQL instead, for teams that run their own migrations
+    /// Print the SQL instead of running it, for teams that run their own migrations
     #[arg(long)]
     print: bool,
 }
@@ -73,7 +73,7 @@ async fn told(database: &Database, grants: Grants, roles: &[(&str, &str)]) -> an
             }
         }
         Grants::Skipped => say!(
-            "{} must exist, and this user may not create roles: have them created, then install again",
+            "{} must exist, and this user may not create roles: ask an administrator to create them, then install again",
             names.join(" and ")
         ),
     }
@@ -100,7 +100,7 @@ impl Install {
         let environment = Environment::of_process();
         let url = environment.get("DATABASE_URL").map(ToOwned::to_owned);
         url.context(
-            "name the database, as a user who owns it: set DATABASE_URL, or give --database-url",
+            "no database was given: set DATABASE_URL or pass --database-url, with a user who owns the database",
         )
     }
 

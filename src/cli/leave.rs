@@ -25,21 +25,21 @@ fn database_url(flag: Option<&String>, variable: &str) -> anyhow::Result<String>
     let environment = Environment::of_process();
     let url = environment.get(variable).map(ToOwned::to_owned);
     url.with_context(|| {
-        format!("name the database, as a user who owns it: set {variable}, or give --database-url")
+        format!("no database was given: set {variable} or pass --database-url, with a user who owns the database")
     })
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Release {
-    /// The origin's database, as a user who owns it
+    /// The URL of the origin's database, with a user who owns the database
     ///
     /// [env: DATABASE_URL]
     #[arg(long)]
     database_url: Option<String>,
-    /// A mapped table, as GET /v1/origins names it with its schema, instead of the outbox
+    /// A mapped table instead of the outbox, with its schema, as GET /v1/origins shows it
     #[arg(long)]
     table: Option<String>,
-    /// Print the SQL instead
+    /// Print the SQL instead of running it
     #[arg(long)]
     print: bool,
 }
@@ -55,12 +55,12 @@ impl Release {
         let what = table.unwrap_or("the outbox");
         match claim::release(&database, table).await? {
             Some(released) => say!(
-                "{what} was relayed as the origin {} of the broker {} since {}; the next broker that comes relays it",
+                "{what} was relayed as the origin {} of the broker {} since {}; the next broker that connects relays it",
                 released.origin,
                 released.broker,
                 released.since
             ),
-            None => say!("no broker has {what}"),
+            None => say!("no broker relays {what}"),
         }
         database.close().await;
         Ok(())
@@ -69,24 +69,24 @@ impl Release {
 
 #[derive(Debug, Args)]
 pub(super) struct Uninstall {
-    /// The database, as a user who owns it
+    /// The database's URL, with a user who owns the database
     ///
     /// [env: DATABASE_URL]
     #[arg(long)]
     database_url: Option<String>,
-    /// Take out the inbox instead of the outbox
+    /// Remove the inbox instead of the outbox
     #[arg(long)]
     inbox: bool,
-    /// Take out `postroad.assert_fence` instead of the outbox
+    /// Remove `postroad.assert_fence` instead of the outbox
     #[arg(long, conflicts_with = "inbox")]
     fence: bool,
-    /// Take out what stands beside the table that this origin of the configuration maps, instead of the outbox
+    /// Remove what Postroad installed beside the table that this origin of the configuration maps, instead of the outbox
     #[arg(long, value_name = "ORIGIN", conflicts_with_all = ["inbox", "fence"])]
     map: Option<String>,
-    /// The configuration that has the origin; postroad.toml without it
+    /// The configuration file that has the origin; postroad.toml by default
     #[arg(long, value_name = "FILE", requires = "map")]
     config: Option<PathBuf>,
-    /// Print the SQL instead, for teams that run their own migrations
+    /// Print the SQL instead of running it, for teams that run their own migrations
     #[arg(long)]
     print: bool,
 }
@@ -112,7 +112,10 @@ impl Uninstall {
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let mapping = self.mapping()?;
         let (side, name) = match (&mapping, self.inbox, self.fence) {
-            (Some(mapping), ..) => (Side::Mapped(mapping), "what stood beside the mapped table"),
+            (Some(mapping), ..) => (
+                Side::Mapped(mapping),
+                "everything that Postroad installed beside the mapped table",
+            ),
             (None, true, _) => (Side::Inbox, "the inbox"),
             (None, false, true) => (Side::Fence, "the fence"),
             (None, false, false) => (Side::Outbox, "the outbox"),
@@ -123,7 +126,7 @@ impl Uninstall {
         let url = database_url(self.database_url.as_ref(), "DATABASE_URL")?;
         let database = Database::new(&url, 1)?;
         uninstall::run(&database, side).await?;
-        say!("{name} is taken out of {}", database.place());
+        say!("removed {name} from {}", database.place());
         database.close().await;
         Ok(())
     }
@@ -131,7 +134,7 @@ impl Uninstall {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Origin {
-    /// Forget an origin that is not in the configuration any more: its position, its history and its rejected rows
+    /// Forget an origin that is no longer in the configuration: its position, its history and its rejected rows
     Forget {
         /// Its name
         name: String,
@@ -141,11 +144,11 @@ pub(super) enum Origin {
         #[arg(long)]
         database_url: Option<String>,
     },
-    /// Give an origin another name, with all that is known of it, before the configuration does
+    /// Rename an origin and keep its position, history and rejected rows; do this before you rename it in the configuration
     Rename {
         /// Its name
         from: String,
-        /// Its name from now on
+        /// Its new name
         to: String,
         /// The broker's database
         ///
@@ -158,7 +161,8 @@ pub(super) enum Origin {
 impl Origin {
     pub(super) async fn run(self) -> anyhow::Result<()> {
         let parsed = |name: &str| {
-            OriginName::parse(name).with_context(|| format!("`{name}` is no origin's name"))
+            OriginName::parse(name)
+                .with_context(|| format!("`{name}` is not a valid name of an origin"))
         };
         let (url, name, to) = match &self {
             Self::Forget { name, database_url } => (database_url, name, None),
@@ -181,15 +185,15 @@ impl Origin {
             (Changed::Yes, None) => say!("the origin `{name}` is forgotten"),
             (Changed::Yes, Some(to)) => {
                 say!(
-                    "the origin `{name}` is called `{to}`: change the configuration, and start the broker"
+                    "the origin `{name}` is now called `{to}`: change the configuration, then start the broker"
                 );
             }
             (Changed::Unknown, _) => anyhow::bail!("the broker knows no origin `{name}`"),
             (Changed::Configured, _) => anyhow::bail!(
-                "the origin `{name}` is relayed now: take it out of the configuration, or stop the broker"
+                "a broker is relaying the origin `{name}`: remove it from the configuration, or stop the broker"
             ),
             (Changed::Taken, _) => {
-                anyhow::bail!("there is an origin of that name: forget it first")
+                anyhow::bail!("an origin with that name exists: forget it first")
             }
         }
         Ok(())

@@ -34,22 +34,22 @@ struct Cli {
 enum Command {
     /// Run the broker; without a database URL, on a private local Postgres
     Serve(ConfigFlags),
-    /// Run a small shop through the broker, and prove that no message was lost, repeated or put out of order
+    /// Run a small shop through the broker, and check that no message was lost, repeated or out of order
     Demo(demo::Options),
     /// Measure a broker, and check that it delivered everything once and in order
     Bench(Box<bench::Options>),
-    /// Install the outbox's schema in a database, or the inbox's, or print it as SQL
+    /// Install the schema of the outbox or the inbox in a database, or print it as SQL
     Install(install::Install),
-    /// Give an outbox up, so that another broker, or this one under another origin, can relay it
+    /// Give up an outbox, so that another broker, or this one under another origin, can relay it
     Release(leave::Release),
-    /// Take the outbox out of a database, or the inbox, or print that as SQL
+    /// Remove the outbox or the inbox from a database, or print the SQL for it
     Uninstall(leave::Uninstall),
     /// Forget an origin, or rename it, in the broker's database
     #[command(subcommand)]
     Origin(leave::Origin),
     /// Print the description of the HTTP API, openapi.yaml
     Openapi,
-    /// Look at the configuration
+    /// Check or print the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Ask a running broker whether it is ready; exit status 0 if so
@@ -60,9 +60,9 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Read the configuration and say what is wrong with it
+    /// Read the configuration and report every mistake
     Check(ConfigFlags),
-    /// Print what is in effect, and where each value came from; passwords are left out
+    /// Print the settings in effect and where each value came from, without passwords
     Print(ConfigFlags),
 }
 
@@ -139,7 +139,7 @@ fn forget_pgoptions() {
             .exec(),
         Err(error) => error,
     };
-    tell!("warning: {NAME} cannot be disregarded: {error}");
+    tell!("warning: {NAME} could not be removed from the environment: {error}");
 }
 
 /// Runs to the end on a runtime of its own.

@@ -62,7 +62,7 @@ impl Key {
             "database_url" => text.to_owned(),
             "database_url_file" | "node_secret_file" => match secret_in(text) {
                 Ok(secret) if self.name == "database_url_file" => secret,
-                Ok(_) => return Some("it holds something else".to_owned()),
+                Ok(_) => return Some("the file holds something else".to_owned()),
                 Err(error) => return Some(format!("reading it failed: {error}")),
             },
             _ => return None,
@@ -166,16 +166,17 @@ pub const KEYS: &[Key] = &[
         "advertise_url",
         "",
         "an http or https URL",
-        "The URL at which other nodes reach this one. Without it, `http://` and the address listened on, with the machine's name for 0.0.0.0. No two nodes may have the same.",
+        "The URL at which other nodes reach this one; no two nodes may have the same. By default `http://` and the bound address, \
+         with the machine's name in place of 0.0.0.0.",
         |c, t| http_url(t).map(|v| c.advertise_url = Some(v)),
     ),
     key(
         "allowed_hosts",
         "",
         "names or addresses separated by commas, without ports, or * for any",
-        "The names that requests may ask for (`Host`) besides loopback names, the address listened on and that of `advertise_url`, so that \
-         no page of the web reaches the broker by a name of its own (DNS rebinding). Checked while `bind` is a loopback address, \
-         and, once it is given, at every address; addresses are then let through.",
+        "Host names that requests may use (`Host`), besides loopback names, the bound address and the host of `advertise_url`. \
+         The check keeps web pages from reaching the broker under a name of their own (DNS rebinding). It applies while `bind` is \
+         a loopback address, and at every address once this key is set; requests to an IP address then pass.",
         |c, t| allowed_hosts(t).map(|v| c.allowed_hosts = v),
     ),
     Key {
@@ -183,9 +184,9 @@ pub const KEYS: &[Key] = &[
         ..key(
             "node_secret",
             "",
-            "16 to 255 visible ASCII characters, the same for all nodes; not in the file, but in a variable or by node_secret_file",
-            "What nodes know each other by when they pass requests on. Without it they use a key that is in the broker's database, \
-             so that whoever reads that is a node.",
+            "16 to 255 visible ASCII characters, the same for all nodes; in a variable or a node_secret_file, not in the configuration file",
+            "The secret by which nodes recognize each other when they pass requests on. By default they use a key in the broker's \
+             database, so that anyone who can read it can act as a node.",
             |c, t| node_secret(t).map(|v| c.node_secret = Some(v)),
         )
     },
@@ -193,7 +194,7 @@ pub const KEYS: &[Key] = &[
         "node_secret_file",
         "",
         "the path of a file that holds nothing but the secret",
-        "Read instead of `node_secret`: a mounted secret.",
+        "A file to read instead of `node_secret`, such as a mounted secret.",
         |c, t| {
             let secret = secret_in(t).ok()?;
             node_secret(&secret).map(|v| c.node_secret = Some(v))
@@ -204,8 +205,8 @@ pub const KEYS: &[Key] = &[
         ..key(
             "database_url",
             "",
-            "a URL like postgres://user:password@host:5432/database, or keywords like host=… dbname=…; with a password not in the file, but in a variable or by database_url_file",
-            "The broker's Postgres. `DATABASE_URL` is read too. Without any, a private local Postgres is started.",
+            "a URL like postgres://user:password@host:5432/database, or keywords like host=… dbname=…; if it has a password, in a variable or a database_url_file, not in the configuration file",
+            "The broker's Postgres. The broker also reads `DATABASE_URL`. With neither, it starts a private local Postgres.",
             |c, t| postgres_url(t).ok().map(|v| c.database_url = Some(v)),
         )
     },
@@ -213,7 +214,7 @@ pub const KEYS: &[Key] = &[
         "database_url_file",
         "",
         "the path of a file that holds nothing but the URL",
-        "Read instead of `database_url`: a mounted secret.",
+        "A file to read instead of `database_url`, such as a mounted secret.",
         |c, t| {
             let url = postgres_url(&secret_in(t).ok()?).ok()?;
             c.database_url = Some(url);
@@ -224,22 +225,23 @@ pub const KEYS: &[Key] = &[
         "data_dir",
         "",
         "a path",
-        "The folder of the local Postgres. Without it, the platform's folder for data (`~/.local/share/postroad`, \
-         `~/Library/Application Support/postroad`), for root `/var/lib/postroad`.",
+        "The data folder of the local Postgres. By default the platform's folder for data (`~/.local/share/postroad`, \
+         `~/Library/Application Support/postroad`); for root `/var/lib/postroad`.",
         |c, t| path(t).map(|v| c.data_dir = Some(v)),
     ),
     key(
         "postgres_bin",
         "",
         "the path of a folder",
-        "The folder of `postgres` and `initdb`, when they are not found by themselves.",
+        "The folder of `postgres` and `initdb`, if the broker does not find them by itself.",
         |c, t| path(t).map(|v| c.postgres_bin = Some(v)),
     ),
     key(
         "database_pool_size",
         "16",
         "a whole number from 4 to 1000",
-        "Most pooled connections to the broker's Postgres; the appender, the heartbeat and each relay have their own besides.",
+        "The most pooled connections to the broker's Postgres. The appender, the heartbeat and each relay have further \
+         connections of their own.",
         |c, t| within(t, 4, 1000).map(|v| c.database_pool_size = v),
     ),
     key(
@@ -253,7 +255,7 @@ pub const KEYS: &[Key] = &[
         "log_format",
         "text",
         "text or json",
-        "How log lines are written, to standard error.",
+        "The format of log lines, which go to standard error.",
         |c, t| {
             c.log_format = match t {
                 "text" => LogFormat::Text,
@@ -267,7 +269,7 @@ pub const KEYS: &[Key] = &[
         "log_level",
         "info",
         "a level (error, warn, info, debug, trace) or directives like info,postroad::relay=debug",
-        "What is logged.",
+        "The level of detail in the log.",
         |c, t| {
             let is_valid = !t.is_empty() && tracing_subscriber::EnvFilter::try_new(t).is_ok();
             is_valid.then(|| t.clone_into(&mut c.log_level))
@@ -277,7 +279,7 @@ pub const KEYS: &[Key] = &[
         "node_ttl_seconds",
         "10",
         "seconds from 2 to 300",
-        "A node that has not renewed its row for so long is dead, and others take over what it held.",
+        "A node that has not renewed its row for this long counts as dead, and other nodes take over its leases.",
         |c, t| seconds(t, 2.0, 300.0).map(|v| c.node_ttl = v),
     ),
     key(
@@ -291,60 +293,60 @@ pub const KEYS: &[Key] = &[
         "outbox_grace_seconds",
         "600",
         "seconds from 1 to 1500, since a leaf of the outbox is filled again after a cycle",
-        "How long relayed rows stay in an outbox: what makes a failover of the broker's database repairable.",
+        "How long relayed rows stay in an outbox. They make a failover of the broker's database repairable.",
         |c, t| seconds(t, 1.0, 1_500.0).map(|v| c.outbox_grace = v),
     ),
     key(
         "message_max_bytes",
         "1048576",
         "a whole number from 1024 to 16777216",
-        "The largest message that is taken over HTTP: payload and attributes.",
+        "The largest message that HTTP accepts: payload and attributes together.",
         |c, t| within(t, 1_024, 16 << 20).map(|v| c.message_max_bytes = v),
     ),
     key(
         "connections_max",
         "20000",
         "a whole number from 16 to 1000000",
-        "Most HTTP connections at a time; further ones wait. Each is an open file: the process raises its limit as far as it \
-         may (`ulimit -Hn`), and takes no more connections than that leaves room for.",
+        "The most HTTP connections at a time; further ones wait. Each is an open file: the process raises its limit of open files \
+         as far as it may (`ulimit -Hn`), and accepts no more connections than that limit allows.",
         |c, t| within(t, 16, 1_000_000).map(|v| c.connections_max = v),
     ),
     key(
         "keep_alive_seconds",
         "75",
         "seconds from 1 to 3600",
-        "How long an HTTP connection without a request stays open, at least; answers say it (`Keep-Alive`). Longer than a proxy before \
-         the broker keeps its own, or the proxy sends requests into a connection that ends.",
+        "How long an idle HTTP connection stays open, at least; answers say so (`Keep-Alive`). Set it longer than a proxy in \
+         front of the broker keeps its connections, or the proxy sends requests into a connection that is closing.",
         |c, t| seconds(t, 1.0, 3_600.0).map(|v| c.keep_alive = v),
     ),
     key(
         "http_memory_bytes",
         "",
         "a whole number from 67108864 to 1099511627776",
-        "Memory for the bodies of requests and for answers that clients have not read yet, half of it each; beyond it they are answered \
-         503. Without it, an eighth of the memory that the machine or the container has, from 64 MiB to 1 GiB.",
+        "Memory for request bodies, and for answers that clients have not read yet: half for each. Requests beyond it are \
+         answered 503. By default an eighth of the memory of the machine or the container, from 64 MiB to 1 GiB.",
         |c, t| within(t, 64 << 20, 1 << 40).map(|v| c.http_memory_bytes = Some(v)),
     ),
     key(
         "stream_cache_bytes",
         "67108864",
         "a whole number from 1048576 to 1099511627776",
-        "Memory for recent messages, so that queues that keep up read nothing from the database.",
+        "Memory for recent messages, so that queues that keep up do not read from the database.",
         |c, t| within(t, 1 << 20, 1 << 40).map(|v| c.stream_cache_bytes = v),
     ),
     key(
         "lame_duck_seconds",
         "5",
         "seconds from 0 to 60",
-        "How long a stopping process goes on serving after `/readyz` says that it stops, so that balancers notice. \
-         Not waited for when `bind` is a loopback address.",
+        "How long a stopping process keeps serving after `/readyz` reports the stop, so that load balancers notice. There is no \
+         such wait when `bind` is a loopback address.",
         |c, t| seconds(t, 0.0, 60.0).map(|v| c.lame_duck = v),
     ),
     key(
         "shutdown_seconds",
         "25",
         "seconds from 1 to 600",
-        "How long a stop may take in all before the process ends regardless.",
+        "How long a stop may take in total before the process ends regardless.",
         |c, t| seconds(t, 1.0, 600.0).map(|v| c.shutdown = v),
     ),
 ];

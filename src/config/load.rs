@@ -246,7 +246,7 @@ impl Loader<'_> {
         let unheeded = url.map(|url| url.unheeded).unwrap_or_default();
         if !unheeded.is_empty() {
             self.config.warnings.push(format!(
-                "of the database URL's parameters these have no effect: {}. Postroad bounds its statements and sessions itself",
+                "these parameters of the database URL have no effect: {}. Postroad sets its own limits for statements and sessions",
                 unheeded.join(", ")
             ));
         }
@@ -256,8 +256,8 @@ impl Loader<'_> {
         let bind = self.config.bind;
         if !bind.ip().is_loopback() {
             self.config.warnings.push(format!(
-                "the API at {bind} can be reached from other machines, and nobody signs in: whoever reaches it may publish, receive, seek, \
-                 purge and delete. Let only those reach it who may: by a network of its own, a firewall, or a proxy that signs in"
+                "other machines can reach the API at {bind}, which has no login: anyone who reaches it may publish, receive, seek, \
+                 purge and delete. Restrict access with a private network, a firewall, or a proxy with authentication"
             ));
         }
     }
@@ -270,7 +270,7 @@ impl Loader<'_> {
         } = self.config;
         if node_heartbeat * 3 > node_ttl && self.faults.is_empty() {
             let what = format!(
-                "is {}, and must be at most a third of node_ttl_seconds, which is {}: a late heartbeat would be a death",
+                "is {}, and must be at most a third of node_ttl_seconds, which is {}: otherwise one late heartbeat makes a node count as dead",
                 node_heartbeat.as_secs_f64(),
                 node_ttl.as_secs_f64()
             );
@@ -283,7 +283,7 @@ impl Loader<'_> {
 pub(super) fn exposed(key: &Key, text: &str, flag: &str) -> Option<String> {
     key.holds_secret(text).then(|| {
         format!(
-            "everybody on this machine can read the secret in {flag}, in the list of processes: set {} instead, or name a file with {}_file",
+            "everyone on this machine can read the secret in {flag} in the process list: set {} instead, or name a file with {}_file",
             key.variable(),
             key.name
         )

@@ -71,7 +71,7 @@ pub(super) fn read(
     ];
     if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
         let what = if key == "url" {
-            "is not taken from the file, which would hold the password: name a variable with url_env, or a file with url_file".to_owned()
+            "is not read from the configuration file, which would then hold the password: name a variable with url_env, or a file with url_file".to_owned()
         } else {
             unknown(key, known.into_iter())
         };
@@ -100,7 +100,7 @@ pub(super) fn read(
     let url = found.map_err(|what| fault(key, what))?;
     let url = postgres_url(&url).map_err(|why| {
         let what = format!(
-            "leads to something that is no URL like postgres://user:password@host:5432/database: {why}"
+            "does not lead to a URL like postgres://user:password@host:5432/database: {why}"
         );
         fault(key, what)
     })?;
@@ -156,7 +156,7 @@ fn texts(table: &toml::Table, key: &str) -> Result<BTreeMap<String, String>, (St
         return Ok(BTreeMap::new());
     };
     let wrong = |key: String| {
-        let what = "must be text, in which {column} stands for what a column holds";
+        let what = "must be text, in which {column} stands for the value of a column";
         (key, what.to_owned())
     };
     let Some(entries) = value.as_table() else {

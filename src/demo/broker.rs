@@ -176,7 +176,7 @@ impl Broker {
                 if let Some(broker) = broker.lock().await.take()
                     && let Err(late) = broker.stop().await
                 {
-                    tell!("the broker did not stop in order: {late}");
+                    tell!("the broker did not stop cleanly: {late}");
                 }
             }
             Running::Process(process) => process.stop().await,

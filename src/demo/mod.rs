@@ -48,37 +48,37 @@ const LINGER: Duration = Duration::from_secs(1);
 /// What to run.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Orders to place, rolled back ones included; 2000 unless --seconds says when to end
+    /// The number of orders to place, including those rolled back; 2000 unless --seconds is given
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub orders: Option<u64>,
-    /// Place orders for so many seconds at most
+    /// Place orders for at most this many seconds
     #[arg(long)]
     pub seconds: Option<u64>,
-    /// Orders per second, all producers together; 0 places them as fast as the database takes them
+    /// Orders per second, all producers together; 0 places them as fast as the database accepts them
     #[arg(long, default_value_t = 500)]
     pub rate: u32,
-    /// Producers, each with a connection of its own
+    /// The number of producers, each with its own connection
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64))]
     pub producers: u64,
-    /// Consumers of each of the two queues
+    /// The number of consumers for each of the two queues
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=64))]
     pub consumers: u64,
-    /// Kill the broker (kill -9) so many times during the run, and start it again each time
+    /// Kill the broker (kill -9) this many times during the run, and restart it each time
     #[arg(long, default_value_t = 0)]
     pub kills: u64,
     /// The seed of every random choice
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Keep the broker running afterwards, until Ctrl-C
+    /// Keep the broker running after the demo, until Ctrl-C
     #[arg(long)]
     pub serve: bool,
-    /// Use this Postgres instead of a private one. The demo makes a schema `shop` in it
+    /// Use this Postgres instead of a private one. The demo creates a schema `shop` in it
     #[arg(long)]
     pub database_url: Option<String>,
-    /// Where the private Postgres keeps its data
+    /// The data folder of the private Postgres
     #[arg(long)]
     pub data_dir: Option<String>,
-    /// Where the broker listens; if it is taken, a free port is
+    /// The address the broker listens on; if it is in use, the demo takes a free port
     #[arg(long)]
     pub bind: Option<String>,
 }
@@ -176,7 +176,7 @@ async fn run_with(
     postgres: &Supervisor,
 ) -> Result<Report, Error> {
     say!(
-        "Postroad demo: a shop, its orders, and two services that must hear of every one of them\n"
+        "Postroad demo: a shop, its orders, and two services that must receive every one of them\n"
     );
     let mut interrupt = Interrupt::new()?;
     let (url, local) = match config.database_url.clone() {
@@ -537,7 +537,7 @@ fn print_next_steps(
     say!(
         "  curl -s {base}/v1/queues/billing/ack -d '{{\"deliveries\": [{{\"receipt\": \"…\"}}]}}'\n"
     );
-    say!("See how the queue does, read the stream from its start, browse the API:\n");
+    say!("Look at the queue, read the stream from its start, browse the API:\n");
     say!("  curl -s {base}/v1/queues/billing");
     say!("  curl -s '{base}/v1/streams/shop/messages?max_messages=3'");
     say!("  {base}/docs");
