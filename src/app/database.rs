@@ -23,7 +23,7 @@ pub(super) async fn prepare(
     void: &[Uuid],
     readiness: &Readiness,
 ) -> Result<Vec<Uuid>, Error> {
-    readiness.not_ready(START, "the database is being looked for");
+    readiness.not_ready(START, "connecting to the database");
     wait_until_up(database, readiness).await?;
     readiness.not_ready(
         START,

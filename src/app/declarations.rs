@@ -100,7 +100,7 @@ async fn put(url: &str, name: &QueueName, body: &Map<String, Value>) -> Result<(
     };
     match asking.await {
         Ok(_) => Ok(()),
-        Err(error) => Err(format!("its node did not take it: {error}")),
+        Err(error) => Err(format!("its node refused it: {error}")),
     }
 }
 

@@ -271,7 +271,7 @@ async fn assemble(
     telemetry::register(&mut registry);
     let metrics = http::Metrics::new(&mut registry);
     let readiness = http::Readiness::new();
-    readiness.not_ready(START, "the private Postgres is being started");
+    readiness.not_ready(START, "starting the private Postgres");
     held.readiness = Some(readiness.clone());
     let early = http::Early {
         readiness: readiness.clone(),
@@ -281,7 +281,7 @@ async fn assemble(
     let server = http::serve(listener, early, http_options(config), &steps.http)?;
     let database = open_database(config, steps).await?;
     void.extend(database::prepare(&database, &void, &readiness).await?);
-    readiness.not_ready(START, "the engines are being started");
+    readiness.not_ready(START, "starting the engines");
     let cluster = cluster::start(
         cluster::Options {
             address: (config.advertise_url.clone()).unwrap_or_else(|| node_address(address)),

@@ -97,7 +97,7 @@ impl Broker {
         let mut broker = Self {
             api: Api::new(&base)?,
             address: Address::of(&base).ok_or(Error::Url { url: base })?,
-            place: format!("a process of its own; Postgres {}", database.place()),
+            place: format!("a separate process; Postgres {}", database.place()),
             database,
             own: Some(Own {
                 child: spawn(address, &url, &log_path)?,
@@ -179,7 +179,7 @@ impl Broker {
             }
         }
         if let Err(error) = store::bench::drop_database(&mut own.admin, &own.name).await {
-            tell!("the database {} stays: {error}", own.name);
+            tell!("dropping the database {} failed: {error}", own.name);
         }
     }
 }

@@ -87,7 +87,7 @@ impl Consumer {
             if is_with_acks {
                 let odd = || wire::Error::Answer {
                     path: receive.clone(),
-                    what: "it says nothing of the acks".to_owned(),
+                    what: "it has no results for the acks".to_owned(),
                 };
                 self.note(&acked.ok_or_else(odd)?);
             }

@@ -281,7 +281,7 @@ impl<'a> Round<'a> {
             }
             if moved.0.elapsed() >= self.bench.patience() {
                 self.live
-                    .note("Nothing comes any more: giving up on what is missing.");
+                    .note("No more messages are arriving: giving up on the missing ones.");
                 break;
             }
         }

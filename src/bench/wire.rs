@@ -143,7 +143,7 @@ impl Connection {
             // The end may be cut by the next read.
             looked = self.input.len().saturating_sub(3);
             if looked > HEAD_MAX_BYTES {
-                return Err(odd("a head without end"));
+                return Err(odd("a response head without an end"));
             }
         };
         let head = &self.input[..head_end];

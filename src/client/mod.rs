@@ -187,7 +187,7 @@ impl Client {
         let mut published = self.published(call).await?;
         let nothing = || Error::Answer {
             call: name,
-            source: serde::de::Error::custom("no message in it"),
+            source: serde::de::Error::custom("it has no message"),
         };
         published.pop().ok_or_else(nothing)
     }

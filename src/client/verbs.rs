@@ -346,7 +346,7 @@ impl Queue {
         let nothing = || Refused {
             verb,
             receipt,
-            refusal: Refusal::Other("no answer for it".to_owned()),
+            refusal: Refusal::Other("it has no result".to_owned()),
         };
         Ok(outcome.ok_or_else(nothing)??)
     }

@@ -417,7 +417,7 @@ mod tests {
             ),
             (
                 "[origins.shop]\nurl = 'postgres://x'",
-                "`origins.shop.url` is not taken from the file",
+                "`origins.shop.url` is not read from the configuration file",
             ),
             ("[origins.shop]\nurl_evn = 'X'", "did you mean `url_env`?"),
             (

@@ -123,7 +123,7 @@ impl Broker {
         match &self.running {
             Running::Inside(_) => "in this process".into(),
             Running::Process(process) => format!(
-                "a process of its own, which logs to {}",
+                "a separate process, which logs to {}",
                 process.log_path.display()
             ),
         }

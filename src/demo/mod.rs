@@ -493,7 +493,7 @@ async fn watch(cast: &mut Cast, display: &mut Display) -> Result<Told, Error> {
             }
         } else if !producing && moved.elapsed() >= STALLED_AFTER {
             display.note(&format!(
-                "Nothing has arrived for {} s: giving up on what is missing.",
+                "Nothing has arrived for {} s: giving up on the missing orders.",
                 STALLED_AFTER.as_secs()
             ));
             return Ok(told);

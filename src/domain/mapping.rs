@@ -316,7 +316,7 @@ fn check(mapping: &Mapping) -> Result<(), Fault> {
         if !mapping.fields.contains_key(&field) {
             let what = match field {
                 Field::Id => {
-                    "is needed: what makes a row's message unique, like {id}; messages are told apart by source and id"
+                    "is needed: the text that makes a row's message unique, like {id}; source and id together identify a message"
                 }
                 _ => "is needed: text, a column, or both, like orders.created or orders.{kind}",
             };
@@ -336,7 +336,7 @@ fn check(mapping: &Mapping) -> Result<(), Fault> {
     if mapping.pickup == Pickup::Delete && mapping.deletes_relayed {
         return Err(fault(
             "delete_relayed",
-            "is for pickup = \"snapshot\": rows picked up by deletion leave anyhow",
+            "is for pickup = \"snapshot\": rows picked up by deletion are deleted anyway",
         ));
     }
     for field in [Field::Xid, Field::Seq] {

@@ -248,7 +248,7 @@ impl Settings {
         if self.priorities && is_ordered {
             return Err(Fault {
                 field: "priorities",
-                reason: "cannot be had together with `ordering: key`".into(),
+                reason: "cannot be combined with `ordering: key`".into(),
             });
         }
         self.retry.check()

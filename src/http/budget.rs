@@ -54,7 +54,7 @@ pub(in crate::http) struct Full(&'static str);
 
 impl From<Full> for Problem {
     fn from(Full(what): Full) -> Self {
-        let detail = format!("{what} on their way hold as much memory as they may");
+        let detail = format!("{what} in progress use all the memory set aside for them");
         Self::new(Kind::Overloaded, detail)
     }
 }

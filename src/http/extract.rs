@@ -156,7 +156,7 @@ impl PathPart for RejectedId {
     fn parse(text: &str) -> Result<Self, String> {
         match text.parse() {
             Ok(id) if id >= 1 => Ok(Self(id)),
-            _ => Err("must be an integer from 1 on".to_owned()),
+            _ => Err("must be an integer of at least 1".to_owned()),
         }
     }
 }
@@ -436,7 +436,7 @@ impl Check {
     pub(in crate::http) fn token(&mut self, pointer: &str, value: &str, max_bytes: usize) {
         let is_token = value.bytes().all(|byte| byte.is_ascii_graphic());
         if value.is_empty() || value.len() > max_bytes || !is_token {
-            let allowed = format!("1 to {max_bytes} visible ASCII characters, without blanks");
+            let allowed = format!("1 to {max_bytes} visible ASCII characters, without spaces");
             self.out_of_range(pointer, allowed);
         }
     }

@@ -116,7 +116,7 @@ pub(in crate::http) fn panicked(panic: Box<dyn Any + Send>) -> Response {
         .downcast_ref::<String>()
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("a panic without text");
+        .unwrap_or("a panic without a message");
     tracing::error!(panic = text, "a request handler panicked");
     Problem::new(
         Kind::Internal,

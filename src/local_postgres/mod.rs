@@ -92,11 +92,11 @@ pub enum Error {
         data_dir: PathBuf,
     },
     /// Running as root, and no account to run the server as.
-    #[error("Postgres does not run as root, and neither the user `postgres` nor `nobody` exists")]
+    #[error("Postgres refuses to run as root, and neither the user `postgres` nor `nobody` exists")]
     NoAccount,
     /// A user id that has no name, as containers can be given.
     #[error(
-        "the user id {uid} has no name, and Postgres does not run without: add it to /etc/passwd, run as another user, or set DATABASE_URL to a running server"
+        "the user id {uid} has no name, which Postgres needs: add it to /etc/passwd, run as another user, or set DATABASE_URL to a running server"
     )]
     Nameless {
         /// The user id.
@@ -104,7 +104,7 @@ pub enum Error {
     },
     /// The account that runs the server may not enter a folder on the way to the data.
     #[error(
-        "the user `{user}`, which runs Postgres when postroad is run by root, may not enter {folder}: choose another --data-dir",
+        "the user `{user}`, which runs Postgres when postroad runs as root, may not enter {folder}: choose another --data-dir",
         folder = folder.display()
     )]
     Unreachable {
@@ -114,7 +114,7 @@ pub enum Error {
         folder: PathBuf,
     },
     /// The socket's folder belongs to somebody else.
-    #[error("the folder {folder} for the socket belongs to somebody else", folder = folder.display())]
+    #[error("the socket's folder {folder} belongs to another user", folder = folder.display())]
     Squatted {
         /// The folder.
         folder: PathBuf,

@@ -46,8 +46,8 @@ impl Relay {
             let found = session.find_subscription().await;
             if let Some(subscription) = found.map_err(Trouble::Origin)? {
                 return Err(Trouble::Mapping(format!(
-                    "the subscription `{subscription}` feeds this outbox by logical replication, and rows that come so cannot be relayed: \
-                     relay the publisher's database, or take the outbox out of the subscription"
+                    "the subscription `{subscription}` feeds this outbox by logical replication, and such rows cannot be relayed: \
+                     relay the publisher's database, or remove the outbox from the subscription"
                 )));
             }
         }
@@ -76,7 +76,7 @@ fn claimed_by(claim: &Claim, reader: Reader) -> String {
     let since = at.to_rfc3339_opts(SecondsFormat::Secs, true);
     let whose = whose(claim, reader, *broker);
     format!(
-        "`{table}` is relayed as the origin `{name}` of {whose} since {since}, and only one may: once that one does not run any more, \
+        "`{table}` is relayed as the origin `{name}` of {whose} since {since}, and only one relay may read it: once that relay has stopped for good, \
          run `postroad release` on the origin's database"
     )
 }

@@ -65,7 +65,7 @@ impl Next {
             return Self::Gap;
         }
         let Some(position) = position else {
-            return Self::Rerelay("its outbox was never relayed");
+            return Self::Rerelay("its outbox has never been relayed");
         };
         if let Some(why) = went_back(position, identity) {
             return Self::Rerelay(why);
@@ -82,11 +82,11 @@ impl Next {
 /// Why the position is not one of this origin's past, if it is not.
 pub(super) fn went_back(position: &Position, identity: &Identity) -> Option<&'static str> {
     if position.system_identifier != identity.system_identifier {
-        Some("it is another cluster than before")
+        Some("it is a different Postgres cluster than before")
     } else if !identity.has_mark {
-        Some("it has lost the mark of the last position")
+        Some("the mark of the last position is missing there")
     } else if identity.is_ahead {
-        Some("the last position is from its future")
+        Some("the last position is ahead of it")
     } else {
         None
     }

@@ -62,13 +62,13 @@ impl Run<'_> {
             .and_then(|position| went_back(position, &batch.identity));
         let why = went_back
             .or(is_gap.then_some("the broker's database went back in time"))
-            .or(is_taken_over.then_some("this broker has relayed it as another origin"));
+            .or(is_taken_over.then_some("this broker has relayed it under another origin's name"));
         let is_cut_short = self
             .position
             .as_ref()
             .is_some_and(|position| position.recheck == Some(Recheck::Pass));
         if why.is_some() || is_cut_short {
-            self.recheck(why.unwrap_or("a look at all of it was not finished"))
+            self.recheck(why.unwrap_or("the last full read was not finished"))
                 .await?;
             return Ok(Stepped { rows: 0 });
         }
@@ -228,7 +228,7 @@ impl Run<'_> {
         if left > 0 {
             // Reading on would relay them again.
             return Err(Trouble::Mapping(format!(
-                "{left} rows that were relayed cannot be taken out of the table: a trigger, a rule or row security keeps them"
+                "{left} relayed rows cannot be deleted from the table: a trigger, a rule or row security keeps them"
             )));
         }
         Ok(())

@@ -40,7 +40,7 @@ impl Page {
             page.unread.push(Rejected {
                 seq: place.seq,
                 reason: format!(
-                    "the row is about {} bytes long, at most {ROW_MAX_BYTES} are read",
+                    "the row is about {} bytes long, at most {ROW_MAX_BYTES} are allowed",
                     place.bytes
                 ),
                 outbox_row: row::unread_copy(place.seq, None),

@@ -80,7 +80,7 @@ impl Run<'_> {
             return Ok(());
         };
         if self.has_foreign_rows().await? {
-            self.rerelay("it holds rows with transaction ids that this server has not handed out")
+            self.rerelay("it holds rows with transaction ids that this server has not assigned")
                 .await?;
             return Ok(());
         }

@@ -171,13 +171,13 @@ fn check(row: &OutboxRow, now: DateTime<Utc>) -> Result<(Topic, Map<String, Valu
         ));
     }
     if !row.time_is_valid {
-        return Err("the time is not in the years 1 to 9999".to_owned());
+        return Err("the time must be in the years 1 to 9999".to_owned());
     }
     if row
         .expected_version
         .is_some_and(|version| version < 0 || row.key.is_none())
     {
-        return Err("the expected_version is negative or of no key".to_owned());
+        return Err("the expected_version is negative, or there is no key".to_owned());
     }
     if row.expected_version.is_some() && row.deliver_at.is_some() {
         return Err("expected_version and deliver_at are both given".to_owned());
@@ -503,7 +503,7 @@ mod tests {
         check(&|row| row.headers = Some("{\"id\":\"1\"}".into()), "`id`");
         check(&|row| row.headers = Some("{\"a\":1.5}".into()), "`a`");
         check(&|row| row.payload = Some("1".into()), "both given");
-        check(&|row| row.expected_version = Some(3), "of no key");
+        check(&|row| row.expected_version = Some(3), "there is no key");
         check(
             &|row| {
                 row.key = Some("k".into());

@@ -44,7 +44,7 @@ impl From<AppendError> for Trouble {
         match error {
             AppendError::Fenced => Self::LeaseLost,
             AppendError::Stopping => Self::Stopping,
-            AppendError::PositionMoved { .. } => Self::Reload("the stored position is another"),
+            AppendError::PositionMoved { .. } => Self::Reload("the stored position has changed"),
             AppendError::OutcomeUnknown => {
                 Self::Reload("nobody knows yet whether the rows were appended")
             }

@@ -223,7 +223,7 @@ impl Run<'_> {
                 recounts += 1;
                 if recounts > RECOUNTS_MAX {
                     return Err(Trouble::Reload(
-                        "rows of the outbox are moved again and again",
+                        "rows of the outbox keep moving while they are read",
                     ));
                 }
                 self.caution.backlog = None;

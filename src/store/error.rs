@@ -226,7 +226,7 @@ impl Error {
     fn advice(&self) -> Option<&'static str> {
         if self.is_pooler() {
             return Some(
-                "a pooler is in between, and refuses the settings of Postroad's sessions: point the URL at the server itself",
+                "a pooler refuses the settings of Postroad's sessions: point the URL at the server itself",
             );
         }
         if let Some(sqlx::Error::Tls(_)) = self.driver() {
@@ -237,16 +237,16 @@ impl Error {
         match self.sqlstate()?.as_str() {
             "28P01" => Some("the URL's user or password is wrong"),
             "28000" => Some(
-                "the server lets this user in from elsewhere only, or by TLS only (sslmode=require): see its pg_hba.conf",
+                "the server accepts this user only from other addresses, or only over TLS (sslmode=require): see its pg_hba.conf",
             ),
             "3D000" => Some("create the database, or correct its name in the URL"),
             "42501" => Some(
-                "grant this user what it lacks: Postroad's user owns its schemas, and needs CREATE on the database to make them",
+                "grant this user the missing right: Postroad's user owns its schemas, and needs CREATE on the database to create them",
             ),
             "25006" => Some(
-                "nothing can be written there: point the URL at the primary, or end its being read only",
+                "the server is read-only: point the URL at the primary, or end the read-only mode",
             ),
-            "53300" => Some("raise max_connections, or have others leave room"),
+            "53300" => Some("raise max_connections, or close other connections"),
             _ => None,
         }
     }

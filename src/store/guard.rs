@@ -110,7 +110,7 @@ impl Guard {
             is_first
         });
         Err(sqlx::Error::Protocol(format!(
-            "the database has another history than this process: {why}"
+            "the database has a different history than this process: {why}"
         )))
     }
 }
@@ -159,18 +159,18 @@ fn difference(expected: &Identity, node: Option<Node>, sent: i64, found: &Found)
     let now = &found.identity;
     if now.system_identifier != expected.system_identifier {
         return Some(format!(
-            "its server has the system identifier {}, which was {}",
+            "its server has the system identifier {}, and had {}",
             now.system_identifier, expected.system_identifier
         ));
     }
     if now.timeline != expected.timeline {
         return Some(format!(
-            "its server is on timeline {}, which was {}",
+            "its server is on timeline {}, and was on {}",
             now.timeline, expected.timeline
         ));
     }
     if now.database != expected.database {
-        return Some("it is another database of its server".to_owned());
+        return Some("it is a different database of its server".to_owned());
     }
     let node = node?;
     match found.beat {

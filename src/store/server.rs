@@ -24,7 +24,7 @@ impl Server {
     pub fn refusal(&self) -> Option<String> {
         if self.version_number / 10_000 < OLDEST_MAJOR {
             return Some(format!(
-                "it is of version {}, and {OLDEST_MAJOR} is the oldest that is supported",
+                "its version is {}, and the oldest supported version is {OLDEST_MAJOR}",
                 self.version_number / 10_000
             ));
         }
@@ -39,7 +39,7 @@ impl Server {
         }
         if self.isolation != "read committed" {
             return Some(format!(
-                "its sessions start at {}, though read committed was asked for: a pooler between may drop start-up options",
+                "its sessions start with the isolation {} instead of read committed: a pooler may drop startup options",
                 self.isolation
             ));
         }

@@ -26,7 +26,7 @@ pub(in crate::store) fn targets(url: &DatabaseUrl) -> Result<Vec<PgConnectOption
     match variable("PGSSLROOTCERT").as_deref() {
         _ if url.ssl_mode == Some(SslMode::Disable) => {}
         Some("system") => {
-            let what = "PGSSLROOTCERT=system is not supported: say sslrootcert=system in the URL";
+            let what = "PGSSLROOTCERT=system is not supported: set sslrootcert=system in the URL";
             return Err(Error::Variable(what));
         }
         Some(_) if url.trusts_system => {

@@ -45,7 +45,7 @@ pub fn start(config: &Config) {
     let _ = SINK.set(sink.clone());
     std::panic::set_hook(Box::new(log_panic));
     if let Err(error) = supervisor::thread("log", move || sink.write_on()) {
-        tell!("error: no log is written, since starting a thread for it failed: {error}");
+        tell!("error: there is no log, because starting its thread failed: {error}");
     }
 }
 
@@ -66,7 +66,9 @@ fn dropped() -> u64 {
 
 /// A panic is a line of the log as any other: the usual hook waits for whoever reads standard error.
 fn log_panic(panic: &PanicHookInfo<'_>) {
-    let what = panic.payload_as_str().unwrap_or("something without text");
+    let what = panic
+        .payload_as_str()
+        .unwrap_or("a panic without a message");
     let place = panic.location().map(ToString::to_string);
     let backtrace = Backtrace::capture();
     let is_captured = backtrace.status() == BacktraceStatus::Captured;

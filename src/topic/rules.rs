@@ -194,7 +194,7 @@ fn find_or_compile(
 
 fn too_many_bytes() -> String {
     format!(
-        "does not fit beside the others: together they take more than {} MiB of memory",
+        "needs too much memory: all schemas together would take more than {} MiB",
         SCHEMAS_MAX_BYTES >> 20
     )
 }
@@ -347,7 +347,7 @@ mod tests {
             rules
                 .has_room(&pattern("more"), &other)
                 .unwrap_err()
-                .contains("does not fit")
+                .contains("needs too much memory")
         );
         // In the place of one that is there it does.
         assert_eq!(rules.has_room(&pattern("t00"), &other), Ok(()));

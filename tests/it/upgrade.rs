@@ -104,6 +104,6 @@ async fn a_schema_that_needs_a_later_version_is_refused_in_a_clear_line() {
     let output = command.output().await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
-    let line = "the database's schema is of a later version of postroad: it needs one that knows migration 20991231000100";
+    let line = "the database's schema is from a later version of postroad: it needs migration 20991231000100";
     assert!(said.contains(line), "{said}");
 }

@@ -192,12 +192,12 @@ impl Attributes {
         if self.expected_version.is_some() && self.key.is_none() {
             faults.add(
                 place,
-                "`expectedversion` is the version of a key: it needs `partitionkey`",
+                "`expectedversion` is the version of a key, so it needs `partitionkey`",
             );
         } else if self.expected_version.is_some() && self.extensions.contains_key(DELIVER_AT) {
             faults.add(
                 place,
-                "`expectedversion` is of now and `deliverat` of later: an event has one of them",
+                "an event has `expectedversion` or `deliverat`, not both",
             );
         }
     }

@@ -28,7 +28,7 @@ pub(super) fn parse(request: &Request<'_>, context: &Context<'_>) -> Result<Vec<
         if *name == "datacontenttype" {
             faults.add(
                 place(),
-                "the payload's type is the header `Content-Type` in this mode",
+                "in this mode the header `Content-Type` gives the payload's type",
             );
             continue;
         }

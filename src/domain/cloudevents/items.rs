@@ -126,8 +126,7 @@ impl Item<'_> {
             faults.add(self.at("topic"), "`topic` is missing");
         }
         if event.is_some() && members.len() > 2 {
-            let detail =
-                "an item with `event` has nothing else but `topic`: the event carries the rest";
+            let detail = "an item with `event` can only have `topic` besides: everything else belongs in the event";
             faults.add(self.at("event"), detail);
         }
         let (Some(topic), true) = (topic, faults.0.len() == before) else {

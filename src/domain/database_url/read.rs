@@ -110,7 +110,7 @@ impl Found {
         };
         if behind.contains('@') {
             return Err(Fault::new(format!(
-                "it has an @ behind the first /, as when a password holds a / that is not escaped: {ESCAPE}"
+                "it has an @ after the first /, perhaps because a password has an unescaped /: {ESCAPE}"
             )));
         }
         self.read_servers(servers)?;
@@ -121,7 +121,7 @@ impl Found {
         for (index, parameter) in parameters.enumerate() {
             let Some((name, value)) = parameter.split_once('=') else {
                 return Err(Fault::new(format!(
-                    "behind its ?, part {} is not like name=value; {ESCAPE}",
+                    "after its ?, part {} is not of the form name=value; {ESCAPE}",
                     index + 1
                 )));
             };
@@ -144,7 +144,7 @@ impl Found {
             let (host, port) = match server.strip_prefix('[') {
                 Some(inside) => {
                     let (host, port) = inside.split_once(']').ok_or_else(|| {
-                        Fault::new(format!("a [ before an address has no ]; {ESCAPE}"))
+                        Fault::new(format!("an address has a [ without a ]; {ESCAPE}"))
                     })?;
                     (host, port.strip_prefix(':').unwrap_or(port))
                 }
@@ -167,7 +167,7 @@ impl Found {
         while !rest.is_empty() {
             let (name, behind) = rest
                 .split_once('=')
-                .ok_or_else(|| Fault::new("it has a word that is not like name=value"))?;
+                .ok_or_else(|| Fault::new("it has a word that is not of the form name=value"))?;
             let (value, behind) = value(behind.trim_start())?;
             if !self.set(name.trim_end(), value)? {
                 return Err(unknown(index));
@@ -182,7 +182,7 @@ impl Found {
     fn set(&mut self, name: &str, value: String) -> Result<bool, Fault> {
         let url = &mut self.url;
         if value.contains('\0') {
-            return Err(Fault::new("it has a character of the code 0"));
+            return Err(Fault::new("it has the character U+0000"));
         }
         if value.is_empty() && name != "password" {
             // As if it were not there.
@@ -199,7 +199,7 @@ impl Found {
                 let mode = SSL_MODES.iter().find(|(name, _)| *name == value);
                 let (_, mode) = mode.ok_or_else(|| {
                     let known = SSL_MODES.map(|(name, _)| name).join(", ");
-                    Fault::new(format!("its sslmode is none of {known}"))
+                    Fault::new(format!("its sslmode must be one of {known}"))
                 })?;
                 url.ssl_mode = Some(*mode);
             }
@@ -229,14 +229,14 @@ impl Found {
             return match allowed.contains(&value) {
                 true => Ok(true),
                 false => Err(Fault::new(format!(
-                    "its {name} is not supported: Postroad takes {}",
+                    "its {name} is not supported: Postroad supports {}",
                     allowed.join(" or ")
                 ))),
             };
         }
         if let Some(name) = UNSUPPORTED.iter().find(|known| **known == name) {
             return Err(Fault::new(format!(
-                "its parameter {name} is not supported: take it out"
+                "its parameter {name} is not supported: remove it"
             )));
         }
         let unheeded = UNHEEDED.iter().find(|known| **known == name);
@@ -253,7 +253,7 @@ impl Found {
             matches!(self.url.ssl_mode, Some(SslMode::VerifyFull)) || self.url.trusts_system;
         if self.addresses.is_some() && self.hosts.is_some() && verifies {
             return Err(Fault::new(
-                "it has both host and hostaddr, and asks for the host's name to be verified: leave hostaddr out",
+                "it has both host and hostaddr, and asks to verify the host's name: leave hostaddr out",
             ));
         }
         let hosts = self.addresses.or(self.hosts).unwrap_or_default();
@@ -342,11 +342,12 @@ fn decoded(text: &str) -> Result<String, Fault> {
     };
     if text.split('%').skip(1).any(|rest| !is_escape(rest)) {
         return Err(Fault::new(format!(
-            "a % in it has no two hexadecimal digits behind it; {ESCAPE}"
+            "a % in it is not followed by two hexadecimal digits; {ESCAPE}"
         )));
     }
     let decoded = percent_decode_str(text).decode_utf8();
-    let decoded = decoded.map_err(|_| Fault::new("what its % stand for is not UTF-8"))?;
+    let decoded =
+        decoded.map_err(|_| Fault::new("its text is not UTF-8 once each % is decoded"))?;
     Ok(decoded.into_owned())
 }
 
@@ -427,17 +428,20 @@ mod tests {
     #[test]
     fn what_is_refused_is_explained_and_never_repeated() {
         for (text, expected) in [
-            ("postgres://u:12/s3cret@h:5/b", "a / that is not escaped"),
-            ("postgres://u:s3cret/x@h/b", "not escaped"),
-            ("postgres://u:p@s3cret/x@h/b", "a / that is not escaped"),
+            ("postgres://u:12/s3cret@h:5/b", "has an unescaped /"),
+            ("postgres://u:s3cret/x@h/b", "unescaped"),
+            ("postgres://u:p@s3cret/x@h/b", "has an unescaped /"),
             ("postgres://u:s3cret@h:5x/b", "a port is not a number"),
             ("postgres://u:s3cret@h:0/b", "a port is not a number"),
-            ("postgres://u:s3cret%@h/b", "no two hexadecimal digits"),
+            (
+                "postgres://u:s3cret%@h/b",
+                "not followed by two hexadecimal digits",
+            ),
             ("postgres://u:s3cret%FF@h/b", "not UTF-8"),
-            ("postgres://u:s3cret%00@h/b", "the code 0"),
+            ("postgres://u:s3cret%00@h/b", "the character U+0000"),
             (
                 "postgres://h/b?password=a&s3cret",
-                "part 2 is not like name=value",
+                "part 2 is not of the form name=value",
             ),
             (
                 "postgres://h/b?password=a&s3cret=x",
@@ -445,7 +449,7 @@ mod tests {
             ),
             (
                 "postgres://h/b?sslmode=s3cret",
-                "its sslmode is none of disable",
+                "its sslmode must be one of disable",
             ),
             (
                 "postgres://h/b?connect_timeout=s3cret",
@@ -475,11 +479,11 @@ mod tests {
                 "postgres://h1,h2:1,h3/b?port=1,2",
                 "it has 2 ports for 3 hosts",
             ),
-            ("postgres://[::1/b", "has no ]"),
+            ("postgres://[::1/b", "a [ without a ]"),
             ("mysql://u:s3cret@h/b", "does not begin with postgres://"),
             ("s3cret", "does not begin with postgres://"),
             ("host=h password='s3cret", "does not end with one"),
-            ("host=h s3cret", "not like name=value"),
+            ("host=h s3cret", "not of the form name=value"),
             ("host=h s3cret=1", "its parameter 2 has a name"),
         ] {
             let fault = DatabaseUrl::parse(text).unwrap_err().to_string();

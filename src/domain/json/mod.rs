@@ -116,7 +116,7 @@ fn explain(scan: &Scan<'_>, fault: Fault) -> Error {
     match fault {
         Fault::Syntax => Error::Syntax {
             detail: syntax(scan.text)
-                .unwrap_or_else(|| format!("the byte at {} does not fit", scan.at)),
+                .unwrap_or_else(|| format!("the byte at {} is not valid", scan.at)),
         },
         // The scan ends at the first such place: the rest may be no JSON at all.
         Fault::TooDeep => match syntax(scan.text) {

@@ -287,7 +287,7 @@ impl<'t> Scan<'t> {
         if is_small && number.parse().is_ok_and(f64::is_finite) {
             return Ok(());
         }
-        Err(Fault::Value("a number that no double holds"))
+        Err(Fault::Value("a number too large for a double"))
     }
 
     /// One digit or more.

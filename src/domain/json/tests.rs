@@ -294,7 +294,7 @@ proptest! {
                 prop_assert!(String::from_utf8_lossy(&bytes).contains("\\u0000"));
             }
             // As an exponent, which may be one that a parser takes for zero.
-            Err(Error::Unreadable { what: "a number that no double holds", .. }) => {
+            Err(Error::Unreadable { what: "a number too large for a double", .. }) => {
                 prop_assert!(String::from_utf8_lossy(&bytes).contains(['e', 'E']));
             }
             // Found before the end: what follows may be no JSON.

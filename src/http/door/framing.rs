@@ -27,14 +27,14 @@ pub(super) fn check(request: &Request, body_max_bytes: usize) -> Result<(), Refu
     let broken = |kind, detail| Err(Refusal::Broken(Problem::new(kind, detail)));
     let hosts = headers.get_all(HOST).iter().count();
     if hosts > 1 || (hosts == 0 && request.version() == Version::HTTP_11) {
-        let detail = "a request has one `Host` (RFC 9112, 3.2)";
+        let detail = "a request must have one `Host` (RFC 9112, 3.2)";
         return broken(Kind::MalformedRequest, detail);
     }
     if headers.contains_key(TRANSFER_ENCODING) {
         let mut codings = tokens(headers, TRANSFER_ENCODING);
         let is_chunked = codings.next().is_some_and(|coding| coding == "chunked");
         if !is_chunked || codings.next().is_some() {
-            let detail = "`Transfer-Encoding` can be `chunked` and nothing else";
+            let detail = "`Transfer-Encoding` can only be `chunked`";
             return broken(Kind::TransferEncoding, detail);
         }
     }
@@ -82,7 +82,8 @@ impl Refusal {
                 if !expects(request.headers()) {
                     discard(request.into_body()).await;
                 }
-                let detail = "the body comes as it is: `Content-Encoding` can be `identity` alone";
+                let detail =
+                    "encoded bodies are not supported: `Content-Encoding` can only be `identity`";
                 let problem = Problem::new(Kind::UnsupportedMediaType, detail);
                 let mut response = problem.into_response();
                 let identity = HeaderValue::from_static("identity");

@@ -52,7 +52,7 @@ pub(in crate::http) async fn guard(
 /// Whether a request may be looked at, by its head.
 pub(in crate::http) fn check(hosts: &Hosts, request: &Request) -> Result<(), Problem> {
     if request.extensions().get::<Spare>().is_some() && !PROBES.contains(&request.uri().path()) {
-        let detail = "all places for connections are taken, and none is idle";
+        let detail = "all connections are in use, and none is idle";
         return Err(Problem::new(Kind::Overloaded, detail));
     }
     let passed = match authority(request) {
@@ -73,7 +73,7 @@ fn authority(request: &Request) -> Result<Option<Authority<'_>>, Cow<'static, st
     let parse = |text: &'_ str| -> Result<(), Cow<'static, str>> {
         match Authority::parse(text) {
             Some(_) => Ok(()),
-            None => Err("`Host` is not a host with or without a port".into()),
+            None => Err("`Host` must be a host, with or without a port".into()),
         }
     };
     let host = match request.headers().get(HOST) {
@@ -91,7 +91,7 @@ fn authority(request: &Request) -> Result<Option<Authority<'_>>, Cow<'static, st
     let target = Authority::parse(target.as_str());
     let differs = |host: Authority<'_>| target.is_some_and(|target| target.host != host.host);
     if request.version() == Version::HTTP_2 && host.is_some_and(differs) {
-        return Err("`Host` is another than `:authority`".into());
+        return Err("`Host` and `:authority` differ".into());
     }
     Ok(target)
 }
@@ -108,7 +108,8 @@ fn admit(
         let is_own = site == "same-origin" || site == "none";
         if !is_own && !is_page_opened {
             let site = shown(site);
-            let detail = format!("a browser asks for a page of another site (`{site}`)");
+            let detail =
+                format!("a browser sent the request for a page of another site (`{site}`)");
             return Err(Problem::new(Kind::CrossSite, detail));
         }
     }
@@ -116,7 +117,7 @@ fn admit(
         let text = origin.to_str().unwrap_or_default();
         if !authority.is_some_and(|authority| authority.is_place_of(text)) {
             let detail = format!(
-                "the origin `{}` is not the place that was asked",
+                "the origin `{}` is not the host that was asked",
                 shown(origin)
             );
             return Err(Problem::new(Kind::CrossSite, detail));

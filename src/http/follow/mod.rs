@@ -99,7 +99,7 @@ pub(in crate::http) fn open(state: &State, follow: Follow) -> Result<Response, P
     let readers = &state.readers;
     let Ok(place) = Arc::clone(&readers.places).try_acquire_owned() else {
         let detail = format!(
-            "{} readers follow streams already",
+            "{} readers already follow streams, which is the limit",
             state.options.readers_max
         );
         return Err(Problem::new(Kind::TooManyRequests, detail).retry_after(10));

@@ -55,8 +55,9 @@ impl End {
             Self::ClientLeft => None,
             Self::TooSlow => {
                 let seconds = patience.as_secs();
-                let detail =
-                    format!("nothing was taken for {seconds} seconds; resume by the last id");
+                let detail = format!(
+                    "the client read nothing for {seconds} seconds; resume with the last id"
+                );
                 Some(notice(reason, &detail, None))
             }
             Self::Gone { first_offset } => {
@@ -65,7 +66,7 @@ impl End {
             }
             Self::Deleted => Some(notice(reason, "the stream was deleted", None)),
             Self::Stopping => {
-                let detail = "this process is stopping; resume by the last id";
+                let detail = "this process is stopping; resume with the last id";
                 Some(notice(reason, detail, None))
             }
         }

@@ -179,7 +179,7 @@ async fn own(
 }
 
 fn misdirected(queue: &QueueName, slot: Slot, owner: &Owner) -> Problem {
-    let detail = format!("the queue `{queue}` is not this node's");
+    let detail = format!("this node does not own the queue `{queue}`");
     let problem = Problem::new(Kind::MisdirectedRequest, detail).with("slot", slot.0);
     match owner {
         Owner::Other { node, url, .. } => problem.with("node", *node).with("url", url.as_str()),
@@ -223,8 +223,7 @@ async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -
                     Passed::Elsewhere => is_known = false,
                     Passed::Moved => {}
                     Passed::Unknown => {
-                        let detail =
-                            "the queue's owner did not answer; the same request again is safe";
+                        let detail = "the queue's owner did not answer; sending the same request again is safe";
                         return Problem::new(Kind::OutcomeUnknown, detail).into_response();
                     }
                 }
@@ -295,7 +294,7 @@ async fn ask(
     };
     state.parts.metrics.forwarded.inc();
     let Some(target) = target(url, kept.parts.uri.path_and_query()) else {
-        let detail = "the path has `.` or `..` as a step, which leads elsewhere";
+        let detail = "the path has `.` or `..` as a segment, which would lead elsewhere";
         let problem = Problem::new(Kind::NotFound, detail);
         return Err(Passed::Answered(problem.into_response()));
     };

@@ -53,7 +53,7 @@ impl PathPart for &'static File {
 
     fn parse(text: &str) -> Result<Self, String> {
         let found = FILES.iter().find(|file| file.name == text);
-        found.ok_or_else(|| "is no file of the page".to_owned())
+        found.ok_or_else(|| "is not a file of the page".to_owned())
     }
 }
 

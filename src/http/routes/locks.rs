@@ -173,7 +173,7 @@ impl Wanted {
             if !wait.is_zero() {
                 check.fault(
                     "/wait_seconds",
-                    "a renewal does not wait: it has no meaning beside `token`",
+                    "cannot be combined with `token`: a renewal does not wait",
                 );
             }
         }
@@ -247,7 +247,7 @@ async fn acquire(
         () = state.stopping.cancelled() => {
             return Err(Problem::new(
                 Kind::Stopping,
-                "this process is stopping; the place in the line is kept for 5 seconds",
+                "this process is stopping; the place in line is kept for 5 seconds",
             ));
         }
     };

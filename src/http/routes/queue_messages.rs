@@ -112,12 +112,12 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 
 fn not_found(offset: Offset, state: MessageState) -> Problem {
     let why = match state {
-        MessageState::NotMatching => "is of a topic that the queue does not take",
-        MessageState::BeforeStart => "comes before the offset that the queue began at",
+        MessageState::NotMatching => "has a topic that the queue does not match",
+        MessageState::BeforeStart => "comes before the offset where the queue began",
         MessageState::Lost => "was dropped by the stream's retention before it was settled",
-        _ => "is not in the queue's stream, or not any more",
+        _ => "is not in the queue's stream, or is no longer there",
     };
-    let detail = format!("the message of offset {offset} {why}");
+    let detail = format!("the message at offset {offset} {why}");
     Problem::new(Kind::QueueMessageNotFound, detail)
 }
 

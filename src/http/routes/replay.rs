@@ -173,14 +173,15 @@ async fn check_history(state: &State, name: &StreamName, after: Offset) -> Resul
         return Ok(());
     }
     let detail = format!(
-        "the broker's database went back in time: what was read from offset {first_offset} on is lost, and other messages come there"
+        "the broker's database went back in time: messages that were read from offset {first_offset} on are lost, and other messages come there"
     );
     Err(Problem::new(Kind::OffsetGone, detail).with("first_offset", first_offset.0))
 }
 
 fn lost(first_offset: Offset) -> Problem {
-    let detail =
-        format!("retention dropped what was asked for; the first offset left is {first_offset}");
+    let detail = format!(
+        "retention dropped some of the requested messages; the first offset left is {first_offset}"
+    );
     Problem::new(Kind::OffsetGone, detail).with("first_offset", first_offset.0)
 }
 
@@ -226,7 +227,7 @@ fn asked(query: &mut Query) -> Asked {
 fn topics(query: &mut Query) -> Option<Arc<[TopicPattern]>> {
     let texts = query.texts("topic");
     if texts.len() > REPLAY_PATTERNS_MAX {
-        let detail = format!("`topic` can be given {REPLAY_PATTERNS_MAX} times");
+        let detail = format!("`topic` can be given at most {REPLAY_PATTERNS_MAX} times");
         query.fault("topic", detail, None);
         return None;
     }

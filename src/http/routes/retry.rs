@@ -114,7 +114,7 @@ impl Retry {
             if others.iter().any(Option::is_some) {
                 check.fault(
                     "/retry/delays_seconds",
-                    "`delays_seconds` stands alone: the other fields have no meaning beside it",
+                    "`delays_seconds` cannot be combined with the other fields",
                 );
             }
             if delays.is_empty() || delays.len() > 100 {

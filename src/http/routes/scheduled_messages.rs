@@ -227,7 +227,7 @@ async fn cancel(
             let names = state.stream_names(std::iter::once(id.stream)).await;
             let names = names.unwrap_or_default();
             let stream = names.get(&id.stream).map(ToString::to_string);
-            let detail = format!("the message is in its stream already, at offset {offset}");
+            let detail = format!("the message is already in its stream, at offset {offset}");
             Err(Problem::new(Kind::AlreadyPublished, detail)
                 .with("offset", offset.0)
                 .with("stream", stream))

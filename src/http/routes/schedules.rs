@@ -246,7 +246,7 @@ async fn check_occurrence(
     });
     let size = message.data.bytes().len();
     if size > most.min(state.options.publish.message_bytes) {
-        let detail = format!("{size} bytes, at most {most} are allowed");
+        let detail = format!("has {size} bytes, at most {most} are allowed");
         check.fault("/event/data", detail);
     }
     let message = std::slice::from_ref(&message);
@@ -254,7 +254,7 @@ async fn check_occurrence(
     for (_, pattern, mismatches) in found {
         for mismatch in mismatches {
             let detail = format!(
-                "not what the schema of `{pattern}` allows: {}",
+                "does not match the schema of `{pattern}`: {}",
                 mismatch.detail
             );
             check.fault(format!("/event/data{}", mismatch.pointer), detail);
@@ -271,7 +271,8 @@ fn check_members(event: &str, check: &mut Check) {
     };
     for name in NOT_IN_EVENT {
         if members.contains_key(name) {
-            let detail = format!("`{name}` is each occurrence's own, or cannot be had here");
+            let detail =
+                format!("`{name}` is made for each occurrence, or is not supported in a schedule");
             check.fault(format!("/event/{name}"), detail);
         }
     }

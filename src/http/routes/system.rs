@@ -51,7 +51,7 @@ impl PathPart for Slug {
     fn parse(text: &str) -> Result<Self, String> {
         let kind = Kind::ALL.iter().find(|kind| kind.slug() == text);
         kind.map(|kind| Self(*kind))
-            .ok_or_else(|| "is not a problem's name".to_owned())
+            .ok_or_else(|| "is not the name of a problem".to_owned())
     }
 }
 

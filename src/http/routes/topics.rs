@@ -147,10 +147,7 @@ impl Declaration {
             );
         }
         if burst.is_some() && self.rate_per_second.is_none() {
-            check.fault(
-                "/burst",
-                "is for a `rate_per_second`, and there is none".to_owned(),
-            );
+            check.fault("/burst", "needs a `rate_per_second`".to_owned());
         }
         check.finish()?;
         Ok(Settings {
@@ -300,7 +297,7 @@ pub(super) async fn admit(
         let seconds = u32::try_from(wait.as_secs())
             .unwrap_or(u32::MAX)
             .saturating_add(1);
-        let detail = format!("the rate of `{pattern}` is used up on this node");
+        let detail = format!("the rate limit of `{pattern}` is reached on this node");
         Problem::new(Kind::RateLimited, detail)
             .retry_after(seconds)
             .with("topics", pattern.as_str())
@@ -318,7 +315,7 @@ pub(super) async fn mismatches(
         Ok(found) => Ok(found?),
         Err(_) => {
             let detail = format!(
-                "asking the schemas of the topics took more than {} seconds: send fewer messages at once, or later",
+                "checking the payloads against their schemas took more than {} seconds: send fewer messages at once, or try later",
                 ASKING_MAX.as_secs()
             );
             Err(Problem::new(Kind::Unavailable, detail).retry_after(1))

@@ -98,7 +98,7 @@ pub(in crate::http) fn put(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized))
 
 fn store_problem(error: &store::Error) -> Problem {
     if matches!(error, store::Error::OutcomeUnknown(_)) {
-        let detail = "the database went away during the write; the same request again is safe";
+        let detail = "the connection to the database was lost during the write; sending the same request again is safe";
         return Problem::new(Kind::OutcomeUnknown, detail);
     }
     match error.retry() {
@@ -149,12 +149,12 @@ pub(super) fn append_problem(
                 place: Place::Pointer(place(item.index)),
                 detail: match item.scheduled {
                     Some(scheduled) => {
-                        format!("the id stands for the scheduled message `{scheduled}`")
+                        format!("the id belongs to the scheduled message `{scheduled}`")
                     }
                     None if item.offset.0 > 0 => {
-                        format!("the id stands for the message at offset {}", item.offset)
+                        format!("the id belongs to the message at offset {}", item.offset)
                     }
-                    None => "the id stands for an earlier message of this request".to_owned(),
+                    None => "the id belongs to an earlier message of this request".to_owned(),
                 },
                 allowed: None,
             });

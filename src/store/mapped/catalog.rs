@@ -190,7 +190,7 @@ pub(super) fn faults(mapping: &Mapping, shape: &Shape, missing: &[&str]) -> Vec<
     }
     if mapping.pickup == Pickup::Delete && shape.primary_key.is_empty() {
         faults.push(format!(
-            "the table `{table}` has no primary key: rows are taken out by it"
+            "the table `{table}` has no primary key, which is needed to delete rows"
         ));
     }
     if mapping.pickup == Pickup::Snapshot {
@@ -200,7 +200,9 @@ pub(super) fn faults(mapping: &Mapping, shape: &Shape, missing: &[&str]) -> Vec<
                 .and_then(|name| shape.columns.get(name));
             if column.is_some_and(|column| !column.is_not_null) {
                 let name = mapping.column(field).unwrap_or_default();
-                faults.push(format!("the column `{name}` can be null, and must not"));
+                faults.push(format!(
+                    "the column `{name}` is nullable, and must be not null"
+                ));
             }
         }
         let xid = mapping
@@ -254,7 +256,7 @@ fn rights(mapping: &Mapping, shape: &Shape) -> Vec<String> {
     let mut faults = Vec::new();
     if shape.hides_rows {
         faults.push(format!(
-            "row security of `{table}` hides rows from the relay's user: give that user bypassrls"
+            "row security of `{table}` hides rows from the relay's user: grant that user bypassrls"
         ));
     }
     let deletes = mapping.pickup == Pickup::Delete || mapping.deletes_relayed;
@@ -353,8 +355,8 @@ pub async fn look(
         bounded("looking for code of others", STATEMENT, looking).await?;
     if !code.is_empty() {
         return Ok(Err(Misfit::Wrong(vec![format!(
-            "to {event} rows of `{table}` would run code of others with the rights of the relay's user {user}: {}: take it out, or \
-             give those roles what they would gain (`grant {user} to …`)",
+            "to {event} rows of `{table}` would run other users' code with the rights of the relay's user {user}: {}: remove that code, or \
+             grant those roles what they would gain (`grant {user} to …`)",
             code.join(", ")
         )])));
     }

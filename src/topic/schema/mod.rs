@@ -124,11 +124,11 @@ impl Schema {
             Ok(true) => Ok(()),
             Ok(false) => Err(self.explain(&value, limits, most)),
             Err(Ended::Exhausted) => Err(whole(format!(
-                "asking it of this payload takes more than {} steps: its branches lead to the same values again and again",
+                "checking this payload takes more than {} steps: the schema's branches lead to the same values again and again",
                 limits.steps
             ))),
             Err(Ended::Failed) => Err(whole(
-                "it could not be asked: the validator failed".to_owned(),
+                "the payload could not be checked: the validator failed".to_owned(),
             )),
         }
     }
@@ -200,7 +200,7 @@ fn whole(detail: String) -> Vec<Mismatch> {
 fn parse(data: &Data) -> Result<Value, Vec<Mismatch>> {
     match data {
         Data::Json(bytes) => serde_json::from_slice(bytes)
-            .map_err(|error| whole(format!("the payload cannot be looked into: {error}"))),
+            .map_err(|error| whole(format!("the payload cannot be read: {error}"))),
         Data::Absent => Err(whole(
             "there is no payload, and the topic has a schema".to_owned(),
         )),

@@ -247,7 +247,7 @@ impl<'s> Graph<'s> {
                         }
                         Walked::Open => {
                             return Err(format!(
-                                "leads back to itself at `#{}` without going into the payload: asking it would never end",
+                                "leads back to itself at `#{}` without going deeper into the payload: checking it would never end",
                                 self.places[to].pointer
                             ));
                         }

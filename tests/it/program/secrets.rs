@@ -57,7 +57,7 @@ async fn a_secret_on_the_command_line_is_warned_of_and_one_in_the_file_is_refuse
     for expected in [
         "can read the secret in --database-url",
         "can read the secret in --node-secret",
-        "the API at 0.0.0.0:80 can be reached from other machines, and nobody signs in",
+        "other machines can reach the API at 0.0.0.0:80, which has no login",
     ] {
         assert!(stdout.contains(expected), "{stdout}");
     }

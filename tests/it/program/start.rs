@@ -174,7 +174,7 @@ async fn who_may_not_is_told_what_to_do_in_one_line() {
     for (url, expected) in [
         (
             plain.clone(),
-            "permission denied for database b; grant this user what it lacks",
+            "permission denied for database b; grant this user the missing right",
         ),
         (
             crate::relay::as_user(&url, "nobody_such"),

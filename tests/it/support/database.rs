@@ -67,7 +67,7 @@ impl Drop for TestDatabase {
             dropped.map(|_| ()).map_err(|error| error.to_string())
         });
         if let Err(error) = dropped {
-            eprintln!("the database {} stays: {error}", self.name);
+            eprintln!("dropping the database {} failed: {error}", self.name);
         }
     }
 }

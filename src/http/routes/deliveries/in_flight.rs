@@ -176,7 +176,7 @@ impl ExpireBody {
                 Whose::Offsets(offsets.collect())
             }
             _ => {
-                check.fault("", "one of `consumer` and `offsets` must be given");
+                check.fault("", "give either `consumer` or `offsets`");
                 Whose::Offsets(Vec::new())
             }
         };
