@@ -1,4 +1,4 @@
-//! The way to a database that is up, fit and migrated.
+//! Waits until the database is up, fit for use and migrated.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The streams, settings of topics and queues that the configuration declares, at every start.
+//! Declares the streams, topic settings and queues of the configuration at every start.
 
 use std::time::Duration;
 

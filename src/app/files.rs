@@ -1,4 +1,4 @@
-//! Open files: each connection is one, so the limit of the process bounds how many there can be.
+//! Open files: each connection is one, so the process's limit bounds the number of connections.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

@@ -1,4 +1,4 @@
-//! How much memory the process may use: what the machine has, or what its container may have.
+//! How much memory the process may use: that of the machine, or the limit of its container.
 
 use std::path::Path;
 

@@ -1,8 +1,8 @@
-//! The program: starts the engines in order, and stops them in the opposite one, each step with a deadline.
+//! The program: starts the engines in order and stops them in the opposite order, each step with a deadline.
 //!
-//! The socket is bound first: a port that is taken is known at once, and a node that holds the socket of an address knows
-//! that no former process of that address lives. It is served at once: the process says that it lives and what it waits for, and refuses
-//! the rest until the start is done.
+//! The program binds its socket first. A port that is in use shows at once, and a node that holds the socket of an address
+//! knows that no earlier process of that address is alive. The socket is served at once: until the start is done, the
+//! process reports that it is alive and what it waits for, and refuses everything else.
 
 mod database;
 mod declarations;

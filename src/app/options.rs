@@ -1,4 +1,4 @@
-//! The options of each engine, out of the configuration.
+//! Derives the options of each engine from the configuration.
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Where the load goes: a broker that runs already, or one that is started as a process of its own on a database of its own,
-//! which is dropped at the end.
+//! The target of the load: a running broker, or one that the bench starts as a separate process on its own database, which
+//! it drops at the end.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

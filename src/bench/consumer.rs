@@ -1,4 +1,4 @@
-//! Consumers: of a queue over HTTP, and of the table queue.
+//! Consumers of a queue over HTTP, and of the table queue.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! What the producers and consumers of one round share.
+//! State that the producers and consumers of one round share.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

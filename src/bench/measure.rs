@@ -1,4 +1,4 @@
-//! What a round has measured, and medians over rounds.
+//! The measurements of a round, and medians over rounds.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;

@@ -1,9 +1,9 @@
-//! `postroad bench`: what a broker on this machine and this Postgres can do, and the check that it did it right.
+//! `postroad bench`: measures what a broker on this machine and this Postgres can do, and checks that it did it right.
 //!
-//! Producers and consumers run in this process; the broker is another one, so that the processor time of each can be told
-//! apart, and of Postgres too. Every message is booked when it is sent and when it comes: a run with a message lost, doubled or
-//! out of order fails. With `--baseline` the same Postgres is measured without the broker, round by round in turn, since only
-//! ratios of one run mean something on another machine.
+//! Producers and consumers run in this process. The broker is a separate process, so that the processor time of each, and
+//! of Postgres, can be told apart. Every message is recorded when it is sent and when it arrives: a run that loses, doubles
+//! or reorders a message fails. With `--baseline` the same Postgres is measured without the broker, in turn with it,
+//! because only ratios within one run mean something on another machine.
 
 mod api;
 mod broker;

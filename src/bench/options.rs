@@ -1,4 +1,4 @@
-//! What to run: a scenario, and the options that replace what it would choose.
+//! The options of a run: a scenario, and values that replace its defaults.
 
 use std::path::PathBuf;
 

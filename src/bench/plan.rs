@@ -1,4 +1,4 @@
-//! Which variants a scenario measures, one after the other, round by round.
+//! The variants that a scenario measures, in turn, round by round.
 
 use serde::Serialize;
 

@@ -1,5 +1,5 @@
-//! Processor time of Postgres, from /proc: of all its processes, those that ended in the meantime included. Where there is no
-//! /proc, or the server runs elsewhere, there is none.
+//! Processor time of Postgres, from /proc: of all its processes, including those that ended in the meantime. Nothing is
+//! measured where there is no /proc, or when the server runs elsewhere.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What the load is made of: payloads and keys, chosen as a seed says.
+//! The contents of the load: payloads and keys, chosen by a seed.
 
 use std::path::Path;
 

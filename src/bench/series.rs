@@ -1,4 +1,4 @@
-//! What a load does over time: counts and latencies in windows of one second, so that a change during the run can be seen.
+//! A load over time: counts and latencies in windows of one second, so that changes during the run show.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;

@@ -1,8 +1,8 @@
-//! What was sent and what came: each message is known by its producer and its number there, so that whatever is lost, comes
-//! twice, or comes out of order is found, however many messages there are.
+//! Tracks what was sent and what arrived. Each message is known by its producer and its number there, so the tracker finds
+//! whatever is lost, doubled or out of order, however many messages there are.
 //!
-//! Offsets of a producer's messages must rise with its numbers, in each queue; with keys, a key's messages must come one
-//! after the other, by offset, each after the one before it was settled.
+//! In each queue the offsets of a producer's messages must rise with its numbers. With keys, a key's messages must arrive
+//! one after another, by offset, each after the previous one was settled.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};

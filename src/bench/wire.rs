@@ -1,5 +1,5 @@
-//! A lean HTTP/1.1 client: one connection, one request at a time. Its cost is on the same cores as what it measures, and a
-//! general client's pool, futures and copies cost more than the broker's whole answer.
+//! A lean HTTP/1.1 client: one connection, one request at a time. It runs on the cores that it measures, and a general
+//! client's pool, futures and copies would cost more than the broker's whole answer.
 
 use std::io;
 

@@ -1,5 +1,5 @@
-//! `postroad install`: the outbox's schema in an origin's database, the inbox's in a consumer's, or the fence where locks protect
-//! something.
+//! `postroad install`: installs the outbox's schema in an origin's database, the inbox's in a consumer's, or the fence in a
+//! database that locks protect.
 
 use std::path::PathBuf;
 

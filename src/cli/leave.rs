@@ -1,5 +1,5 @@
-//! The ways out: `postroad release` gives an outbox to another broker, `postroad uninstall` takes Postroad out of a database, and
-//! `postroad origin` has the broker forget an origin or know it by another name.
+//! The ways out: `postroad release` gives an outbox to another broker, `postroad uninstall` removes Postroad from a
+//! database, and `postroad origin` makes the broker forget or rename an origin.
 
 use std::path::PathBuf;
 

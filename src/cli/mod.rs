@@ -1,5 +1,5 @@
-//! The command line. Each command's work is elsewhere; here it is parsed, started and ended with an exit status:
-//! 0 done, 1 failed, 2 the command line or the configuration is wrong. Nothing that is printed panics when nobody reads it.
+//! The command line. It parses and starts each command, whose work is elsewhere, and ends with an exit status: 0 done, 1
+//! failed, 2 the command line or the configuration is wrong. Printing never panics, even if nobody reads the output.
 
 mod flags;
 mod healthcheck;

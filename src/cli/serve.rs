@@ -1,7 +1,8 @@
 //! `postroad serve`: runs the broker until a signal, or until one of its parts fails.
 //!
-//! When the database turns out to have another history (a failover, a restore), all that the process has in memory is void. It then
-//! begins anew, on a runtime of its own, so that nothing of the former one is left; clients see what they see of a restart.
+//! When the database turns out to have another history (after a failover or a restore), everything that the process has in
+//! memory is void. The program then starts again on a new runtime, so that nothing of the old one is left. To clients this
+//! looks like a restart.
 
 use std::future::Future;
 use std::net::SocketAddr;

@@ -1,7 +1,7 @@
-//! Signals, and the end of a stop that does not end.
+//! Signals, and the end of a stop that hangs.
 //!
-//! A thread of its own hears them: a runtime whose threads are all busy hears nothing any more. The same thread ends the process when
-//! a stop takes longer than it may, or when a second signal was not heard.
+//! A separate thread listens for signals, because a runtime whose threads are all busy would not notice them. The same
+//! thread ends the process when a stop takes too long, or when the runtime does not react to a second signal.
 
 use std::time::Duration;
 

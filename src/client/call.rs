@@ -1,8 +1,8 @@
-//! One call, repeated until it is answered, refused for good, or over its deadline.
+//! One call, repeated until it is answered, refused for good, or past its deadline.
 //!
 //! Every call of the API may be repeated: verbs are idempotent by their receipts, a publish by the ids of its messages, a
-//! receive by its id. So a repeat needs no thought, only patience: no answer, 429, 503 and what a proxy says without a
-//! broker behind it are tried again after a random delay that grows, and not before `Retry-After`.
+//! receive by its id. So the client simply retries: no answer, 429, 503, and a proxy's error without a broker behind it are
+//! tried again after a growing random delay, and not before `Retry-After`.
 
 use std::time::Duration;
 

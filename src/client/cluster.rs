@@ -1,4 +1,4 @@
-//! What a broker says of its nodes, and of the histories of its database.
+//! The broker's view of its nodes, and the histories of its database.
 
 use std::collections::BTreeMap;
 

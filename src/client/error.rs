@@ -1,4 +1,4 @@
-//! What can go wrong in a call, typed: no answer, a problem document, one refused delivery.
+//! The ways in which a call can fail, typed: no answer, a problem document, one refused delivery.
 
 use std::fmt;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! CloudEvents as the client sends and receives them. Payloads are text or bytes until they are asked for as a type.
+//! CloudEvents as the client sends and receives them. Payloads stay text or bytes until the caller asks for a type.
 
 use std::borrow::Cow;
 

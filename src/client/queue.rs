@@ -1,4 +1,4 @@
-//! A queue by way of its broker: declaring it, receiving from it.
+//! A queue, through its broker: declaring it, receiving from it.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The verbs, and what becomes of each delivery. A refused one is an error.
+//! The verbs, and the result for each delivery. A refused one is an error.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! What the node that leads does: it says who is to hold what, whenever the nodes or what they can hold are others than
-//! before. It keeps no state but what is stored, so that any node can go on from there.
+//! The leader's work: it assigns leases whenever the nodes, or the leases there are, have changed. It keeps no state except
+//! what is stored, so any node can take over.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What the cluster engine counts.
+//! The metrics of the cluster engine.
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;

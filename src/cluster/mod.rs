@@ -1,17 +1,18 @@
-//! Who this process is among its peers, and what it may write.
+//! The identity of this process among its peers, and its permission to write.
 //!
-//! One task keeps the node's row renewed on a connection of its own, and its heartbeat reads all nodes, leases and who is to
-//! hold what. The holder of the lease `leader` writes the latter: an even share of the slots, relays and duties for each live
-//! node, moved as little as that takes. A node takes the leases that its engines want and that are assigned to it, and gives back
-//! those that are another's: it shows `None`, its engine finishes and says so ([`Handle::yielded`]), the lease is released, and
-//! the other one takes it.
+//! One task keeps the node's row renewed on its own connection, and its heartbeat reads all nodes, leases and assignments.
+//! The holder of the lease `leader` writes the assignments: an even share of the slots, relays and duties for each live
+//! node, with as few moves as that takes. A node takes the leases that its engines want and that are assigned to it. It
+//! gives back leases that are assigned to others: it shows `None`, its engine finishes and says so ([`Handle::yielded`]),
+//! the lease is released, and the other node takes it.
 //!
-//! A lease changes only at hand-over: the taker marks a holder that is out of date dead, then raises the epoch. A dead incarnation
-//! is never renewed; a process that finds its own dead registers a new one, drops every fence and takes them again.
+//! A lease changes only at hand-over: the taker marks an expired holder dead, then raises the epoch. A dead incarnation is
+//! never renewed; a process that finds its own incarnation dead registers a new one, drops every fence and takes its leases
+//! again.
 //!
-//! While the database cannot be reached fences stay: nothing can be written anyhow, and a lease that nobody took meanwhile
-//! goes on at its epoch. Time decides only when a lease may be taken, never whether a write is allowed: each write locks the
-//! lease's row and checks epoch and holder.
+//! While the database cannot be reached fences stay: nothing can be written anyway, and a lease that nobody took meanwhile
+//! goes on at its epoch. Time decides only when a lease may be taken, never whether a write is allowed: each write locks
+//! the lease's row and checks epoch and holder.
 
 mod lead;
 mod metrics;

@@ -1,5 +1,6 @@
-//! What this node wants, holds, hands over and gives back. It decides all of that by a view and a moment, and knows neither the
-//! database nor the clock: the heartbeat (`task`) does what is decided here, and `simulation` runs it by seed.
+//! The leases that this node wants, holds, hands over and gives back. This module decides by a view and a moment, and knows
+//! neither the database nor the clock: the heartbeat (`task`) carries out the decisions, and `simulation` runs them by
+//! seed.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

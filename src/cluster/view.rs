@@ -1,4 +1,4 @@
-//! What a node knows of all nodes, as of its last heartbeat, and what it makes of it.
+//! The node's knowledge of all nodes, as of its last heartbeat, and its conclusions.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};

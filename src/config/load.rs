@@ -1,4 +1,4 @@
-//! Puts the layers together.
+//! Combines the layers of the configuration.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

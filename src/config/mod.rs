@@ -1,7 +1,7 @@
-//! Configuration: flags, then `POSTROAD_*` variables, then `postroad.toml`, then defaults; the first that says something
+//! Configuration: flags, then `POSTROAD_*` variables, then `postroad.toml`, then defaults; the first that has a value
 //! counts. Every key stands once, in [`KEYS`], and has the same name in the file (`bind`), the environment
-//! (`POSTROAD_BIND`) and on the command line (`--bind`). All that is wrong is reported at once, each by its key, its
-//! value and what is allowed.
+//! (`POSTROAD_BIND`) and on the command line (`--bind`). All faults are reported at once, each with its key, its value and
+//! the allowed values.
 
 mod fault;
 mod given;

@@ -1,5 +1,5 @@
-//! Origins beyond `local`: a name, where the URL stands, and the table that is read where the outbox is not Postroad's own. The
-//! URL itself is never part of the configuration file, so that no password is.
+//! Origins other than `local`: a name, the place of the URL, and the table to read where the outbox is not Postroad's own.
+//! The URL itself is never part of the configuration file, so the file holds no password.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

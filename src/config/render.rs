@@ -1,4 +1,4 @@
-//! The configuration for people: the table of the documentation, and what is in effect.
+//! The configuration for people: the table of the documentation, and the settings in effect.
 
 use std::fmt::Write as _;
 

@@ -1,4 +1,4 @@
-//! The broker of the demo: part of this process, or, when it is to be killed, a process of its own.
+//! The broker of the demo: part of this process, or a separate process when the demo kills it.
 
 use std::io;
 use std::net::SocketAddr;

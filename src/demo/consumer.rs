@@ -1,5 +1,5 @@
 //! The services that consume the shop's orders: billing takes every order, shipping refuses some at first. Each consumer
-//! writes down what it received, in a table of its own, before it acknowledges: the reconciliation compares with that.
+//! records what it received in its own table before it acknowledges; the reconciliation compares with that.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

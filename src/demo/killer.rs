@@ -1,4 +1,4 @@
-//! Kills the broker on the way: `kill -9`, no goodbye, and starts it again.
+//! Kills the broker during the run with `kill -9`, and starts it again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -1,8 +1,8 @@
 //! `postroad demo`: a real run of a small shop, and the proof that nothing was lost on the way.
 //!
 //! Producers place orders, each in one transaction with its message; two services consume them over HTTP; at the end the
-//! tables and the consumers' own records are compared. Nothing here is a shortcut into the broker: producers speak SQL,
-//! consumers speak HTTP, and with `--kills` the broker is a process of its own that is killed on the way.
+//! demo compares the tables with the consumers' own records. Nothing here is a shortcut into the broker: producers speak
+//! SQL, consumers speak HTTP, and with `--kills` the broker is a separate process that the demo kills during the run.
 
 mod broker;
 mod consumer;

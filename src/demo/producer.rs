@@ -1,4 +1,4 @@
-//! The shop's side: tasks that place orders, each in one transaction on a connection of its own.
+//! The shop's side: tasks that place orders, each in one transaction on its own connection.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! What the demo shows while it runs: counts that its own producers and consumers keep, for display alone.
+//! The progress display: counts that the demo's own producers and consumers keep, for display only.
 
 use std::io::IsTerminal as _;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Choices that a seed repeats.
+//! Choices that the same seed repeats.
 
 /// SplitMix64: small, and good enough to choose products and refusals.
 #[derive(Debug, Clone)]

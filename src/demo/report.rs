@@ -1,4 +1,4 @@
-//! The reconciliation: what the tables say after the run, and whether that is what Postroad promises.
+//! The reconciliation: compares the tables after the run with what Postroad promises.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;

@@ -1,4 +1,4 @@
-//! Who is to hold what: leases over live nodes, evenly, with as few moves as that takes.
+//! Assigns leases to live nodes, evenly, with as few moves as that takes.
 
 use std::collections::{BTreeMap, BTreeSet};
 

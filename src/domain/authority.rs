@@ -1,4 +1,4 @@
-//! Who a request is for: the host and port of a `Host`, an `:authority` or an `Origin`, as RFC 3986 writes them.
+//! The host and port of a `Host`, an `:authority` or an `Origin`, as RFC 3986 writes them.
 
 // Addresses as such: there is nothing in `core` that reaches a network.
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -1,9 +1,10 @@
-//! When a schedule comes: a cron expression on the clock of a zone.
+//! The times of a schedule: a cron expression on the clock of a zone.
 //!
-//! Where the zone's clock skips an hour, what is due in it at a fixed time comes with the first moment after it, all of it at once, and
-//! what recurs by `*` or a step is passed over. Where it has an hour twice, what is due at a fixed time comes once, the first time;
-//! what recurs comes in both. The library that reads the expressions decides the same by the text of each field, and takes a list or a range of
-//! fixed times for one that recurs: so it is only asked on clocks that never change.
+//! Where the zone's clock skips an hour, everything due in it at a fixed time comes at the first moment after it, all at
+//! once; occurrences by `*` or a step are left out. Where an hour repeats, an occurrence at a fixed time comes once, the
+//! first time; one by `*` or a step comes both times. The library that reads the expressions decides the same by the text
+//! of each field, but treats a list or a range of fixed times like a step: so it is only asked about clocks that never
+//! change.
 
 use chrono::{DateTime, Offset as _, TimeDelta, TimeZone as _, Timelike as _, Utc};
 use chrono_tz::Tz;

@@ -1,4 +1,4 @@
-//! The numbers that identify things in Postroad's tables, each a type of its own so that none is taken for another.
+//! The numbers that identify things in Postroad's tables, each with its own type so that they cannot be confused.
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Dead letters from outside the state machine: their names, and which of them are meant.
+//! Dead letters from outside the state machine: their ids, and filters that select them.
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
-//! An outbox that is already there: which table it is, what its columns mean, and how its rows are picked up.
+//! An outbox that exists already: its table, the meaning of its columns, and how its rows are picked up.
 //!
-//! What a person writes is a [`Draft`]; [`Draft::finish`] makes a [`Mapping`] of it or says what is wrong. Whether the table
-//! really has these columns is for the database to say.
+//! A person writes a [`Draft`]; [`Draft::finish`] makes a [`Mapping`] of it or says what is wrong. The database decides
+//! whether the table really has these columns.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -1,5 +1,5 @@
-//! What Postroad knows without a database, a socket or a clock: names, messages, offsets, receipts, policies, and the
-//! pure state machines of queues and leases. Nothing here does I/O, and time is always a parameter.
+//! The parts of Postroad that need no database, socket or clock: names, messages, offsets, receipts, policies, and the pure
+//! state machines of queues and leases. Nothing here does I/O, and time is always a parameter.
 
 pub mod assignment;
 pub mod authority;

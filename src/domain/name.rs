@@ -1,4 +1,4 @@
-//! Names that people choose: topics, patterns over topics, streams, queues, origins. Parsed once, at the edge.
+//! Names that people choose: topics, patterns over topics, streams, queues, origins. They are parsed once, at the edge.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! A struct is read from a JSON object and from nothing else. The code that serde derives takes an array of the fields in their order as
-//! well, at every depth: a body that means something else would pass, and every field added later would change what it says.
+//! Reads a struct from a JSON object and from nothing else. The code that serde derives also accepts an array of the fields
+//! in order, at every depth: a body that means something else would pass, and every new field would change its meaning.
 //!
-//! Enums that try one form after the other (`untagged`) read from a copy of their own, beyond the reach of this: their
+//! Enums that try one form after another (`untagged`) read from a copy of their own, beyond the reach of this module: their
 //! structs are read by [`read`].
 
 use std::fmt;

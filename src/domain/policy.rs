@@ -1,4 +1,4 @@
-//! What a queue was told to do: how long a delivery is held, how often and when a message is tried again, where it starts.
+//! The settings of a queue: how long a delivery is held, how often and when a message is retried, where the queue starts.
 
 use std::time::Duration;
 

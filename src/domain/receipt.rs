@@ -1,4 +1,4 @@
-//! Receipts: what a consumer settles a delivery by. A receipt names (queue, generation, offset, delivery) and carries a
+//! Receipts, by which a consumer settles a delivery. A receipt names (queue, generation, offset, delivery) and carries a
 //! MAC, so that it holds across owners and restarts without a table of receipts, and cannot be guessed.
 
 use std::collections::HashMap;

@@ -1,4 +1,4 @@
-//! Recurring publishing: which occurrences are due, which of those that were missed are made up for, and what each is named.
+//! Recurring publishing: which occurrences are due, which missed ones are made up for, and the id of each.
 
 use std::collections::VecDeque;
 

@@ -1,4 +1,4 @@
-//! What an attribute of a mapped message is made of: text and columns of a row.
+//! The template of an attribute of a mapped message: text and columns of a row.
 
 /// The longest identifier of Postgres, in bytes.
 const IDENTIFIER_MAX_BYTES: usize = 63;

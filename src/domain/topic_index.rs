@@ -1,5 +1,5 @@
-//! Which patterns match a topic, found by the topic's tokens instead of by looking at each pattern: with 10,000 queues a
-//! message costs what it matches.
+//! Finds the patterns that match a topic by the topic's tokens, without looking at each pattern: with 10,000 queues a
+//! message costs only the patterns that it matches.
 
 use std::collections::{BTreeSet, HashMap};
 

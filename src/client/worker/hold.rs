@@ -1,4 +1,4 @@
-//! The deliveries that a worker holds: which wait for a handler, which are being handled, and when each is to be extended.
+//! The deliveries that a worker holds: those that wait for a handler, those being handled, and when to extend each.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Duration;

@@ -1,9 +1,10 @@
 //! The loop around a handler: receive, handle, settle, until told to stop.
 //!
-//! Deliveries are handled by so many tasks at a time, with a few more held ready. What is held is extended at a third of
-//! its time, again and again, so that a slow handler keeps its message; a handler whose message was lost all the same is
-//! told. What is done is acknowledged with the next receive, or at once when none is about to begin. A broker that is away
-//! is waited for. To stop: receive no more, finish within the grace, give back what was not begun, settle all.
+//! A fixed number of tasks handle deliveries, and a few more deliveries are held ready. The worker extends each delivery it
+//! holds whenever a third of its time has passed, so a slow handler keeps its message; a handler whose message was lost
+//! nevertheless is told so. Finished deliveries are acknowledged with the next receive, or at once when none is about to
+//! begin. The worker waits for a broker that is unreachable. To stop, it receives no more, finishes within the grace, gives
+//! back what it has not begun, and settles everything.
 
 mod hold;
 mod run;

@@ -1,5 +1,5 @@
-//! One run of a worker: a loop over what can happen. It alone changes what is held; the calls it makes are futures beside
-//! it, of which a receive, one request of each verb, and extensions can be under way at a time.
+//! One run of a worker: a loop over its events. Only the loop changes what is held. The calls are futures beside it; one
+//! receive, one request of each verb, and several extensions can be under way at a time.
 
 use std::collections::HashMap;
 use std::future::Future;

@@ -1,5 +1,5 @@
-//! The database of a run: node rows, leases, who is to hold what, and what was written under a lease. Each call is what its function
-//! in `migrations/broker` does, at one moment.
+//! The database of a run: node rows, leases, assignments, and what was written under a lease. Each call does what its
+//! function in `migrations/broker` does, at one moment.
 
 use std::collections::{BTreeMap, BTreeSet};
 

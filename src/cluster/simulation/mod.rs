@@ -1,10 +1,12 @@
-//! Several nodes over one database, by seed: the real `Observer`, `View`, `State`, `Lead`, `Anew` and `assign`, in the order in which the heartbeat
-//! uses them, with engines that write under what they are shown. Calls are carried out late, after their caller has given up,
-//! or not at all; answers are lost; nodes sleep beyond their time, die and come back; the database's clock jumps.
+//! Several nodes over one database, by seed: the real `Observer`, `View`, `State`, `Lead`, `Anew` and `assign`, in the
+//! order in which the heartbeat uses them, with engines that write under the fences they are shown. Calls run late, after
+//! their caller has given up, or not at all; answers are lost; nodes sleep beyond their time, die and come back; the
+//! database's clock jumps.
 //!
-//! Safety, at every step: no write under an epoch after one under a later epoch, an epoch has one owner, no node that was heard in time is
-//! taken for dead, nothing is given back under an engine that works, unless it is late. Liveness, when faults stop: in bounded time all that is wanted
-//! is held by the node that it is assigned to, evenly, and can be written.
+//! Safety, at every step: no write under an epoch follows one under a later epoch; an epoch has one owner; no node that was
+//! heard from in time counts as dead; nothing is given back under a working engine, unless it is late. Liveness, when
+//! faults stop: within bounded time every wanted lease is held by the node that it is assigned to, evenly, and allows
+//! writes.
 
 mod database;
 mod node;

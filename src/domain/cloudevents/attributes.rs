@@ -1,4 +1,4 @@
-//! The attributes of one event, whichever way they came, and the rules they share.
+//! The attributes of one event, in any mode, and the rules that all modes share.
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};

@@ -1,5 +1,5 @@
-//! Several messages, each with its topic: `{"messages": [{"topic": …, "event": {…}}, {"topic": …, "data": …, "key": …}]}`. An
-//! item carries a CloudEvent in JSON format, or a payload that becomes one.
+//! Several messages, each with its topic: `{"messages": [{"topic": …, "event": {…}}, {"topic": …, "data": …, "key": …}]}`.
+//! An item carries a CloudEvent in JSON format, or a payload that becomes one.
 
 use serde_json::Value;
 use serde_json::value::RawValue;

@@ -1,8 +1,8 @@
-//! CloudEvents 1.0 as they come in over HTTP: structured JSON, a JSON batch, binary mode, or a plain body without any
+//! CloudEvents 1.0 as they arrive over HTTP: structured JSON, a JSON batch, binary mode, or a plain body without any
 //! CloudEvents attributes. All become [`Message`]s by the rules of docs/protocol.md ("Publishing").
 //!
-//! What a producer leaves out is filled in: the id by the caller's generator, the source by [`DEFAULT_SOURCE`], the type by
-//! the topic. All faults of a request are found and named, not only the first, and one fault refuses the whole request.
+//! Missing attributes are filled in: the id by the caller's generator, the source by [`DEFAULT_SOURCE`], the type by the
+//! topic. The parser finds and names all faults of a request, not only the first, and one fault refuses the whole request.
 
 mod attributes;
 mod binary;

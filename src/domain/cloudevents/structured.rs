@@ -1,4 +1,4 @@
-//! Structured mode and batches: CloudEvents' JSON format. Payloads stay the raw text that came in.
+//! Structured mode and batches: CloudEvents' JSON format. Payloads stay the raw text that arrived.
 
 use std::borrow::Cow;
 use std::fmt;

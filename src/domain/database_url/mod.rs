@@ -1,7 +1,8 @@
-//! Where a Postgres database is, said as libpq takes it: a URL (Postgres' documentation, 34.1.1.2) or keywords with values (34.1.1.1).
+//! The place of a Postgres database, as libpq takes it: a URL (Postgres' documentation, 34.1.1.2) or keywords with values
+//! (34.1.1.1).
 //!
-//! A text that cannot be read may be one whose password has a sign that was to be escaped. So what is said about it never repeats a part
-//! of it, but for the names of parameters that are known.
+//! An unreadable text may contain a password with an unescaped character. So an error about it never repeats any part of
+//! it, except names of known parameters.
 
 mod read;
 

@@ -1,4 +1,4 @@
-//! How the text is read.
+//! The parser of a database URL.
 
 use percent_encoding::percent_decode_str;
 

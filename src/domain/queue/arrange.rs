@@ -1,5 +1,5 @@
-//! Another order than before: since the settings changed, or since the queue was recovered, which knows nothing of keys and
-//! lanes. What is unsettled is asked of the log then, and nothing goes out until it is known.
+//! A change of order: because the settings changed, or because the queue was just recovered and knows nothing of keys and
+//! lanes. The queue then asks the log about its unsettled messages, and hands out nothing until it knows them.
 
 use super::order::{Keys, Order, lane};
 use super::{Dead, Found, Mark, Queue};

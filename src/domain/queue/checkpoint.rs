@@ -1,9 +1,10 @@
-//! The whole state, stored: what recovery starts from, so that it need not read the journal from its beginning.
+//! The whole stored state, from which recovery starts, so that it need not read the journal from its beginning.
 //!
-//! A checkpoint is a head and chunks. A small queue's is all in its head. Of others the dead letters and the messages in flight are in
-//! chunks, each named by its content: what has not changed since the last checkpoint is stored already, and each is small enough to be
-//! written between the groups of others. A chunk ends behind an offset that its own bits choose, so that a change moves no other chunk's
-//! bounds. The head names its chunks, and is written when all of them are.
+//! A checkpoint is a head and chunks. A small queue's checkpoint fits in its head. For other queues, the dead letters and
+//! the messages in flight are in chunks, each named by its content: what has not changed since the last checkpoint is
+//! stored already, and each chunk is small enough to be written between the groups of other queues. A chunk ends after an
+//! offset that its own bits choose, so that a change moves no other chunk's bounds. The head names its chunks, and is
+//! written when all of them are.
 
 use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, HashSet};

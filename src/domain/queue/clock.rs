@@ -1,9 +1,10 @@
-//! The clock that a queue's times are of can be set back: the database's, while another node, or a restarted one, reads it anew. What
-//! was handed out or put off while it was ahead would be held for as long as it was.
+//! Protection against a clock that is set back. A queue's times come from the database's clock, which can be set back while
+//! another node, or a restarted one, reads it. What was handed out or put off while the clock was ahead would be held for
+//! as long as it was.
 //!
-//! No moment that the state knows lies ahead of the one at which it is read, and nothing is held or put off for longer than can be
-//! asked for. So what began ahead of now begins now, and keeps all of its time: nobody is cut short by that, however the clocks
-//! of two nodes differ. It is journaled, since what comes behind it goes by the clock as it is now.
+//! No moment in the state lies ahead of the moment at which it is read, and nothing is held or put off for longer than a
+//! request can ask for. So what began ahead of now begins now, and keeps all of its time: nobody gets less time by that,
+//! however the clocks of two nodes differ. The correction is journaled, because later records go by the corrected clock.
 
 use super::{At, Entry, Queue, Record, State};
 use crate::domain::policy::{DELAY_MAX, VISIBILITY_TIMEOUT_RANGE};

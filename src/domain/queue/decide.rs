@@ -1,4 +1,4 @@
-//! What the queue decides by itself: which messages go out, which time is up, what the scan found.
+//! The queue's own decisions: which messages go out, which deliveries have expired, what the scan found.
 
 use std::collections::BTreeSet;
 

@@ -1,7 +1,8 @@
-//! What people do to a queue: look at one message, settle it, end deliveries before their time, begin a new generation.
+//! People's acts on a queue: look at one message, settle it, end deliveries early, begin a new generation.
 //!
-//! Each act is one of the records that consumers' verbs make, so that replay knows nothing new. A new generation takes over
-//! the dead letters (and what was redriven of them); everything else of the former one is void, its receipts are `gone`.
+//! Each act is one of the records that consumers' verbs make, so replay needs nothing new. A new generation takes over the
+//! dead letters (and what was redriven of them); everything else of the former generation is void, and its receipts are
+//! `gone`.
 
 use std::sync::Arc;
 

@@ -1,13 +1,13 @@
-//! The queue as a pure state machine: what is ready, live, delayed and settled, and what each verb does to it.
+//! The queue as a pure state machine: which messages are ready, live, delayed and settled, and what each verb does to them.
 //!
 //! Every durable change is a [`Record`]: a method decides, builds the record and applies it by the same `apply` that
-//! replays the journal, so that a recovered queue cannot differ from the one that was lost. What is not durable (messages
-//! found by the scan since the last `Scanned` record) is found again by scanning on from [`Queue::journaled_through`].
+//! replays the journal, so a recovered queue cannot differ from the one that was lost. State that is not durable (messages
+//! that the scan found since the last `Scanned` record) is found again by scanning on from [`Queue::journaled_through`].
 //!
-//! A message that matches and was never handed out is in `fresh`; one that was, and is not settled, has an `Entry`;
-//! everything else at or below the scan position is settled. Settled messages above the journaled scan position are in
-//! `ahead`, so that the scan after a restart does not take them for fresh. Fresh messages may therefore be handed out in
-//! any order, which ordering by key and priorities need.
+//! A matching message that was never handed out is in `fresh`; one that was handed out and is not settled has an `Entry`;
+//! every other message at or below the scan position is settled. Settled messages above the journaled scan position are in
+//! `ahead`, so that the scan after a restart does not take them for fresh. Fresh messages may therefore go out in any
+//! order, which ordering by key and priorities need.
 
 mod arrange;
 mod blocked;

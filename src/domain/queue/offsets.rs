@@ -1,4 +1,4 @@
-//! A set of offsets that costs about two bytes each however many there are, and knows its length.
+//! A set of offsets that costs about two bytes per offset, however many there are, and knows its length.
 
 use roaring::RoaringTreemap;
 

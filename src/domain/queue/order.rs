@@ -1,9 +1,9 @@
-//! Which of the ready messages may go out. Derived from the rest of the state and never stored: every message enters and
-//! leaves it where it becomes fresh, is handed out, falls due or is settled.
+//! Decides which of the ready messages may go out. This is derived from the rest of the state and never stored: every
+//! message enters and leaves it when it becomes fresh, is handed out, falls due or is settled.
 //!
-//! In order of keys, a key's lowest unsettled message alone is open, and only while none of the key is live and no dead
+//! In order by key, only a key's lowest unsettled message is open, and only while none of the key is live and no dead
 //! letter before it holds the key. Its later messages are offsets in a set, and cost nothing until their turn comes. With
-//! lanes everything ready is open, by lane.
+//! lanes everything that is ready is open, by lane.
 
 use std::collections::{BTreeSet, HashMap};
 

@@ -1,6 +1,6 @@
-//! Decisions that are not written yet, in pieces that can be written one by one: each begins where the one before ends, so that what is
-//! stored is the state as of some moment, whichever of them was the last. A piece is bounded, so that no request, and no hour at which
-//! the time of very many deliveries runs out, makes one write of it that everybody else waits for.
+//! Decisions that are not written yet, in pieces that can be written one by one. Each piece begins where the previous one
+//! ends, so whichever piece is last, the stored state is that of some moment. A piece is bounded, so that no request, and
+//! no mass expiry of deliveries, makes one write that everybody else waits for.
 
 use std::collections::VecDeque;
 

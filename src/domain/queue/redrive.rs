@@ -1,7 +1,7 @@
-//! Dead letters that come back. A redriven message is unsettled again while its letter stays: `dead` holds it and so do the
-//! entries, which are looked at first. It is in `reopened`, and what is in there holds back neither the watermark nor
-//! retention: its payload comes from the letter when the log has dropped it. Once it is settled the letter goes; when it
-//! dies again the letter is replaced.
+//! Redriven dead letters. A redriven message is unsettled again while its letter stays: `dead` holds it and so do the
+//! entries, which are looked at first. It is in `reopened`, and messages in there hold back neither the watermark nor
+//! retention: the payload comes from the letter when the log has dropped it. Once the message is settled the letter goes;
+//! when it dies again the letter is replaced.
 
 use super::record::{End, Record, SettledAs};
 use super::{At, Entry, Queue, State};

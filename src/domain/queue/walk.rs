@@ -1,4 +1,4 @@
-//! The ready messages in the order in which they go out: what a receive takes, and what is to be loaded before.
+//! The ready messages in the order in which they go out: those that a receive takes, and those to load before it.
 
 use std::collections::{BTreeMap, btree_set};
 use std::iter::Peekable;

@@ -1,4 +1,4 @@
-//! Cells of the machine that a random walk seldom meets, or meets only with long waits.
+//! Cells of the machine that a random walk seldom reaches, or reaches only after long waits.
 
 use std::time::Duration;
 

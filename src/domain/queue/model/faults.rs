@@ -1,5 +1,5 @@
-//! Wrong references, each in one thing: a model that never disagrees proves nothing. The machine is compared with each, and
-//! the comparison must notice.
+//! Wrong references, each wrong in one thing, because a model that never disagrees proves nothing. The machine is compared
+//! with each, and the comparison must notice.
 
 use super::{Mode, compare};
 

@@ -1,4 +1,4 @@
-//! The verbs of the plain reference: one cell of the matrix after the other, written as docs/protocol.md has them.
+//! The verbs of the plain reference: one cell of the matrix after another, written as docs/protocol.md has them.
 
 use super::super::*;
 use super::faults::Fault;

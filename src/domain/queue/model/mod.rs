@@ -1,8 +1,8 @@
 //! The state machine beside a plain reference: random receives, verbs, expiries, outages, commits, folds, crashes,
-//! hand-overs, seeks, purges, redrives, changed settings and what else people do, in every order there is and between all
-//! of them. Both must agree on every answer and every count, and the rows of the dead letters on every failure. More
-//! than 100,000 sequences; the environment variable `PROPTEST_CASES` sets another number for each order. That the comparison
-//! can fail is shown, too (`faults`).
+//! hand-overs, seeks, purges, redrives, changed settings and other acts of people, in every kind of order and between all
+//! of them. Both must agree on every answer and every count, and the rows of the dead letters on every failure. It runs
+//! more than 100,000 sequences; the environment variable `PROPTEST_CASES` sets another number for each order. `faults`
+//! shows that the comparison can fail.
 
 mod cells;
 mod faults;
