@@ -1,7 +1,7 @@
-//! For services in Rust: a message into the outbox, in a transaction of sqlx. A layer of its own, which nothing of the broker
-//! uses; it is an insert with types around it, and may be copied instead of depended upon.
+//! For services in Rust: inserts a message into the outbox, in a transaction of sqlx. It is a layer of its own, which
+//! nothing in the broker uses; it is an insert with types around it, and may be copied instead of depended upon.
 //!
-//! What the database would refuse, it refuses here too: the constraint that says so is in [`Error::Refused`]. The insert needs the
+//! It refuses whatever the database would refuse: [`Error::Refused`] has the constraint that says so. The insert needs the
 //! rights of the database's role `postroad_producer_…` and no more.
 
 use chrono::{DateTime, Utc};

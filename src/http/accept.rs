@@ -1,4 +1,4 @@
-//! The type that a client would rather have, by `Accept` (RFC 9110, 12.5.1).
+//! The media type that a client prefers, by `Accept` (RFC 9110, 12.5.1).
 
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;

@@ -1,12 +1,12 @@
 //! The body of an answer that hands out deliveries, and what happens when it does not reach the connection.
 //!
 //! hyper takes a body's bytes into its buffer before it writes them, so "the body was taken" does not mean that it was
-//! written. The connection's [`Outgoing`] keeps what stands for the deliveries from the moment the bytes are taken until
-//! the connection has flushed; a connection that breaks before drops it, and the deliveries go back.
+//! written. The connection's [`Outgoing`] keeps a guard for the deliveries from the moment the bytes are taken until the
+//! connection has flushed; a connection that breaks before that drops the guard, and the deliveries go back.
 //!
-//! Under HTTP/2 the bytes taken wait for the client's window as well, while other flushes go by. There the body is given out in
-//! pieces, each polled for when the window has room beyond those before it, and so is its end: only then all of it can be
-//! written, and only then it begins to wait for the flush.
+//! Under HTTP/2 the taken bytes also wait for the client's window, while other flushes go by. There the body is given out
+//! in pieces. Each piece, and the end of the body, is polled for when the window has room beyond the pieces before it: only
+//! then can all of it be written, and only then does it begin to wait for the flush.
 
 use std::convert::Infallible;
 use std::fmt;

@@ -1,10 +1,11 @@
-//! Bodies on their way in, and answers on their way out: what all of them may hold of memory together. One body and one answer have
-//! bounds of their own; many clients at a time would hold many times that.
+//! The memory that all request bodies on their way in, and all answers on their way out, may hold together. One body and
+//! one answer have their own bounds; many clients at a time would hold many times that.
 //!
-//! A body is counted as it arrives, and is refused when there is no room for it (503 `overloaded`), before it is read if it says how
-//! long it is. Small ones have some room of their own, so that acknowledgements go on while large bodies fill the rest. An answer waits
-//! a moment for room before it is made. Both give it back with their last byte: when they are dropped, or in the kernel's hands. A client
-//! that does not read its answer loses its connection in bounded time, and with it the answer.
+//! A body is counted as it arrives, and is refused when there is no room for it (503 `overloaded`), before it is read if it
+//! states its length. Small bodies have some room of their own, so that acknowledgements go on while large bodies fill the
+//! rest. An answer waits a moment for room before it is made. Both give back their room with their last byte: when they are
+//! dropped, or when the kernel has them. A client that does not read its answer loses its connection in bounded time, and
+//! with it the answer.
 
 use std::convert::Infallible;
 use std::pin::Pin;

@@ -1,6 +1,6 @@
-//! The socket of a connection, watched: when bytes last moved, when all that was buffered is written, and when the client sends
-//! nothing more. hyper takes the last for a client that has gone; one that only closed its half, as some do after a request, is to get
-//! its answer, unless it asked to wait. So the end is shown to hyper when the answer is written.
+//! Watches the socket of a connection: when bytes last moved, when everything buffered is written, and when the client has
+//! sent its last byte. hyper takes that end for a client that has gone. But a client that only closed its half, as some do
+//! after a request, should get its answer, unless it asked to wait. So hyper sees the end only once the answer is written.
 
 use std::io;
 use std::pin::Pin;

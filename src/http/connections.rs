@@ -1,7 +1,8 @@
-//! The places for connections, and who has one.
+//! The places for connections, and their holders.
 //!
-//! When all are taken, the connections that have been idle for longest end to make room. Where none is idle there are a few places more,
-//! each for one short request: the probes of whoever runs the broker are answered there, so that nothing ends a broker for being busy.
+//! When all places are taken, the connections that have been idle for longest end to make room. Where none is idle there
+//! are a few more places, each for one short request: an operator's probes are answered there, so that nothing kills a
+//! broker for being busy.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

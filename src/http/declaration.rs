@@ -1,4 +1,4 @@
-//! Declarations that come from the configuration instead of a request: the same fields, the same rules.
+//! Declarations from the configuration instead of a request: the same fields, the same rules.
 
 use serde_json::{Map, Value};
 

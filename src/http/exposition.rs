@@ -1,8 +1,8 @@
-//! The metrics as text: OpenMetrics for who asks for it, else the format that came before it, which every scraper reads.
+//! The metrics as text: OpenMetrics if the client asks for it, otherwise the older format, which every scraper reads.
 //!
-//! The two say the same in other words. In the older one a family has the name of its samples, so that of a counter ends in
-//! `_total`; a parser that knows only this one takes OpenMetrics' `# TYPE x counter` for a family without samples, and `x_total`
-//! for one without a type.
+//! The two differ in form. In the older one a family has the name of its samples, so a counter's family ends in `_total`; a
+//! parser that knows only this one takes OpenMetrics' `# TYPE x counter` for a family without samples, and `x_total` for
+//! one without a type.
 
 use axum::http::HeaderMap;
 

@@ -1,4 +1,5 @@
-//! What handlers take out of requests, with every rejection a [`Problem`]: names in the path, query parameters, bodies.
+//! The inputs that handlers take from requests: names in the path, query parameters, bodies. Every rejection is a
+//! [`Problem`].
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;

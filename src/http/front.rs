@@ -1,5 +1,5 @@
-//! The answers before the routes are there: until the engines are there, the process says that it lives, what it waits for and how it does, and
-//! refuses the rest. A request that comes shortly before the routes are there waits for them.
+//! The answers before the routes exist. Until the engines run, the process reports that it is alive, what it waits for and
+//! how it is doing, and refuses the rest. A request that arrives shortly before the routes exist waits for them.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};

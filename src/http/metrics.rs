@@ -1,4 +1,4 @@
-//! Counts and times of requests, by route template: a path as sent would make a series per name.
+//! Counts and durations of requests, by route template: labels with the actual path would make a series per name.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
 //! The HTTP API: routes, wire types, problem details, OpenAPI.
 //!
-//! Handlers do no work of their own on the database: a client that goes away drops its handler's future at any point, so a
-//! handler only waits for the engines' handles, which may be dropped at any time. One file per family of routes; a route
-//! and its description stand together, so that `openapi.yaml` cannot part from the code.
+//! Handlers do no database work of their own. A client that goes away drops its handler's future at any point, so a handler
+//! only waits for the engines' handles, which may be dropped at any time. Each family of routes has one file; a route and
+//! its description stand together, so that `openapi.yaml` cannot drift from the code.
 
 mod accept;
 mod body;

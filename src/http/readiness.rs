@@ -1,4 +1,4 @@
-//! Why the process is not ready, if it is not. Each part says so for itself, or when it is asked.
+//! The reasons why the process is not ready, if it is not. Each part reports its own, or is asked.
 
 use std::collections::BTreeMap;
 use std::fmt;

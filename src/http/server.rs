@@ -1,10 +1,11 @@
 //! The server: accepts connections, speaks HTTP/1.1 and HTTP/2 without TLS on each, and ends them in order.
 //!
-//! It serves from the first moment on: until the engines are there, `front` answers.
+//! It serves from the first moment on: until the engines run, `front` answers.
 //!
-//! Clients hold few resources: there are a cap on connections, a time for a request's head, for idling and for taking a large answer,
-//! limits on the head's size, and (in the extractors) a size, a time and a common budget for bodies. At the end readiness goes off first, then long
-//! polls answer with what they have, then each connection finishes the requests it has; what is left after that is cut.
+//! Clients hold few resources. There is a cap on connections; there are time limits for a request's head, for idling and
+//! for reading a large answer; the head has size limits; and bodies have (in the extractors) a size limit, a time limit and
+//! a common budget. At the end readiness goes off first, then long polls answer with what they have, then each connection
+//! finishes the requests it has; whatever is left after that is cut.
 
 use std::convert::Infallible;
 use std::fmt::Display;

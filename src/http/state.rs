@@ -1,4 +1,4 @@
-//! What handlers work with: the engines' handles, and the server's own limits.
+//! The state of handlers: the engines' handles, and the server's own limits.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

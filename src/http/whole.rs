@@ -1,4 +1,4 @@
-//! The whole body of a request, within a size, a time and what all bodies may hold together.
+//! Reads the whole body of a request, within a size, a time and the common budget of all bodies.
 
 use std::time::Duration;
 

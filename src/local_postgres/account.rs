@@ -1,4 +1,4 @@
-//! Who runs the server: ourselves, or, since Postgres refuses root, an unprivileged account.
+//! The account that runs the server: our own, or, since Postgres refuses root, an unprivileged one.
 
 use super::Error;
 

@@ -1,4 +1,4 @@
-//! The data folder: its lock, its parts, and the making of the database cluster in it.
+//! The data folder: its lock, its parts, and the initialisation of the database cluster in it.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown};

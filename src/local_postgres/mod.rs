@@ -1,10 +1,11 @@
-//! A private Postgres for who has none: found on the machine, initialised in a data folder, started, kept running,
+//! A private Postgres for users who have none: found on the machine, initialised in a data folder, started, kept running,
 //! stopped with the broker.
 //!
-//! It listens on a Unix socket alone, in a folder that only its account may enter, so it needs no password and no port,
-//! and nobody else on the machine reaches it. The data folder is locked while a broker uses it. A broker killed with -9
-//! leaves its server running: the next one adopts it. A server killed with -9 is started again, and recovers from its log.
-//! `initdb` works in a folder beside the final one, which is renamed when whole, so a kill half-way leaves nothing behind.
+//! It listens only on a Unix socket, in a folder that only its account may enter. So it needs no password and no port, and
+//! nobody else on the machine reaches it. The data folder is locked while a broker uses it. A broker killed with -9 leaves
+//! its server running: the next broker adopts it. A server killed with -9 is started again, and recovers from its log.
+//! `initdb` works in a folder beside the final one, which is renamed when complete, so a kill half-way leaves nothing
+//! behind.
 
 mod account;
 mod binaries;

@@ -1,5 +1,5 @@
-//! Lists of locks, read beside the task that takes them: however many read, no renewal waits for them. A task of their own, so that who asks
-//! may go away and leaves no connection half used.
+//! Lists of locks, read beside the task that takes them, so that no renewal waits, however many read. It is a separate
+//! task, so that a caller may go away without leaving a connection half used.
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;

@@ -1,11 +1,11 @@
-//! Locks for users: leases by name, each with a fencing token that only ever rises, and a line of those who wait.
+//! Locks for users: leases by name, each with a fencing token that only ever rises, and a waiting line.
 //!
-//! A lock is a row; the database judges its times, and any node serves any lock. The task takes what is asked for in one commit for
-//! all, and asks again for those who wait: when a lock was released here, when its time is up, and twice a second for what other
-//! nodes do. What people look at is read beside it. The line is in the database too: who waits keeps a place for five seconds after it was last asked for, over the end of a
-//! long poll and of a node.
+//! A lock is a row; the database judges its times, and any node serves any lock. The task takes all requested locks in one
+//! commit, and asks again for those that wait: when a lock was released here, when a lock's time is up, and twice a second
+//! for what other nodes do. Lists for people are read beside it. The line is in the database too: a waiter keeps its place
+//! for five seconds after it last asked, even when its long poll or its node ends.
 //!
-//! Every request may be repeated: the owner who asks again gets the lock that it has, under the same token.
+//! Every request may be repeated: an owner that asks again gets the lock that it has, under the same token.
 
 mod lists;
 mod task;

@@ -1,4 +1,5 @@
-//! The task: what is asked for at a time, taken in one call, and asked for again until it is had or waited for long enough.
+//! The lock task: takes everything requested at a time in one call, and asks again until each lock is acquired or its wait
+//! is over.
 
 use std::collections::HashSet;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! Rows on their way into the streams: what becomes a message, what is listed as rejected, and the position that is stored with them.
+//! Rows on their way into the streams: rows that become messages, rows that are listed as rejected, and the position that
+//! is stored with them.
 
 use std::collections::HashSet;
 

@@ -1,12 +1,13 @@
-//! A window of very many rows, as far as it is counted: a coarse table of where they lie. With it each part of the window is read where
-//! it lies, so a row costs the same however many wait with it.
+//! A window of very many rows, as far as it is counted: a coarse table of where the rows lie. With it each part of the
+//! window is read where it lies, so a row costs the same however many wait with it.
 //!
-//! It is made in pieces of bounded time, which are smaller where the server is slow, and outlives the session: the rows of a window are
-//! the same set whoever asks. Rows are grouped by their seqs, and of each group it is known which transaction ids they have; ids and seqs
-//! go together but for transactions that were open for long. One that wrote more rows than a piece has is found by the blocks that its
-//! rows are in, since its id says nothing of where.
+//! The table is made in pieces of bounded time, which are smaller where the server is slow. It outlives the session,
+//! because the rows of a window are the same set whoever asks. Rows are grouped by their seqs, and for each group the table
+//! has its transaction ids; ids and seqs go together, except for transactions that were open for long. A transaction that
+//! wrote more rows than fit in a piece is found by the blocks of its rows, since its id does not say where they are.
 //!
-//! How many rows a group has is known as well: if as many are not found, some have been moved, and all is counted again.
+//! The table also has the number of rows in each group: if a different number is found, some rows have been moved, and
+//! everything is counted again.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
-//! A relay's memory beyond its sessions. An append that is refused for what some row holds is tried
-//! again with half of its rows, until the row stands alone: then it is listed as rejected, and the rows behind it go on. After each
-//! append that passes the next takes twice as many.
+//! A relay's memory beyond its sessions. When an append is refused because of the contents of some row, the relay tries
+//! again with half of its rows, until the row stands alone: then the row is listed as rejected, and the rows behind it go
+//! on. After each append that passes, the next one takes twice as many rows.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;

@@ -1,4 +1,4 @@
-//! Whether an outbox is there, is what it must be, and is this relay's: looked at each time that a relay connects.
+//! Checks, each time a relay connects, that an outbox exists, is as it must be, and belongs to this relay.
 
 use std::time::{Duration, Instant};
 

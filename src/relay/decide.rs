@@ -1,5 +1,5 @@
-//! What a step does, decided by the stored position and by what opening the next window said. No I/O: `window` does it, and
-//! `simulation` runs it by seed over a server that forgets.
+//! Decides what a step does, by the stored position and by the result of opening the next window. No I/O: `window` carries
+//! it out, and `simulation` runs it by seed over a server that forgets.
 
 use uuid::Uuid;
 

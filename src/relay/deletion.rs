@@ -1,15 +1,15 @@
-//! A mapped table whose rows are picked up by deletion: whatever is in it and committed is still to be relayed, but for the rows
-//! that the stored position took.
+//! A mapped table whose rows are picked up by deletion: every committed row in it still has to be relayed, except the rows
+//! that the stored position names.
 //!
-//! A step reads the first rows in order, leaves the mark, and appends; the position of that very commit names the rows. Only then
-//! are they taken out, and only when that is certain are the next ones read. Killed at any point, whoever goes on finds a
-//! position that names the rows: it takes out those that are still there, which can be repeated, and reads on. So a row is in the
-//! streams once the position names it and never again, whether the delete was sent, committed or neither; and a row is
-//! taken out only after its message is durable. A relay that was fenced off can still take rows out, and they are rows that
-//! were appended.
+//! A step reads the first rows in order, leaves the mark, and appends; the position of that very commit names the rows.
+//! Only then are the rows deleted, and only when that is certain are the next ones read. If the relay is killed at any
+//! point, its successor finds a position that names the rows: it deletes those that are still there, which can be repeated,
+//! and reads on. So a row is in the streams as soon as the position names it, and never twice, whether the delete was sent,
+//! committed or neither; and a row is deleted only after its message is durable. A relay that was fenced off can still
+//! delete rows, but only rows that were appended.
 //!
-//! A table that went back in time holds rows again that were relayed and taken out: the mark says so, and then all that it holds
-//! is looked up in the streams once, before anything is relayed.
+//! A table that went back in time holds rows again that were relayed and deleted. The mark shows it, and then all rows of
+//! the table are looked up in the streams once, before anything is relayed.
 
 use std::collections::HashMap;
 use std::time::Instant;

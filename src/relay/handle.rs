@@ -1,4 +1,4 @@
-//! The way to the relays: what they do, and the rows that they could not relay.
+//! The handle to the relays: their status, and the rows that they could not relay.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! How many rows the relays of this process look up in the streams at a time. Each has them in memory while the log is read, and may
-//! begin at once: when many origins went back in time together, each takes fewer.
+//! Limits how many rows the relays of this process look up in the streams at a time. Each relay has them in memory while
+//! the log is read, and may begin at once: when many origins went back in time together, each takes fewer rows.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -1,9 +1,11 @@
-//! Relays: one supervised task per origin moves what producers commit to its outbox into the streams, exactly once and in order.
+//! Relays: one supervised task per origin moves the committed rows of its outbox into the streams, exactly once and in
+//! order.
 //!
-//! The mechanism is in the parts: `window` for what newly became visible, `backlog` for very much of it, `position` for what is remembered, `rerelay`
-//! for an origin that went back in time, `deletion` for a mapped table whose rows leave as they are relayed, `rotation` for the outbox's space, `row` for what a row becomes, and `task` for the
-//! loop around them. The failure story is the same everywhere: a step that did not end well drops its session with the
-//! origin and everything it knew, and the next one begins from the position that the broker's database holds.
+//! The parts are: `window` for newly visible rows, `backlog` for very many of them, `position` for the stored progress,
+//! `rerelay` for an origin that went back in time, `deletion` for a mapped table whose rows leave as they are relayed,
+//! `rotation` for the outbox's space, `row` for turning rows into messages, and `task` for the loop around them. The
+//! failure story is the same everywhere: a step that did not end well drops its session with the origin and everything it
+//! knew, and the next one begins from the position that the broker's database holds.
 
 mod append;
 mod backlog;

@@ -1,6 +1,7 @@
-//! How long a relay waits between two steps. A step that finds rows costs a commit, however few they are. While few come, each is worth
-//! one: the relay looks again at once. While many come they share it, at the price of a few milliseconds: the processors and the log's
-//! device are left to those who are at work. An origin where nobody is at work is asked less and less.
+//! How long a relay waits between two steps. A step that finds rows costs a commit, however few they are. While few rows
+//! come, each is worth a commit: the relay looks again at once. While many come they share a commit, at the price of a few
+//! milliseconds, which leaves the processors and the log's device to others. An origin without activity is asked less and
+//! less often.
 
 use std::time::{Duration, Instant};
 

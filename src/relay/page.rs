@@ -1,5 +1,5 @@
-//! A page of rows, read by their places. When one of them cannot be read, for what it holds, the page is read in halves until that
-//! row stands alone: it is listed as rejected, with as much of it as the server gives out, and the others go on.
+//! A page of rows, read by their places. When the contents of a row make it unreadable, the page is read in halves until
+//! that row stands alone: it is listed as rejected, with as much of it as the server returns, and the other rows go on.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! How far a relay got, as the append records it.
+//! A relay's progress, as the append records it.
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,5 @@
-//! The desk of rejected rows: lists them, deletes them, and sends one on when a person says so. A task of its own, so that a caller who goes
-//! away leaves nothing half done.
+//! The desk of rejected rows: lists them, deletes them, and resends one when a person asks. It is a separate task, so that
+//! a caller that goes away leaves nothing half done.
 
 use std::ops::RangeInclusive;
 

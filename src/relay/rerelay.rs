@@ -1,13 +1,16 @@
-//! An origin that went back in time: restored, failed over to a standby that lacked the end, or crashed with transactions whose
-//! ends were not flushed and whose ids it then hands out again. The stored snapshot says "seen" of ids that now belong to
-//! others, so it is worth nothing: everything that the outbox holds is read through one new snapshot, and what the streams
-//! have of this origin is dropped, by topic, source and id; the ids of all of it first, then the log once. What the grace keeps in the outbox is what this can repair.
+//! An origin that went back in time: restored, failed over to a standby that lacked the end, or crashed with transactions
+//! whose ends were not flushed and whose ids it then assigns again. The stored snapshot says "seen" of ids that now belong
+//! to others, so it is worthless. Everything in the outbox is read through one new snapshot, and rows that the streams
+//! already have from this origin are dropped, by topic, source and id: first all ids are read, then the log once. This can
+//! repair as much as the grace keeps in the outbox.
 //!
-//! It begins with a position that says so, stored before the first row: a crash in the middle goes on where it was, and a
-//! second step back in time begins it again. An origin seen for the first time goes the same way without the looking up.
+//! It begins with a position that says so, stored before the first row: after a crash in the middle it continues where it
+//! was, and a second step back in time begins it again. An origin seen for the first time goes the same way without the
+//! lookup.
 //!
-//! The broker's own database can go back too. Its older position still opens a window, but what was relayed and emptied after
-//! the backup is nowhere any more. The origin knows up to which position it was emptied, so that is noticed.
+//! The broker's own database can go back too. Its older position still opens a window, but rows that were relayed and
+//! emptied after the backup no longer exist anywhere. The origin knows up to which position it was emptied, so the relay
+//! notices.
 
 use super::page::Page;
 use super::position::{Gaps, NOTHING, Window};

@@ -1,5 +1,6 @@
-//! Upkeep beside the steps: the outbox's leaves are emptied once every row in them was passed a grace ago, and the journals and
-//! marks that appends leave behind are folded. Nothing here waits for a lock: what cannot be had stays for the next time.
+//! Upkeep beside the steps: empties the outbox's leaves once every row in them was passed a grace ago, and folds the
+//! journals and marks that appends leave behind. Nothing here waits for a lock: work whose lock is taken stays for the next
+//! time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! An outbox row becomes a message, or says why it cannot. The outbox's constraints refuse nearly all that fails here while the
-//! producer still listens; what arrives all the same must not stop the rows behind it.
+//! Turns an outbox row into a message, or says why it cannot. The outbox's constraints refuse nearly all bad rows while the
+//! producer still listens; a bad row that arrives anyway must not stop the rows behind it.
 
 use base64::Engine as _;
 use bytes::Bytes;

@@ -1,4 +1,4 @@
-//! Postgres' snapshots as texts, and where what lies between two of them is to be looked for.
+//! Postgres' snapshots as texts, and the places that can hold rows between two of them.
 
 /// Ids in progress that a window is cut around. More are looked at, and left out row by row.
 const CUTS_MAX: usize = 64;

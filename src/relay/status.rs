@@ -1,4 +1,4 @@
-//! What a relay says about itself: the API, the metrics and the tests read the same value.
+//! A relay's report about itself: the API, the metrics and the tests read the same value.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 //! The loop of one origin's relay: hold the lease, learn the position, connect, then step after step until something is
-//! amiss. Whatever it is, the session is dropped and the loop begins again from the stored position: nothing that was only in
-//! memory outlives a session, since a snapshot without a mark behind it says nothing about a server that restarted.
+//! amiss. Whatever it is, the session is dropped and the loop begins again from the stored position: nothing that was only
+//! in memory outlives a session, since a snapshot without a mark behind it says nothing about a server that restarted.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! Why a relay's session with its origin ended, and what its status says then.
+//! The reasons why a relay's session with its origin ended, and the status that each leads to.
 
 use super::status::State;
 use crate::store;

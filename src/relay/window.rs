@@ -1,6 +1,7 @@
-//! A step: what became visible between two snapshots, in the order of seq. A small window comes with the statement that opens
-//! it. A large one is counted (`backlog`), then its places are found part by part, and its pages read by place, the next page while the
-//! last one is being appended; the position inside the window is the last seq, so that memory is bounded and a crash resumes there.
+//! A step: the rows that became visible between two snapshots, in the order of seq. A small window comes with the statement
+//! that opens it. A large one is counted (`backlog`), its places are found part by part, and its pages are read by place,
+//! the next page while the last one is being appended. The position inside the window is the last seq, so memory is bounded
+//! and a crash resumes there.
 
 use std::time::Instant;
 

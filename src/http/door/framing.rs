@@ -1,4 +1,5 @@
-//! Whether a request is whole as a message (RFC 9110, RFC 9112): what hyper leaves to those who use it.
+//! Checks that a request is well-formed as an HTTP message (RFC 9110, RFC 9112), in the points that hyper leaves to its
+//! users.
 
 use axum::extract::Request;
 use axum::http::header::{

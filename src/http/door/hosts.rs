@@ -1,4 +1,4 @@
-//! The names that requests may ask for.
+//! The host names that requests may use.
 
 use std::net::SocketAddr;
 

@@ -1,9 +1,10 @@
-//! The door before all routes. Is the request whole as a message of HTTP? Is it for this broker? Does a page of another site ask?
+//! The door before all routes. Is the request a well-formed HTTP message? Is it for this broker? Does it come from a page
+//! of another site?
 //!
-//! A broker on a loopback address has no sign-in, and the browser of whoever works at the machine reaches it. A browser sends a
-//! form, or a text, to any address that a page names, without asking first. It says by `Sec-Fetch-Site` and `Origin` whose page that
-//! was; programs send neither. A page can also give its own name the address 127.0.0.1: then it is of the same origin, and only
-//! `Host` tells.
+//! A broker on a loopback address has no login, and the browser of anyone who works at the machine reaches it. A browser
+//! sends a form, or a text, to any address that a page names, without asking first. It tells by `Sec-Fetch-Site` and
+//! `Origin` whose page that was; programs send neither. A page can also point its own name at 127.0.0.1: then it has the
+//! same origin, and only `Host` reveals it.
 
 mod framing;
 mod hosts;

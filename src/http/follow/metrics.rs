@@ -1,4 +1,4 @@
-//! What is counted of the readers.
+//! The metrics of the readers.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;

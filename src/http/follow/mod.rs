@@ -1,9 +1,9 @@
-//! Readers of a stream by server-sent events: they replay from where they asked, then follow live.
+//! Readers of a stream by server-sent events: they replay from the place they asked for, then follow live.
 //!
-//! Each reader is a task that hands pieces of text to the body of its answer. What is recent is printed once per stream and
-//! shared by all its readers ([`window`]); what is older is read from the log a page at a time, so a reader that falls behind
-//! costs no memory, only reads. What waits for a client is two pieces of about 32 KiB; a client that takes nothing for
-//! [`Options::reader_patience`](super::Options::reader_patience) while something waits is told why and disconnected.
+//! Each reader is a task that hands pieces of text to the body of its answer. Recent messages are printed once per stream
+//! and shared by all its readers ([`window`]); older ones are read from the log a page at a time, so a reader that falls
+//! behind costs no memory, only reads. At most two pieces of about 32 KiB wait for a client. A client that reads nothing
+//! for [`Options::reader_patience`](super::Options::reader_patience) while something waits is told why and disconnected.
 
 mod metrics;
 mod print;

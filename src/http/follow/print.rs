@@ -1,4 +1,4 @@
-//! Messages of a stream as text: JSON as pages have it, and server-sent events around it.
+//! Messages of a stream as text: JSON as in pages, and server-sent events around it.
 
 use bytes::Bytes;
 use serde_json::json;

@@ -1,5 +1,5 @@
-//! The latest messages of a stream, printed once for all that follow it. One task per stream that is followed fills its window
-//! from the stream's tail; it ends when nobody follows any more.
+//! The latest messages of a stream, printed once for all its followers. Each followed stream has one task, which fills the
+//! window from the stream's tail and ends when nobody follows any more.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,5 @@
-//! The way to another node and its answer, as messages of HTTP: the path as it is, the headers that go on, the whole body.
+//! The request to another node and its answer, as HTTP messages: the path as it is, the headers that are passed on, the
+//! whole body.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! Requests that wait for their queue's owner, between two of them. Each looks again and again; the more there are the less often each
-//! does, so that thousands of long polls, all awake at once since their owner is gone, leave the node to take over what it had.
+//! Requests that wait while their queue is between two owners. Each looks again and again, and the more there are the less
+//! often each looks. So thousands of long polls, all woken at once because their owner is gone, leave the node room to take
+//! over the owner's queues.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -1,4 +1,4 @@
-//! A request on its way to a queue's owner, whoever that is by the time.
+//! A request on its way to a queue's owner, even if the owner changes meanwhile.
 
 use std::time::Duration;
 

@@ -1,9 +1,9 @@
-//! Long polls for queues of other nodes. Of those that wait here for one queue a few wait with its owner too; the others wait in line
-//! here, where one costs no request. How many go to the owner at a time is as many as it lately had messages for: each answer with
-//! messages makes room for one more than it took, each without halves the room. So a queue with nothing to hand out is asked by one,
-//! however many wait.
+//! Long polls for queues of other nodes. Of the polls that wait here for one queue, a few also wait at its owner; the
+//! others wait in line here, where a poll costs no request. The number at the owner follows the messages that the owner
+//! lately had: each answer with messages makes room for one more than it took, each empty answer halves the room. So a
+//! queue with nothing to hand out is asked by one poll, however many wait.
 //!
-//! Nothing is asked of anybody here: `poll` does that, by its turns.
+//! This module sends no requests: `poll` does, when its turn comes.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,16 +1,16 @@
-//! Any node answers any request: one for a queue that another node owns is passed on to it, once.
+//! Any node answers any request: a request for a queue that another node owns is passed on to that node, once.
 //!
-//! A layer around the routes of queues finds the queue's slot and who is to hold it. A request for another node's goes there with
-//! the slot and the epoch that this node knows; that node answers 421 if the slot is not its own either, and then this one looks
-//! again. Between owners, and while none answers, the request waits, for twice a node's time to live at most; then it is answered
-//! 503 `no_owner`. A long poll that was waiting when its queue went to another node goes on there for the rest of its time. In all, no
-//! request takes longer than it asked to wait and twice a node's time to live: a node that swallows what it is sent looks alive in the
-//! database.
+//! A layer around the routes of queues finds the queue's slot and its assigned owner. A request for another node's queue
+//! goes there with the slot and the epoch that this node knows. That node answers 421 if the slot is not its own either,
+//! and then this one looks again. Between owners, and while none answers, the request waits, for at most twice a node's
+//! time to live; then the answer is 503 `no_owner`. A long poll that was waiting when its queue went to another node
+//! continues there for the rest of its time. In all, no request takes longer than it asked to wait plus twice a node's time
+//! to live: a node that swallows requests looks alive in the database.
 //!
-//! The request is kept until it is answered, a receive as it was understood and not as it was written. The answer is read whole, so that
-//! a client that takes its time holds up nothing between nodes.
+//! The request is kept until it is answered; a receive is kept as parsed, not as written. The answer is read whole, so that
+//! a slow client holds up nothing between nodes.
 //!
-//! Without other nodes nothing of this happens, and the body is not even looked at.
+//! Without other nodes none of this happens, and the body is not even looked at.
 
 mod answer;
 mod gap;

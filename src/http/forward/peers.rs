@@ -1,7 +1,7 @@
-//! The way to other nodes: HTTP/2 connections that many requests share.
+//! Connections to other nodes: HTTP/2, shared by many requests.
 //!
-//! A connection carries as many requests at a time as the other side allows; one more would wait behind long polls. So there are
-//! as many connections as it takes.
+//! A connection carries as many requests at a time as the other side allows; one more would wait behind long polls. So
+//! there are as many connections as needed.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,6 +1,6 @@
-//! A long poll for a queue of another node: asked there at once, and then in its turn.
+//! A long poll for a queue of another node: it asks there at once, and then whenever its turn comes.
 //!
-//! One that wants its batch filled is not in the line: those behind it are to take what is ready meanwhile.
+//! A poll that wants its batch filled does not join the line, because polls behind it should take ready messages meanwhile.
 
 use std::sync::Arc;
 use std::time::Duration;

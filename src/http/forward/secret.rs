@@ -1,4 +1,4 @@
-//! What nodes know each other by: a tag that only who has the secret can make.
+//! The proof by which nodes recognize each other: a tag that only a holder of the secret can make.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

@@ -1,7 +1,8 @@
-//! Deliveries that came from a queue's owner and did not reach the client: they go back, as on the owner itself. To the owner
-//! they were written, to this node.
+//! Deliveries that came from a queue's owner and did not reach the client: they go back, as they would on the owner itself.
+//! To the owner they were written, namely to this node.
 //!
-//! Not those of a receive that has an id: its client asks again, at another node maybe, and holds them when they would go back here.
+//! Deliveries of a receive with an id do not go back: its client asks again, perhaps at another node, and would hold them
+//! just as they go back here.
 
 use std::time::Duration;
 

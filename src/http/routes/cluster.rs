@@ -1,4 +1,4 @@
-//! The nodes of the broker, and which of them holds what.
+//! The nodes of the broker, and what each of them holds.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Dead letters: listed, read with their history, removed.
+//! Dead letters: list them, read one with its history, delete one.
 
 use axum::extract::State as Extract;
 use axum::http::StatusCode;

@@ -1,4 +1,4 @@
-//! The page to read the API's description and to try a request: Swagger UI, from the files in `src/http/viewer`.
+//! The page where people read the API's description and try requests: Swagger UI, from the files in `src/http/viewer`.
 
 use axum::http::HeaderValue;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};

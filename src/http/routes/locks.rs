@@ -1,4 +1,4 @@
-//! Users' locks: acquired, renewed, released, looked at.
+//! Users' locks: acquire, renew, release, describe.
 
 use std::time::Duration;
 

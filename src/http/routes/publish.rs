@@ -1,5 +1,5 @@
-//! Publishing: to one topic, CloudEvents in structured, binary and batch mode, or a plain body; to several at once, items that
-//! each name their topic.
+//! Publishing: to one topic, with CloudEvents in structured, binary and batch mode, or a plain body; to several at once,
+//! with items that each name their topic.
 
 use std::cell::RefCell;
 

@@ -1,4 +1,4 @@
-//! Single messages of a queue, for people: find them, see what has become of them, settle them by hand.
+//! Single messages of a queue, for people: find them, see their state, settle them by hand.
 
 use std::sync::Arc;
 

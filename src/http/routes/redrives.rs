@@ -1,4 +1,4 @@
-//! Redrives: dead letters on their way back into their queue.
+//! Redrives, which bring dead letters back into their queue.
 
 use axum::extract::State as Extract;
 use axum::http::StatusCode;

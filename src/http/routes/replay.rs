@@ -1,4 +1,4 @@
-//! Replay of a stream: JSON pages, or server-sent events that go on live.
+//! Replay of a stream: JSON pages, or server-sent events that continue live.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! When a message that failed is tried again, on the wire, and what that comes to.
+//! The retry policy on the wire, and the delays that it leads to.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Messages that wait to enter their stream: listed, looked at, cancelled.
+//! Scheduled messages that wait to enter their stream: list, describe, cancel.
 
 use axum::extract::State as Extract;
 use axum::http::StatusCode;

@@ -1,4 +1,4 @@
-//! Settings of topics: declare, describe, list, delete; and their application to what is published over HTTP.
+//! Topic settings: declare, describe, list, delete; and their application to messages published over HTTP.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! A relay of a run: the steps of `task`, `window` and `rerelay`, cut at each call, with all that they decide taken from the code.
+//! A relay of a run: the steps of `task`, `window` and `rerelay`, cut at each call. All decisions come from the real code.
 
 use std::collections::VecDeque;
 

@@ -1,9 +1,10 @@
-//! Two relays of one origin, by seed: what they decide is the code's own (`decide`, `position`), over an origin whose crashes hand ids out again
-//! and a broker whose appends come late, twice asked for, or with an answer that is lost.
+//! Two relays of one origin, by seed. Their decisions come from the real code (`decide`, `position`), over an origin whose
+//! crashes assign ids again, and a broker whose appends come late, come twice, or lose their answer.
 //!
-//! Safety: nothing is written under a former epoch, nothing is appended twice, nothing that was not durable, and the versions of a key one after the other (but for runs in which the
-//! origin went back in time: there history forks, and only loss and doubling are judged). Liveness, when faults stop: all that is committed is in the log
-//! within a bounded number of calls.
+//! Safety: nothing is written under a former epoch, nothing is appended twice, nothing is appended that was not durable,
+//! and the versions of a key follow one another (except in runs where the origin went back in time: there history forks,
+//! and only loss and doubling are judged). Liveness, when faults stop: within a bounded number of calls everything
+//! committed is in the log.
 
 mod driver;
 mod origin;

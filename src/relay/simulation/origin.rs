@@ -1,5 +1,5 @@
-//! The origin of a run: a Postgres as far as relays see it. Transactions with ids, rows that carry them, a log that is flushed or not,
-//! crashes that hand out again what was not flushed, and volumes that are put back.
+//! The origin of a run: a Postgres as far as relays see it. It has transactions with ids, rows that carry them, a log that
+//! is flushed or not, crashes that assign unflushed ids again, and volumes that are restored.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,4 @@
-//! The list of what is in flight.
+//! The list of live deliveries.
 
 use axum::extract::State as Extract;
 use axum::http::StatusCode;

@@ -1,4 +1,4 @@
-//! Deliveries: receive, the verbs, and the list of what is in flight.
+//! Deliveries: receive, the verbs, and the list of live deliveries.
 
 mod in_flight;
 mod receive;

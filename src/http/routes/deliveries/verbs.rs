@@ -1,4 +1,4 @@
-//! The verbs: ack, nack, extend, release, reject. One answer for all: what became of each delivery.
+//! The verbs: ack, nack, extend, release, reject. All have the same answer: the result for each delivery.
 
 use std::time::Duration;
 
