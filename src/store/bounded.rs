@@ -1,8 +1,9 @@
-//! A bound in time for statements on connections of one's own.
+//! A time limit for statements on a task's own connection.
 //!
-//! A host that vanishes without a word answers nothing, and neither sqlx nor Postgres' protocol would ever notice. A statement
-//! that is given up leaves its connection in an unknown state: it must be dropped, and what it did is not known. So this is
-//! for connections that one task owns and drops when they are lost, or for one that leaves its pool then.
+//! A host that vanishes silently never answers, and neither sqlx nor Postgres' protocol would notice. A statement that is
+//! given up leaves its connection in an unknown state: the connection must be dropped, and the statement's outcome is
+//! unknown. So this is for connections that one task owns and drops when they are lost, or for one that then leaves its
+//! pool.
 
 use std::collections::HashMap;
 use std::future::Future;

@@ -1,4 +1,4 @@
-//! Nodes, leases, and what makes this broker this broker.
+//! Nodes, leases, and the identity of this broker.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What can go wrong with a statement, and whether to try again.
+//! The errors of a statement, and whether to try again.
 
 use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};

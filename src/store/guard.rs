@@ -1,9 +1,9 @@
-//! Whether a new connection still leads to the database that this process knows.
+//! Checks that a new connection still leads to the database that this process knows.
 //!
-//! After a failover or a restore the same URL leads to another history: what was committed last may be missing, and other messages
-//! have taken its place. Nothing that this process has in memory can be trusted then, and nothing may be written from it. So each new
-//! connection is asked who it is, before anything else runs on it. One that is open stays with its postmaster, which never
-//! changes its history while it takes writes.
+//! After a failover or a restore the same URL leads to another history: the last commits may be missing, and other messages
+//! have taken their place. Then nothing that this process has in memory can be trusted, and nothing may be written from it.
+//! So each new connection is asked for its identity before anything else runs on it. An open connection stays with its
+//! postmaster, which never changes its history while it takes writes.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

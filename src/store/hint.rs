@@ -1,4 +1,4 @@
-//! Notices between nodes that something was appended. Hints only: one that is lost costs the time until the next look.
+//! Notices between nodes that something was appended. They are hints only: a lost one costs the time until the next look.
 
 use sqlx::postgres::{PgListener, PgPoolOptions};
 

@@ -1,4 +1,4 @@
-//! The histories of the broker's database: which one it is in, and where the streams went on in each.
+//! The histories of the broker's database: which one it is in, and where the streams continued in each.
 
 use std::collections::BTreeMap;
 

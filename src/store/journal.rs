@@ -1,4 +1,4 @@
-//! What queues decided: their journal, checkpoints and positions. Called from tasks that are never aborted.
+//! The queues' decisions: their journal, checkpoints and positions. Called from tasks that are never aborted.
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;

@@ -1,4 +1,4 @@
-//! Dead letters: listed, read, forwarded. They are written by the group that journals the death: `store::queue`.
+//! Dead letters: list, read, forward. The group that journals a death writes the letter: `store::queue`.
 
 use chrono::{DateTime, Utc};
 use sqlx::Row as _;

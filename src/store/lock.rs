@@ -1,4 +1,4 @@
-//! Users' locks. Called from a task with a connection of its own, and never aborted.
+//! Users' locks. Called from a task with its own connection, which is never aborted.
 
 use chrono::{DateTime, Utc};
 

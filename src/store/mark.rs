@@ -1,4 +1,4 @@
-//! Where queues are in their logs, and whether the logs have that place. Called from tasks that are never aborted.
+//! The places of queues in their logs, and whether the logs have those places. Called from tasks that are never aborted.
 
 use super::journal::Position;
 use super::{Database, Error};

@@ -1,4 +1,5 @@
-//! The schema's migrations, embedded. Up-only, never edited once released, each in its own transaction, by one process at a time.
+//! The schema's migrations, embedded. They only go up, are never edited once released, and each runs in its own
+//! transaction, by one process at a time.
 
 mod turn;
 

@@ -1,7 +1,8 @@
 //! Single statements on connections of the pool.
 //!
-//! One that is not answered is given up after a while, as in `bounded`, and its connection leaves the pool. (One that
-//! goes back after a statement was dropped is asked for a sign of life first, without a bound, and keeps its place meanwhile.)
+//! A statement that is not answered is given up after a while, as in `bounded`, and its connection leaves the pool. (When a
+//! statement is dropped, its connection goes back to the pool, which first asks it for a sign of life, without a time
+//! limit, and keeps its place meanwhile.)
 
 use std::time::Duration;
 

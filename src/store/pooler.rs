@@ -1,7 +1,8 @@
-//! The ways between Postroad and a server: none, a pooler whose clients have sessions of their own, or one whose clients share them.
+//! The ways between Postroad and a server: direct, through a pooler whose clients have their own sessions, or through one
+//! whose clients share sessions.
 //!
-//! The last kind cannot serve: settings, prepared statements and locks of a session are lost, or are somebody else's next. It is found
-//! out before anything is set. Statements go as simple queries, which leave nothing behind in a session.
+//! The last kind cannot work: settings, prepared statements and locks of a session are lost, or go to another client.
+//! Postroad detects it before it sets anything. Statements go as simple queries, which leave nothing behind in a session.
 
 use sqlx::{AssertSqlSafe, Row as _};
 

@@ -1,4 +1,4 @@
-//! Queues as they are declared. Called from tasks that are never aborted.
+//! Queues as they were declared. Called from tasks that are never aborted.
 
 use std::time::Duration;
 

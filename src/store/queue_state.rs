@@ -1,5 +1,5 @@
-//! The state that queues recover from: checkpoints, their chunks, the journal and the positions of slots, read as a stream, since all of it is more than
-//! memory should hold at a time.
+//! The state from which queues recover: checkpoints, their chunks, the journal and the positions of slots. It is read as a
+//! stream, because it is more than memory should hold at a time.
 
 use futures_util::TryStreamExt as _;
 use sqlx::Connection as _;

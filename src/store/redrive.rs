@@ -1,4 +1,4 @@
-//! Redrives. Their rows are written by the group that journals what they did: `store::queue`.
+//! Redrives. The group that journals their effects writes their rows: `store::queue`.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;

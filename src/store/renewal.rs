@@ -1,4 +1,4 @@
-//! Generations of queues, and whether they are paused.
+//! Generations of queues, and their pauses.
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,8 @@
-//! Finding out what became of a write whose connection was lost.
+//! Finds out the outcome of a write whose connection was lost.
 //!
-//! Here are the writes that may be repeated: done once more, they do nothing, and say what the first said. (They name what they
-//! change by a number that is never used again, or by the state that they begin from.) Group commits of the appender and of the
-//! queues have numbers of their own, and find out by those.
+//! The writes here may be repeated: a repeat does nothing, and returns what the first one returned. (They name what they
+//! change by a number that is never used again, or by the state that they begin from.) Group commits of the appender and of
+//! the queues have their own numbers, and find out by those.
 
 use std::future::Future;
 use std::time::{Duration, Instant};

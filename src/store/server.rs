@@ -1,4 +1,4 @@
-//! What the broker must know about a Postgres server before it trusts it with acknowledged messages.
+//! Checks of a Postgres server before the broker trusts it with acknowledged messages.
 
 use super::{Database, Error, pooler, session};
 

@@ -1,5 +1,5 @@
-//! The tables of `postroad demo`: a small shop that stands for any service with a Postgres of its own. Not part of the
-//! broker. The producers' transaction here is the one that the README shows.
+//! The tables of `postroad demo`: a small shop that stands for any service with its own Postgres. Not part of the broker.
+//! The producers' transaction here is the one that the README shows.
 
 use sqlx::Connection as _;
 use uuid::Uuid;

@@ -1,6 +1,7 @@
-//! The servers of a database, as the driver wants them. Each thing is as the URL says, else as libpq's variables say, else as usual.
+//! The servers of a database, as the driver wants them. Each value comes from the URL, otherwise from libpq's variables,
+//! otherwise from the defaults.
 //!
-//! The driver reads the variables itself (`PGHOST`, `PGUSER`, `PGSSLMODE`, …). What the URL says is set over it.
+//! The driver reads the variables itself (`PGHOST`, `PGUSER`, `PGSSLMODE`, …). Values of the URL are set over them.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};

@@ -1,4 +1,4 @@
-//! Settings of topics.
+//! Topic settings.
 
 use chrono::{DateTime, Utc};
 use sqlx::Connection as _;

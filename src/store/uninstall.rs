@@ -1,5 +1,5 @@
-//! Taking Postroad out of a database: one script for each side, so that what is printed is what is run. Tables of somebody else stay, but for the
-//! columns that an install added.
+//! Removes Postroad from a database: one script for each side, so that what is printed is what is run. Other people's
+//! tables stay, except for the columns that an install added.
 
 use sqlx::{AssertSqlSafe, SqlSafeStr as _};
 

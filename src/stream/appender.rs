@@ -1,8 +1,9 @@
-//! Group commit: what arrives while one commit is in flight makes up the next.
+//! Group commit: whatever arrives while one commit is in flight makes up the next.
 //!
-//! Each group has a number. A call whose connection was lost may or may not have committed; the appender repeats it under the
-//! same number until it knows, and the database answers a repeat with the first result. Callers wait only so long, then they
-//! are told that the outcome is unknown, while the appender goes on. Nothing else is appended meanwhile: order holds.
+//! Each group has a number. A call whose connection was lost may or may not have committed; the appender repeats it under
+//! the same number until it knows, and the database answers a repeat with the first result. Callers wait for a limited
+//! time, and then learn that the outcome is unknown, while the appender goes on. Nothing else is appended meanwhile: order
+//! holds.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;

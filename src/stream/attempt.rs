@@ -1,4 +1,4 @@
-//! One try of a group commit: what it needs is looked up or made, then it is sent.
+//! One try of a group commit: looks up or makes what the group needs, then sends it.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! The most recent entries of all streams, bounded together by bytes. What was appended last is read most: by queues that
-//! keep up, and by replays that follow live.
+//! The most recent entries of all streams, within one bound in bytes. The latest entries are read most: by queues that keep
+//! up, and by replays that follow live.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,4 @@
-//! The streams that there are: declared, described, deleted; and how far their queues are.
+//! The existing streams: declared, described, deleted; and the progress of their queues.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,4 +1,4 @@
-//! What the stream engine answers when it cannot do what was asked.
+//! The stream engine's errors.
 
 use crate::domain::id::{Offset, ScheduledId, StreamId};
 use crate::domain::name::{ScheduleName, StreamName, TopicPattern};

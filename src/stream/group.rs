@@ -1,4 +1,4 @@
-//! One group commit: the members that gathered, where their messages go, and what came of it.
+//! One group commit: its members, the places of their messages, and its results.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 

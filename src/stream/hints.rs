@@ -1,5 +1,5 @@
-//! Notices between nodes that something was appended, so that the queues of others need not wait for their next look at the
-//! log. At most one is on its way at a time, and none while there is nobody to hear it.
+//! Notices between nodes that something was appended, so that queues on other nodes need not wait for their next look at
+//! the log. At most one is on its way at a time, and none while there is nobody to hear it.
 
 use std::sync::Arc;
 use std::time::Duration;

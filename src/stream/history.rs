@@ -1,4 +1,5 @@
-//! Histories of keys: what is folded by the indexes of the leaves, what came since from memory. Neither statement scans a leaf.
+//! Histories of keys: the folded part comes from the indexes of the leaves, the rest from memory. Neither statement scans a
+//! leaf.
 
 use super::Error;
 use super::keys::{self, OpenKey, TRIES};

@@ -1,4 +1,4 @@
-//! Where members wait for the next group commit.
+//! The place where members wait for the next group commit.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,10 +1,11 @@
-//! The keys of keyed streams as far as `key_head` does not have them yet: of each key, which of its messages came after the last fold. A
-//! full leaf of the log is folded soon, so this is about a leaf's worth per stream. It is what makes an append pay nothing for the index:
-//! here an offset is put behind a key once the append is answered, and the leaf's own index is built when it takes no more.
+//! The keys of keyed streams that `key_head` does not have yet: for each key, its messages since the last fold. A full leaf
+//! of the log is folded soon, so this is about one leaf per stream. It lets an append do nothing for the index: an offset
+//! is recorded here under its key once the append is answered, and the leaf's own index is built when the leaf takes no
+//! more.
 //!
-//! Nothing of it is needed to be right. The appender tells the database between which offsets it has counted, and is told when that
-//! is not what the database goes by; a reader looks at the fold and at this under one bound. What is missing here is read from the log: at
-//! the start of the process, after another node's appends, after a fold that dropped too much.
+//! Correctness does not depend on it. The appender tells the database between which offsets it has counted, and learns when
+//! the database disagrees; a reader looks at the fold and at this under one bound. Missing parts are read from the log: at
+//! the start of the process, after another node's appends, and after a fold that dropped too much.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;

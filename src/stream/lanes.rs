@@ -1,9 +1,10 @@
 //! Lanes beside the appender.
 //!
-//! Streams share a group commit, and a lock that somebody takes on one stream's log (`create index`, `reindex`, a forgotten `lock table`)
-//! must hold up that stream alone. So an append waits for a lock for a moment only. A group that does not get its locks is tried again
-//! in parts, by stream; the part that still does not goes to a lane: an appender of its own, on a connection of its own, that tries
-//! until it gets through. While a lane has something to do, all of its streams' members go to it, so that they stay in order.
+//! Streams share a group commit, and a lock that somebody takes on one stream's log (`create index`, `reindex`, a forgotten
+//! `lock table`) must hold up only that stream. So an append waits for a lock only for a moment. A group that does not get
+//! its locks is tried again in parts, by stream. A part that still does not get them goes to a lane: an appender with its
+//! own connection, which tries until it gets through. While a lane has work, all members of its streams go to it, so that
+//! they stay in order.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! How many offsets a leaf of the log gets: by how fast the one before it filled, by what its stream keeps, and by a limit in bytes.
+//! How many offsets a leaf of the log gets: this depends on how fast the previous one filled, on what its stream keeps, and
+//! on a limit in bytes.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};

@@ -1,5 +1,6 @@
-//! Maintenance of the log: leaves made ahead, summarised, emptied, dropped; ids and results rotated. One bounded pass per tick
-//! or wake-up, by the node that holds the lease. Each step is safe on any number of nodes; the lease only spares the work.
+//! Maintenance of the log: leaves are made ahead, summarised, emptied and dropped; ids and results are rotated. The node
+//! that holds the lease makes one bounded pass per tick or wake-up. Each step is safe on any number of nodes; the lease
+//! only saves work.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

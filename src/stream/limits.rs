@@ -1,5 +1,5 @@
-//! How near each stream's unsettled messages are to its hard limit, beyond which retention drops them. Warned of from half
-//! on: in the log once an hour, in a metric and in the stream's description.
+//! How near each stream's unsettled messages are to its hard limit, beyond which retention drops them. The broker warns
+//! from one half on: in the log once an hour, in a metric and in the stream's description.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,4 @@
-//! What the stream engine counts.
+//! The metrics of the stream engine.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,12 +1,13 @@
 //! Streams: append-only logs with dense offsets, over partitioned tables of Postgres.
 //!
-//! One appender per process commits what gathered while the last commit was in flight, in one call that commits by itself
-//! (`append` in `migrations/broker`). It locks the heads of its streams, so offset order is commit order on any number of
-//! nodes; what it commits goes to the tails and the cache of recent entries from memory, what other nodes commit is read from
-//! the log. Nothing hot is updated in place: the next offset is read from the top of the log.
+//! One appender per process commits whatever gathered while the last commit was in flight, in one call that commits by
+//! itself (`append` in `migrations/broker`). It locks the heads of its streams, so offset order is commit order on any
+//! number of nodes. Its own commits go from memory to the tails and the cache of recent entries; commits of other nodes are
+//! read from the log. Nothing hot is updated in place: the next offset is read from the top of the log.
 //!
-//! When the database goes away, appends wait and then fail as unavailable if they were never tried, as of unknown outcome
-//! if they were; the appender repeats a group under its number until it knows. Reads fail at once and may be repeated.
+//! When the database is unreachable, appends wait and then fail: as unavailable if they were never tried, and with an
+//! unknown outcome if they were; the appender repeats a group under its number until it knows. Reads fail at once and may
+//! be repeated.
 
 mod appender;
 mod attempt;

@@ -1,5 +1,5 @@
-//! A group laid out for the call that commits it: which message gets which place, which of them repeat an id, and what is refused
-//! before the database is asked.
+//! A group laid out for the call that commits it: the place of each message, the messages that repeat an id, and the
+//! members that are refused before the database is asked.
 
 use std::collections::HashMap;
 

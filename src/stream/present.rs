@@ -1,6 +1,6 @@
-//! Which of many messages of an origin the streams have: for a relay whose origin went back in time. The messages are kept as hashes of
-//! 128 bits, and the log is read once for all of them, in pieces of bounded time on a connection of its own: neither readers nor other
-//! relays wait for it, however long the log is.
+//! Finds which of an origin's messages the streams already have, for a relay whose origin went back in time. The messages
+//! are kept as hashes of 128 bits, and the log is read once for all of them, in pieces of bounded time on a separate
+//! connection: neither readers nor other relays wait for it, however long the log is.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};

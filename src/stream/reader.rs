@@ -1,5 +1,5 @@
-//! Reads of the log. A few tasks with a connection each, so that no read is ever cut off inside a statement and no more
-//! run at once than the database should bear.
+//! Reads of the log. A few tasks with one connection each do them, so that no read is ever cut off inside a statement and
+//! no more run at once than the database should bear.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What the other engines ask of the log, and what they get.
+//! The other engines' requests to the log, and their answers.
 
 use std::sync::Arc;
 

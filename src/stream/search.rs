@@ -1,4 +1,4 @@
-//! Looking for messages by what they are: bounded work for each request, however long the stream is.
+//! Searches for messages by their attributes: bounded work per request, however long the stream is.
 
 use super::Error;
 use super::reader::{Reader, event_bytes};

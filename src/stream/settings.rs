@@ -1,4 +1,4 @@
-//! What people declare about a stream, and what they are told about it.
+//! A stream's declaration and its description.
 
 use std::time::Duration;
 

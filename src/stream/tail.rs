@@ -1,4 +1,4 @@
-//! What is appended, passed on in offset order without a gap: own appends from memory, other nodes' from the log.
+//! Passes on appended entries in offset order without a gap: own appends from memory, other nodes' from the log.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,5 +1,5 @@
-//! Topic numbers and names. Numbers commit in order (see `intern_topics` in `migrations/broker`), so whoever has read the
-//! topics up to a number misses none below it.
+//! Topic numbers and names. Numbers commit in order (see `intern_topics` in `migrations/broker`), so a reader that has read
+//! the topics up to a number misses none below it.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};

@@ -1,8 +1,8 @@
-//! The node's clock, the second witness of what time it is.
+//! The node's clock, a second witness of the time.
 //!
-//! The database's clock decides what is due and what is over. Where it is more than a minute ahead of this one, one of the two is wrong,
-//! and the earlier one counts (`agreed_clock` in `migrations/broker`): a message late is mended when the clocks are, one that came early is
-//! not.
+//! The database's clock decides what is due and what is over. When it is more than a minute ahead of this node's clock, one
+//! of the two is wrong, and the earlier one counts (`agreed_clock` in `migrations/broker`): a late message is repaired when
+//! the clocks are, one that came early is not.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Logs: lines to standard error, as text or JSON. No payload, key, password or URL with one is ever logged. What a command says to
-//! whoever runs it. And what the process uses of the machine, for the metrics.
+//! Logs: lines to standard error, as text or JSON. No payload, key, password or URL with a password is ever logged. The
+//! output of commands to their users. And the process's use of the machine, for the metrics.
 
 mod process;
 mod sink;

@@ -1,5 +1,5 @@
-//! What this process uses of the machine, by the names that every Prometheus client gives them. Read from /proc at scrape
-//! time; nothing where there is none. And what became of its log.
+//! The process's use of the machine, under the names that every Prometheus client uses. Read from /proc at scrape time;
+//! nothing where there is no /proc. And the state of its log.
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};

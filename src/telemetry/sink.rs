@@ -1,6 +1,6 @@
-//! The way of a log line to standard error. A log that cannot be written ends nothing and stops nothing: whoever logs leaves the line
-//! in a bounded queue, and one thread writes. A line that finds the queue full, or that standard error does not take, is dropped and
-//! counted (`postroad_log_lines_dropped_total`). When lines are taken again, one of them says how many are missing.
+//! The path of a log line to standard error. A log that cannot be written stops nothing: a task leaves its line in a
+//! bounded queue, and one thread writes. A line that finds the queue full, or that standard error does not take, is dropped
+//! and counted (`postroad_log_lines_dropped_total`). When lines are accepted again, one of them says how many are missing.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -1,4 +1,5 @@
-//! The output of a command to its user. Nothing here panics: the reader of a pipe may leave (`| head -1`), and a disk be full.
+//! The output of a command to its user. Nothing here panics: the reader of a pipe may leave (`| head -1`), and a disk may
+//! be full.
 
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};

@@ -1,7 +1,9 @@
-//! Threads that ask schemas: what a payload or a schema costs is bounded, and still too much for a thread that many requests share.
+//! Threads that check payloads against schemas. The cost of a payload or a schema is bounded, and still too much for a
+//! thread that many requests share.
 //!
-//! Work waits in one line and is done in slices: who has much of it goes to the end of the line after each. So one topic's slow
-//! schema holds up the others for a slice and no longer, and the stack is as deep as a payload and a schema together can need.
+//! Work waits in one line and is done in slices: after each slice, unfinished work goes to the end of the line. So one
+//! topic's slow schema holds up the others for one slice only. The stack is as deep as a payload and a schema together can
+//! need.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};

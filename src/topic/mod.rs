@@ -1,12 +1,12 @@
-//! Settings of topics: a JSON Schema for payloads, and for publishing over HTTP a largest size and a rate. Declared by pattern,
-//! kept in the database, and applied by every node from memory: the node that takes a declaration applies it before it
-//! answers, the others within a second.
+//! Topic settings: a JSON Schema for payloads, and for publishing over HTTP a maximum size and a rate. They are declared by
+//! pattern, kept in the database, and applied by every node from memory: the node that takes a declaration applies it
+//! before it answers, the others within a second.
 //!
-//! The task asks for the version once a second and reads all settings when it has risen. While the database is away the last ones
-//! go on. Schemas and sizes are the same everywhere; a rate is each node's own.
+//! The task asks for the version once a second and reads all settings when it has risen. While the database is unreachable
+//! the last ones stay in force. Schemas and sizes are the same everywhere; a rate is each node's own.
 //!
-//! Schemas are compiled and asked on threads of their own (`asking`). What is small and plain is asked where it comes in: that costs a few
-//! microseconds, and the way to another thread more.
+//! Schemas are compiled and applied on separate threads (`asking`). Small, plain payloads are checked where they arrive:
+//! that costs a few microseconds, and handing them to another thread would cost more.
 
 mod asking;
 mod rate;

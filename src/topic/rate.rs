@@ -1,4 +1,4 @@
-//! A rate with a burst: a bucket that fills, and that a request takes its messages out of.
+//! A rate with a burst: a bucket that fills, and from which a request takes its messages.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! What applies to a topic: of each setting, that of the most specific pattern that has it.
+//! The settings that apply to a topic: for each setting, that of the most specific pattern that has it.
 
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};

@@ -1,4 +1,4 @@
-//! What a load has cost the server, as the server says.
+//! The cost of a load to the server, as the server reports it.
 
 use super::super::{Connection, Error};
 

@@ -1,4 +1,4 @@
-//! What slows other queues down: old snapshots and transactions held open, and tables aged by updates.
+//! Conditions that slow other queues down: old snapshots and transactions held open, and tables aged by updates.
 
 use sqlx::AssertSqlSafe;
 

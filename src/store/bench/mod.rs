@@ -1,5 +1,5 @@
-//! What `postroad bench` needs of a database: tables of its own, the statements of its load, and what a load has cost.
-//! Not part of the broker.
+//! The database side of `postroad bench`: its own tables, the statements of its load, and the cost of a load. Not part of
+//! the broker.
 
 mod cost;
 mod hold;

@@ -1,4 +1,4 @@
-//! Producers' transactions. Each is one statement, so that a load costs its own side as little as it can.
+//! Producers' transactions. Each is one statement, so that the load generator itself costs as little as possible.
 
 use super::super::{Connection, Error};
 

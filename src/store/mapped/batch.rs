@@ -1,4 +1,4 @@
-//! Picking up by deletion: a batch is read, and taken out once it is in the streams.
+//! Pickup by deletion: a batch is read, and deleted once it is in the streams.
 
 use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 use uuid::Uuid;

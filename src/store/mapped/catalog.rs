@@ -1,4 +1,4 @@
-//! What the catalogue says of a mapped table, and whether the mapping fits it.
+//! The catalogue's description of a mapped table, and whether the mapping fits it.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! What a mapped table needs in its database: the tables beside it, its columns and index where rows are picked up by
-//! snapshot, its entry, and the relay's rights on it. One script, so that what is printed is what is run.
+//! The objects that a mapped table needs in its database: the tables beside it, its columns and index where rows are picked
+//! up by snapshot, its entry, and the relay's rights on it. One script does all, so that what is printed is what is run.
 
 use std::fmt::Write as _;
 

@@ -1,4 +1,4 @@
-//! Rows of a mapped table by their primary keys: what is read one by one, when a batch cannot be.
+//! Rows of a mapped table by their primary keys: they are read one by one when a batch cannot be read.
 
 use sqlx::postgres::PgArguments;
 use sqlx::query::Query;

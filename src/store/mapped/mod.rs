@@ -1,8 +1,8 @@
-//! Outboxes that are already there, as SQL: the catalogue says what the table is, and a subquery gives it the outbox's columns,
-//! so that a relay's statements read it as they read their own. `catalog` looks and finds faults,
-//! `batch` picks up by deletion, `install` makes what a mapped table needs.
+//! Outboxes that exist already, as SQL: the catalogue describes the table, and a subquery gives it the outbox's columns, so
+//! that a relay's statements read it like an outbox. `catalog` looks at the table and finds faults, `batch` picks up by
+//! deletion, `install` makes what a mapped table needs.
 //!
-//! Here alone names become identifiers: always quoted, and only those of a [`Mapping`], which a person configured.
+//! Only here do names become identifiers: always quoted, and only those of a [`Mapping`], which a person configured.
 
 mod batch;
 mod catalog;

@@ -1,7 +1,7 @@
 //! One process at a time migrates a database.
 //!
-//! Whose turn it is says a lock of a session of its own, in which the migrations run. The session ends with them, however they end: a
-//! migration that failed leaves nothing behind that the next try, or another node, would wait for.
+//! A lock, held by the session in which the migrations run, decides whose turn it is. The session ends with the migrations,
+//! however they end: a failed migration leaves nothing behind that the next try, or another node, would wait for.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! A window of very many rows: counted in pieces, so that nothing is looked at again for each part of it that is read.
+//! A window of very many rows, counted in pieces, so that nothing is looked at again for each part that is read.
 
 use futures_util::TryStreamExt as _;
 use sqlx::{AssertSqlSafe, Row as _};

@@ -1,9 +1,9 @@
-//! Who relays an outbox, or a table in its place: one broker, as one of its origins. The first that comes writes itself down beside
-//! it, and any other is refused until that claim is released.
+//! The claim on an outbox, or on a table in its place: one broker relays it, as one of its origins. The first broker that
+//! connects writes its claim beside the outbox, and any other is refused until that claim is released.
 //!
-//! A claim names the broker's history too. A copy of a broker's database has the broker's id and all of its origins, and begins
-//! another history as soon as it runs in another server or database: only the lineage that made the claim goes on with it. A standby that
-//! is promoted stays in its server, as far as anybody can tell, and goes on.
+//! A claim names the broker's history too. A copy of a broker's database has the broker's id and all of its origins, and
+//! begins another history as soon as it runs in another server or database: only the lineage that made the claim continues
+//! with it. A promoted standby stays in its server, as far as anybody can tell, and continues.
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;

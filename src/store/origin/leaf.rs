@@ -1,4 +1,4 @@
-//! The leaves of an outbox: filled in turn, and emptied by TRUNCATE once all that they have was passed for long enough.
+//! The leaves of an outbox: filled in turn, and emptied by TRUNCATE once all their rows were passed for long enough.
 
 use std::time::Duration;
 

@@ -1,10 +1,11 @@
 //! An origin, as its relay's session sees it: schema `postroad` in a database that is the broker's own or somebody else's.
 //!
-//! Every function is one statement or one transaction on a connection of the relay's own, bounded in time: a session whose
-//! statement failed or did not end is dropped with its connection, which is safe since reads, marks and truncations can all be
-//! repeated. A statement's snapshot matters in each of them; the header of its text says why it is the right one.
+//! Every function is one statement or one transaction on the relay's own connection, with a time limit. A session whose
+//! statement failed or did not end is dropped with its connection, which is safe because reads, marks and truncations can
+//! all be repeated. A statement's snapshot matters in each of them; the header of its text says why it is the right one.
 //!
-//! Here is the session with its marks; `window` reads what is new, `backlog` finds where it lies when it is much, `leaf` gives back the space of what was passed.
+//! This module has the session with its marks; `window` reads new rows, `backlog` finds their places when there are many,
+//! `leaf` gives back the space of passed rows.
 
 mod backlog;
 pub mod claim;

@@ -1,4 +1,4 @@
-//! A row of an outbox, and where one lies.
+//! A row of an outbox, and the place of a row.
 
 use chrono::{DateTime, Utc};
 use sqlx::Row as _;

@@ -1,4 +1,5 @@
-//! What became visible in an outbox between two snapshots: opened in one statement, and read in pages when it is large.
+//! The rows that became visible in an outbox between two snapshots: opened in one statement, and read in pages when there
+//! are many.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;

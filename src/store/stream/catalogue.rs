@@ -1,5 +1,5 @@
-//! Streams and their patterns. A change locks the catalogue's row, raises its version and then locks every head: what was
-//! routed by the old patterns is in the log before, and what comes later is routed by the new ones.
+//! Streams and their patterns. A change locks the catalogue's row, raises its version and then locks every head: everything
+//! routed by the old patterns is in the log before the change, and everything after it is routed by the new ones.
 
 use std::time::Duration;
 

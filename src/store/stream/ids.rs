@@ -1,4 +1,4 @@
-//! The identities of messages, for looks at all that an origin's relay has appended.
+//! The identities of messages, for lookups of everything that an origin's relay has appended.
 
 use chrono::{DateTime, Utc};
 

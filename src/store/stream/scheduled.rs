@@ -1,4 +1,4 @@
-//! Messages that are to enter their stream later. The functions are in `migrations/broker`.
+//! Scheduled messages. The functions are in `migrations/broker`.
 
 use std::collections::HashMap;
 use std::time::Duration;

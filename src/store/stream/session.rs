@@ -1,4 +1,4 @@
-//! Sessions of those who read and write the log, with what each has to be told.
+//! Sessions that read and write the log, with the settings that each needs.
 
 use sqlx::Executor as _;
 

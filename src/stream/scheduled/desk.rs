@@ -1,5 +1,5 @@
-//! The desk where people ask for scheduled messages: lists them, shows one, cancels one. A task of its own, so that a caller who
-//! goes away leaves nothing half done.
+//! The desk for scheduled messages: lists them, shows one, cancels one. It is a separate task, so that a caller that goes
+//! away leaves nothing half done.
 
 use std::sync::Arc;
 

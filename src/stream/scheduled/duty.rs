@@ -1,4 +1,4 @@
-//! The duty that publishes what has become due.
+//! The duty that publishes due messages.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The way to scheduled messages.
+//! The handle to scheduled messages.
 
 use chrono::{DateTime, Utc};
 use tokio::sync::oneshot;

@@ -1,5 +1,5 @@
-//! What the node that publishes scheduled messages knows of them, as of when it is scraped: a lag grows while the duty cannot go on,
-//! whatever it is that holds it up.
+//! The metrics of scheduled messages on the node that publishes them, as of the scrape: a lag grows while the duty cannot
+//! go on, whatever holds it up.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,11 +1,11 @@
-//! Messages that are to enter their stream later.
+//! Scheduled messages, which enter their stream later.
 //!
-//! An append accepts them under the head's lock, as rows beside the log (`number_scheduled` in `migrations/broker`). One task, on
-//! the node that holds the lease, publishes what has become due: one call moves a stream's horizon and copies what it passed to the
-//! end of the log, a bounded number at a time. Each call is right on any number of nodes and after any crash, since the horizon
-//! commits with what it passed; the lease only spares the work. A second task makes leaves ahead, empties those that are over and counts, so
-//! that nothing which takes long is in the way of what is due. The first task sleeps until the next message that it knows of is due, and
-//! looks every half second for what other nodes accepted.
+//! An append accepts them under the head's lock, as rows beside the log (`number_scheduled` in `migrations/broker`). One
+//! task, on the node that holds the lease, publishes the due ones: one call moves a stream's horizon and copies the
+//! messages that it passed to the end of the log, a bounded number at a time. Each call is right on any number of nodes and
+//! after any crash, since the horizon commits with the messages that it passed; the lease only saves work. A second task
+//! makes leaves ahead, empties old ones and counts, so that nothing slow delays due messages. The first task sleeps until
+//! the next message that it knows of is due, and looks every half second for messages that other nodes accepted.
 
 mod desk;
 mod duty;

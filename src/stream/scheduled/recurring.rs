@@ -1,4 +1,4 @@
-//! Recurring messages: the schedules as the duty knows them, and the call that publishes what is due of one.
+//! Recurring messages: the schedules as the duty knows them, and the call that publishes the due occurrences of one.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -1,5 +1,5 @@
-//! The upkeep of scheduled messages, beside the duty that publishes them and on a connection of its own: whatever it takes, what is due
-//! comes in time.
+//! The upkeep of scheduled messages, beside the duty that publishes them and on a separate connection: however long it
+//! takes, due messages come in time.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! A schedule's declaration as its row keeps it.
+//! A schedule's declaration as stored in its row.
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};

@@ -1,9 +1,9 @@
-//! JSON that counts how often it is looked at, and ends the asking when that was often enough.
+//! JSON that counts how often it is looked at, and ends the check after a limit.
 //!
-//! What a schema costs is not bounded by the size of the payload: where branches lead back to themselves, each level of the payload can
-//! double the work. The validator has no way to be told to stop, but it reads the payload through an interface: so the payload counts.
-//! Each look spends a step; the one that there is no step for unwinds the stack to [`within`]. The same payload takes the same steps
-//! on every machine, so no clock decides whether a message is taken.
+//! The size of a payload does not bound the cost of a schema: where branches lead back to themselves, each level of the
+//! payload can double the work. The validator cannot be told to stop, but it reads the payload through an interface: so the
+//! payload counts. Each look spends a step; when no step is left, the look unwinds the stack to [`within`]. The same
+//! payload takes the same steps on every machine, so no clock decides whether a message is accepted.
 
 use std::any::Any;
 use std::borrow::Cow;

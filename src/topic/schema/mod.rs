@@ -1,7 +1,8 @@
-//! JSON Schema over payloads. Compiled once; no reference leads to the network or to a file.
+//! JSON Schema over payloads. A schema is compiled once; no reference leads to the network or to a file.
 //!
-//! A schema comes from whoever may declare one, a payload from whoever may publish: neither may cost much more than its size. The schema is
-//! measured before it is compiled (`shape`), and what asking it costs is counted while it is asked (`counted`).
+//! Anyone who may declare can bring a schema, and anyone who may publish a payload: neither may cost much more than its
+//! size. A schema is measured before it is compiled (`shape`), and the cost of a check is counted while it runs
+//! (`counted`).
 
 mod counted;
 mod shape;

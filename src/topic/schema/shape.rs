@@ -1,8 +1,9 @@
-//! The cost of asking a schema, seen from the schema alone: refused before it is compiled.
+//! The cost of applying a schema, seen from the schema alone: too costly ones are refused before they are compiled.
 //!
-//! Some keywords ask further schemas about the very same value: `$ref`, `allOf`, `if` and others. Together they are a graph. A way back to
-//! its beginning would never end; two ways to each schema double the work with each step; and a long way is deep on the stack.
-//! The looks at a payload are counted while it is asked, but a schema such as `true` looks at nothing, so ways are counted here.
+//! Some keywords apply further schemas to the very same value: `$ref`, `allOf`, `if` and others. Together they form a
+//! graph. A way back to its beginning would never end; two ways to each schema double the work with each step; and a long
+//! way is deep on the stack. The looks at a payload are counted during a check, but a schema such as `true` looks at
+//! nothing, so ways are counted here.
 
 use std::collections::HashMap;
 
