@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use crate::{cluster, http, local_postgres, queue, relay, store, stream, topic};
 
-/// Why the broker did not start.
+/// Reasons why the broker did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The address is taken or not ours.
@@ -12,7 +12,7 @@ pub enum Error {
     Bind {
         /// The address asked for.
         address: SocketAddr,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },

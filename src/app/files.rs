@@ -2,7 +2,7 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Files left for what is not a client: connections to Postgres, the log, the private server's pipes.
+/// Files reserved for everything except clients: connections to Postgres, the log, the private server's pipes.
 const RESERVED: u64 = 256;
 
 /// Raises the limit of open files as far as the process may, and gives how many connections of those wanted it leaves room
@@ -27,7 +27,7 @@ pub(super) fn connections_within(wanted: usize) -> usize {
     wanted.min(room)
 }
 
-/// How many of so many files may be clients' connections; at least a few.
+/// How many of these files may be clients' connections; at least a few.
 fn room(files: Option<u64>) -> usize {
     let files = files.map_or(u64::MAX, |files| files.saturating_sub(RESERVED).max(16));
     usize::try_from(files).unwrap_or(usize::MAX)

@@ -7,7 +7,7 @@ const UNKNOWN: u64 = 256 << 20;
 /// Bounds of what it may hold by default.
 const LEAST: u64 = 64 << 20;
 const MOST: u64 = 1 << 30;
-/// One part in so many of the memory is for it.
+/// It gets this fraction of the memory: one part in `PART`.
 const PART: u64 = 8;
 
 /// The memory for HTTP bodies and answers, unless it is configured: an eighth of all.

@@ -115,8 +115,7 @@ impl Steps {
     }
 }
 
-/// The engines' handles. An engine's tasks end when nobody holds its handle any more, so these are held until all have
-/// stopped.
+/// The engines' handles. An engine's tasks end when nobody holds its handle, so these are held until all have stopped.
 #[derive(Debug, Default)]
 struct Held {
     cluster: Option<cluster::Handle>,
@@ -131,7 +130,7 @@ struct Held {
 /// A running broker.
 #[derive(Debug)]
 pub struct Broker {
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: SocketAddr,
     url: String,
     database: Database,
@@ -146,14 +145,14 @@ impl Broker {
     /// Starts everything. Resolves when requests are answered. While the database is not up it waits, however long.
     ///
     /// # Errors
-    /// See [`Error`]. What was started before is stopped again.
+    /// See [`Error`]. Everything that was started before is stopped again.
     pub async fn start(config: Config) -> Result<Self, Error> {
         let started = Self::start_until(config, Vec::new(), std::future::pending()).await?;
         Ok(started.expect("it was not asked to stop"))
     }
 
     /// As [`Broker::start`], after [`Broker::history_changed`] made these histories of the database void. When `asked` resolves
-    /// first, what was started is stopped again, and there is no broker.
+    /// first, everything is stopped again, and there is no broker.
     ///
     /// # Errors
     /// As [`Broker::start`].
@@ -201,8 +200,9 @@ impl Broker {
         &self.url
     }
 
-    /// Resolves when the database has another history than the one that this broker was started in: a failover, a restore. Says
-    /// which. All that this broker knows is void, and it writes nothing any more: [`Broker::abandon`] it, and start another. Cancel-safe.
+    /// Resolves when the database no longer has the history that this broker was started in, after a failover or a restore, and
+    /// says why. Everything that this broker knows is void, and it no longer writes: [`Broker::abandon`] it, and start another.
+    /// Cancel-safe.
     pub async fn history_changed(&self) -> String {
         self.database.history_changed().await
     }
@@ -244,7 +244,7 @@ impl Broker {
     }
 }
 
-/// What a start gives.
+/// The results of a start.
 struct Parts {
     address: SocketAddr,
     url: String,
@@ -363,7 +363,7 @@ fn early_registry() -> Arc<Registry> {
     Arc::new(registry)
 }
 
-/// What to do about an unsafe Postgres stands beside the reason.
+/// Adds the remedy to the reason when Postgres is unsafe.
 fn refused(database: &Database, error: cluster::Error) -> Error {
     match &error {
         cluster::Error::UnsafePostgres { .. } => Error::Refused {

@@ -9,8 +9,8 @@ use crate::domain::cloudevents::Limits;
 use crate::domain::name::OriginName;
 use crate::{failpoint, http, queue, relay, stream, topic};
 
-/// The address that the node's row has when none is advertised. A node takes over at once what is held under its own address,
-/// so it must be one that no process elsewhere has: loopback and `0.0.0.0` are those of every machine.
+/// The address in the node's row when none is advertised. A node takes over at once the leases held under its own address, so
+/// no process elsewhere may have the same one: every machine has loopback and `0.0.0.0`.
 pub(super) fn node_address(listening: SocketAddr) -> String {
     let ip = listening.ip();
     if ip.is_loopback() || ip.is_unspecified() {
@@ -22,7 +22,7 @@ pub(super) fn node_address(listening: SocketAddr) -> String {
     }
 }
 
-/// Where other nodes reach this one when nothing is advertised: those of the same machine by its loopback address.
+/// The URL at which other nodes reach this one when nothing is advertised: nodes on the same machine by its loopback address.
 pub(super) fn node_url(listening: SocketAddr) -> String {
     match listening.ip().is_unspecified() {
         true => node_address(listening),

@@ -17,7 +17,7 @@ pub(super) struct Api {
     base: String,
 }
 
-/// Why a call failed.
+/// The reasons why a call fails.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No answer.
@@ -25,7 +25,7 @@ pub enum Error {
     NoAnswer {
         /// Method and path.
         call: String,
-        /// What the client says.
+        /// The HTTP client's error.
         #[source]
         source: reqwest::Error,
     },
@@ -82,7 +82,7 @@ impl Api {
             .await
     }
 
-    /// Deletes queues and their stream; what is not there already is well.
+    /// Deletes queues and their stream; missing ones are no error.
     pub(super) async fn delete(&self, queues: &[String], stream: &str) -> Result<(), Error> {
         stream::iter(queues)
             .map(|name| self.delete_one(format!("/v1/queues/{name}")))

@@ -33,7 +33,7 @@ pub(super) struct Broker {
     own: Option<Own>,
 }
 
-/// What a bench started itself.
+/// The parts that the bench started itself.
 struct Own {
     child: Child,
     log_path: PathBuf,
@@ -154,7 +154,7 @@ impl Broker {
         super::proc::cpu_seconds_of(i32::try_from(pid).ok()?)
     }
 
-    /// Stops what was started, in order, and drops the database. A broker that ran before runs on.
+    /// Stops the parts that the bench started, in order, and drops the database. A broker that ran before runs on.
     pub(super) async fn stop(self) {
         let Some(mut own) = self.own else {
             return;

@@ -19,7 +19,7 @@ const WAIT_SECONDS: u32 = 20;
 /// The same when it carries acks, whose answer comes with its own.
 const WAIT_WITH_ACKS_SECONDS: u32 = 1;
 
-/// What is read of a receive's answer; the rest is skipped.
+/// The parts of a receive's answer that are read; the rest is skipped.
 #[derive(Deserialize)]
 struct Received<'a> {
     ack: Option<Settled>,
@@ -51,7 +51,7 @@ impl Event<'_> {
     }
 }
 
-/// What is read of an ack's answer.
+/// The part of an ack's answer that is read.
 #[derive(Deserialize)]
 struct Settled {
     settled: u64,

@@ -27,18 +27,18 @@ pub(super) struct Pace {
     pub(super) most: Option<u64>,
 }
 
-/// What the producers and consumers of one round share.
+/// State that the producers and consumers of one round share.
 pub(super) struct Shared {
     /// Stands in every message's id, so that what a former run left is not taken for this one's.
     pub(super) run: String,
     /// The topic; with a topic per queue, what stands before the queue's number.
     pub(super) topic: String,
-    /// Each queue has a topic of its own.
+    /// Each queue has its own topic.
     pub(super) has_topic_per_queue: bool,
     pub(super) payloads: Arc<[String]>,
     pub(super) keys: Keys,
     pub(super) key_names: Vec<String>,
-    /// What the business row holds; none without one.
+    /// The business row's contents; none without such a row.
     pub(super) note: Option<String>,
     pub(super) pace: Pace,
     pub(super) tracker: Tracker,
@@ -57,7 +57,7 @@ pub(super) struct Shared {
     pub(super) failed: mpsc::Sender<Error>,
 }
 
-/// What [`Shared::new`] takes beside what it makes itself.
+/// The parts that [`Shared::new`] takes.
 pub(super) struct Parts {
     pub(super) run: String,
     pub(super) topic: String,
@@ -127,7 +127,7 @@ impl Shared {
         self.make_room(count).await.then_some(count)
     }
 
-    /// Waits until so many messages may be sent; false when there are enough.
+    /// Waits until this many messages may be sent; false when enough have been sent.
     async fn make_room(&self, count: u32) -> bool {
         let deliveries = self.tracker.deliveries_per_message();
         let permits = u64::from(count).saturating_mul(deliveries);

@@ -81,7 +81,7 @@ pub(super) struct Window {
     pub(super) p99_ms: Option<f64>,
 }
 
-/// What a round has measured. Costs are per message, not per delivery.
+/// The measurements of a round. Costs are per message, not per delivery.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(super) struct Measured {
     pub(super) seconds: f64,

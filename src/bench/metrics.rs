@@ -55,7 +55,8 @@ impl Scrape {
         Some(self.value(name)? - earlier.value(name)?)
     }
 
-    /// What a histogram recorded since an earlier scrape; None if nothing. Quantiles are interpolated inside buckets.
+    /// The values that a histogram recorded since an earlier scrape; None if there are none. Quantiles are interpolated inside
+    /// buckets.
     pub(super) fn times_since(&self, earlier: &Self, name: &str) -> Option<Times> {
         let count = self.since(earlier, &format!("{name}_count"))?;
         let sum = self.since(earlier, &format!("{name}_sum"))?;

@@ -49,7 +49,7 @@ const POSTGRES_STOP: Duration = Duration::from_secs(30);
 /// Updates that age the tables of `held`.
 const AGE_UPDATES: u32 = 20_000;
 
-/// Why a bench could not be run to its end.
+/// Reasons why a bench could not finish.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A variable or postroad.toml.
@@ -60,7 +60,7 @@ pub enum Error {
         "`{url}` is not the URL of a broker: use http://host:port, without TLS and without a password"
     )]
     Url {
-        /// What was given.
+        /// The given text.
         url: String,
     },
     /// `--url` alone.
@@ -69,7 +69,7 @@ pub enum Error {
     /// Nothing answers there.
     #[error("no broker is ready at {url}")]
     NotThere {
-        /// Where it was looked for.
+        /// The URL where it was expected.
         url: String,
     },
     /// A file of payloads that cannot be read.
@@ -77,7 +77,7 @@ pub enum Error {
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -88,7 +88,7 @@ pub enum Error {
         path: PathBuf,
         /// From 1.
         line: usize,
-        /// What is wrong.
+        /// The fault.
         #[source]
         source: serde_json::Error,
     },
@@ -103,7 +103,7 @@ pub enum Error {
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -139,7 +139,7 @@ pub enum Error {
     /// It ended, or was not ready in time.
     #[error("the broker did not start; see {log}", log = log.display())]
     NotReady {
-        /// What it wrote.
+        /// The log that it wrote.
         log: PathBuf,
     },
     /// No handler for Ctrl-C.
@@ -188,14 +188,14 @@ impl Interrupt {
     }
 }
 
-/// What all rounds share.
+/// State that all rounds share.
 struct Bench {
     options: Options,
     load: Load,
     /// Stands in every name and id of this run.
     run: String,
     broker: Broker,
-    /// For what is asked beside the load.
+    /// A connection for queries beside the load.
     connection: Connection,
     server: Server,
     postgres: Option<proc::Postgres>,

@@ -6,7 +6,7 @@ use super::options::{Load, Options, Scenario};
 use super::tracker::Spread;
 use crate::store::bench::Hold;
 
-/// What carries the messages.
+/// The system that carries the messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum System {
@@ -40,7 +40,7 @@ pub(super) struct Variant {
     pub(super) system: System,
     pub(super) course: Course,
     pub(super) queues: u32,
-    /// Of each queue.
+    /// Consumers of each queue.
     pub(super) consumers: u32,
     pub(super) spread: Spread,
     /// Whether queues are declared with `ordering = key`.

@@ -12,14 +12,14 @@ pub(super) struct Postgres {
     postmaster: i32,
 }
 
-/// What `/proc/PID/stat` says.
+/// The contents of `/proc/PID/stat`.
 #[derive(Debug, Clone, PartialEq)]
 struct Stat {
     name: String,
     parent: i32,
     /// Its own time, in seconds.
     own: f64,
-    /// That of children that ended and were waited for.
+    /// Processor time of children that ended and were waited for.
     ended: f64,
     /// Since the machine started, in seconds.
     started: f64,

@@ -9,7 +9,7 @@ use super::wire;
 use crate::domain::queue::Random;
 use crate::store::{self, Connection};
 
-/// Where a producer's messages go.
+/// The route of a producer's messages.
 pub(super) enum Via {
     /// The outbox, by SQL.
     Outbox(Box<Connection>),
@@ -39,7 +39,7 @@ impl Producer {
         Ok(())
     }
 
-    /// Sends so many messages at once.
+    /// Sends this many messages at once.
     pub(super) async fn send(&mut self, count: u32) -> Result<(), Error> {
         let shared = Arc::clone(&self.shared);
         let numbers = self.next..self.next + u64::from(count);

@@ -10,7 +10,8 @@ use crate::domain::queue::Random;
 const PAYLOADS: usize = 1_000;
 const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-/// JSON documents of exactly so many bytes. Random letters, since what compresses well would flatter large payloads.
+/// JSON documents of exactly this many bytes. They have random letters, since text that compresses well would flatter large
+/// payloads.
 pub(super) fn payloads(bytes: u32, seed: u64) -> Vec<String> {
     let mut random = Random::new(seed);
     let (head, tail) = ("{\"text\":\"", "\"}");
@@ -66,7 +67,7 @@ fn below(random: &mut Random, below: usize) -> usize {
 #[derive(Debug, Clone)]
 pub(super) struct Keys {
     count: usize,
-    /// Of Zipf's law: the share of the keys up to and with each.
+    /// For Zipf's law: the cumulative share of the keys up to and including each.
     shares: Vec<f64>,
 }
 

@@ -14,7 +14,7 @@ use super::proc::Machine;
 use super::tracker::Checked;
 use super::{Bench, Error, Options, Scenario, html};
 
-/// What a bench has found.
+/// The results of a bench.
 pub struct Report {
     pub(super) scenario: Scenario,
     pub(super) load: Load,
@@ -61,7 +61,7 @@ impl Report {
         self.results.iter().flat_map(|(_, rounds)| rounds)
     }
 
-    /// What was run, in one line.
+    /// The run, in one line.
     pub(super) fn what(&self) -> String {
         let load = &self.load;
         let rate = match load.rate {
@@ -149,7 +149,7 @@ impl Report {
         rows
     }
 
-    /// For people: what was run, the table, and the verdict.
+    /// The report for people: the run, the table and the verdict.
     #[must_use]
     pub fn to_text(&self) -> String {
         let mut text = format!("\n{}\n{}\n\n", self.what(), self.environment());
@@ -277,7 +277,7 @@ pub(super) struct Row {
     pub(super) better: figures::Better,
     digits: usize,
     pub(super) values: Vec<Option<f64>>,
-    /// The main variant's value by this one's; none for what is no baseline.
+    /// The main variant's value divided by this one's; none for variants other than baselines.
     pub(super) ratios: Vec<Option<f64>>,
 }
 

@@ -270,7 +270,7 @@ impl<'a> Round<'a> {
         Ok(())
     }
 
-    /// Waits until everything that was sent is settled, or nothing comes any more. What is missing, the check will tell.
+    /// Waits until every sent message is settled, or no more arrive. The check then finds the missing ones.
     async fn drain(&mut self) -> Result<(), Error> {
         let mut moved = (Instant::now(), self.shared.settled.load(Ordering::Relaxed));
         while self.shared.outstanding() > 0 {

@@ -31,7 +31,7 @@ impl Lane {
     }
 }
 
-/// Which queues a message goes to.
+/// The queues that a message goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Spread {
     /// To each of them.
@@ -40,7 +40,7 @@ pub(super) enum Spread {
     One,
 }
 
-/// What was wrong with what was delivered.
+/// The faults of the deliveries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub(super) struct Checked {
     /// Messages sent.
@@ -53,7 +53,7 @@ pub(super) struct Checked {
     pub(super) duplicated: u64,
     /// Messages with a lower offset than an earlier one of their producer, or that came before an earlier one of their key.
     pub(super) out_of_order: u64,
-    /// Deliveries of what was never sent, or to the wrong queue.
+    /// Deliveries of messages that were never sent, or to the wrong queue.
     pub(super) unknown: u64,
     /// Deliveries whose settling was refused.
     pub(super) refused: u64,
@@ -208,7 +208,7 @@ impl Tracker {
         self.keys.get(book * count + key?)
     }
 
-    /// The verdict, once nothing moves any more.
+    /// The verdict, once nothing moves.
     pub(super) fn check(&self) -> Checked {
         let mut checked = Checked {
             duplicated: self.duplicated.load(Ordering::Relaxed),

@@ -9,17 +9,17 @@ use tokio::net::TcpStream;
 /// The largest head of an answer.
 const HEAD_MAX_BYTES: usize = 64 * 1024;
 
-/// Where the broker is.
+/// The broker's address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Address {
     /// `127.0.0.1:8080`
     pub(super) authority: String,
-    /// What stands before `/v1`, without the last slash; usually nothing.
+    /// The path before `/v1`, without the last slash; usually empty.
     pub(super) prefix: String,
 }
 
 impl Address {
-    /// Of a base URL. None for what is not plain HTTP.
+    /// Parses a base URL. None if it is not plain HTTP.
     pub(super) fn of(url: &str) -> Option<Self> {
         let rest = url.strip_prefix("http://")?;
         let (authority, prefix) = rest.split_once('/').unwrap_or((rest, ""));
@@ -43,7 +43,7 @@ impl Address {
     }
 }
 
-/// Why a call failed.
+/// The reasons why a call fails.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No connection, or one that broke.
@@ -64,7 +64,7 @@ pub enum Error {
     Answer {
         /// Path and query.
         path: String,
-        /// What is odd.
+        /// The oddity.
         what: String,
     },
 }
@@ -201,7 +201,7 @@ mod tests {
         }
     }
 
-    /// A server that answers each request with the next of some texts, in pieces of so many bytes.
+    /// A server that answers each request with the next of some texts, in pieces of this many bytes.
     async fn serve(answers: Vec<String>, piece: usize) -> (Address, impl Future<Output = ()>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let authority = listener.local_addr().unwrap().to_string();

@@ -35,11 +35,11 @@ pub(super) struct Install {
     print: bool,
 }
 
-/// Which of them is installed.
+/// The side to install.
 #[derive(Clone, Copy)]
 struct Side {
     name: &'static str,
-    /// Kinds of roles, and who is to be granted each.
+    /// Kinds of roles, and the users to grant each to.
     roles: &'static [(&'static str, &'static str)],
     script: fn() -> String,
 }
@@ -132,7 +132,7 @@ impl Install {
         Ok(())
     }
 
-    /// What is printed depends on what the table has by now, so its database is asked either way.
+    /// The printed SQL depends on what the table already has, so its database is asked in both cases.
     async fn map(&self, name: &str) -> anyhow::Result<()> {
         let flags = Flags {
             file: self.config.clone(),

@@ -122,8 +122,8 @@ fn has_database() -> bool {
     config.is_ok_and(|config| config.database_url.is_some())
 }
 
-/// Begins the program anew without `PGOPTIONS`, if it is set: the private Postgres is to be reached whatever a developer has in there,
-/// and the driver cannot be told to disregard it.
+/// Starts the program again without `PGOPTIONS`, if it is set: the private Postgres must be reachable whatever a developer has
+/// in there, and the driver cannot be told to ignore it.
 fn forget_pgoptions() {
     const NAME: &str = "PGOPTIONS";
     if std::env::var_os(NAME).is_none() {
@@ -142,7 +142,7 @@ fn forget_pgoptions() {
     tell!("warning: {NAME} could not be removed from the environment: {error}");
 }
 
-/// Runs to the end on a runtime of its own.
+/// Runs to the end on its own runtime.
 fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -20,7 +20,7 @@ use crate::app::{self, Broker};
 use crate::config::{self, Config, Environment};
 use crate::telemetry;
 
-/// How long what runs on threads of its own may take when a runtime ends.
+/// How long work on separate threads may take when a runtime ends.
 const RUNTIME_END: Duration = Duration::from_secs(5);
 
 /// How a run came to its end.

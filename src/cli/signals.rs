@@ -168,7 +168,7 @@ fn end() -> ! {
     std::process::exit(STATUS);
 }
 
-/// Whether whoever started the process has it live on when the terminal closes, as `nohup` does. Listening would undo that.
+/// Whether the process was started so that it survives the terminal's close, as with `nohup`. Listening would undo that.
 fn is_hangup_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     is_ignored(&status, SignalKind::hangup().as_raw_value())

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::error::{Error, Problem};
 use super::{Client, Options};
 
-/// What is asked for.
+/// The request.
 #[derive(Debug, Clone)]
 pub(super) struct Call {
     method: Method,

@@ -15,7 +15,7 @@ use super::error::Error;
 pub struct Cluster {
     /// The number of the node that was asked.
     pub node: i64,
-    /// The node that says which of them is to hold what; None while there is none.
+    /// The node that assigns leases to nodes; None while there is none.
     pub leader: Option<i64>,
     /// By number. Nodes that have ended are left out.
     pub nodes: Vec<Node>,
@@ -36,17 +36,17 @@ pub struct Node {
     pub address: String,
     /// The URL at which other nodes reach it.
     pub url: String,
-    /// Since when it runs.
+    /// The time when it started.
     pub started_at: DateTime<Utc>,
     /// The node counts as dead after this time, unless it sends another heartbeat.
     pub expires_at: DateTime<Utc>,
-    /// What it is about.
+    /// The node's state.
     pub state: NodeState,
     /// The number of slots that are assigned to it.
     pub slots: usize,
 }
 
-/// What a node is about.
+/// The state of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -57,7 +57,7 @@ pub enum NodeState {
     Leaving,
     /// Others take what it held.
     Expired,
-    /// What a later broker says.
+    /// A state that only a later broker has.
     #[serde(other)]
     Other,
 }
@@ -85,7 +85,7 @@ pub struct Lease {
 /// By whom something is held.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Held {
-    /// The node that is to hold it, and answers for it; None while there is none.
+    /// The node that is assigned to hold it, and answers for it; None while there is none.
     pub node: Option<i64>,
     /// The node that holds it: another one while it changes hands.
     pub holder: Option<i64>,
@@ -102,7 +102,7 @@ pub struct History {
     pub era: i64,
     /// The server's, as `pg_control_system()` gives it.
     pub system_identifier: String,
-    /// Of the server's log.
+    /// The timeline of the server's log.
     pub timeline: i32,
     /// When a node first found it.
     pub began_at: DateTime<Utc>,
@@ -122,8 +122,9 @@ impl Cluster {
 }
 
 impl Client {
-    /// The nodes, what each holds, and the histories of the database. Whoever reads streams by offset keeps the last history's
-    /// number with its place: when another one has begun, its place is good up to before that one's first offset.
+    /// The nodes, what each holds, and the histories of the database. A reader of streams by offset should keep the last
+    /// history's number with its place: when another history has begun, the place is valid only before that history's first
+    /// offset.
     ///
     /// # Errors
     /// A failed call.

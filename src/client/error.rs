@@ -8,8 +8,8 @@ use serde::Deserialize;
 use super::verbs::Refused;
 use crate::domain::name;
 
-/// Why a call failed. Calls repeat by themselves what a repeat can help, so that what arrives here has been tried for as
-/// long as [`super::Options::deadline`] says.
+/// The reasons why a call fails. Calls are repeated automatically where a repeat can help, so an error here means that the
+/// call was tried for as long as [`super::Options::deadline`] says.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No answer, or one that broke off: the broker is away, or has just gone. A write may or may not have happened;
@@ -18,7 +18,7 @@ pub enum Error {
     NoAnswer {
         /// Method and path.
         call: String,
-        /// What the HTTP client says.
+        /// The HTTP client's error.
         #[source]
         source: reqwest::Error,
     },
@@ -27,7 +27,7 @@ pub enum Error {
     Problem {
         /// Method and path.
         call: String,
-        /// What it said.
+        /// The broker's problem document.
         problem: Box<Problem>,
     },
     /// The broker did the call and refused this delivery.
@@ -45,7 +45,7 @@ pub enum Error {
     Answer {
         /// Method and path.
         call: String,
-        /// Where the JSON differs.
+        /// The difference in the JSON.
         #[source]
         source: serde_json::Error,
     },
@@ -71,7 +71,7 @@ impl Error {
         }
     }
 
-    /// The broker's problem document, if that is what was answered.
+    /// The broker's problem document, if the answer was one.
     #[must_use]
     pub fn problem(&self) -> Option<&Problem> {
         match self {
@@ -135,14 +135,14 @@ kinds! {
     Stopping = "stopping",
 }
 
-/// What a refusal says of itself (RFC 9457).
+/// A refusal's problem document (RFC 9457).
 #[derive(Debug, Clone)]
 pub struct Problem {
     /// Its kind.
     pub kind: ProblemKind,
     /// The HTTP status.
     pub status: u16,
-    /// What is special about this occurrence.
+    /// Details of this occurrence.
     pub detail: String,
     /// The request's id, as it stands in the broker's log.
     pub request_id: Option<String>,
@@ -163,7 +163,7 @@ pub struct ProblemField {
     pub parameter: Option<String>,
     /// A header.
     pub header: Option<String>,
-    /// What is wrong.
+    /// The fault.
     pub detail: String,
 }
 

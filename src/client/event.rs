@@ -84,7 +84,7 @@ impl NewEvent {
         self
     }
 
-    /// Where it comes from; `/postroad/http` without.
+    /// Sets the source; `/postroad/http` by default.
     #[must_use]
     pub fn source(mut self, source: impl Into<String>) -> Self {
         self.source = Some(source.into());
@@ -98,7 +98,7 @@ impl NewEvent {
         self
     }
 
-    /// What it is about.
+    /// The subject of the event within its source.
     #[must_use]
     pub fn subject(mut self, subject: impl Into<String>) -> Self {
         self.subject = Some(subject.into());
@@ -119,8 +119,8 @@ impl NewEvent {
         self
     }
 
-    /// For topics of a keyed stream: only if its key has had so many messages there. Otherwise the publish is refused, with
-    /// [`ProblemKind::VersionConflict`](super::ProblemKind::VersionConflict) and the version.
+    /// For topics of a keyed stream: publishes only if its key has had this many messages there. Otherwise the publish is refused
+    /// with [`ProblemKind::VersionConflict`](super::ProblemKind::VersionConflict) and the version.
     #[must_use]
     pub fn expected_version(self, version: i64) -> Self {
         self.extension("expectedversion", version)
@@ -140,7 +140,7 @@ impl NewEvent {
     }
 }
 
-/// Where a message went.
+/// One published message.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[non_exhaustive]
 pub struct Published {
@@ -172,11 +172,11 @@ pub struct ScheduledFor {
 pub struct Event {
     /// With `source`, what makes it unique: the name to be idempotent by.
     pub id: String,
-    /// Where it came from.
+    /// The context in which the event happened.
     pub source: String,
     /// The kind of event.
     pub kind: String,
-    /// What it is about.
+    /// The subject of the event within its source.
     pub subject: Option<String>,
     /// When it happened.
     pub time: Option<DateTime<Utc>>,

@@ -22,7 +22,7 @@ pub struct Queue {
     name: QueueName,
 }
 
-/// What a queue is to be. What is left out has its default.
+/// A queue's settings. A setting that is left out takes its default.
 #[derive(Debug, Clone, Default, Serialize)]
 #[serde(transparent)]
 pub struct Declaration {
@@ -30,7 +30,7 @@ pub struct Declaration {
 }
 
 impl Declaration {
-    /// Of this stream: `main`, unless you declared others.
+    /// A declaration for this stream: `main`, unless you declared others.
     #[must_use]
     pub fn of(stream: &str) -> Self {
         Self::default().set("stream", stream)
@@ -61,7 +61,7 @@ impl Declaration {
         self.set("max_attempts", attempts)
     }
 
-    /// When a message that failed is tried again: one delay per attempt, the last one holds for all later ones.
+    /// Sets the delays before retries: one delay per attempt; the last one applies to all later attempts.
     #[must_use]
     pub fn retry_after(self, delays: impl IntoIterator<Item = Duration>) -> Self {
         let delays = delays.into_iter().map(|delay| delay.as_secs_f64());
@@ -95,11 +95,11 @@ pub struct Description {
 pub struct Status {
     /// Unsettled messages.
     pub depth: u64,
-    /// Of these, handed out and live.
+    /// Unsettled messages that are handed out and live.
     pub in_flight: u64,
-    /// Of these, held back by time.
+    /// Unsettled messages that are held back by time.
     pub delayed: u64,
-    /// Of these, ready to go out.
+    /// Unsettled messages that are ready to go out.
     pub ready: u64,
     /// Dead letters that are still there.
     pub dead_letters: u64,
@@ -120,7 +120,7 @@ pub struct Receive {
     pub batch_wait: Duration,
     /// Held for so long, 1 s to 12 h; as the queue says without.
     pub visibility_timeout: Option<Duration>,
-    /// Who receives, for the list of what is in flight.
+    /// The consumer's name, shown in the list of live deliveries.
     pub consumer: Option<String>,
     /// The name of this receive: the same again gives the same deliveries while they live. A random one without, so
     /// that a lost answer comes again.
@@ -169,17 +169,17 @@ struct WireAck<'a> {
     receipt: &'a str,
 }
 
-/// What was received.
+/// The received messages.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Received {
-    /// What became of [`Receive::ack`], in the order sent.
+    /// The results for [`Receive::ack`], in the order of the request.
     pub acked: Outcomes,
     /// The messages, by offset.
     pub deliveries: Vec<Delivery>,
-    /// Why there are none: `empty`, `paused`, `in_flight_full`, `waiting_for_keys` or `delayed`.
+    /// The reason why there are no messages: `empty`, `paused`, `in_flight_full`, `waiting_for_keys` or `delayed`.
     pub reason: Option<String>,
-    /// When a delayed message falls due or a live one expires, if there are no deliveries.
+    /// The next time when a delayed message falls due or a live delivery expires, if there are no deliveries.
     pub next_due_at: Option<DateTime<Utc>>,
 }
 
@@ -204,7 +204,7 @@ pub struct Delivery {
     pub attempt: u32,
     /// Its place in the stream.
     pub offset: i64,
-    /// What it was published to.
+    /// The topic that it was published to.
     pub topic: String,
     /// This consumer holds the delivery until then.
     pub visible_until: DateTime<Utc>,
@@ -266,8 +266,8 @@ impl Queue {
         }
     }
 
-    /// Receives, waiting for the first message if need be. A lost answer is asked for again under its id, and gives the
-    /// same deliveries. Dropping the future ends the wait; what was on its way then expires, or comes again under the
+    /// Receives, and waits for the first message if necessary. If an answer is lost, the call asks again under its id and gets the
+    /// same deliveries. Dropping the future ends the wait; deliveries that were on their way then expire, or come again under the
     /// same [`Receive::receive_id`].
     ///
     /// # Errors

@@ -55,7 +55,7 @@ impl Item {
         self
     }
 
-    /// For nack and reject: why. Cut to the 1,024 bytes that are kept; without any, there is none.
+    /// Sets the reason of a nack or reject, cut to the 1,024 bytes that are kept; an empty one means none.
     #[must_use]
     pub fn reason(mut self, reason: &str) -> Self {
         let mut reason = reason.replace('\0', "");
@@ -81,7 +81,7 @@ impl From<&Delivery> for Item {
     }
 }
 
-/// What a verb did.
+/// The effect of a verb.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Settled {
@@ -93,14 +93,14 @@ pub enum Settled {
     Nacked {
         /// When it goes out again.
         due_at: Option<DateTime<Utc>>,
-        /// What it has become, out of attempts.
+        /// The dead letter that it has become, if it ran out of attempts.
         dead_letter: Option<String>,
     },
     /// It goes out again at that time.
     Released {
         /// When.
         due_at: Option<DateTime<Utc>>,
-        /// What it has become, released too often.
+        /// The dead letter that it has become, if it was released too often.
         dead_letter: Option<String>,
     },
     /// It is held until then.
@@ -115,19 +115,19 @@ pub enum Settled {
     },
 }
 
-/// A delivery that a verb could do nothing for: whoever holds it should not think that it did.
+/// A delivery that a verb had no effect on: its holder should not believe otherwise.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the broker refused to {verb} a delivery: {refusal}", verb = verb_name(*.verb))]
 pub struct Refused {
-    /// What was asked for.
+    /// The requested verb.
     pub verb: Verb,
     /// The receipt.
     pub receipt: String,
-    /// Why not.
+    /// The reason for the refusal.
     pub refusal: Refusal,
 }
 
-/// Why a verb could do nothing.
+/// Reasons why a verb had no effect.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -146,7 +146,7 @@ pub enum Refusal {
         /// The current attempt.
         attempt: u32,
     },
-    /// The message is gone: the queue was purged, moved or made anew, or retention's hard limit passed it.
+    /// The message is gone: the queue was purged, moved or created again, or retention's hard limit passed it.
     #[error("it is gone")]
     Gone,
     /// An earlier message of its key in the same batch is not settled.
@@ -161,14 +161,14 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Whether the delivery is nobody's business any more, or somebody else's: work on it is in vain.
+    /// Whether the delivery no longer belongs to this consumer, so that work on it is in vain.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         !matches!(self, Self::Blocked | Self::Other(_))
     }
 }
 
-/// What became of each delivery, in the order sent.
+/// The result for each delivery, in the order of the request.
 #[derive(Debug, Clone, Default, PartialEq)]
 #[must_use = "a delivery may be refused"]
 pub struct Outcomes(Vec<Result<Settled, Refused>>);
@@ -182,7 +182,7 @@ impl Outcomes {
         self.0.into_iter().collect()
     }
 
-    /// Those that were refused.
+    /// The refused deliveries.
     pub fn refused(&self) -> impl Iterator<Item = &Refused> {
         self.0.iter().filter_map(|outcome| outcome.as_ref().err())
     }
@@ -351,10 +351,10 @@ impl Queue {
         Ok(outcome.ok_or_else(nothing)??)
     }
 
-    /// Carries out a verb for many deliveries, 1,000 a request, and tells what became of each, in the order sent.
+    /// Carries out a verb for many deliveries, 1,000 per request, and returns the result for each, in order.
     ///
     /// # Errors
-    /// A failed call. What was sent before it is done; the same again is safe.
+    /// A failed call. Requests before it took effect; sending the same again is safe.
     pub async fn settle(&self, verb: Verb, items: Vec<Item>) -> Result<Outcomes, Error> {
         #[derive(Serialize)]
         struct Body<'a> {

@@ -14,7 +14,7 @@ use super::view::{LEADER, Observer, View};
 /// How often loads are looked at: nodes tell them every few seconds, and each is of about a minute.
 pub(super) const EVEN_OUT_EVERY: Duration = Duration::from_secs(60);
 
-/// Who is to lead, as a node sees it.
+/// The leader, as a node sees it.
 pub(super) enum Lead {
     /// It, at this epoch.
     Held(Fence),
@@ -42,9 +42,9 @@ impl Lead {
 pub(super) struct Anew {
     /// All of it.
     pub(super) next: BTreeMap<String, Node>,
-    /// What is another node's.
+    /// Leases that now belong to another node.
     pub(super) changed: Vec<(String, Node)>,
-    /// What is nobody's any more.
+    /// Leases that nobody wants any more.
     pub(super) gone: Vec<String>,
 }
 
@@ -74,7 +74,7 @@ impl Anew {
     }
 }
 
-/// Leads, if this node does or can; gives what is assigned then in the view.
+/// Leads, if this node is or can become the leader; returns the new assignment in the view.
 pub(super) async fn lead(
     shared: &Shared,
     connection: &mut Connection,

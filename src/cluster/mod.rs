@@ -42,10 +42,10 @@ pub use view::{Member, Owner, Standing, View};
 /// How a node takes part.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The advertised address, `http://host:port`, unique per listening process: a node takes at once what a former
-    /// incarnation of its own address held, since it has that one's socket.
+    /// The advertised address, `http://host:port`, unique per listening process: a node takes over at once the leases of an
+    /// earlier incarnation at its own address, since it has that one's socket.
     pub address: String,
-    /// Where other nodes reach it; `address` when they reach it there.
+    /// The URL at which other nodes reach it; `address` if they reach it there.
     pub url: Option<String>,
     /// How long the node row lives without a heartbeat. At least twice the heartbeat.
     pub ttl: Duration,
@@ -69,7 +69,7 @@ impl Options {
     }
 }
 
-/// Why the node could not start.
+/// Reasons why the node could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The settings that Postroad's promises rest on are off.
@@ -94,7 +94,7 @@ pub enum Error {
 struct Pulse {
     /// The last one.
     at: Instant,
-    /// Why none came since, if that is known.
+    /// The reason why none has come since, if it is known.
     why: Option<String>,
 }
 
@@ -121,7 +121,7 @@ struct Shared {
     view: watch::Sender<Arc<View>>,
     wake: Notify,
     metrics: Metrics,
-    /// When the one that leads last looked at the loads.
+    /// The time when the leader last looked at the loads.
     evened_at: Mutex<Instant>,
 }
 
@@ -267,7 +267,7 @@ impl Handle {
         &self.shared.identity
     }
 
-    /// The histories of the database, by number. The last one is the present one: when another begins, the process begins anew.
+    /// The histories of the database, by number. The last one is current: when another begins, the process starts again.
     #[must_use]
     pub fn histories(&self) -> &[History] {
         &self.shared.histories
@@ -287,8 +287,8 @@ impl Handle {
         Instant::now() < self.shared.state().trusted_until
     }
 
-    /// Why no write comes through to the database, if none does: heartbeats are writes, and none was confirmed for twice their interval
-    /// and two seconds more.
+    /// The reason why no write comes through to the database, if none does: heartbeats are writes, and none was confirmed for
+    /// twice their interval plus two seconds.
     #[must_use]
     pub fn unwritable(&self) -> Option<String> {
         let silence = self.shared.silence()?.as_secs();
@@ -316,7 +316,7 @@ impl Handle {
         self.shared.view.subscribe()
     }
 
-    /// Waits for a view that is younger than this call, for a second at most: while the database is away there is none.
+    /// Waits for a view that is younger than this call, for at most a second: while the database is unreachable there is none.
     pub async fn refresh(&self) -> Arc<View> {
         let asked = Instant::now();
         let mut views = self.views();
@@ -373,7 +373,8 @@ impl Handle {
         receiver
     }
 
-    /// Nothing is under way any more under the last fence that the lease's watchers saw: if it is to be another's, it can go.
+    /// Reports that no work is under way under the last fence that the lease's watchers saw: if the lease is assigned to another
+    /// node, it can go.
     pub fn yielded(&self, lease: &str) {
         let is_yielded = self.shared.state().yielded(lease);
         if is_yielded {

@@ -94,7 +94,7 @@ impl Heartbeat {
         self.retire().await;
     }
 
-    /// Keeps why the heartbeat failed, for whoever asks whether writes come through.
+    /// Keeps the reason why the heartbeat failed, for callers that ask whether writes come through.
     fn explain(&self, error: &store::Error) {
         let mut pulse = self.shared.pulse();
         // That it was not answered says less than what was found out about that.
@@ -274,7 +274,7 @@ impl Heartbeat {
         Ok(())
     }
 
-    /// Takes what is wanted, assigned to this node and free. Gives whether some of it is not free yet.
+    /// Takes leases that are wanted, assigned to this node and free. Returns whether some of them are not free yet.
     async fn take(&mut self, view: &View) -> Result<bool, store::Error> {
         let missing = self.shared.state().missing(view);
         let free = missing.iter().filter(|name| view.is_free(name));

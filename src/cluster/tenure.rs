@@ -18,10 +18,11 @@ pub(super) struct State {
     pub(super) to_release: Vec<String>,
     /// Slots are served here: they are shared out to this node.
     pub(super) serves_slots: bool,
-    /// What the former process at this address wanted: what it held stays here while this one starts, or so long.
+    /// The leases that the previous process at this address wanted: those that it held stay here while this one starts, until the
+    /// given time at most.
     pub(super) inherited: Option<(Vec<String>, Instant)>,
     pub(super) is_leaving: bool,
-    /// What the next heartbeat says or brings is waited for.
+    /// Something waits for the next heartbeat.
     pub(super) is_beat_wanted: bool,
     pub(super) trusted_until: Instant,
 }
@@ -30,26 +31,26 @@ pub(super) struct State {
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub(super) fence: watch::Sender<Option<Fence>>,
-    /// It is to be another's, and still held at this epoch until the engine has finished, or so long.
+    /// The lease is assigned to another node, and still held at this epoch until the engine has finished, or until the given time.
     pub(super) yielding: Option<(Fence, Instant)>,
 }
 
-/// What a view had this node give up.
+/// The leases that a view made this node give up.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct GivenUp {
-    /// Leases whose engines have not finished in time: to be released all the same.
+    /// Leases whose engines have not finished in time: they are released anyway.
     pub(super) late: Vec<String>,
     /// Leases that are another's, or nobody's, already.
     pub(super) taken_over: Vec<Fence>,
-    /// Leases that this node has without ever having shown them, and that are to be another's: taken by a call whose answer
-    /// was lost, before they were assigned anew.
+    /// Leases that this node holds without ever having shown them, and that are assigned to another node: a call whose answer was
+    /// lost took them before they were reassigned.
     pub(super) unknown: Vec<String>,
-    /// Leases that are to be another's: their engines finish.
+    /// Leases that are assigned to another node: their engines finish.
     pub(super) yielding: Vec<(Fence, Node)>,
 }
 
 impl State {
-    /// Of a node that has just begun, at the address of a former one that wanted `inherited`.
+    /// The state of a node that has just started, at the address of an earlier one that wanted `inherited`.
     pub(super) fn new(inherited: Vec<String>, trusted_until: Instant) -> Self {
         Self {
             wanted: BTreeMap::new(),
@@ -62,7 +63,7 @@ impl State {
         }
     }
 
-    /// What a heartbeat says: the leases that this node can hold, and whether it is about to end.
+    /// The contents of a heartbeat: the leases that this node can hold, and whether it is about to end.
     pub(super) fn signs(&mut self, now: Instant) -> (Vec<String>, bool) {
         self.is_beat_wanted = false;
         let names = self.wanted.keys();
@@ -98,7 +99,7 @@ impl State {
         receiver
     }
 
-    /// Nothing is under way any more under the last fence that was shown. Whether there is something to release now.
+    /// Notes that no work is under way under the last fence that was shown. Returns whether there is something to release now.
     pub(super) fn yielded(&mut self, lease: &str) -> bool {
         let wanted = self.wanted.get_mut(lease);
         let is_yielded = wanted.is_some_and(|wanted| wanted.yielding.take().is_some());
@@ -125,7 +126,7 @@ impl State {
         })
     }
 
-    /// This incarnation was declared dead: nothing is held any more.
+    /// Drops all fences because this incarnation was declared dead.
     pub(super) fn drop_fences(&mut self) {
         for wanted in self.wanted.values_mut() {
             wanted.yielding = None;
@@ -133,8 +134,8 @@ impl State {
         }
     }
 
-    /// Stops showing leases that are to be another's, or are another's already, and has those released whose engines have
-    /// not finished within `finish_within`.
+    /// Stops showing leases that are assigned to another node, or already held by one, and releases those whose engines have not
+    /// finished within `finish_within`.
     pub(super) fn give_up(
         &mut self,
         view: &View,
@@ -189,7 +190,7 @@ impl State {
         self.to_release.retain(|name| !names.contains(name));
     }
 
-    /// What is wanted and not held, assigned to this node, and not on its way back.
+    /// Leases that are wanted and not held, assigned to this node, and not on their way back.
     pub(super) fn missing(&self, view: &View) -> Vec<String> {
         let missing = self.wanted.iter().filter(|(name, wanted)| {
             wanted.fence.borrow().is_none()

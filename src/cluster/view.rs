@@ -14,14 +14,14 @@ pub(super) const LEADER: &str = "leader";
 /// Stands for all slots among what a node wants.
 pub(super) const SLOTS: &str = "slot/*";
 
-/// What a node is taken for.
+/// The standing of a node, as another node sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     /// It renews its row.
     Live,
     /// It does, and is about to end.
     Leaving,
-    /// Its time is over. Whoever takes what it holds marks it dead.
+    /// Its time is over. A node that takes one of its leases marks it dead.
     Expired,
 }
 
@@ -30,7 +30,7 @@ pub enum Standing {
 pub struct Member {
     /// Its row.
     pub row: NodeRow,
-    /// What it is taken for.
+    /// Its standing.
     pub standing: Standing,
 }
 
@@ -49,13 +49,13 @@ pub struct View {
     pub nodes: Vec<Member>,
     /// Leases by name.
     pub leases: BTreeMap<String, LeaseRow>,
-    /// Which node is to hold which lease.
+    /// The assignment of leases to nodes.
     pub assigned: BTreeMap<String, Node>,
     /// Deliveries in a second out of each slot, about; empty when no node has said.
     pub loads: Vec<u64>,
 }
 
-/// Who answers for a lease.
+/// The node that answers for a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Owner {
     /// This node, or it will in a moment.
@@ -64,7 +64,7 @@ pub enum Owner {
     Other {
         /// Its number.
         node: Node,
-        /// Where it is reached.
+        /// The URL at which it is reached.
         url: String,
         /// The epoch at which it holds the lease; that of somebody before it while it is about to take it.
         epoch: Epoch,
@@ -74,7 +74,7 @@ pub enum Owner {
 }
 
 impl View {
-    /// What this node's heartbeat said: its row was read as it was before.
+    /// Notes the contents of this node's heartbeat: its row was read as it was before.
     pub(super) fn note_own(&mut self, wants: &[String], is_leaving: bool) {
         let own = self.own;
         let nodes = self.nodes.iter_mut();
@@ -118,7 +118,7 @@ impl View {
         nodes.any(|member| member.row.incarnation != self.own && member.standing == Standing::Live)
     }
 
-    /// Who answers for a lease: whom it is assigned to.
+    /// The node that answers for a lease: the one that it is assigned to.
     #[must_use]
     pub fn owner(&self, lease: &str) -> Owner {
         let Some(&node) = self.assigned.get(lease) else {
@@ -150,7 +150,7 @@ impl View {
         holder.is_none_or(|holder| holder == self.own || !self.is_live(holder))
     }
 
-    /// What there is to hold, and who can. A node that leaves holds something only where no other can.
+    /// The leases to hold, and the nodes that can hold them. A leaving node holds something only where no other node can.
     pub(super) fn items(&self) -> Vec<Item> {
         let live = self.nodes.iter();
         let live = live.filter(|member| member.standing != Standing::Expired);
@@ -198,7 +198,7 @@ pub(super) struct Observer {
     rows: HashMap<Node, (DateTime<Utc>, Instant)>,
     blind_after: Duration,
     last_asked: Option<Instant>,
-    /// Since when it looks again, after it could not.
+    /// The time since when it looks again, after it could not.
     back_since: Option<Instant>,
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
-    /// Where: `postroad.toml`, `--bind`, `POSTROAD_BIND`.
+    /// The place: `postroad.toml`, `--bind`, `POSTROAD_BIND`.
     pub source: String,
     /// The key, with its table: `origins.shop.url_env`.
     pub key: String,
@@ -19,7 +19,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Why there is no configuration.
+/// Reasons why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file that was asked for cannot be read.
@@ -27,7 +27,7 @@ pub enum Error {
     Read {
         /// Its path.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -36,7 +36,7 @@ pub enum Error {
     Syntax {
         /// Its path.
         path: String,
-        /// Where and what.
+        /// The place and the fault.
         message: String,
     },
     /// Values or keys are wrong. All of them are named.

@@ -18,9 +18,9 @@ pub struct Key {
     pub name: &'static str,
     /// The default as text; empty when there is none.
     pub default: &'static str,
-    /// What a value may be, as a clause after "must be".
+    /// The allowed values, as a clause after "must be".
     pub allowed: &'static str,
-    /// What it is for.
+    /// The purpose of the key.
     pub about: &'static str,
     /// Whether the value can hold a password: then it is never shown.
     pub is_secret: bool,
@@ -56,7 +56,7 @@ impl Key {
         (self.set)(config, text)
     }
 
-    /// Why a value is not taken, where more can be said than what is allowed. Never a part of a secret.
+    /// The reason why a value is refused, where there is more to say than the allowed values. It never has a part of a secret.
     pub(super) fn why_not(&self, text: &str) -> Option<String> {
         let url = match self.name {
             "database_url" => text.to_owned(),
@@ -143,7 +143,7 @@ pub(super) fn postgres_url(text: &str) -> Result<String, Fault> {
     DatabaseUrl::parse(text).map(|_| text.to_owned())
 }
 
-/// What a mounted secret holds.
+/// The contents of a mounted secret.
 fn secret_in(file: &str) -> std::io::Result<String> {
     Ok(std::fs::read_to_string(file)?.trim().to_owned())
 }

@@ -279,7 +279,7 @@ impl Loader<'_> {
     }
 }
 
-/// A secret on the command line, which whoever lists the processes of the machine can read.
+/// A warning about a secret on the command line, which anyone who lists the machine's processes can read.
 pub(super) fn exposed(key: &Key, text: &str, flag: &str) -> Option<String> {
     key.holds_secret(text).then(|| {
         format!(

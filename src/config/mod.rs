@@ -91,13 +91,13 @@ pub struct Config {
     pub topics: Vec<Declared<TopicPattern>>,
     /// `[queues.<name>]`
     pub queues: Vec<Declared<QueueName>>,
-    /// What is odd and not wrong, for the log: a variable that is no key.
+    /// Oddities that are not errors, for the log: a variable that is not a key.
     pub warnings: Vec<String>,
-    /// Where each key's value came from, by the order of [`KEYS`].
+    /// The source of each key's value, in the order of [`KEYS`].
     sources: Vec<String>,
 }
 
-/// A warning, if a database URL given by this flag has a password that whoever lists the processes of the machine can read.
+/// A warning, if a database URL given by this flag has a password, which anyone who lists the machine's processes can read.
 #[must_use]
 pub fn exposed_password(flag: &str, url: &str) -> Option<String> {
     let has_password = DatabaseUrl::parse(url).is_ok_and(|url| url.has_password());

@@ -8,7 +8,7 @@ use super::{Environment, Fault, fault::unknown, keys::postgres_url};
 use crate::domain::mapping::{Draft, Mapping};
 use crate::domain::name::OriginName;
 
-/// Where an origin's URL is read from.
+/// The source of an origin's URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UrlFrom {
     /// An environment variable of this name.
@@ -22,7 +22,7 @@ pub enum UrlFrom {
 pub struct Origin {
     /// Its name.
     pub name: OriginName,
-    /// Where the URL stands.
+    /// The source of the URL.
     pub url_from: UrlFrom,
     /// The URL as read at start. Can hold a password: not shown.
     pub url: String,

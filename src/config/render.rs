@@ -29,7 +29,7 @@ pub fn markdown_table() -> String {
     text
 }
 
-/// What is in effect, as a file could say it, each line with where it came from. Shows no password.
+/// The settings in effect, as a file could state them, each line with its source. Shows no password.
 #[must_use]
 pub fn effective(config: &Config) -> String {
     let mut text = String::new();

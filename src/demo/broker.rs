@@ -42,7 +42,7 @@ struct Process {
     child: Mutex<Child>,
 }
 
-/// Why the broker did not start, or could not be killed.
+/// Reasons why the broker did not start, or could not be killed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No port to listen on.
@@ -50,16 +50,16 @@ pub enum Error {
     Port {
         /// The address wanted.
         address: SocketAddr,
-        /// Why it cannot be had.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The operating system refused.
     #[error("{doing} the broker's process failed")]
     Process {
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -74,7 +74,7 @@ pub enum Error {
     NotReady {
         /// How long it was waited for.
         waited: Duration,
-        /// What the broker wrote.
+        /// The broker's log.
         log: PathBuf,
     },
 }
@@ -118,7 +118,7 @@ impl Broker {
         self.client.base_url()
     }
 
-    /// What it is, in a clause.
+    /// A description in one clause.
     pub(super) fn describe(&self) -> String {
         match &self.running {
             Running::Inside(_) => "in this process".into(),

@@ -63,7 +63,7 @@ struct Taken {
     item: Item,
 }
 
-/// What a consumer tells the demo while it runs.
+/// A consumer's report to the demo while it runs.
 #[derive(Debug)]
 pub(super) enum Said {
     /// The order was in an answer that had been read by then.
@@ -76,7 +76,7 @@ pub(super) enum Said {
     Acknowledged { service: Service, order: Uuid },
 }
 
-/// What went wrong in a consumer, for good.
+/// Permanent errors of a consumer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The broker refused a call, and repeating it would not help.
@@ -85,9 +85,9 @@ pub enum Error {
     /// The payload is not what the producers write.
     #[error("the order at offset {offset} cannot be read")]
     Order {
-        /// Where it is.
+        /// Its place.
         offset: i64,
-        /// Where the JSON differs.
+        /// The difference in the JSON.
         #[source]
         source: serde_json::Error,
     },
@@ -135,7 +135,7 @@ impl Consumer {
         self.settle(Verb::Ack, taken).await
     }
 
-    /// Writes down what came, gives back what is refused, and returns the rest, to be acknowledged.
+    /// Records the deliveries, gives back those it refuses, and returns the rest, for acknowledgement.
     async fn take(&mut self, deliveries: Vec<Delivery>) -> Result<Vec<Taken>, Error> {
         let at = Instant::now();
         let service = self.service;

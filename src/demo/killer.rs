@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::broker::{self, Broker};
 use super::producer::Shop;
 
-/// How long a broker that started again may go without an acknowledgement before it is killed all the same.
+/// How long a restarted broker may go without an acknowledgement before it is killed anyway.
 const WORK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Kills the broker `kills` times, spread over the orders, and ends once the last one is ready again.

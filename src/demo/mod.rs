@@ -45,7 +45,7 @@ const STALLED_AFTER: Duration = Duration::from_secs(60);
 /// How long the consumers go on once everything has arrived, to see whether anything comes twice.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// What to run.
+/// The options of a run.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
     /// The number of orders to place, including those rolled back; 2000 unless --seconds is given
@@ -107,7 +107,7 @@ impl Options {
     }
 }
 
-/// Why the demo could not be run to its end.
+/// Reasons why the demo could not finish.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A variable, a flag or postroad.toml.
@@ -268,7 +268,7 @@ async fn run_shop(
     Ok(figures.report)
 }
 
-/// The demo's stream, and its queues made anew: what an earlier run left in them is not part of this one.
+/// Declares the demo's stream, and recreates its queues: leftovers of an earlier run are not part of this one.
 async fn declare(client: &Client) -> Result<(), Error> {
     client.declare_stream(STREAM, [STREAM_TOPICS]).await?;
     let declaration = Declaration::of(STREAM).topics([QUEUE_TOPICS]).from_latest();
@@ -374,7 +374,7 @@ async fn cast(options: &Options, database: &Database, client: &Client) -> Result
     })
 }
 
-/// What the demo has been told so far.
+/// The reports that the demo has received so far.
 #[derive(Default)]
 struct Told {
     latencies: Latencies,
@@ -452,7 +452,7 @@ async fn play(
     Ok(Figures { run, report })
 }
 
-/// Shows the run until everything placed is acknowledged, or nothing moves any more.
+/// Shows the run until everything placed is acknowledged, or nothing moves.
 async fn watch(cast: &mut Cast, display: &mut Display) -> Result<Told, Error> {
     let mut interrupt = Interrupt::new()?;
     let mut told = Told::default();

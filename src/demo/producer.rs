@@ -16,7 +16,7 @@ use crate::store::{Connection, Database, Error};
 /// How many products the shop sells. Few, so that producers meet on the same stock rows.
 pub(super) const PRODUCTS: i32 = 20;
 
-/// What a producer says of an order: when it was about to send COMMIT, and how the transaction ended.
+/// A producer's report about an order: the time just before COMMIT, and how the transaction ended.
 #[derive(Debug)]
 pub(super) struct Placed {
     pub(super) order: Uuid,
@@ -24,7 +24,7 @@ pub(super) struct Placed {
     pub(super) end: End,
 }
 
-/// What the producers share.
+/// State that the producers share.
 #[derive(Debug)]
 pub(super) struct Shop {
     pub(super) database: Database,

@@ -5,7 +5,7 @@
 pub(super) struct Random(u64);
 
 impl Random {
-    /// A generator of its own for one task: the same seed and task give the same choices.
+    /// A generator for one task: the same seed and task give the same choices.
     pub(super) const fn new(seed: u64, task: u64) -> Self {
         Self(seed ^ task.wrapping_mul(0xa076_1d64_78bd_642f))
     }

@@ -89,7 +89,7 @@ fn assign_kind(
     assigned
 }
 
-/// What a node has of a kind.
+/// A node's share of one kind of lease.
 #[derive(Debug, Clone, Copy, Default)]
 struct Share {
     count: usize,

@@ -46,8 +46,8 @@ impl fmt::Display for Host<'_> {
 }
 
 impl Host<'_> {
-    /// Whether it is this machine to whoever asks, and no DNS has a say in it: `localhost`, what ends in `.localhost`
-    /// (RFC 6761), 127.0.0.0/8 and `[::1]`.
+    /// Whether it means the caller's own machine without any DNS: `localhost`, names that end in `.localhost` (RFC 6761),
+    /// 127.0.0.0/8 and `[::1]`.
     #[must_use]
     pub fn is_loopback(&self) -> bool {
         const LOCAL: &str = "localhost";
@@ -65,8 +65,8 @@ impl Host<'_> {
 }
 
 impl<'t> Authority<'t> {
-    /// Parses `host`, `host:port`, `[address]` or `[address]:port`. None for anything else: no host, a user before it, a port
-    /// that is none.
+    /// Parses `host`, `host:port`, `[address]` or `[address]:port`. None for anything else: no host, a user before it, an invalid
+    /// port.
     #[must_use]
     pub fn parse(text: &'t str) -> Option<Self> {
         let (host, port) = match text.strip_prefix('[') {

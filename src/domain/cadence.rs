@@ -18,13 +18,13 @@ const FOLD_MAX: TimeDelta = TimeDelta::hours(24);
 /// No clock changes and changes back within so long.
 const CHANGES_APART: TimeDelta = TimeDelta::hours(12);
 
-/// Why a cadence cannot be had.
+/// Reasons why a cadence is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CadenceError {
     /// The expression does not parse.
     #[error("`cron` is not a cron expression: {reason}")]
     Expression {
-        /// Why.
+        /// The cause.
         reason: String,
     },
     /// No such zone.
@@ -35,7 +35,7 @@ pub enum CadenceError {
     Never,
 }
 
-/// When a schedule is due: a cron expression, and the zone whose clock it goes by.
+/// The times when a schedule is due: a cron expression, and the zone of its clock.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cadence {
     expression: String,
@@ -196,7 +196,7 @@ impl Cadence {
         None
     }
 
-    /// The next occurrences after a moment, so many at most.
+    /// The next occurrences after a moment, at most `count`.
     #[must_use]
     pub fn preview(&self, after: DateTime<Utc>, count: usize) -> Vec<DateTime<Utc>> {
         let next = std::iter::successors(self.next_after(after), |&last| self.next_after(last));

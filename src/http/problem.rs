@@ -178,7 +178,7 @@ pub struct FieldError {
     /// Where: a JSON pointer into the body, a parameter or a header.
     #[serde(flatten)]
     pub place: Place,
-    /// What is wrong.
+    /// The fault.
     pub detail: String,
     /// What is allowed, when that is more than the detail says.
     #[serde(skip_serializing_if = "Option::is_none")]

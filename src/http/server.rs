@@ -51,7 +51,7 @@ const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// A server that runs.
 #[derive(Debug, Clone)]
 pub struct Server {
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: SocketAddr,
     front: Arc<Front>,
     supervisor: Supervisor,

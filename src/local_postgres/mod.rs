@@ -123,7 +123,7 @@ pub enum Error {
     /// Reading or writing a file or folder.
     #[error("{doing} {path} failed", path = path.display())]
     File {
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
         /// To what.
         path: PathBuf,

@@ -60,7 +60,7 @@ pub enum RejectedError {
     /// The corrected row cannot become a message either.
     #[error("the row still cannot become a message: {reason}")]
     StillInvalid {
-        /// Why.
+        /// The cause.
         reason: String,
     },
     /// The stream refused it.

@@ -217,7 +217,7 @@ pub struct Seen {
     pub nodes: Vec<NodeRow>,
     /// Leases by name.
     pub leases: Vec<LeaseRow>,
-    /// Which node is to hold which lease.
+    /// The assignment of leases to nodes.
     pub assigned: Vec<(String, i64)>,
     /// Deliveries in a second out of each slot, about; empty when no node has said.
     pub loads: Vec<u64>,

@@ -61,7 +61,7 @@ pub enum Error {
     /// A row holds what no version of Postroad has written.
     #[error("{doing} found a value that is not valid: {what}")]
     Corrupt {
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
         /// What was found, and where.
         what: String,

@@ -20,7 +20,7 @@ pub enum Renewal {
 /// A renewal that was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Renewed {
-    /// What was asked for.
+    /// The requested change.
     #[serde(flatten)]
     pub renewal: Renewal,
     /// The generation that it ended.
@@ -44,7 +44,7 @@ pub struct Renew<'a> {
     pub incarnation: i64,
     /// The generation that it ends.
     pub from_generation: Generation,
-    /// What is asked for.
+    /// The requested change.
     pub renewal: Renewal,
     /// For a seek to a time: the last offset before it.
     pub before_start: Offset,

@@ -72,7 +72,7 @@ pub struct Rejected {
     pub outbox_row: String,
 }
 
-/// Where a message went.
+/// One published message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Placed {
     /// The stream that owns its topic.

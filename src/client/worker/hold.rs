@@ -30,7 +30,7 @@ struct Held {
     extend_at: Instant,
 }
 
-/// What is held, by a number that each delivery gets here.
+/// The held deliveries, by a number that each delivery gets here.
 #[derive(Debug)]
 pub(super) struct Hold {
     held: HashMap<u64, Held>,
@@ -141,12 +141,12 @@ impl Hold {
         true
     }
 
-    /// When the next one is to be extended.
+    /// The time when the next delivery must be extended.
     pub(super) fn next_beat(&self) -> Option<Instant> {
         self.beats.first().map(|&(at, _)| at)
     }
 
-    /// Takes those that are to be extended by now, or soon, out of the beat, at most so many.
+    /// Takes deliveries that must be extended by now, or soon, out of the beat, at most `most`.
     pub(super) fn beat(&mut self, now: Instant, most: usize) -> Vec<(u64, Item)> {
         let soon = now + self.every / 4;
         let mut due = Vec::new();

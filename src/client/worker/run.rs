@@ -268,7 +268,7 @@ impl Run {
         }
     }
 
-    /// What could not be told to the broker is told again while that can help. A queue that is gone ends the run.
+    /// Repeats results that did not reach the broker, while that can help. A queue that is gone ends the run.
     fn failed(&mut self, verb: Verb, briefs: Vec<Brief>, error: Error) {
         if error.is_transient() {
             tracing::warn!(
@@ -366,7 +366,7 @@ impl Run {
         self.ended.entry(verb).or_default().push(brief);
     }
 
-    /// Extends what is held.
+    /// Extends the held deliveries.
     fn beat(&mut self) {
         let now = Instant::now();
         let due = self.hold.beat(now, BATCH_MAX);
@@ -417,8 +417,8 @@ impl Run {
         }
     }
 
-    /// Receives no more and gives back what was not begun. A receive under way is asked once more, without a wait: its
-    /// answer may be on its way, and what is in it would be held until it expires.
+    /// Receives no more and gives back deliveries that were not begun. A receive under way is repeated once, without a wait: its
+    /// answer may be on its way, and its deliveries would be held until they expire.
     fn stop(&mut self) {
         let now = Instant::now();
         let grace_end = now + self.settings.grace;

@@ -36,7 +36,7 @@ pub(super) enum Call {
         changed: Vec<(String, Node)>,
         gone: Vec<String>,
     },
-    /// What an engine writes under its lease; the same number again is the same write.
+    /// A write of an engine under its lease; the same number again is the same write.
     Write {
         node: Node,
         fence: Fence,
@@ -72,7 +72,7 @@ pub(super) struct Database {
     pub(super) wrong: Option<Wrong>,
     /// How far its clock is from the run's, in milliseconds.
     pub(super) ahead: i64,
-    /// Since when its clock goes steadily.
+    /// The time since when its clock has run steadily.
     pub(super) steady_since: i64,
     rows: BTreeMap<Node, Row>,
     leases: BTreeMap<String, (Epoch, Option<Node>)>,

@@ -28,7 +28,7 @@ const STEPS: u64 = 400;
 /// How long it may take until everything is in place.
 const CALM: i64 = 5 * TTL;
 
-/// What engines want.
+/// The leases that engines want.
 fn wanted() -> Vec<String> {
     let slots = [0, 7, 21, 63].map(|slot| Slot(slot).lease_name());
     let others = ["relay/1", "duty/a"].map(str::to_owned);
@@ -46,11 +46,11 @@ enum Wrong {
     UnknownStays,
     /// Only the database's clock judges.
     NobodyWatches,
-    /// What was yielded is not given back.
+    /// Does not give back yielded leases.
     ForgetsToRelease,
-    /// A lease is given back when it is to be another's, whatever its engine does.
+    /// Gives back a lease once it is assigned to another node, whatever its engine does.
     ReleasesAtOnce,
-    /// A lease of its own whose epoch it does not know is not taken again.
+    /// Does not take its own lease again when it does not know the epoch.
     KnowsNotItsOwn,
     /// The leader does not look at who lives.
     AssignsToTheDead,

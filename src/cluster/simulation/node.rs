@@ -13,7 +13,7 @@ use crate::cluster::view::{LEADER, Observer, Standing, View};
 use crate::domain::id::{Epoch, Fence};
 use crate::simulation::{Dice, Fault};
 
-/// What the heartbeat waits for.
+/// The event that the heartbeat waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waits {
     Until(i64),
@@ -29,7 +29,7 @@ enum Waits {
 #[derive(Debug)]
 struct Engine {
     shown: watch::Receiver<Option<Fence>>,
-    /// What it works under.
+    /// The fence that it works under.
     fence: Option<Fence>,
     /// The number of the write under way; the same again when nobody knows what became of it.
     writing: Option<u64>,
@@ -55,7 +55,7 @@ pub(super) struct Node {
     asked: i64,
     said: (Vec<String>, bool),
     view: Option<View>,
-    /// What is being written as the assignment, and what is being given back.
+    /// The assignment that is being written, and the leases being given back.
     next: Option<BTreeMap<String, i64>>,
     releasing: Vec<String>,
     late: Vec<String>,
@@ -240,7 +240,7 @@ impl Node {
         }
     }
 
-    /// An answer, or that the connection is lost. Gives what is sent next.
+    /// Takes an answer, or the loss of the connection. Returns the next message to send.
     pub(super) fn answered(
         &mut self,
         tag: u64,

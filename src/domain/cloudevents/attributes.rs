@@ -30,7 +30,7 @@ pub(super) struct Attributes {
     bytes: usize,
 }
 
-/// What every attribute's name must be.
+/// Checks the name of an attribute.
 pub(super) fn check_name(name: &str) -> Result<(), String> {
     if name.is_empty() || name.len() > NAME_MAX_BYTES {
         return Err(format!(
@@ -187,7 +187,7 @@ impl Attributes {
         self.data_content_type.as_deref()
     }
 
-    /// What the attributes must be together.
+    /// Checks rules that concern several attributes.
     pub(super) fn check_together(&self, place: Place, faults: &mut Faults) {
         if self.expected_version.is_some() && self.key.is_none() {
             faults.add(
@@ -202,7 +202,7 @@ impl Attributes {
         }
     }
 
-    /// Fills in what is missing and makes the message.
+    /// Fills in missing attributes and makes the message.
     pub(super) fn into_message(
         mut self,
         number: usize,

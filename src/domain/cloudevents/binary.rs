@@ -10,7 +10,7 @@ use super::{Context, Error, Fault, Faults, Place, Request, essence, is_json};
 use crate::domain::json;
 use crate::domain::message::{Data, Message};
 
-/// What a body without a content type is, and what `curl -d` calls every body.
+/// The type of a body without a content type; `curl -d` has another for every body.
 const JSON: &str = "application/json";
 
 pub(super) fn parse(request: &Request<'_>, context: &Context<'_>) -> Result<Vec<Message>, Error> {

@@ -10,7 +10,7 @@ use super::{Context, Error, Faults, Limits, Place, Request};
 use crate::domain::message::Message;
 use crate::domain::name::Topic;
 
-/// What an item may have beside its topic, when it has no `event`: the member, and the attribute that it becomes.
+/// The members that an item without `event` may have beside its topic, each with the attribute that it becomes.
 const PLAIN: [(&str, &str); 4] = [
     ("id", "id"),
     ("key", "partitionkey"),
@@ -80,7 +80,7 @@ fn items<'t>(text: &'t str, limits: Limits, faults: &mut Faults) -> Vec<&'t RawV
     }
 }
 
-/// Where an item stands, and what it is read with.
+/// An item's place, and the context to read it in.
 struct Item<'a> {
     number: usize,
     place: String,

@@ -37,7 +37,7 @@ pub const EXTENSIONS_MAX_COUNT: usize = 64;
 /// The most faults that are named; those past it are not looked for.
 const FAULTS_MAX_COUNT: usize = 100;
 
-/// What a request may hold.
+/// The limits of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// The most messages of one request.
@@ -70,11 +70,11 @@ pub struct Request<'a> {
     pub body: Bytes,
 }
 
-/// What the events of a request are published with.
+/// The context in which a request's events are published.
 pub struct Context<'a> {
-    /// Where they go.
+    /// Their topic.
     pub topic: &'a Topic,
-    /// What is allowed.
+    /// The limits.
     pub limits: Limits,
     /// Makes the id of the message at a place in the request, for those without one.
     pub new_id: &'a dyn Fn(usize) -> String,
@@ -89,7 +89,7 @@ impl fmt::Debug for Context<'_> {
     }
 }
 
-/// Where in a request a fault is.
+/// The place of a fault in a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// A JSON pointer into the body; empty for the whole body.
@@ -101,13 +101,13 @@ pub enum Place {
 /// One rule that a request breaks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
-    /// Where.
+    /// The place.
     pub place: Place,
-    /// What is wrong there, as one sentence without a full stop.
+    /// The fault, as one sentence without a full stop.
     pub detail: String,
 }
 
-/// Why a request was refused. Nothing of it may be published.
+/// Reasons why a request is refused. Nothing of it may be published.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A CloudEvents format that is not spoken here.

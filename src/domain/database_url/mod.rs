@@ -20,7 +20,7 @@ const SHOWN: &AsciiSet = &NON_ALPHANUMERIC
 /// The same before the name, where a slash ends the servers.
 const SHOWN_HOST: &AsciiSet = &SHOWN.add(b'/');
 
-/// Why a text names no database. No part of it is in here.
+/// The reason why a text does not name a database. It has no part of the text.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Fault(String);
@@ -40,10 +40,10 @@ pub enum Place {
     Socket(String),
 }
 
-/// A server of the list; what is absent is as the environment or the platform has it.
+/// A server of the list; absent values come from the environment or the platform.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Server {
-    /// Where it is.
+    /// Its place.
     pub place: Option<Place>,
     /// Its port.
     pub port: Option<u16>,
@@ -58,7 +58,7 @@ pub enum SslMode {
     Allow,
     /// If the server can.
     Prefer,
-    /// Always, with whoever answers.
+    /// Always, without checking who answers.
     Require,
     /// Always, with a server that an authority vouches for.
     VerifyCa,
@@ -119,7 +119,7 @@ impl DatabaseUrl {
     /// Reads a URL, or keywords with values.
     ///
     /// # Errors
-    /// It is neither, or asks for what is not supported.
+    /// The text is neither, or asks for something that is not supported.
     pub fn parse(text: &str) -> Result<Self, Fault> {
         read::read(text)
     }

@@ -83,7 +83,7 @@ struct Found {
 }
 
 impl Found {
-    /// Reads what is behind the scheme. As libpq, it looks for the end of user and password first.
+    /// Reads the text after the scheme. Like libpq, it looks for the end of user and password first.
     fn read_url(&mut self, rest: &str) -> Result<(), Fault> {
         let head = rest.find('/').map_or(rest, |slash| &rest[..slash]);
         let behind = match head.rfind('@') {
@@ -314,7 +314,7 @@ fn unknown(index: usize) -> Fault {
     ))
 }
 
-/// A value of a keyword, quoted or not, and what is behind it.
+/// A keyword's value, quoted or not, and the text after it.
 fn value(text: &str) -> Result<(String, &str), Fault> {
     let is_quoted = text.starts_with('\'');
     let mut value = String::new();

@@ -195,7 +195,7 @@ pub enum CancelledScheduled {
     },
     /// It is in its stream.
     Published {
-        /// Where.
+        /// The place.
         offset: Offset,
     },
     /// There is no such message, or it is forgotten.

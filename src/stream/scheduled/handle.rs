@@ -54,7 +54,7 @@ pub enum ScheduledStatus {
     Scheduled,
     /// It is in its stream.
     Published {
-        /// Where.
+        /// The place.
         offset: Offset,
     },
     /// It was cancelled.
@@ -84,7 +84,7 @@ pub enum Cancelled {
     Cancelled,
     /// Too late.
     AlreadyPublished {
-        /// Where it is.
+        /// Its place.
         offset: Offset,
     },
     /// There is no such message, or it is forgotten: published or cancelled ones are kept for a day after they were due.
