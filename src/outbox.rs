@@ -107,8 +107,8 @@ impl Message {
         data_schema => data_schema;
     }
 
-    /// For topics of a keyed stream: only if the message's key has had so many messages there when this one arrives. Otherwise it
-    /// is listed with the origin's rejected messages; the transaction does not hear of it. Needs a key.
+    /// For topics of a keyed stream: the message is published only if its key has had this many messages there when it arrives.
+    /// Otherwise it is listed with the origin's rejected messages; the transaction does not learn of it. Needs a key.
     #[must_use]
     pub const fn expected_version(mut self, version: i64) -> Self {
         self.expected_version = Some(version);
@@ -131,7 +131,7 @@ impl Message {
     }
 }
 
-/// Why a message was not written. The transaction is over for Postgres: roll it back.
+/// Reasons why a message was not written. The transaction has failed in Postgres: roll it back.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It could not become a message: the outbox's constraint of this name says why.
@@ -139,7 +139,7 @@ pub enum Error {
     Refused {
         /// `outbox_topic_is_valid`, say.
         constraint: String,
-        /// What the driver said.
+        /// The driver's error.
         #[source]
         source: sqlx::Error,
     },

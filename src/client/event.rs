@@ -105,7 +105,7 @@ impl NewEvent {
         self
     }
 
-    /// When it happened.
+    /// The time when it happened.
     #[must_use]
     pub fn time(mut self, at: DateTime<Utc>) -> Self {
         self.time = Some(at);
@@ -178,7 +178,7 @@ pub struct Event {
     pub kind: String,
     /// The subject of the event within its source.
     pub subject: Option<String>,
-    /// When it happened.
+    /// The time when it happened.
     pub time: Option<DateTime<Utc>>,
     /// The type of the payload; JSON without.
     pub data_content_type: Option<String>,

@@ -91,7 +91,7 @@ pub enum Settled {
     AlreadySettled,
     /// It is tried again at that time, or has become this dead letter.
     Nacked {
-        /// When it goes out again.
+        /// The time when it goes out again.
         due_at: Option<DateTime<Utc>>,
         /// The dead letter that it has become, if it ran out of attempts.
         dead_letter: Option<String>,

@@ -69,7 +69,7 @@ impl<'de> Deserialize<'de> for LetterId {
     }
 }
 
-/// Why a message died.
+/// The reasons why a message dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
@@ -101,8 +101,8 @@ impl Cause {
     }
 }
 
-/// Which dead letters are meant: all that fit every part that is given. The stored form is what the function
-/// `dead_letter_fits` of the schema reads.
+/// A filter on dead letters: it selects those that match every given part. The schema's function `dead_letter_fits` reads the
+/// stored form.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Selection {

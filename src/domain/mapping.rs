@@ -52,7 +52,7 @@ impl fmt::Display for TableName {
     }
 }
 
-/// What of a message a mapping can say.
+/// The attributes of a message that a mapping can set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[expect(missing_docs, reason = "the outbox's own columns of these names")]
 pub enum Field {
@@ -139,7 +139,7 @@ pub struct Mapping {
     pub pickup: Pickup,
     /// Whether the relay takes rows out that were relayed a grace ago. Rows picked up by deletion leave anyhow.
     pub deletes_relayed: bool,
-    /// What the attributes are made of.
+    /// The templates of the attributes.
     pub fields: BTreeMap<Field, Value>,
     /// Extension attributes by name.
     pub extensions: BTreeMap<String, Value>,
@@ -160,7 +160,7 @@ impl Mapping {
     }
 }
 
-/// What is wrong with a draft.
+/// A fault of a draft.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
     /// The key, `columns.topic`.

@@ -59,8 +59,8 @@ impl Message {
     /// The same of an extension attribute.
     const EXTENSION_OVERHEAD_BYTES: usize = 16;
 
-    /// Its share of an append, in bytes: the payload, all attributes, and what stands around them. Whoever makes up appends and
-    /// whoever bounds them ask this.
+    /// Its share of an append, in bytes: the payload, all attributes and their overhead. Code that makes up appends and code that
+    /// bounds them both use this.
     #[must_use]
     pub fn size(&self) -> usize {
         let texts: usize = self.texts().map(str::len).sum();
@@ -135,7 +135,7 @@ impl Data {
     }
 }
 
-/// Which lane of a queue with priorities a message goes by: the extension attribute `priority`, which itself passes on as it came.
+/// The lane of a message in a queue with priorities: the extension attribute `priority`, which is passed on unchanged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Priority {
     /// `low`, or 0 to 3.
@@ -207,8 +207,8 @@ impl Message {
             .map_or(Priority::Normal, Priority::of)
     }
 
-    /// When it is to enter its stream, whole microseconds: the extension attribute `deliverat`, which itself passes on as it came.
-    /// `None` without one, and for a value that is no time: the ways in refuse those.
+    /// The time when it enters its stream, in whole microseconds: the extension attribute `deliverat`, which is passed on unchanged.
+    /// `None` without one, and for a value that is not a time: the ways in refuse those.
     #[must_use]
     pub fn deliver_at(&self) -> Option<DateTime<Utc>> {
         let text = self.extensions.get(DELIVER_AT)?.as_str()?;
@@ -309,7 +309,7 @@ pub struct Entry {
     pub priority: Priority,
     /// The event in CloudEvents' JSON format.
     pub event: Bytes,
-    /// When it was appended; never goes back over offsets.
+    /// The time when it was appended; it never decreases from one offset to the next.
     pub appended_at: DateTime<Utc>,
 }
 

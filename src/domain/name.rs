@@ -8,7 +8,7 @@ pub const TOPIC_MAX_BYTES: usize = 255;
 /// The longest name of a stream, queue or origin, in bytes.
 pub const NAME_MAX_BYTES: usize = 100;
 
-/// Why a name was refused. The text is one clause that completes "`name` …".
+/// Reasons why a name is refused. The text is one clause that completes "`name` …".
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The name has no characters.

@@ -37,7 +37,7 @@ pub const REASON_MAX_BYTES: usize = 1_024;
 /// Longest consumer name and receive id, in bytes.
 pub const CONSUMER_MAX_BYTES: usize = 255;
 
-/// What a queue does with deliveries. Stored as JSON in the queue's row.
+/// The settings of a queue's deliveries. Stored as JSON in the queue's row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
@@ -46,7 +46,7 @@ pub struct Settings {
     pub visibility_timeout: Duration,
     /// Attempts before a message becomes a dead letter; 1 to 1,000.
     pub max_attempts: u32,
-    /// When a message that failed is tried again.
+    /// When to retry a message that failed.
     pub retry: RetryPolicy,
     /// Most live deliveries at a time; 1 to 10,000.
     pub max_in_flight: u32,
@@ -68,7 +68,7 @@ pub struct Settings {
     /// How long a dead letter is kept; a minute to ten years.
     #[serde(rename = "dead_letter_retention_ms", with = "millis")]
     pub dead_letter_retention: Duration,
-    /// Where a copy of each dead letter is published.
+    /// The topic that gets a copy of each dead letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter_topic: Option<Topic>,
 }
@@ -101,7 +101,7 @@ pub enum Ordering {
     Key,
 }
 
-/// When a message that failed is tried again.
+/// When to retry a message that failed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum RetryPolicy {
@@ -167,13 +167,13 @@ impl RetryPolicy {
     }
 }
 
-/// A value of a declaration that cannot be had. Reads as "`field` reason".
+/// An invalid value of a declaration. Reads as "`field` reason".
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` {reason}")]
 pub struct Fault {
     /// The field, as the API names it.
     pub field: &'static str,
-    /// One clause: what is allowed.
+    /// The allowed values, in one clause.
     pub reason: String,
 }
 
@@ -299,7 +299,7 @@ impl RetryPolicy {
     }
 }
 
-/// Where a queue begins. Fixed when the queue is made.
+/// The place where a queue begins, fixed when the queue is created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "at", content = "value", rename_all = "snake_case")]
 pub enum Start {

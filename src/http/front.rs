@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The server's state before the engines are there.
 #[derive(Debug, Clone)]
 pub struct Early {
-    /// Why the process is not ready.
+    /// The reasons why the process is not ready.
     pub readiness: Readiness,
     /// The server's own metrics.
     pub metrics: Metrics,

@@ -11,7 +11,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::follow;
 
-/// What tells requests apart.
+/// The labels of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answered {
     method: &'static str,

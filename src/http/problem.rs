@@ -114,7 +114,7 @@ kinds! {
     NotResendable = "not-resendable", 409, "The rejected message cannot be resent";
     /// The letter's message is in the queue again.
     DeadLetterRedriven = "dead-letter-redriven", 409, "The dead letter has been redriven";
-    /// A scheduled message cannot be cancelled any more.
+    /// A scheduled message can no longer be cancelled.
     AlreadyPublished = "already-published", 409, "The message has already been published";
     /// Another owner holds the lock.
     LockHeld = "lock-held", 409, "Another owner holds the lock";
@@ -185,7 +185,7 @@ pub struct FieldError {
     pub allowed: Option<String>,
 }
 
-/// Where in a request.
+/// A place in a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {

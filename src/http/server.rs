@@ -66,7 +66,7 @@ impl Server {
     }
 }
 
-/// Why the server did not start.
+/// Reasons why the server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The listener has no address.
@@ -292,8 +292,8 @@ impl Connection {
         drop(entry);
     }
 
-    /// Which of the two a client speaks, by its first bytes, which stay in the socket: read here, and put before the rest
-    /// again, they would have hyper take a second buffer for the life of the connection. None when it says nothing.
+    /// The protocol of a client, by its first bytes, which stay in the socket: if they were read here and put back before the rest,
+    /// hyper would need a second buffer for the life of the connection. None when the client sends nothing.
     async fn speaks_http2(&self, stream: &TcpStream, outgoing: &Outgoing) -> Option<bool> {
         const START: &[u8] = b"PRI ";
         let mut over = pin!(sleep(self.idle_timeout));

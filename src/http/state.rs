@@ -27,7 +27,7 @@ const KEEP_ALIVE_GRACE: Duration = Duration::from_secs(2);
 /// The limits of the server.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// What a publish may hold.
+    /// The limits of a publish.
     pub publish: Limits,
     /// The largest request body, in bytes.
     pub body_max_bytes: usize,
@@ -55,7 +55,7 @@ pub struct Options {
     pub reader_heartbeat: Duration,
     /// How long the process goes on serving after it said that it is not ready, so that balancers notice.
     pub lame_duck: Duration,
-    /// What nodes know each other by; without it a key of the broker's database.
+    /// The secret by which nodes recognize each other; by default a key in the broker's database.
     pub node_secret: Option<String>,
     /// How long open connections have to finish after that.
     pub drain: Duration,
@@ -98,7 +98,7 @@ impl Default for Options {
     }
 }
 
-/// What the API is an interface to.
+/// The parts behind the API.
 #[derive(Debug, Clone)]
 pub struct Parts {
     /// The streams.
@@ -117,7 +117,7 @@ pub struct Parts {
     pub registry: Arc<Registry>,
     /// The server's own.
     pub metrics: Metrics,
-    /// Why the process is not ready, if it is not.
+    /// The reasons why the process is not ready, if it is not.
     pub readiness: Readiness,
 }
 
@@ -135,9 +135,9 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) answers: Budget,
     /// The names that requests may ask for.
     pub(in crate::http) hosts: Hosts,
-    /// Who follows streams by server-sent events.
+    /// The readers that follow streams by server-sent events.
     pub(in crate::http) readers: Readers,
-    /// For what is to be done after a request.
+    /// For work after a request.
     pub(in crate::http) supervisor: Supervisor,
     /// The way to other nodes.
     pub(in crate::http) peers: Peers,
@@ -145,7 +145,7 @@ pub(in crate::http) struct Inner {
     /// Requests that wait for an owner.
     pub(in crate::http) gaps: Gaps,
     pub(in crate::http) secret: Secret,
-    /// What this node shows to others.
+    /// The tag that this node shows to others.
     pub(in crate::http) tag: HeaderValue,
     /// The value of `Keep-Alive`; none where it would be below a second.
     pub(in crate::http) keep_alive: Option<HeaderValue>,

@@ -16,7 +16,7 @@ use super::state::State;
 
 /// How much of a body that is too large is read and thrown away, so that its sender gets to read the answer.
 const DISCARD_MAX_BYTES: usize = 64 * 1024 * 1024;
-/// For how long.
+/// The time limit.
 const DISCARD_TIME: Duration = Duration::from_secs(3);
 
 /// The whole body, within the server's limits of size and time.
@@ -31,7 +31,7 @@ impl FromRequest<State> for Whole {
     }
 }
 
-/// Why a body is not read on.
+/// Reasons why reading a body stops.
 enum Stop {
     TooLarge,
     NoRoom(Problem),
@@ -39,7 +39,7 @@ enum Stop {
 }
 
 impl Whole {
-    /// Reads a body of so many bytes at most. They hold their share of the memory for bodies until they are dropped.
+    /// Reads a body up to a size limit. The bytes hold their share of the memory for bodies until they are dropped.
     pub(in crate::http) async fn within(
         request: Request,
         state: &State,

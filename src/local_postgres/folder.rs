@@ -21,7 +21,7 @@ const SOCKET_DIR_MAX_BYTES: usize = 86;
 /// How long a program has to end after it was told to.
 const PROGRAM_STOP: Duration = Duration::from_secs(5);
 
-/// Where the parts are. Holds the lock while any clone lives.
+/// The places of the parts. Holds the lock while any clone lives.
 #[derive(Debug, Clone)]
 pub(super) struct Folder {
     pub(super) cluster_dir: PathBuf,
@@ -51,8 +51,8 @@ impl Folder {
             .map(|text| text.trim().to_owned())
     }
 
-    /// A command of the installation, run by the account that owns the data, without the caller's PG* variables, and in
-    /// a process group of its own: a Ctrl-C at the terminal must reach the broker first.
+    /// A command of the installation, run by the account that owns the data, without the caller's PG* variables, and in a separate
+    /// process group: a Ctrl-C at the terminal must reach the broker first.
     pub(super) fn command(&self, installation: &Installation, program: &str) -> Command {
         let mut command = Command::new(installation.bin_dir.join(program));
         command

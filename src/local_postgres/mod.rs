@@ -35,7 +35,7 @@ pub const PORT: u16 = 5432;
 /// How to run the private server.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where everything is kept: the lock, the database cluster, its log and, when the path is short enough, its socket.
+    /// The folder of everything: the lock, the database cluster, its log and, when the path is short enough, its socket.
     pub data_dir: PathBuf,
     /// The folder of `postgres` and `initdb`; found by itself when `None`.
     pub bin_dir: Option<PathBuf>,
@@ -61,7 +61,7 @@ impl Settings {
     }
 }
 
-/// Why the private server could not be had.
+/// Reasons why the private server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No installation anywhere.
@@ -127,7 +127,7 @@ pub enum Error {
         doing: &'static str,
         /// To what.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -214,7 +214,7 @@ impl Handle {
     }
 }
 
-/// What must be escaped in a value of a URL's query. A slash may stay.
+/// The characters to escape in a value of a URL's query. A slash may stay.
 const URL_QUERY: &percent_encoding::AsciiSet = &percent_encoding::CONTROLS
     .add(b' ')
     .add(b'"')
@@ -227,8 +227,8 @@ const URL_QUERY: &percent_encoding::AsciiSet = &percent_encoding::CONTROLS
     .add(b'?')
     .add(b'=');
 
-/// Where the data goes unless told: the platform's folder for a user's data, or, for root, one that the account which
-/// runs Postgres can enter.
+/// The default data folder: the platform's folder for a user's data, or, for root, one that the account which runs Postgres
+/// can enter.
 #[must_use]
 pub fn default_data_dir() -> PathBuf {
     if account::is_root() {

@@ -117,7 +117,7 @@ fn is_zombie(pid: Pid) -> bool {
         .unwrap_or(false)
 }
 
-/// What `postmaster.pid` says.
+/// The contents of `postmaster.pid`.
 struct PidFile {
     pid: Pid,
     is_ready: bool,

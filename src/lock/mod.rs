@@ -39,15 +39,15 @@ pub struct Request {
     pub name: LockName,
     /// For whom: no two that could hold the lock at a time may have the same.
     pub owner: String,
-    /// Renew what is held under this token, and take nothing else.
+    /// Renew the lock that is held under this token, and take no other.
     pub token: Option<i64>,
-    /// For how long from the moment it is given, by the database's clock.
+    /// The time to hold it, from the moment it is given, by the database's clock.
     pub ttl: Duration,
     /// How long to wait in line for it.
     pub wait: Duration,
 }
 
-/// Why a lock could not be had.
+/// Reasons why a lock could not be acquired.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// Another has it, or comes before.
@@ -55,12 +55,12 @@ pub enum Error {
     Held {
         /// Which.
         name: LockName,
-        /// Who has it; nobody when only others come before.
+        /// The holder; None when others are only ahead in line.
         holder: Option<Holder>,
         /// How many come before.
         ahead: u64,
     },
-    /// It is not held under this token any more: its time was up, and another has had it since.
+    /// It is no longer held under this token: its time was up, and another owner has had it since.
     #[error("the lock `{name}` is no longer held under token {token}")]
     Lost {
         /// Which.
@@ -77,7 +77,7 @@ pub enum Error {
     /// As many wait on this node as may.
     #[error("{WAITERS_MAX} requests for locks already wait on this node, which is the limit")]
     TooManyWaiters,
-    /// What became of the request is not known. A repeat is safe.
+    /// The outcome of the request is unknown. A repeat is safe.
     #[error("it is unknown whether the request was carried out; repeating it is safe")]
     OutcomeUnknown,
     /// The task has ended.
@@ -181,7 +181,7 @@ impl Handle {
         .await
     }
 
-    /// Gives a lock back. Done as well when it is not held under the token any more.
+    /// Gives a lock back. It is no error if the lock is no longer held under the token.
     ///
     /// # Errors
     /// The database's.

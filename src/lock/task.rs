@@ -26,7 +26,7 @@ const FORGET_EVERY: Duration = Duration::from_secs(60);
 struct Asked {
     take: Take,
     until: Instant,
-    /// When to ask next.
+    /// The time to ask next.
     due: Instant,
     reply: Reply<Holder>,
 }
@@ -152,7 +152,7 @@ impl Task {
         }
     }
 
-    /// Asks for what is due. Nobody waits who is gone.
+    /// Asks for the due locks. Requests whose caller has gone are dropped.
     async fn take(&mut self) {
         self.asked.retain(|asked| !asked.reply.is_closed());
         let now = Instant::now();
@@ -223,7 +223,7 @@ impl Task {
         }
     }
 
-    /// Who has time left waits until the database is back: the repeat finds what the first request did.
+    /// Requests with time left wait until the database is back: the repeat finds the effect of the first request.
     fn wait_or_fail(&mut self, mut asked: Asked, error: &Error) {
         let now = Instant::now();
         if asked.until <= now
@@ -293,8 +293,8 @@ impl Task {
         }
     }
 
-    /// What is told of a statement that failed. None to repeat it at once: the connection was lost, which may have been long ago,
-    /// and every statement here may be repeated.
+    /// The error to report for a failed statement. None to repeat it at once: the connection was lost, perhaps long ago, and every
+    /// statement here may be repeated.
     fn told(&mut self, error: store::Error, is_repeat: &mut bool) -> Option<Error> {
         let is_spent = error.is_connection_spent();
         if is_spent {

@@ -48,7 +48,7 @@ impl Run<'_> {
         self.settle(prepared.sent, placed)
     }
 
-    /// A planted fault: the messages in one commit, and what is left of the member, its position, in another.
+    /// A planted fault: the messages in one commit, and the rest of the member, its position, in another.
     async fn append_apart(&self, member: &mut Member) -> Result<(), Trouble> {
         let Member::Relay { messages, .. } = member else {
             return Ok(());

@@ -195,7 +195,8 @@ impl Backlog {
         parsed.is_none_or(|(now, since)| now.shows(id) && !since.shows(id))
     }
 
-    /// The groups after a seq, up to so many rows but always one: from which seq to which, the last one's end, and whether there are more.
+    /// The groups after a seq, up to this many rows but always one: the range of seqs, the last group's end, and whether there are
+    /// more.
     fn next(&self, after: i64, rows: usize) -> (Range, i64, Bucket, bool) {
         let first = after.saturating_add(1) >> self.shift;
         let mut groups = self.buckets.range(first..).peekable();
@@ -219,7 +220,7 @@ impl Backlog {
 }
 
 impl Run<'_> {
-    /// Counts what is left of a window after a seq, unless it is counted. Returns how many rows that is, or more.
+    /// Counts the rest of a window after a seq, unless it is counted already. Returns at least the number of its rows.
     pub(super) async fn count_backlog(
         &mut self,
         position: &Position,
@@ -347,7 +348,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The next part of a window after a seq. None, when it has to be counted anew.
+    /// The next part of a window after a seq. None when the window has to be counted again.
     pub(super) async fn find_part(&mut self, after: i64) -> Result<Option<Part>, Trouble> {
         let Some(backlog) = self.caution.backlog.take() else {
             return Ok(None);

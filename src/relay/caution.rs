@@ -56,13 +56,13 @@ impl Caution {
         self.rows.map_or(usual, |rows| rows.min(usual))
     }
 
-    /// Whether rows go one by one, so that what is refused is one of them.
+    /// Whether rows go one by one, so that a refusal concerns a single row.
     pub(super) fn is_single(&self) -> bool {
         self.rows == Some(1)
     }
 
-    /// Takes note of an append of so many rows that was refused; with the rows' copies, where they went alone. `keeps_rows`: the rows
-    /// stay where they are when they are listed. Returns whether something is left to be tried.
+    /// Notes a refused append of this many rows, with the rows' copies where they went alone. `keeps_rows`: the rows stay where
+    /// they are when they are listed. Returns whether something is left to try.
     pub(super) fn refused(
         &mut self,
         count: usize,

@@ -17,7 +17,7 @@ use crate::store::origin::{Claim, Claimant, Claimed, Reader, Session};
 const FOREIGN_INTERVAL: Duration = Duration::from_secs(10);
 
 impl Relay {
-    /// Who this relay is for what it reads.
+    /// The identity of this relay as a reader.
     pub(super) fn reader(&self) -> Reader {
         Reader {
             broker: self.cluster.identity().id,

@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::position::{NOTHING, Position};
 use crate::store::origin::Identity;
 
-/// What the next window is opened with.
+/// The starting point of the next window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Since<'a> {
     /// The snapshot that it begins at.
@@ -35,10 +35,10 @@ impl<'a> Since<'a> {
     }
 }
 
-/// What is done with an opened window.
+/// The next act after opening a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// The broker's database is older than what was emptied: all of the outbox is read again, and messages may be missing.
+    /// The broker's database is older than the last emptied rows: all of the outbox is read again, and messages may be missing.
     Gap,
     /// All of the outbox is read again, and why.
     Rerelay(&'static str),
@@ -79,7 +79,7 @@ impl Next {
     }
 }
 
-/// Why the position is not one of this origin's past, if it is not.
+/// The reason why the position is not in this origin's past, if it is not.
 pub(super) fn went_back(position: &Position, identity: &Identity) -> Option<&'static str> {
     if position.system_identifier != identity.system_identifier {
         Some("it is a different Postgres cluster than before")
@@ -119,8 +119,8 @@ pub(super) fn leave_last_seq<T>(chunk: &mut Vec<T>, seq: impl Fn(&T) -> i64) {
     }
 }
 
-/// The number of the position after the stored one. Beyond what was emptied, so that a broker restored from a backup goes through
-/// a gap once.
+/// The number of the position after the stored one. It lies beyond the emptied rows, so that a broker restored from a backup
+/// goes through a gap only once.
 pub(super) fn next_number(number: i64, emptied: i64) -> i64 {
     number.max(emptied) + 1
 }

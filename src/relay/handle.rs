@@ -19,7 +19,7 @@ pub struct Handle {
     jobs: mpsc::Sender<Job>,
 }
 
-/// What a person changes about a rejected row before it is sent on. What is `None` stays as it was.
+/// A person's corrections to a rejected row before it is resent. A field that is `None` stays as it was.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Correction {
     /// Another topic.
@@ -30,7 +30,7 @@ pub struct Correction {
     pub skip_schema: bool,
 }
 
-/// Why rejected rows could not be listed, or one not sent on.
+/// Reasons why rejected rows could not be listed, or one could not be resent.
 #[derive(Debug, thiserror::Error)]
 pub enum RejectedError {
     /// No origin of this process has the name.
@@ -45,7 +45,7 @@ pub enum RejectedError {
         /// The number asked for.
         id: i64,
     },
-    /// It was sent on before.
+    /// It has been resent before.
     #[error("the rejected row {id} has already been resent")]
     AlreadyResent {
         /// The number asked for.

@@ -128,7 +128,7 @@ impl Default for Options {
     }
 }
 
-/// Why the relays could not start.
+/// Reasons why the relays could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Two origins have one name.

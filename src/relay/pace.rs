@@ -9,7 +9,7 @@ use super::Options;
 
 /// Rows count for about so long.
 const MEMORY: Duration = Duration::from_millis(50);
-/// So many rows within [`MEMORY`], 1,500 in a second, are many.
+/// This many rows within [`MEMORY`], 1,500 per second, count as many.
 const MANY: f64 = 75.0;
 /// The pause between steps while many come.
 const SHARED: Duration = Duration::from_millis(5);
@@ -35,7 +35,7 @@ impl Pace {
         }
     }
 
-    /// The pause after a step that ended at `now` with so many rows; none where the next follows at once.
+    /// The pause after a step that ended at `now` with this many rows; none where the next step follows at once.
     pub(super) fn after(
         &mut self,
         rows: usize,
@@ -61,8 +61,8 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// Steps that take a millisecond each, of an origin where so many rows come in each millisecond: for how much of the time the
-    /// relay waits, and how many rows a step has in the end.
+    /// Runs steps of a millisecond each, on an origin where this many rows come per millisecond. Returns the share of the time that
+    /// the relay waits, and the rows per step at the end.
     fn run(rows_per_ms: f64) -> (f64, usize) {
         let options = Options::default();
         let start = Instant::now();

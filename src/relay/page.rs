@@ -13,7 +13,7 @@ use crate::stream::Rejected;
 #[derive(Debug, Default)]
 pub(super) struct Page {
     pub(super) rows: Vec<OutboxRow>,
-    /// Those that cannot be read.
+    /// The rows that cannot be read.
     pub(super) unread: Vec<Rejected>,
 }
 

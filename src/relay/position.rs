@@ -10,7 +10,7 @@ pub(super) const NOTHING: &str = "3:3:";
 /// A relay's position: everything that `snapshot` shows is in the streams, but for what `window` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Position {
-    /// Of Postgres' type pg_snapshot, in its text form.
+    /// The snapshot, of Postgres' type pg_snapshot in its text form.
     pub(super) snapshot: String,
     /// A window that is not at its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -23,14 +23,14 @@ pub(super) struct Position {
     pub(super) system_identifier: String,
     /// The cluster's timeline, for people who read the position after a failover. The mark decides.
     pub(super) timeline: i32,
-    /// Where rows are picked up by deletion: the primary keys of the rows that were appended with this position. They are taken
-    /// out before the next ones are read; until that is certain they are still to be.
+    /// For pickup by deletion: the primary keys of the rows that were appended with this position. They are deleted before the next
+    /// ones are read; until that is certain they still have to be.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) taken: Vec<Vec<String>>,
-    /// Where rows are picked up by deletion: the table went back in time.
+    /// For pickup by deletion: the table went back in time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) recheck: Option<Recheck>,
-    /// The broker's database went back in time, and what was emptied since is nowhere any more.
+    /// The broker's database went back in time, and the rows emptied since then exist nowhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) gaps: Option<Gaps>,
 }
@@ -40,7 +40,7 @@ pub(super) struct Position {
 pub(super) struct Gaps {
     /// How often, ever.
     pub(super) count: u64,
-    /// When last.
+    /// The time of the last one.
     pub(super) last_at: DateTime<Utc>,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Gaps {
 pub(super) enum Recheck {
     /// Rows that the streams have are being taken out.
     Pass,
-    /// That is done; what is left is relayed, and a row that was rejected before is not listed twice.
+    /// The lookup is done; the remaining rows are relayed, and a row that was rejected before is not listed twice.
     Rest,
 }
 

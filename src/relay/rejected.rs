@@ -23,7 +23,7 @@ pub const REJECTED_PAGE_MAX: u32 = 1_000;
 pub struct RejectedPage {
     /// The rows, oldest first.
     pub rows: Vec<RejectedRow>,
-    /// Where the next page starts; none at the end.
+    /// The start of the next page; none at the end.
     pub next_after: Option<i64>,
 }
 

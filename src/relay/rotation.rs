@@ -41,10 +41,10 @@ const LEAVES_KEPT: Duration = Duration::from_secs(3 * LEAF_PERIOD.as_secs());
 /// How often the streams' retention is looked at.
 const RETENTION_INTERVAL: Duration = Duration::from_secs(600);
 
-/// What upkeep remembers between its turns.
+/// The memory of upkeep between its turns.
 pub(super) struct Rotation {
     folded_number: i64,
-    /// When that was.
+    /// The time of that.
     folded_at: Instant,
     pub(super) mark_count: u32,
     noted: Option<(i64, Instant)>,
@@ -103,7 +103,7 @@ impl Run<'_> {
         }
     }
 
-    /// Drops the oldest rejected rows that are beyond the bounds of their list, and counts what is left.
+    /// Drops the oldest rejected rows beyond the bounds of their list, and counts the rest.
     async fn drop_rejected(&mut self) -> Result<(), Trouble> {
         let relay = self.relay;
         let interval = REJECTED_INTERVAL.min(relay.options.rejected.age / 2);

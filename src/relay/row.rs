@@ -23,7 +23,7 @@ const CONTENT_TYPE_MAX_BYTES: usize = 255;
 /// are rejected with all that they have, since they leave the table.
 const COPY_MAX_BYTES: usize = crate::store::mapped::ROW_MAX_BYTES;
 
-/// Attribute names that have a column of their own, or that CloudEvents keeps for itself.
+/// Attribute names that have their own column, or that CloudEvents reserves.
 const RESERVED: [&str; 12] = [
     "specversion",
     "id",
@@ -263,8 +263,9 @@ fn to_integer(value: &Value) -> Option<i32> {
     (in_range && number.fract() == 0.0).then_some(number as i32)
 }
 
-/// The kind of a payload, by its column and its content type. JSON is checked here once, by the rule that holds over HTTP too, and passes
-/// as it was written; what is declared JSON (or nothing) and is not JSON that every reader takes goes out as bytes.
+/// The kind of a payload, by its column and its content type. JSON is checked here once, by the same rule as over HTTP, and passes
+/// as it was written. A payload that is declared as JSON (or not declared) and is not JSON that every reader takes goes out as
+/// bytes.
 fn to_data(text: Option<String>, bytes: Option<Vec<u8>>, content_type: Option<&str>) -> Data {
     match (text, bytes) {
         (Some(text), _) => match content_type {

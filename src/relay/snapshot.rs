@@ -3,7 +3,7 @@
 /// Ids in progress that a window is cut around. More are looked at, and left out row by row.
 const CUTS_MAX: usize = 64;
 
-/// Of Postgres' type pg_snapshot.
+/// A snapshot of Postgres' type pg_snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Snapshot {
     xmin: i64,

@@ -8,7 +8,7 @@ use crate::domain::id::OriginId;
 use crate::domain::mapping::Pickup;
 use crate::domain::name::OriginName;
 
-/// What a relay is doing.
+/// The states of a relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
     /// Another node relays this origin, or this one is about to.
@@ -23,7 +23,7 @@ pub enum State {
     Standby,
     /// The origin does not answer. It is tried again.
     Unreachable,
-    /// The origin has no outbox: `postroad install` is to be run there. It is asked again.
+    /// The origin has no outbox: somebody must run `postroad install` there. The relay keeps asking.
     NotInstalled,
     /// The origin refuses what a relay needs (rights, a wrong password), or a mapped table is not as its mapping says. It is
     /// asked again.
@@ -79,7 +79,7 @@ pub struct Blocked {
     pub leaf: String,
     /// The session that holds it; none is a prepared transaction.
     pub pid: Option<i32>,
-    /// Since when, by the database's clock.
+    /// The time since when, by the database's clock.
     pub since: DateTime<Utc>,
 }
 
@@ -103,11 +103,11 @@ pub struct Status {
     pub place: String,
     /// The table in place of the outbox; none where the outbox is Postroad's own.
     pub mapped: Option<Mapped>,
-    /// What the relay is doing.
+    /// The relay's state.
     pub state: State,
-    /// Why, if something is wrong.
+    /// The reason, if something is wrong.
     pub detail: Option<String>,
-    /// Since when it is in this state.
+    /// The time since when it is in this state.
     pub state_since: DateTime<Utc>,
     /// The number of the position stored last; rises with each append.
     pub position: i64,
@@ -124,7 +124,7 @@ pub struct Status {
     /// Times that rows were found emptied that the broker's database, restored from a backup, can lack: ever, by whatever process.
     /// None until the stored position is read, which says so.
     pub gap_count: Option<u64>,
-    /// When that was last.
+    /// The time of the last one.
     pub gap_at: Option<DateTime<Utc>>,
     /// Windows opened by this process.
     pub step_count: u64,
@@ -161,8 +161,8 @@ impl Status {
         }
     }
 
-    /// For how long the relay has not been sure that everything is relayed: a fraction of a second while all is well. None
-    /// until the first window.
+    /// How long the relay has not been sure that everything is relayed: a fraction of a second while all is well. None until the
+    /// first window.
     #[must_use]
     pub fn lag(&self, now: DateTime<Utc>) -> Option<Duration> {
         let through = self.relayed_through?;

@@ -35,7 +35,7 @@ pub(super) struct Relay {
     /// The origin is the broker's own database: storing the position flushes the log that the rows are in.
     pub(super) is_local: bool,
     pub(super) source: Database,
-    /// What is read in place of the outbox.
+    /// The table that is read in place of the outbox.
     pub(super) mapping: Option<Mapping>,
     pub(super) broker: Database,
     pub(super) stream: stream::Handle,
@@ -49,7 +49,7 @@ pub(super) struct Relay {
     pub(super) session: Mutex<Option<Backend>>,
 }
 
-/// What a session with the origin knows.
+/// The state of a session with the origin.
 pub(super) struct Run<'a> {
     pub(super) relay: &'a Relay,
     pub(super) fence: Fence,
@@ -59,7 +59,7 @@ pub(super) struct Run<'a> {
     /// The stored position and its number.
     pub(super) number: i64,
     pub(super) position: Option<Position>,
-    /// What the next position says of gaps.
+    /// The gaps that the next position records.
     pub(super) gaps: Option<Gaps>,
     /// The number of the position up to which rows have left the outbox. Higher than the stored one only when the broker's
     /// database went back in time.
@@ -70,14 +70,14 @@ pub(super) struct Run<'a> {
     pub(super) is_settled: bool,
     /// Other origins of this broker, under which it has relayed this outbox before: messages of it are theirs in the streams.
     pub(super) formers: Vec<OriginId>,
-    /// When rows of another server were last looked for.
+    /// The time of the last search for rows of another server.
     pub(super) foreign_at: Option<Instant>,
     pub(super) rotation: Rotation,
     /// Knowledge of refused rows and of the backlog, from this session and before.
     pub(super) caution: &'a mut Caution,
 }
 
-/// What a step did.
+/// The result of a step.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stepped {
     /// Rows that left the outbox's window.

@@ -4,7 +4,7 @@ use super::status::State;
 use crate::store;
 use crate::stream::AppendError;
 
-/// Why a session ended.
+/// Reasons why a session ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
     #[error("the process is ending")]
@@ -27,7 +27,7 @@ pub(super) enum Trouble {
     Broker(#[source] store::Error),
     #[error("the stream did not take the rows")]
     Append(#[source] AppendError),
-    /// An append of so many rows was refused for what some of them hold. Fewer are tried.
+    /// An append of this many rows was refused because of the contents of some. Fewer are tried.
     #[error("an append of {count} rows was refused; trying fewer until the bad row is found")]
     RowsRefused {
         count: usize,

@@ -138,7 +138,7 @@ impl Run<'_> {
         asking.await.map_err(Trouble::Origin)
     }
 
-    /// What must hold whatever the position is.
+    /// Checks that must hold for every position.
     pub(super) fn check_session(&mut self, identity: &Identity) -> Result<(), Trouble> {
         if identity.in_recovery {
             return Err(Trouble::Standby);
@@ -175,7 +175,7 @@ impl Run<'_> {
         })
     }
 
-    /// Relays what is left of the position's window. Returns how many rows that was.
+    /// Relays the rest of the position's window. Returns the number of its rows.
     pub(super) async fn relay_window(&mut self, position: Position) -> Result<usize, Trouble> {
         let longest = self.relay.options.piece_time;
         let setting = self.session.read_backlog(Some(longest)).await;

@@ -51,7 +51,7 @@ pub enum Error {
     Query {
         /// What was being done, as a gerund: "appending messages".
         doing: &'static str,
-        /// What the driver said.
+        /// The driver's error.
         #[source]
         source: sqlx::Error,
     },

@@ -176,7 +176,7 @@ impl GroupPart {
     }
 }
 
-/// What became of a group.
+/// The outcome of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupWritten {
     /// The turn of the journal that it was written in.

@@ -27,7 +27,7 @@ pub struct Summary {
     pub cause: String,
     /// How the last attempt failed.
     pub reason: Option<String>,
-    /// When it died.
+    /// The time when it died.
     pub died_at: DateTime<Utc>,
     /// The message's topic.
     pub topic: String,
@@ -61,7 +61,7 @@ pub struct Stored {
 pub struct Copy {
     /// Its place in the stream.
     pub offset: Offset,
-    /// When it was appended.
+    /// The time when it was appended.
     pub appended_at: DateTime<Utc>,
     /// The message.
     pub message: Message,
@@ -70,7 +70,7 @@ pub struct Copy {
 /// A part of what was asked for, by offset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part<T> {
-    /// What fits.
+    /// The dead letters that match.
     pub found: Vec<T>,
     /// Everything up to here was looked at; None at the end.
     pub through: Option<Offset>,
@@ -408,7 +408,7 @@ pub struct Unforwarded {
     pub cause: String,
     /// How the last attempts failed, oldest first.
     pub failures: Vec<Failure>,
-    /// When it died.
+    /// The time when it died.
     pub died_at: DateTime<Utc>,
     /// Where the copy goes.
     pub topic: String,

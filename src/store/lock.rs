@@ -16,7 +16,7 @@ pub struct Take {
     pub name: LockName,
     /// For whom.
     pub owner: String,
-    /// Renew what is held under this token, and take nothing else.
+    /// Renew the lock that is held under this token, and take no other.
     pub token: Option<i64>,
     /// For how long from now.
     pub seconds: f64,
@@ -62,7 +62,7 @@ pub struct Waiter {
 pub struct Described {
     /// Which.
     pub name: LockName,
-    /// Who has it.
+    /// Its holder.
     pub holder: Option<Holder>,
     /// The token of the present or the last holder.
     pub token: i64,

@@ -38,7 +38,7 @@ pub struct QueueRow {
     pub is_paused: bool,
     /// What made its generation, but for the first.
     pub renewal: Option<Renewed>,
-    /// When it was made.
+    /// The time of its creation.
     pub created_at: DateTime<Utc>,
     /// Queues that had its name before, and were deleted.
     pub former: Vec<QueueId>,

@@ -402,7 +402,7 @@ pub async fn delete_rejected(
 /// How much of an origin's rejected rows is kept, the youngest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RejectedBounds {
-    /// At most so many.
+    /// The most to return.
     pub rows: u64,
     /// At most so many bytes.
     pub bytes: u64,

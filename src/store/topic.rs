@@ -6,7 +6,7 @@ use sqlx::Connection as _;
 use super::{Database, Error, repeated};
 use crate::domain::name::TopicPattern;
 
-/// What is declared for the topics of a pattern.
+/// The declared settings for the topics of a pattern.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SettingsRow {
     /// The pattern.
@@ -19,9 +19,9 @@ pub struct SettingsRow {
     pub rate_per_second: Option<f64>,
     /// Messages that may come at once.
     pub burst: Option<i64>,
-    /// When it was declared first.
+    /// The time of the first declaration.
     pub created_at: DateTime<Utc>,
-    /// When it was changed last.
+    /// The time of the last change.
     pub changed_at: DateTime<Utc>,
 }
 

@@ -98,16 +98,16 @@ pub struct Read {
     pub topics: Option<Arc<[TopicPattern]>>,
     /// Only this ordering key.
     pub key: Option<String>,
-    /// At most so many entries.
+    /// The most entries.
     pub max_messages: usize,
-    /// At most so many bytes of events, but always one entry if there is one.
+    /// The most bytes of events, but always one entry if there is one.
     pub max_bytes: usize,
 }
 
 /// The entries of a page, in offset order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Page {
-    /// What matched.
+    /// The messages that matched.
     pub entries: Vec<Arc<Entry>>,
     /// All up to here was examined: the next page starts after it.
     pub through: Offset,
@@ -126,9 +126,9 @@ pub struct KeyRead {
     pub after: Offset,
     /// Only the last message.
     pub last_only: bool,
-    /// At most so many entries.
+    /// The most entries.
     pub max_messages: usize,
-    /// At most so many bytes of events, but always one entry if there is one.
+    /// The most bytes of events, but always one entry if there is one.
     pub max_bytes: usize,
 }
 
@@ -198,7 +198,7 @@ pub struct Scan {
 /// What a scan found, in offset order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scanned {
-    /// What matched.
+    /// The messages that matched.
     pub items: Vec<ScanItem>,
     /// All up to here was examined: the next scan starts after it. Equal to the scan's `after` at the end of the stream.
     pub through: Offset,
@@ -219,16 +219,16 @@ pub struct Search {
     pub key: Option<String>,
     /// Only this CloudEvents id.
     pub id: Option<String>,
-    /// At most so many entries.
+    /// The most entries.
     pub max_messages: usize,
-    /// At most so many bytes of events, but always one entry if there is one.
+    /// The most bytes of events, but always one entry if there is one.
     pub max_bytes: usize,
 }
 
 /// What a search found so far, in offset order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SearchPage {
-    /// What fits.
+    /// The dead letters that match.
     pub entries: Vec<Arc<Entry>>,
     /// The search goes on after this offset; `None` at the end of the stream.
     pub next: Option<Offset>,

@@ -114,7 +114,7 @@ impl Settings {
 /// How far ahead a description looks for what is to enter the stream.
 pub const SCHEDULED_AHEAD: Duration = Duration::from_secs(86_400);
 
-/// What a declare did.
+/// The result of a declaration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Declared {
     /// The stream is new.
@@ -149,7 +149,7 @@ pub struct Description {
     pub unsettled_limit_used: Option<f64>,
     /// What waits to enter it; `None` when nothing was ever to come later.
     pub scheduled: Option<ScheduledState>,
-    /// When it was created.
+    /// The time of its creation.
     pub created_at: DateTime<Utc>,
 }
 

@@ -40,7 +40,7 @@ const JOBS_MAX: usize = 256;
 const BRIEF_STEPS: u64 = 20_000;
 const BRIEF_BYTES: usize = 16 << 10;
 
-/// What is declared for the topics of a pattern.
+/// The declared settings for the topics of a pattern.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Settings {
     /// JSON Schema, as text, for payloads from HTTP and from outboxes.

@@ -31,7 +31,7 @@ const ENVELOPE_DEPTH: usize = 4;
 /// Characters of a name that a fault shows.
 const SHOWN_CHARS: usize = 40;
 
-/// Why some bytes are not a JSON value that Postroad passes on. The text is one clause.
+/// Reasons why some bytes are not a JSON value that Postroad passes on. The text is one clause.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Not UTF-8.
@@ -49,7 +49,7 @@ pub enum Error {
     /// Nested deeper than [`DEPTH_MAX`].
     #[error("nests more than {DEPTH_MAX} levels deep")]
     TooDeep {
-        /// Where, as a JSON pointer.
+        /// The place, as a JSON pointer.
         pointer: String,
     },
     /// An object has a name twice.
@@ -63,7 +63,7 @@ pub enum Error {
     /// JSON that consumers' parsers refuse.
     #[error("has {what}, which not every JSON parser reads")]
     Unreadable {
-        /// Where, as a JSON pointer.
+        /// The place, as a JSON pointer.
         pointer: String,
         /// The string or number.
         what: &'static str,
@@ -150,7 +150,7 @@ fn syntax(text: &str) -> Option<String> {
     parsed.err().map(|error| error.to_string())
 }
 
-/// Checks the nesting of what is known to be JSON.
+/// Checks the nesting of valid JSON.
 ///
 /// # Errors
 /// It is too deep.
@@ -163,7 +163,7 @@ pub fn check_depth(json: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// The levels of arrays and objects in what is known to be JSON.
+/// The levels of arrays and objects in valid JSON.
 #[must_use]
 pub fn depth(json: &[u8]) -> usize {
     let (mut depth, mut deepest) = (0_usize, 0);

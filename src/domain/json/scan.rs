@@ -12,7 +12,7 @@ const EXPONENT_MAX: u32 = 400;
 /// Names of one object that are compared one by one as they come. More are sorted once the object ends.
 const COMPARED_MAX: usize = 16;
 
-/// Why a scan ended; where, is what the scan has open.
+/// The reason why a scan ended. The scan's open arrays and objects show where.
 #[derive(Debug)]
 pub(super) enum Fault {
     Syntax,
@@ -41,7 +41,7 @@ pub(super) struct Scan<'t> {
 /// An array or object that is open.
 struct Level {
     is_object: bool,
-    /// Where its names begin among all names.
+    /// The index of its first name among all names.
     names_from: usize,
     /// Elements before the current one.
     index: usize,

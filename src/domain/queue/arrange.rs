@@ -8,9 +8,9 @@ use crate::domain::message::Priority;
 use crate::domain::policy::{Ordering, Settings};
 
 impl Queue {
-    /// Changes what the queue does from now on. Order by key begins for a key once what is live of it is settled, and ends
-    /// so, too. When the order needs to know the marks of what is unsettled, nothing goes out until they were passed in:
-    /// see [`Queue::is_arranging`].
+    /// Changes the settings from now on. Order by key begins for a key once its live deliveries are settled, and ends the same way.
+    /// When the order needs the marks of unsettled messages, nothing goes out until they were passed in: see
+    /// [`Queue::is_arranging`].
     pub fn change_settings(&mut self, settings: Settings) {
         let before = std::mem::replace(&mut self.settings, settings);
         let (was, is) = (before.ordering, self.settings.ordering);
@@ -45,13 +45,13 @@ impl Queue {
         matches!(self.order, Order::Keys(_)) && self.settings.ordering != Ordering::Key
     }
 
-    /// Begins the order anew, from the stored state. A queue that was leaving its order leaves it again, by what is live
-    /// now.
+    /// Begins the order again, from the stored state. A queue that was leaving its order leaves it again, by the deliveries that
+    /// are live now.
     pub fn arrange(&mut self) {
         self.begin_order(self.left_order && self.settings.ordering != Ordering::Key);
     }
 
-    /// Another order is wanted; `leaves`: the one by key, until what is live is settled.
+    /// Begins another order; `leaves`: the queue leaves order by key, until live deliveries are settled.
     pub(super) fn begin_order(&mut self, leaves: bool) {
         self.order = match leaves {
             true => Order::Keys(Keys::default()),

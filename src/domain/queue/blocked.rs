@@ -6,7 +6,7 @@ use super::order::Order;
 use super::{At, Queue, State};
 use crate::domain::id::Offset;
 
-/// Why nothing of a key goes out.
+/// The reasons why no message of a key goes out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockedBy {
     /// A message of it is handed out.
@@ -20,15 +20,15 @@ pub enum BlockedBy {
 /// A key with messages that wait for an earlier one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockedKey {
-    /// What they wait for.
+    /// The message that they wait for.
     pub by: Offset,
     /// In which state it is.
     pub state: BlockedBy,
     /// The attempt that is under way, or was the last; None for a dead letter.
     pub attempt: Option<u32>,
-    /// When it is due, or its time is up; None for a dead letter.
+    /// The time when it is due or expires; None for a dead letter.
     pub due_at: Option<At>,
-    /// Since when, as far as it is known: the earliest failure that is kept, or when it was handed out or died.
+    /// The time since when, as far as known: the earliest failure that is kept, or the time when it was handed out or died.
     pub since: At,
     /// How many wait.
     pub waiting: u64,

@@ -21,7 +21,7 @@ use crate::domain::policy::Settings;
 const VERSION: u8 = 2;
 /// Dead letters and messages in flight that are written into the head.
 const INLINE_MAX: usize = if cfg!(test) { 3 } else { 512 };
-/// One offset in so many ends a chunk.
+/// One offset in this many ends a chunk.
 const CHUNK_OFFSETS: u64 = if cfg!(test) { 2 } else { 2_048 };
 /// About how many bytes a chunk has at most.
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -48,12 +48,12 @@ pub struct Checkpoint {
     pub head: Vec<u8>,
     /// The chunks that it is made of.
     pub names: Vec<ChunkId>,
-    /// Those that are not stored yet.
+    /// Chunks that are not stored yet.
     pub chunks: Vec<Chunk>,
 }
 
-/// The chunks of a queue that are stored, as far as its owner has written them itself. Names are made with keys of its own, so that nobody
-/// can choose contents of one name.
+/// The stored chunks of a queue, as far as its owner has written them itself. Names are made with the owner's own keys, so that
+/// nobody can choose two contents with one name.
 #[derive(Debug, Clone, Default)]
 pub struct Stored {
     names: HashSet<ChunkId>,
@@ -113,8 +113,8 @@ impl Cutter<'_> {
 }
 
 impl Queue {
-    /// The stored part of the state. The caller journals the scan position first ([`Queue::journal_scan`]), so that
-    /// what is fresh here is what the journal knows.
+    /// The stored part of the state. The caller journals the scan position first ([`Queue::journal_scan`]), so that the fresh
+    /// messages here are those that the journal knows.
     #[must_use]
     pub fn checkpoint(&self, stored: &Stored) -> Checkpoint {
         let mut cutter = Cutter {
@@ -200,10 +200,10 @@ impl Queue {
         Ok(())
     }
 
-    /// The state of a checkpoint's head, and the chunks that are to be taken in ([`Queue::take_chunk`]), in any order.
+    /// The state of a checkpoint's head, and the chunks to take in ([`Queue::take_chunk`]), in any order.
     ///
     /// # Errors
-    /// What is not a checkpoint of a known version.
+    /// The bytes are not a checkpoint of a known version.
     pub fn from_checkpoint(
         head: &[u8],
         id: QueueId,
@@ -406,7 +406,7 @@ mod tests {
         Queue::new(id, Generation(1), Offset(1), Settings::default(), random)
     }
 
-    /// A queue with so many deliveries, and reasons that are long.
+    /// A queue with this many deliveries, and with long reasons.
     fn with_failures(count: i64) -> Queue {
         let mut queue = new_queue();
         queue.settings.max_in_flight = 1_000_000;

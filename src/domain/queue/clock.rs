@@ -17,7 +17,7 @@ impl Entry {
         }
     }
 
-    /// When it began and until when it is held, if either is too far ahead of `now`.
+    /// Its start and its deadline, if either is too far ahead of `now`.
     fn set_back(&self, now: At) -> Option<(At, At)> {
         let longest = match self.state {
             State::Live { .. } => VISIBILITY_TIMEOUT_RANGE.1,

@@ -30,11 +30,11 @@ pub struct Handed {
     pub delivery: u32,
     /// The number of the attempt.
     pub attempt: u32,
-    /// Until when it is held.
+    /// The delivery is held until then.
     pub deadline: At,
 }
 
-/// What a receive got.
+/// The result of a receive.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Taken {
     /// The messages: by offset, and with lanes in the order of the lanes' turns.
@@ -83,7 +83,7 @@ impl Queue {
         self.deadlines.len() >= self.settings.max_in_flight as usize
     }
 
-    /// Why a receive gets nothing.
+    /// The reason why a receive gets nothing.
     #[must_use]
     pub fn empty_reason(&self) -> EmptyReason {
         if self.is_full() {
@@ -97,20 +97,21 @@ impl Queue {
         }
     }
 
-    /// When the next live delivery's time is up.
+    /// The time when the next live delivery expires.
     #[must_use]
     pub fn next_deadline(&self) -> Option<At> {
         self.deadlines.first().map(|&(at, _)| at)
     }
 
-    /// When the next delayed message falls due.
+    /// The time when the next delayed message falls due.
     #[must_use]
     pub fn next_due(&self) -> Option<At> {
         self.delays.first().map(|&(at, _)| at)
     }
 
-    /// Hands out what is ready, in its order, but of those that failed before no two in a row while others are ready: at most `count` messages and `bytes` bytes, but always one. `size`
-    /// tells a message's bytes, or None when it is not loaded yet, which ends the walk.
+    /// Hands out ready messages in their order, at most `count` messages and `bytes` bytes, but always one. While other messages are
+    /// ready, no two that failed before go out in a row. `size` tells a message's bytes, or None when it is not loaded yet, which
+    /// ends the walk.
     pub fn hand_out(
         &mut self,
         now: At,
@@ -340,8 +341,8 @@ impl Queue {
         }
     }
 
-    /// As [`Queue::lose`], for all that is unsettled up to `through`, but for what was redriven: that is with its
-    /// dead letter. Returns how many.
+    /// As [`Queue::lose`], for all unsettled messages up to `through`, except redriven ones, whose payload is with their dead
+    /// letter. Returns how many.
     pub fn lose_through(&mut self, through: Offset) -> usize {
         let mut gone: Vec<Offset> = self
             .fresh

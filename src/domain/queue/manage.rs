@@ -16,7 +16,7 @@ use crate::domain::policy::Settings;
 /// First byte of the state that a generation begins with; a checkpoint begins with its version.
 const CARRIED: u8 = 0xc1;
 
-/// Where a message stands in a queue, as far as the queue knows without the log.
+/// The state of a message in a queue, as far as the queue knows without the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     /// Never handed out.
@@ -27,12 +27,12 @@ pub enum Standing {
     Waiting,
     /// Handed out, until the deadline.
     Live {
-        /// When its time is up.
+        /// The time when it expires.
         deadline: At,
     },
     /// Held back by time.
     Delayed {
-        /// When it is due.
+        /// The time when it is due.
         due: At,
     },
     /// A dead letter.
@@ -58,12 +58,12 @@ impl Standing {
     }
 }
 
-/// What a queue knows of one message.
+/// A queue's knowledge of one message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inspected {
     /// The message.
     pub offset: Offset,
-    /// Where it stands.
+    /// Its state.
     pub standing: Standing,
     /// The number of its last delivery; 0 before the first.
     pub delivery: u32,
@@ -71,23 +71,23 @@ pub struct Inspected {
     pub attempts: u32,
     /// How its last attempts failed, oldest first.
     pub failures: Vec<Failure>,
-    /// When its last delivery began.
+    /// The time when its last delivery began.
     pub since: Option<At>,
-    /// Who has it or had it last.
+    /// The receive that has it or had it last.
     pub receive: Option<Arc<Receive>>,
 }
 
-/// Which live deliveries end before their time.
+/// The live deliveries that end early.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Whose {
-    /// Those of a consumer.
+    /// The deliveries of a consumer.
     Consumer(String),
-    /// Those of these messages.
+    /// The deliveries of these messages.
     Offsets(Vec<Offset>),
 }
 
 impl Queue {
-    /// What the queue knows of a message.
+    /// The queue's knowledge of a message.
     #[must_use]
     pub fn inspect(&self, offset: Offset, now: At) -> Inspected {
         let entry = self.entries.get(&offset.0);
@@ -143,8 +143,8 @@ impl Queue {
         true
     }
 
-    /// Makes a message a dead letter, whoever holds it. Its key goes on, also with `hold_key`: here is the person whom it would
-    /// wait for. `key_hash` is that of one that was not looked at yet. As [`Queue::delete`] otherwise.
+    /// Makes a message a dead letter, whoever holds it. Its key goes on, also with `hold_key`: the person whom the key would wait
+    /// for is the one who acts here. `key_hash` is that of a message that was not looked at yet. Otherwise as [`Queue::delete`].
     pub fn condemn(
         &mut self,
         offset: Offset,
@@ -218,8 +218,8 @@ impl Queue {
         over.into_iter().map(Offset).collect()
     }
 
-    /// What the next generation begins with: the dead letters. `keeps_redriven`: those that were redriven and are not
-    /// settled go out again in it; else they are dead letters as before.
+    /// The state that the next generation begins with: the dead letters. `keeps_redriven`: letters that were redriven and are not
+    /// settled go out again in it; otherwise they are dead letters as before.
     #[must_use]
     pub fn carried(&self, keeps_redriven: bool, now: At) -> Vec<u8> {
         let mut out = vec![CARRIED];
@@ -337,7 +337,7 @@ mod tests {
         queue.inspect(Offset(offset), At(now)).standing
     }
 
-    /// As the journal of this batch makes it, on top of what was before.
+    /// The queue that replaying this batch makes of the queue before it.
     fn replayed(mut before: Queue, queue: &mut Queue) -> Queue {
         let batch = queue.take_batch();
         for record in decode(&encode(&batch.records)).unwrap() {

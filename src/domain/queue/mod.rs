@@ -86,23 +86,23 @@ impl From<At> for DateTime<Utc> {
     }
 }
 
-/// Why a receive got nothing.
+/// The reasons why a receive gets nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EmptyReason {
-    /// Nothing is unsettled but what is live.
+    /// Nothing is unsettled except live deliveries.
     Empty,
     /// A person paused the queue.
     Paused,
     /// As many deliveries are live as the queue allows.
     InFlightFull,
-    /// What is there waits for an earlier message of its key.
+    /// All messages wait for an earlier message of their key.
     WaitingForKeys,
-    /// What is there is held back by a delay.
+    /// All messages are held back by a delay.
     Delayed,
 }
 
-/// Who received, and under which id.
+/// The consumer that received, and the id of its receive.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Receive {
     /// The consumer's name.
@@ -125,12 +125,12 @@ pub const FAILURES_KEPT: usize = 5;
 /// Bytes of the reasons of failures that a queue keeps of its unsettled messages. Of a message that fails beyond that the last reason is kept,
 /// and its first [`REASON_BYTES_MIN`] bytes if that is too much as well. What a dead letter has when it is written it keeps.
 pub const REASON_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Of the last reason so many bytes are always kept.
+/// The bytes of the last reason that are always kept.
 pub const REASON_BYTES_MIN: usize = 100;
 /// The reason of an attempt whose time ran out.
 pub const TIMED_OUT: &str = "timed_out";
 
-/// What the scan or the feed found: a message of a matching topic.
+/// A message of a matching topic that the scan or the feed found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Found {
     /// The message.
@@ -159,7 +159,7 @@ impl Found {
     }
 }
 
-/// What order and lanes go by. It comes from the log and is in no record: a queue that needs it asks the log when it is recovered.
+/// The basis of order and lanes. It comes from the log and is in no record: a queue that needs it asks the log at its recovery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Mark {
     /// The hash of the message's key. Two keys of one hash wait for each other, which harms nobody.
@@ -172,7 +172,7 @@ struct Mark {
 struct Dead {
     /// The last delivery.
     delivery: u32,
-    /// When it died.
+    /// The time when it died.
     at: At,
     /// As far as it is known: the log may have dropped the message by now.
     mark: Mark,
@@ -190,9 +190,9 @@ struct Entry {
     releases: u32,
     /// Whether an attempt ever ran out of time: from its third attempt on, it goes out alone.
     timed_out: bool,
-    /// When the last delivery began.
+    /// The time when the last delivery began.
     since: At,
-    /// When the receive was that handed it out, if that may have brought several of its key.
+    /// The time of the receive that handed it out, if that may have brought several messages of its key.
     batch: Option<At>,
     mark: Mark,
     state: State,
@@ -239,7 +239,7 @@ pub struct Letter {
     pub delivery: u32,
     /// Attempts made.
     pub attempts: u32,
-    /// Why it died: `rejected`, `out_of_attempts`.
+    /// The cause of its death: `rejected`, `out_of_attempts`.
     pub cause: &'static str,
     /// How its last attempts failed.
     pub failures: Vec<Failure>,
@@ -247,7 +247,7 @@ pub struct Letter {
     pub died_at: At,
 }
 
-/// What one round of the state machine wants written, in order.
+/// The writes of one round of the state machine, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// The journal's records.
@@ -275,11 +275,11 @@ pub struct LiveDelivery {
     pub delivery: u32,
     /// The number of the attempt.
     pub attempt: u32,
-    /// When it began.
+    /// The time when it began.
     pub since: At,
-    /// When its time is up.
+    /// The time when it expires.
     pub deadline: At,
-    /// Who has it.
+    /// Its holder.
     pub receive: Option<Arc<Receive>>,
 }
 

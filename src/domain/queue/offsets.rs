@@ -45,14 +45,14 @@ impl Offsets {
         self.set.iter().map(|offset| offset as i64)
     }
 
-    /// Those from `first` on.
+    /// The offsets from `first` on.
     pub(super) fn iter_from(&self, first: i64) -> impl Iterator<Item = i64> + '_ {
         let mut iter = self.set.iter();
         iter.advance_to(first.max(0) as u64);
         iter.map(|offset| offset as i64)
     }
 
-    /// Those up to `last`, as they are stored.
+    /// The offsets up to `last`, as stored.
     pub(super) fn stored_through(&self, last: i64) -> RoaringTreemap {
         let mut set = self.set.clone();
         set.remove_range((last.max(0) as u64 + 1)..);
@@ -60,7 +60,7 @@ impl Offsets {
         set
     }
 
-    /// Those from `first` to `last`, as they are stored.
+    /// The offsets from `first` to `last`, as stored.
     pub(super) fn stored_between(&self, first: i64, last: i64) -> RoaringTreemap {
         let last = last as u64;
         let from = self.iter_from(first).map(|offset| offset as u64);
@@ -71,7 +71,7 @@ impl Offsets {
         set
     }
 
-    /// Those of another set that are not in this one.
+    /// The offsets of another set that are not in this one.
     pub(super) fn missing_of(&self, other: &RoaringTreemap) -> RoaringTreemap {
         other - &self.set
     }

@@ -31,7 +31,7 @@ pub(super) enum Order {
     Lanes(Lanes),
 }
 
-/// What may go out in order of keys.
+/// The messages that may go out in order by key.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Keys {
     pub(super) keys: HashMap<i64, Key>,
@@ -56,7 +56,7 @@ pub(super) struct Key {
     open: Option<i64>,
 }
 
-/// What may go out by lanes.
+/// The messages that may go out by lanes.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Lanes {
     pub(super) fresh: [Offsets; LANES],
@@ -202,7 +202,7 @@ impl Queue {
         Some(mark)
     }
 
-    /// What is known of an unsettled message's order.
+    /// The known order of an unsettled message.
     pub(super) fn mark_of(&self, offset: i64) -> Mark {
         if let Some(entry) = self.entries.get(&offset) {
             return entry.mark;
@@ -224,8 +224,7 @@ impl Queue {
         mark
     }
 
-    /// Takes out what is fresh and waits for its key, if it is much: to be called before [`Queue::remove_fresh`] is for
-    /// each.
+    /// Removes fresh messages that wait for their key, if they are many: call this before calling [`Queue::remove_fresh`] for each.
     pub(super) fn remove_waiting(&mut self, ranges: &[(i64, i64)]) {
         let Order::Keys(keys) = &mut self.order else {
             return;
@@ -442,7 +441,7 @@ impl Queue {
         }
     }
 
-    /// What the message's order goes by, if it is in order of keys and was handed out.
+    /// The key that orders the message, if the queue is in order by key and the message was handed out.
     pub(super) fn key_of(&self, offset: i64) -> Option<(i64, &Key)> {
         let Order::Keys(keys) = &self.order else {
             return None;

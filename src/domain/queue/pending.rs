@@ -19,7 +19,7 @@ pub(super) struct Pending {
     now: Batch,
     /// About its bytes.
     weight: usize,
-    /// Those before it.
+    /// The batches before it.
     sealed: VecDeque<Batch>,
     /// The number of the piece that decisions go into.
     number: u64,
@@ -41,7 +41,7 @@ impl Pending {
         self.now.letters.push(letter);
     }
 
-    /// That the letters go is recorded in the same piece. Those of this very piece are not written first and removed after.
+    /// Removes letters; the same piece records it. Letters of this very piece are not even written.
     pub(super) fn remove_letters(&mut self, offsets: &[Offset]) {
         if !self.now.letters.is_empty() {
             self.now

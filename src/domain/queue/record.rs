@@ -43,15 +43,15 @@ pub enum Record {
     Delivered {
         /// When.
         at: At,
-        /// Until when they are held.
+        /// They are held until then.
         deadline: At,
-        /// Who received them.
+        /// The receive that took them.
         receive: Receive,
         /// Whether they may be several of one key, to be settled in order.
         in_order: bool,
-        /// Those never handed out before: their delivery has the number 1.
+        /// Messages never handed out before: their delivery has the number 1.
         first: Vec<(i64, i64)>,
-        /// Those handed out before: offset and number of the delivery.
+        /// Messages handed out before: offset and number of the delivery.
         again: Vec<(i64, u32)>,
     },
     /// Messages were settled.
@@ -89,7 +89,7 @@ pub enum Record {
         end: End,
         /// When.
         at: At,
-        /// When the message is ready again.
+        /// The time when the message is ready again.
         due: At,
         /// Attempts that count, this one included if it does.
         attempts: u32,
@@ -119,7 +119,7 @@ pub enum Record {
     },
     /// Dead letters came back.
     Redriven {
-        /// When: they are due at once.
+        /// The time: they are due at once.
         at: At,
         /// Offset, and the number of a delivery that was never handed out: those of before are lower.
         letters: Vec<(i64, u32)>,
@@ -129,11 +129,11 @@ pub enum Record {
         /// Keys with a live message are in order still, until nothing of them is live.
         leaves: bool,
     },
-    /// The stream was looked at up to here; of what was not looked at before, these match and were not handed out.
+    /// The queue has looked at the stream up to here. Of the newly seen messages, these match and were not handed out.
     Scanned {
         /// The scan position.
         through: i64,
-        /// What is fresh.
+        /// The fresh messages.
         matched: RoaringTreemap,
     },
 }
@@ -142,7 +142,7 @@ pub enum Record {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} in the queue's stored state")]
 pub struct Decode {
-    /// What was found.
+    /// The finding.
     pub what: &'static str,
 }
 
@@ -203,7 +203,7 @@ pub fn encode(records: &[Record]) -> Vec<u8> {
 /// Reads a blob.
 ///
 /// # Errors
-/// What is not a blob of a known version.
+/// The bytes are not a blob of a known version.
 pub fn decode(bytes: &[u8]) -> Result<Vec<Record>, Decode> {
     let mut from = Reader(bytes);
     if from.byte()? != VERSION {

@@ -21,8 +21,9 @@ pub struct Reborn {
 }
 
 impl Queue {
-    /// Brings dead letters back: due at once, with all their attempts, and before what is ready at later offsets. Gives
-    /// those that came back: one that is unsettled already, was removed, or died again since its row was read does not.
+    /// Redrives dead letters: they are due at once, with all their attempts, and go before ready messages at later offsets. Returns
+    /// the redriven ones: a letter whose message is already unsettled, or that was removed, or that died again since its row was
+    /// read, is left out.
     pub fn redrive(&mut self, letters: &[Reborn], now: At) -> Vec<Offset> {
         let mut back: Vec<(i64, u32)> = letters
             .iter()

@@ -65,7 +65,7 @@ impl Queue {
         self.generation
     }
 
-    /// What the queue was told to do.
+    /// The queue's settings.
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -411,7 +411,7 @@ impl Queue {
     }
 }
 
-/// What the deliveries of one receive share.
+/// The common parts of the deliveries of one receive.
 struct Delivered {
     at: At,
     deadline: At,

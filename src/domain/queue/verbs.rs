@@ -8,7 +8,7 @@ use crate::domain::id::Offset;
 use crate::domain::policy::{FREE_RELEASES, VISIBILITY_TIMEOUT_RANGE};
 use crate::domain::receipt::Receipt;
 
-/// What is done to deliveries.
+/// The acts on deliveries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verb {
     /// Done: the message is settled.
@@ -23,10 +23,10 @@ pub enum Verb {
     Reject,
 }
 
-/// One receipt of a request. The receipt is None when it is not one of this broker's.
+/// One receipt of a request. It is None when this broker did not issue it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Item {
-    /// What the receipt stands for.
+    /// The parsed receipt.
     pub receipt: Option<Receipt>,
     /// For nack and release: not before this much time.
     pub delay: Option<Duration>,
@@ -43,14 +43,14 @@ pub enum Outcome {
     Acked,
     /// It goes out again at `due_at`; or it was the last attempt, and it is a dead letter.
     Nacked {
-        /// When it goes out again.
+        /// The time when it goes out again.
         due_at: Option<At>,
         /// The dead letter, if it was the last attempt.
         dead_letter: Option<String>,
     },
     /// It goes out again at `due_at`; or it was released too often, and it is a dead letter.
     Released {
-        /// When it goes out again.
+        /// The time when it goes out again.
         due_at: Option<At>,
         /// The dead letter, if it was released too often.
         dead_letter: Option<String>,

@@ -76,12 +76,12 @@ struct Forwarded {
     waited: Duration,
 }
 
-/// What passing a request on came to.
+/// The result of passing a request on.
 enum Passed {
     Answered(Response),
-    /// That node says that it does not own the slot: where the queue is is to be looked up.
+    /// That node says that it does not own the slot: look up the queue's place again.
     Elsewhere,
-    /// That node is not there, or is about to have it no more: who has the slot by now is to be seen.
+    /// That node is unreachable, or is about to give up the slot: find out which node has it by now.
     Moved,
     /// It was sent, and nobody knows what became of it.
     Unknown,
@@ -118,7 +118,7 @@ fn queue_of(request: &Request) -> Option<QueueName> {
     QueueName::parse(&name).ok()
 }
 
-/// What a node says that passes the request on. One without the secret is not believed.
+/// The headers of a node that passes the request on. Headers without the secret are ignored.
 fn forwarded(state: &State, headers: &HeaderMap) -> Option<Forwarded> {
     let tag = headers.get(NODE)?;
     if !state.secret.knows(tag.as_bytes()) {
@@ -144,7 +144,7 @@ pub(in crate::http) fn is_from_node(state: &State, headers: &HeaderMap) -> bool 
     is_passed_on(headers) && forwarded(state, headers).is_some()
 }
 
-/// Whether other nodes are to be asked for their part of the answer, too: there are some, and none of them asks.
+/// Whether to ask other nodes for their part of the answer, too: there are some, and the request does not come from one.
 pub(in crate::http) fn has_others(state: &State, headers: &HeaderMap) -> bool {
     state.parts.cluster.view().has_peers() && forwarded(state, headers).is_none()
 }
@@ -192,7 +192,7 @@ fn is_no_owner(answer: &Response) -> bool {
     problem.is_some_and(|problem| problem.kind == Kind::NoOwner)
 }
 
-/// Answers a client's request: here, or by whoever owns the queue.
+/// Answers a client's request: here, or on the node that owns the queue.
 async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -> Response {
     let mut kept = match Kept::read(state, request).await {
         Ok(kept) => kept,
@@ -341,7 +341,7 @@ async fn ask(
     }
 }
 
-/// What each other node answers to a GET, as JSON; nothing of those that do not answer in time.
+/// The answers of the other nodes to a GET, as JSON; nodes that do not answer in time are left out.
 pub(in crate::http) async fn ask_all(state: &State, path: &str) -> Vec<Value> {
     let view = state.parts.cluster.view();
     let others = view.nodes.iter().filter(|member| {

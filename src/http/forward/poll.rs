@@ -55,7 +55,7 @@ fn print(receive: &Receive) -> Vec<u8> {
     serde_json::to_vec(receive).expect("it has string keys only")
 }
 
-/// What became of deliveries that a long poll brought along: answered, while it waits on.
+/// The results for deliveries that a long poll brought along: they are settled while it waits on.
 #[derive(Debug, Clone)]
 pub(in crate::http) struct Acked(pub(in crate::http) Arc<RawValue>);
 
@@ -77,7 +77,7 @@ impl Received {
         is_nothing.then_some(acked)
     }
 
-    /// With what was acknowledged before.
+    /// Adds the earlier results of acknowledgements.
     fn with(mut self, acked: Option<&Acked>) -> Self {
         if let Some(Acked(acked)) = acked
             && self.status.is_success()
@@ -90,7 +90,7 @@ impl Received {
     }
 }
 
-/// What waiting in line came to.
+/// The result of waiting in line.
 enum Waited {
     /// It may go, with a turn or since its time is over.
     Goes(Option<Turn>),
@@ -164,7 +164,7 @@ impl Drop for Counted {
     }
 }
 
-/// Waits for a turn, until its time is over or the queue is not that node's any more.
+/// Waits for a turn, until its time is over or that node no longer owns the queue.
 async fn wait(
     state: &State,
     kept: &Kept,

@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-/// What is signed. Another use of the same key signs something else.
+/// The signed text. Another use of the same key signs another text.
 const CONTEXT: &[u8] = b"postroad node 1";
 
 /// The secret that all nodes share.
@@ -24,7 +24,7 @@ impl Secret {
         Self(key)
     }
 
-    /// What a node shows; the secret cannot be had from it.
+    /// The tag that a node shows; it does not reveal the secret.
     pub(in crate::http) fn tag(&self) -> String {
         let mac = self.0.clone().chain_update(CONTEXT).finalize();
         URL_SAFE_NO_PAD.encode(mac.into_bytes())

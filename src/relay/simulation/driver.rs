@@ -15,7 +15,7 @@ use crate::store::origin::{Identity, Place};
 const PAGE_ROWS: usize = 2;
 const MANIFEST_ROWS: usize = 5;
 
-/// What is under way.
+/// The operation under way.
 #[derive(Debug, Clone)]
 enum Stage {
     /// To read the stored position.
@@ -31,7 +31,7 @@ enum Stage {
     Appending(Position, Box<Stage>),
 }
 
-/// What follows the mark.
+/// The operation after the mark.
 #[derive(Debug, Clone)]
 enum After {
     Append(Vec<Row>),
@@ -49,7 +49,7 @@ pub(super) struct Append {
     pub(super) rows: Vec<Row>,
 }
 
-/// What became of it.
+/// Its status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Appended {
     Done,
@@ -59,7 +59,7 @@ pub(super) enum Appended {
     Unknown,
 }
 
-/// What the driver asks of the run.
+/// The driver's requests to the run.
 pub(super) enum Asks {
     Nothing,
     Stored,

@@ -64,7 +64,7 @@ struct Broker {
     epoch: i64,
     number: i64,
     position: Option<String>,
-    /// Where each message is in the log.
+    /// The place of each message in the log.
     log: BTreeMap<u64, usize>,
     versions: BTreeMap<u64, u64>,
 }
@@ -72,7 +72,7 @@ struct Broker {
 /// An append under way.
 struct Sent {
     append: Append,
-    /// Who waits for it; nobody any more when it was given up.
+    /// The driver that waits for it; None once it was given up.
     by: Option<usize>,
 }
 
@@ -105,7 +105,7 @@ impl Run {
         run
     }
 
-    /// A relay begins anew: what comes back of its appends is nobody's.
+    /// A relay starts again: nobody waits for the answers to its appends.
     fn orphan(&mut self, driver: usize) {
         for sent in self.sent.iter_mut().filter(|sent| sent.by == Some(driver)) {
             sent.by = None;

@@ -219,7 +219,7 @@ impl Origin {
         self.flush();
     }
 
-    /// kill -9 of the server: what was not flushed never was, and its ids are handed out again.
+    /// kill -9 of the server: whatever was not flushed never happened, and its ids are assigned again.
     pub(super) fn crash(&mut self) {
         let flushed = self.flushed;
         self.open.clear();
@@ -238,7 +238,7 @@ impl Origin {
         self.session += 1;
     }
 
-    /// A copy of the volume, as of now, is put in its place later.
+    /// Restores an earlier copy of the volume.
     pub(super) fn put_back(&mut self, copy: &Self) {
         let (session, durable) = (self.session, std::mem::take(&mut self.durable));
         let next_id = self.next_id;
@@ -250,7 +250,7 @@ impl Origin {
         self.timeline += 1;
     }
 
-    /// The outbox is dumped and restored into a new cluster, whose ids begin anew. Its rows keep the ids in their column.
+    /// The outbox is dumped and restored into a new cluster, whose ids start again. Its rows keep the ids in their column.
     pub(super) fn move_to_new_cluster(&mut self) {
         self.crash();
         self.rows.retain(|row| row.end == End::Committed);
@@ -314,7 +314,7 @@ impl Origin {
         }
     }
 
-    /// `relay_restamp`: rows that are seen, with ids that are not, get one of now.
+    /// `relay_restamp`: visible rows whose ids are not assigned yet get a current id.
     pub(super) fn restamp(&mut self) {
         let highest = self.rows.iter().map(|row| row.seq).max().unwrap_or(0);
         self.next_seq = self.next_seq.max(highest + 1);

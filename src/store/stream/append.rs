@@ -235,7 +235,7 @@ impl<'a> Append<'a> {
     }
 }
 
-/// What became of a group.
+/// The outcome of a group.
 #[derive(Debug)]
 pub enum AppendOutcome {
     /// It is committed.

@@ -35,11 +35,11 @@ pub struct StreamRow {
     pub retention: Retention,
     /// Whether its keys are indexed.
     pub is_keyed: bool,
-    /// When it was created.
+    /// The time of its creation.
     pub created_at: DateTime<Utc>,
 }
 
-/// What a declare did.
+/// The result of a declaration.
 #[derive(Debug)]
 pub enum DeclareOutcome {
     /// It is new.

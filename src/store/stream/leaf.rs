@@ -17,7 +17,7 @@ pub struct Leaf {
     pub first: Offset,
     /// Its last offset.
     pub last: Offset,
-    /// When it was made.
+    /// The time of its creation.
     pub created_at: DateTime<Utc>,
     /// Whether its topics are written down.
     pub is_summarised: bool,

@@ -180,7 +180,7 @@ pub struct Slice<'a> {
     pub key_hash: Option<i64>,
     /// Only this id.
     pub id: Option<&'a str>,
-    /// At most so many.
+    /// The most to return.
     pub limit: usize,
 }
 
@@ -353,7 +353,7 @@ async fn look_up_attributes(
 pub struct Row {
     /// Its place.
     pub offset: Offset,
-    /// When it was appended.
+    /// The time when it was appended.
     pub appended_at: DateTime<Utc>,
     /// The message.
     pub message: Message,

@@ -185,7 +185,7 @@ fn interval(duration: Duration) -> PgInterval {
     }
 }
 
-/// What cancelling came to.
+/// The result of a cancellation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CancelledScheduled {
     /// It will not be published.
@@ -325,7 +325,7 @@ pub struct ScheduledSlice {
     pub until: DateTime<Utc>,
     /// After this one in the order (due, number).
     pub after: Option<ScheduledId>,
-    /// At most so many.
+    /// The most to return.
     pub limit: u32,
 }
 
@@ -346,7 +346,7 @@ pub struct WaitingRow {
     pub kind: Option<String>,
     /// Its lane.
     pub priority: Priority,
-    /// When it was accepted.
+    /// The time when it was accepted.
     pub accepted_at: DateTime<Utc>,
     /// Bytes of its payload.
     pub data_bytes: u64,
@@ -400,7 +400,7 @@ pub async fn list_scheduled(
     rows.map_err(Error::query(DOING))
 }
 
-/// What became of a scheduled message.
+/// The state of a scheduled message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScheduledStatus {
     /// It waits.
@@ -416,7 +416,7 @@ pub enum ScheduledStatus {
 pub struct ScheduledRow {
     /// The message, with when it was accepted for when it was appended, and no offset.
     pub row: Row,
-    /// What became of it.
+    /// Its status.
     pub status: ScheduledStatus,
 }
 

@@ -20,9 +20,9 @@ pub struct ScheduleRow {
     pub declaration: String,
     /// Rises with each change.
     pub revision: i64,
-    /// When it was declared first.
+    /// The time of the first declaration.
     pub created_at: DateTime<Utc>,
-    /// When it was changed last.
+    /// The time of the last change.
     pub changed_at: DateTime<Utc>,
     /// All occurrences up to here are dealt with.
     pub through_at: DateTime<Utc>,

@@ -25,7 +25,7 @@ pub struct ScheduledQuery {
     pub due_until: Option<DateTime<Utc>>,
     /// After this one.
     pub after: Option<ScheduledId>,
-    /// At most so many.
+    /// The most to return.
     pub max_messages: usize,
 }
 
@@ -41,13 +41,13 @@ pub struct Waiting {
 /// Messages that wait, in the order in which they are due.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ScheduledPage {
-    /// What fits.
+    /// The dead letters that match.
     pub messages: Vec<Waiting>,
     /// The listing goes on after this one; `None` at the end. A page can be empty although more follows.
     pub next: Option<ScheduledId>,
 }
 
-/// What became of a scheduled message.
+/// The state of a scheduled message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScheduledStatus {
     /// It waits.
@@ -69,15 +69,15 @@ pub enum ScheduledStatus {
 pub struct Scheduled {
     /// Its name.
     pub id: ScheduledId,
-    /// When it was accepted.
+    /// The time when it was accepted.
     pub accepted_at: DateTime<Utc>,
-    /// What became of it.
+    /// Its status.
     pub status: ScheduledStatus,
     /// The message. Its offset is not known here.
     pub entry: Entry,
 }
 
-/// What cancelling came to.
+/// The result of a cancellation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cancelled {
     /// It will not be published: now, or since it was cancelled before.

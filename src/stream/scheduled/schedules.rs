@@ -21,9 +21,9 @@ pub struct ScheduleDescription {
     pub name: ScheduleName,
     /// What was declared.
     pub declaration: Declaration,
-    /// When it was declared first.
+    /// The time of the first declaration.
     pub created_at: DateTime<Utc>,
-    /// When it was changed last.
+    /// The time of the last change.
     pub changed_at: DateTime<Utc>,
     /// All occurrences up to here are dealt with: published or left out.
     pub through: DateTime<Utc>,

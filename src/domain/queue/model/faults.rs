@@ -3,7 +3,7 @@
 
 use super::{Mode, compare};
 
-/// What a reference does wrong.
+/// The fault of a reference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     /// Later messages of a key do not wait for earlier ones that are not live.
@@ -21,7 +21,7 @@ pub(super) enum Fault {
     UnwrittenCounts,
     RedriveRepeatsTheNumber,
     SeekForgetsLetters,
-    /// Its settings hold for what is in flight, too.
+    /// Changed settings also apply to live deliveries.
     ChangesAtOnce,
     CrashForgetsDelays,
     /// A crash ends the order that keys are leaving.

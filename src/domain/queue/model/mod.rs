@@ -23,10 +23,10 @@ use crate::domain::message::Priority;
 const CASES: u32 = 17_000;
 /// Sequences within which a wrong reference is found.
 const FAULT_CASES: u32 = 20_000;
-/// What proptest takes when the environment names no number.
+/// Proptest's number when the environment gives none.
 const PROPTESTS_OWN: u32 = 256;
 const STEPS_MAX: usize = 20;
-/// Of so many sequences one goes on until nothing is left.
+/// One sequence in this many goes on until nothing is left.
 const REST_EVERY: usize = 6;
 /// Offsets that steps name: sequences are short, and it is the low ones that have a history.
 const OFFSETS: std::ops::Range<i64> = 1..14;
@@ -125,7 +125,7 @@ enum Step {
     Condemn(i64),
     Expire(Vec<i64>),
     Hold(bool),
-    /// Of a queue that changes.
+    /// A queue that changes its order.
     Order(Mode),
     Tune {
         max_attempts: u32,

@@ -37,7 +37,7 @@ pub(super) struct Message {
     pub(super) attempts: u32,
     pub(super) releases: u32,
     pub(super) timed_out: bool,
-    /// When the receive was that may have brought several of its key.
+    /// The time of the receive that may have brought several messages of its key.
     pub(super) batch: Option<i64>,
     pub(super) failures: Vec<(i64, String)>,
     pub(super) is_reopened: bool,
@@ -65,7 +65,7 @@ pub(super) struct Reference {
     credits: [i64; 3],
     /// The last message that went out had failed before.
     after_failed: bool,
-    /// What is wrong with it, if something is.
+    /// Its fault, if it has one.
     pub(super) fault: Option<Fault>,
 }
 
@@ -155,7 +155,7 @@ impl Reference {
         self.was_leaving = !self.leaving.is_empty();
     }
 
-    /// What is not stored is lost with a crash.
+    /// A crash loses everything that is not stored.
     pub(super) fn forget(&mut self) {
         self.credits = [0; 3];
         self.after_failed = false;
@@ -465,7 +465,7 @@ impl Reference {
         true
     }
 
-    /// A new generation from `start` on; `floor`: what is at or below is not in the log any more.
+    /// A new generation from `start` on; `floor`: messages at or below it are no longer in the log.
     pub(super) fn begin_generation(
         &mut self,
         start: i64,

@@ -17,7 +17,7 @@ pub(super) struct Rig {
     machine: Queue,
     plan: Plan,
     is_changing: bool,
-    /// What the generation or the last fold began with.
+    /// The state that the generation or the last fold began with.
     base: Option<Vec<u8>>,
     /// The chunks that are stored, and what the owner knows of them.
     chunks: BTreeMap<ChunkId, Vec<u8>>,
@@ -28,10 +28,10 @@ pub(super) struct Rig {
     reference: Reference,
     committed: Reference,
     log: Vec<Option<Published>>,
-    /// What is at or below is not in the log any more.
+    /// Messages at or below this offset are no longer in the log.
     floor: i64,
     issued: Vec<(i64, i64, u32)>,
-    /// Of these, known to a consumer: an answer leaves after its commit.
+    /// Those known to a consumer: an answer leaves after its commit.
     answered: usize,
     now: i64,
 }
@@ -377,7 +377,7 @@ impl Rig {
         self.agree()
     }
 
-    /// Liveness: once nothing goes wrong any more, all that is left is handed out and acknowledged in bounded steps.
+    /// Liveness: once faults have stopped, everything left is handed out and acknowledged in bounded steps.
     pub(super) fn come_to_rest(&mut self) -> Result<(), TestCaseError> {
         // What a dead letter holds would wait for a person.
         self.step(&Step::Hold(false))?;
@@ -401,7 +401,7 @@ impl Rig {
         }
     }
 
-    /// What people do.
+    /// Carries out a person's act.
     fn act(&mut self, step: &Step) -> Result<(), TestCaseError> {
         let (now, at) = (self.now, At(self.now));
         match step {
