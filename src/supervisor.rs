@@ -52,7 +52,7 @@ fn list(names: &Names) -> Vec<String> {
         .collect()
 }
 
-/// What the process does when a task ends before it was told to.
+/// The process's reaction when a task ends before it was told to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnEnd {
     /// The part cannot be missing: stop the process.
@@ -115,8 +115,8 @@ impl Supervisor {
         });
     }
 
-    /// Starts a thread of its own, with a stack of so many bytes, for what would hold up tasks. Like a task it is waited for at the stop;
-    /// whoever gives it work must tell it to end. A thread that cannot be made stops the process.
+    /// Starts a thread with a stack of this many bytes, for work that would hold up tasks. Like a task it is waited for at the stop;
+    /// the one that gives it work must tell it to end. A thread that cannot be started stops the process.
     pub fn spawn_thread(
         &self,
         name: &'static str,

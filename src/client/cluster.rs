@@ -104,7 +104,7 @@ pub struct History {
     pub system_identifier: String,
     /// The timeline of the server's log.
     pub timeline: i32,
-    /// When a node first found it.
+    /// The time when a node first found it.
     pub began_at: DateTime<Utc>,
     /// By stream, the first offset of the messages that were appended in it: what a reader had from there on before is lost. Empty for
     /// the first history.

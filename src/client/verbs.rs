@@ -98,14 +98,14 @@ pub enum Settled {
     },
     /// It goes out again at that time.
     Released {
-        /// When.
+        /// The time when it goes out again.
         due_at: Option<DateTime<Utc>>,
         /// The dead letter that it has become, if it was released too often.
         dead_letter: Option<String>,
     },
     /// It is held until then.
     Extended {
-        /// Until when.
+        /// It is held until then.
         visible_until: DateTime<Utc>,
     },
     /// It is this dead letter now.

@@ -17,7 +17,7 @@ const MAC_BYTES: usize = 16;
 /// Longest receipt text worth looking at.
 const TEXT_MAX_BYTES: usize = 128;
 
-/// What a receipt stands for.
+/// The contents of a receipt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Receipt {
     /// The queue that handed the message out.
@@ -104,7 +104,7 @@ pub struct Keys {
     later: HashMap<StreamId, Vec<(Offset, Key)>>,
 }
 
-/// What a text is.
+/// The kinds of texts given as receipts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opened {
     /// No receipt of this broker's.
@@ -154,7 +154,7 @@ impl Keys {
         key.unwrap_or(&self.first).seal(receipt)
     }
 
-    /// What a text is to a queue of the stream.
+    /// Opens a text as a receipt of a queue of the stream.
     #[must_use]
     pub fn open(&self, stream: StreamId, text: &str) -> Opened {
         for (place, key) in self.of(stream).enumerate() {

@@ -33,7 +33,7 @@ impl Default for Retention {
 }
 
 impl Retention {
-    /// The smaller limit in bytes, if there is one: what partitions are to be small against.
+    /// The smaller limit in bytes, if there is one: partitions should be small in comparison.
     #[must_use]
     pub fn bytes(&self) -> Option<u64> {
         match (self.settled_bytes, self.unsettled_bytes) {

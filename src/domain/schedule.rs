@@ -18,7 +18,7 @@ pub const SCHEDULES_MAX: i64 = 1_000;
 const OCCURRENCES: Uuid = Uuid::from_u128(0x3c1d_5a0e_7b92_5f41_9d3a_60c8_5e2f_b714);
 
 impl Cadence {
-    /// What is to be published now, when everything through `through` has been dealt with.
+    /// The occurrences to publish now, when everything through `through` has been dealt with.
     #[must_use]
     pub fn due(&self, through: DateTime<Utc>, now: DateTime<Utc>, misfire: Misfire) -> Due {
         let missed_until = now - MISFIRE_AFTER;
@@ -56,8 +56,8 @@ impl Cadence {
             .take_while(move |&at| at <= until)
     }
 
-    /// The latest occurrences after a moment, up to another, so many at most. Looked for forwards, from further and further back:
-    /// the library's search backwards loses some where a zone goes back by half an hour.
+    /// The latest occurrences after a moment, up to another, within a limit. The search runs forwards, from further and further
+    /// back: the library's search backwards loses some where a zone goes back by half an hour.
     fn latest(
         &self,
         after: DateTime<Utc>,
@@ -85,7 +85,7 @@ impl Cadence {
     }
 }
 
-/// What is to be published.
+/// The occurrences to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Due {
     /// By time.
@@ -96,7 +96,7 @@ pub struct Due {
     pub has_skipped: bool,
 }
 
-/// What happens to occurrences that were missed by more than [`MISFIRE_AFTER`], since no broker ran.
+/// The treatment of occurrences that were missed by more than [`MISFIRE_AFTER`], because no broker ran.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Misfire {
     /// They are left out.
@@ -133,14 +133,14 @@ impl Misfire {
     }
 }
 
-/// What is published again and again.
+/// A recurring publication.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Declaration {
-    /// Where to.
+    /// The topic to publish to.
     pub topic: Topic,
-    /// When.
+    /// The times of its occurrences.
     pub cadence: Cadence,
-    /// What happens to what was missed.
+    /// The treatment of missed occurrences.
     pub misfire: Misfire,
     /// Whether nothing is published until it is declared otherwise. What would have been due is not missed.
     pub is_paused: bool,
@@ -169,7 +169,7 @@ pub fn source(name: &ScheduleName) -> String {
     format!("/postroad/schedules/{name}")
 }
 
-/// The CloudEvents id of an occurrence: the same whoever publishes it, and however often it is tried.
+/// The CloudEvents id of an occurrence: the same for every publisher and every try.
 #[must_use]
 pub fn occurrence_id(name: &ScheduleName, due_at: DateTime<Utc>) -> Uuid {
     let due = due_at.to_rfc3339_opts(SecondsFormat::Secs, true);

@@ -8,11 +8,11 @@ const IDENTIFIER_MAX_BYTES: usize = 63;
 pub enum Part {
     /// Text as it stands.
     Text(String),
-    /// What a column holds.
+    /// The value of a column.
     Column(String),
 }
 
-/// What an attribute of a message is made of. Null as soon as one of its columns is.
+/// The template of a message's attribute. It is null as soon as one of its columns is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Value(pub Vec<Part>);
 

@@ -128,7 +128,7 @@ impl<T: Ord + Copy> Node<T> {
     }
 }
 
-/// The first token, and what is left after it.
+/// The first token, and the rest after it.
 fn split(text: &str) -> (&str, Option<&str>) {
     match text.split_once('.') {
         Some((token, left)) => (token, Some(left)),

@@ -46,7 +46,7 @@ fn ranges(headers: &HeaderMap) -> impl Iterator<Item = Range<'_>> {
         })
 }
 
-/// A quality that cannot be read is none at all.
+/// An unreadable quality counts as zero.
 fn thousandths(text: &str) -> u16 {
     match text.parse::<f32>() {
         Ok(quality) if (0.0..=1.0).contains(&quality) => (quality * 1_000.0).round() as u16,

@@ -41,9 +41,9 @@ pub(in crate::http) struct Outgoing {
 struct Shared {
     /// These wait for the connection's next flush.
     waiting: Mutex<Vec<Box<dyn OnWritten>>>,
-    /// Large answers that were made, and when each is to be in the kernel's hands.
+    /// Large answers that were made, each with the time by which the kernel must have it.
     due: Mutex<Vec<(Weak<Share>, Instant)>>,
-    /// The connection looks at itself anew.
+    /// Makes the connection look at itself again.
     attention: Notify,
     is_to_end: AtomicBool,
     /// Bytes wait to be written.
@@ -52,7 +52,7 @@ struct Shared {
     endless: AtomicUsize,
     /// How far the request is, by the numbers of [`Phase`].
     phase: AtomicU8,
-    /// The sender's end was seen meanwhile; who is to be woken to see it again.
+    /// The sender's end was seen meanwhile; this wakes the task that must see it again.
     hidden_end: Mutex<Option<Waker>>,
     /// It was seen while the body was read.
     end_seen: Notify,
@@ -63,9 +63,9 @@ struct Shared {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Phase {
-    /// There is none, or it waits for what may come for as long as its sender is there: the end is shown.
+    /// There is no request, or it waits for messages as long as its sender is there: the end is shown.
     Open = 0,
-    /// Its body is read. The end may come right behind it: whoever reads says when the body is cut short by it.
+    /// Its body is being read. The end may come right behind it: the reader of the body says when the end cuts the body short.
     Reading = 1,
     /// It was read whole, and is answered.
     Answering = 2,
@@ -116,7 +116,7 @@ impl Outgoing {
         }
     }
 
-    /// An answer of so many bytes was made: its share must be given back in time, or the connection ends.
+    /// Notes a large answer: its share must be given back in time, or the connection ends.
     pub(in crate::http) fn is_due(&self, share: &Arc<Share>, bytes: usize) {
         let time = Duration::from_secs_f64(bytes as f64 / ANSWER_BYTES_PER_SECOND);
         let due = (
@@ -132,14 +132,14 @@ impl Outgoing {
         due.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When the next answer is to be written that is not yet; with HTTP/2 the client may take others first.
+    /// The time by which the next unwritten answer must be written; with HTTP/2 the client may take others first.
     pub(in crate::http) fn next_due(&self) -> Option<Instant> {
         let mut due = self.due();
         due.retain(|(share, _)| share.strong_count() > 0);
         due.iter().map(|(_, at)| *at).min()
     }
 
-    /// Resolves when the connection is to look at itself anew. Cancel-safe.
+    /// Resolves when the connection must look at itself again. Cancel-safe.
     pub(in crate::http) async fn attention(&self) {
         self.shared.attention.notified().await;
     }
@@ -194,7 +194,7 @@ impl Outgoing {
         self.set_phase(Phase::Answering);
     }
 
-    /// Resolves when the sender's end was seen behind what was read of a body. Cancel-safe.
+    /// Resolves when the sender's end was seen behind the part of a body that was read. Cancel-safe.
     pub(in crate::http) async fn end_seen(&self) {
         self.shared.end_seen.notified().await;
     }
@@ -218,7 +218,7 @@ impl Outgoing {
         hidden.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the end of what the client sends is to be seen later.
+    /// Whether to hide the end of the client's bytes until later.
     pub(in crate::http) fn hides_end(&self, cx: &Context<'_>) -> bool {
         // Under the lock that `waits` takes after it, or neither would wake the connection.
         let mut hidden = self.hidden_end();
@@ -232,7 +232,7 @@ impl Outgoing {
         is_hidden
     }
 
-    /// All is written: whoever sent nothing more is to be seen to do so.
+    /// Everything is written: shows the sender's end, if it was hidden.
     fn show_end(&self) {
         if self.phase() == Phase::Open as u8
             && let Some(waker) = self.hidden_end().take()

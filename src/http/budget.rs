@@ -27,7 +27,7 @@ use super::problem::{Kind, Problem};
 const UNIT_BYTES: usize = 1 << 10;
 /// A body or answer up to this size is small.
 pub(in crate::http) const SMALL_BYTES: usize = 64 << 10;
-/// One part in so many is for small ones alone.
+/// One part in this many is for small ones alone.
 const SMALL_PART: usize = 8;
 /// How long an answer waits for room.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -91,13 +91,13 @@ impl Budget {
         Full(self.what)
     }
 
-    /// Whether so many bytes more would have room now.
+    /// Whether there is room for this many more bytes now.
     pub(in crate::http) fn has_room(&self, bytes: usize) -> bool {
         let free = self.large.available_permits() + self.small.available_permits();
         bytes <= SMALL_BYTES || units(bytes) as usize <= free
     }
 
-    /// A share of so many bytes; waits a moment for it. More than there is at all counts as all.
+    /// A share of this many bytes; waits a moment for it. More than the whole budget counts as all of it.
     pub(in crate::http) async fn hold(&self, bytes: usize) -> Result<Share, Full> {
         let mut share = self.share();
         if bytes <= SMALL_BYTES && share.grow(bytes).is_ok() {
@@ -138,7 +138,7 @@ impl Share {
         u32::try_from(of(&self.small) + of(&self.large)).unwrap_or(u32::MAX)
     }
 
-    /// Makes it one of so many bytes, or leaves it as it is.
+    /// Grows it to this many bytes, or leaves it as it is.
     pub(in crate::http) fn grow(&mut self, bytes: usize) -> Result<(), Full> {
         let wanted = units(bytes).saturating_sub(self.units());
         if wanted == 0 {
@@ -165,7 +165,7 @@ impl Share {
         }
     }
 
-    /// Gives back what is more than so many bytes.
+    /// Gives back everything beyond this many bytes.
     pub(in crate::http) fn shrink(&mut self, bytes: usize) {
         let surplus = self.units().saturating_sub(units(bytes)) as usize;
         if let Some(large) = &mut self.large {
@@ -209,8 +209,8 @@ impl Counted {
     }
 }
 
-/// Counts an answer until its last byte is in the kernel's hands, and gives its connection a time for that. Those that are small or of
-/// no known length (server-sent events have a budget of their own) are let through.
+/// Counts an answer until the kernel has its last byte, and gives its connection a time limit for that. Small answers and those
+/// without a known length (server-sent events have their own budget) are let through.
 pub(in crate::http) async fn carry(
     budget: &Budget,
     outgoing: Option<&Outgoing>,

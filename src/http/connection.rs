@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::body::Outgoing;
 
-/// When bytes last moved on a connection. Cheap to clone.
+/// The time when bytes last moved on a connection. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(in crate::http) struct Activity(Arc<Mutex<Instant>>);
 

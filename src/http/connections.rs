@@ -21,7 +21,7 @@ const SPARE: usize = 16;
 pub(super) const SPARE_TIME: Duration = Duration::from_secs(5);
 /// A connection is idle that has been so for so long: a client that has just had its answer may be at the next request.
 const IDLE_MIN: Duration = Duration::from_secs(1);
-/// Of the connections, one in so many ends at a time, at least one.
+/// One connection in this many ends at a time, at least one.
 const ENDED_PART: usize = 256;
 /// How long a place may take that an idle connection leaves.
 const LEAVING: Duration = Duration::from_millis(100);
@@ -52,7 +52,7 @@ impl Place {
 #[derive(Debug, Clone, Copy)]
 pub(in crate::http) struct Spare;
 
-/// Who is connected.
+/// The open connections.
 #[derive(Debug, Clone)]
 struct Connected {
     activity: Activity,

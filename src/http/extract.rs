@@ -217,7 +217,8 @@ impl<T: PathPart + Send, S: Send + Sync> FromRequestParts<S> for Named<T> {
     }
 }
 
-/// The query's parameters. Take them out by name, then [`Query::finish`]: what was not taken is unknown, and refused.
+/// The query's parameters. Take them out by name, then call [`Query::finish`]: parameters that were not taken are unknown, and
+/// refused.
 #[derive(Debug)]
 pub(in crate::http) struct Query {
     pairs: Vec<(String, String)>,
@@ -340,7 +341,7 @@ impl Query {
         });
     }
 
-    /// Refuses what was noted, and parameters nobody asked for.
+    /// Refuses the request if faults were noted, or if parameters are left that nobody asked for.
     pub(in crate::http) fn finish(mut self) -> Result<(), Problem> {
         for (name, _) in std::mem::take(&mut self.pairs).into_iter().take(20) {
             let shown: String = name.chars().take(100).collect();
@@ -424,7 +425,7 @@ impl Check {
         Duration::from_secs_f64(self.number(pointer, value, range))
     }
 
-    /// A text of 1 to so many bytes, without the character that Postgres cannot hold.
+    /// A text of at least 1 and at most this many bytes, without the character that Postgres cannot store.
     pub(in crate::http) fn text(&mut self, pointer: &str, value: &str, max_bytes: usize) {
         if value.is_empty() || value.len() > max_bytes {
             self.out_of_range(pointer, format!("1 to {max_bytes} bytes long"));
@@ -433,7 +434,7 @@ impl Check {
         }
     }
 
-    /// A text of 1 to so many visible ASCII characters.
+    /// A text of at least 1 and at most this many visible ASCII characters.
     pub(in crate::http) fn token(&mut self, pointer: &str, value: &str, max_bytes: usize) {
         let is_token = value.bytes().all(|byte| byte.is_ascii_graphic());
         if value.is_empty() || value.len() > max_bytes || !is_token {
@@ -459,7 +460,7 @@ impl Check {
         }
     }
 
-    /// Refuses what was noted.
+    /// Refuses the request if faults were noted.
     pub(in crate::http) fn finish(self) -> Result<(), Problem> {
         if self.errors.is_empty() {
             Ok(())

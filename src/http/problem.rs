@@ -175,12 +175,12 @@ impl Kind {
 /// One part of the request that breaks a rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FieldError {
-    /// Where: a JSON pointer into the body, a parameter or a header.
+    /// The place: a JSON pointer into the body, a parameter or a header.
     #[serde(flatten)]
     pub place: Place,
     /// The fault.
     pub detail: String,
-    /// What is allowed, when that is more than the detail says.
+    /// The allowed values, when the detail does not say them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allowed: Option<String>,
 }

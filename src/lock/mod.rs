@@ -35,7 +35,7 @@ const JOBS_MAX: usize = 1_000;
 /// A request for a lock.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// Which.
+    /// The lock's name.
     pub name: LockName,
     /// For whom: no two that could hold the lock at a time may have the same.
     pub owner: String,
@@ -53,7 +53,7 @@ pub enum Error {
     /// Another has it, or comes before.
     #[error("{}", held(name, holder.as_ref(), *ahead))]
     Held {
-        /// Which.
+        /// The lock's name.
         name: LockName,
         /// The holder; None when others are only ahead in line.
         holder: Option<Holder>,
@@ -63,7 +63,7 @@ pub enum Error {
     /// It is no longer held under this token: its time was up, and another owner has had it since.
     #[error("the lock `{name}` is no longer held under token {token}")]
     Lost {
-        /// Which.
+        /// The lock's name.
         name: LockName,
         /// The token that was held.
         token: i64,
@@ -71,7 +71,7 @@ pub enum Error {
     /// Nobody has it, and nobody had it in the last day.
     #[error("nobody holds the lock `{name}`, and nobody has held it in the last day")]
     NotFound {
-        /// Which.
+        /// The lock's name.
         name: LockName,
     },
     /// As many wait on this node as may.

@@ -283,7 +283,7 @@ impl Run<'_> {
         Ok(Some(part))
     }
 
-    /// Which of an origin's messages the streams have.
+    /// Finds which of an origin's messages the streams have.
     pub(super) async fn find_present(
         &self,
         wanted: Wanted,

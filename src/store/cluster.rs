@@ -12,7 +12,7 @@ use super::bounded::{HEARTBEAT, bounded};
 use super::{Connection, Database, Error};
 use crate::domain::id::{Epoch, Fence};
 
-/// What is written once about a broker: all its nodes share it.
+/// The identity of a broker, written once: all its nodes share it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BrokerIdentity {
     /// Names the broker, in `source` attributes and in marks.
@@ -134,7 +134,7 @@ pub async fn register_node(
     .await
 }
 
-/// Why commits of this user's sessions do not end, if the server says so.
+/// The reason why commits of this user's sessions do not end, if the server shows one.
 ///
 /// # Errors
 /// The database's.
@@ -155,10 +155,10 @@ pub async fn why_no_commit(connection: &mut Connection) -> Result<Option<&'stati
     ))
 }
 
-/// What a node says with its heartbeat.
+/// The contents of a heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sign<'a> {
-    /// Which node.
+    /// The node.
     pub incarnation: i64,
     /// How long it lives from now on, in milliseconds.
     pub ttl_millis: u64,
@@ -177,11 +177,11 @@ pub struct NodeRow {
     pub incarnation: i64,
     /// Names the listening process.
     pub address: String,
-    /// Where other nodes reach it.
+    /// The URL at which other nodes reach it.
     pub url: String,
-    /// Since when.
+    /// The time when it began.
     pub started_at: DateTime<Utc>,
-    /// Until when without a further heartbeat, by the database's clock.
+    /// The end of its time without a further heartbeat, by the database's clock.
     pub expires_at: DateTime<Utc>,
     /// How long it lives without one, in seconds.
     pub ttl_seconds: f64,
@@ -200,11 +200,11 @@ pub struct LeaseRow {
     pub epoch: Epoch,
     /// The node that has it.
     pub holder: Option<i64>,
-    /// When it was last taken.
+    /// The time when it was last taken.
     pub acquired_at: Option<DateTime<Utc>>,
 }
 
-/// What a heartbeat brings.
+/// The result of a heartbeat.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Seen {
     /// Whether the node lives on; a dead incarnation stays so.
@@ -305,7 +305,7 @@ fn read_seen(row: &PgRow) -> Result<Seen, sqlx::Error> {
     })
 }
 
-/// What all nodes say of the slots, added up.
+/// The loads of the slots, summed over all nodes.
 fn sum_loads(nodes: &[String]) -> Vec<u64> {
     let mut sums: Vec<u64> = Vec::new();
     for node in nodes {
@@ -321,7 +321,7 @@ fn sum_loads(nodes: &[String]) -> Vec<u64> {
     sums
 }
 
-/// Says what a node has to do with its slots, for whoever shares them out.
+/// Reports the load of a node's slots, for the leader.
 ///
 /// # Errors
 /// The database's.
@@ -337,8 +337,8 @@ pub async fn note_loads(database: &Database, incarnation: i64, loads: &[i32]) ->
     Ok(())
 }
 
-/// Writes who is to hold what: `assigned`, and nobody what is in `gone`. `false`: the caller does not lead any more, and
-/// nothing is written.
+/// Writes the assignment: `assigned`, and nobody for the leases in `gone`. `false`: the caller no longer leads, and nothing is
+/// written.
 ///
 /// # Errors
 /// The database's.

@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-/// What tells one history of a database from another, as far as the server knows.
+/// The identity of a database's history, as far as the server knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::store) struct Identity {
     /// The cluster's system identifier.
@@ -46,7 +46,7 @@ pub(in crate::store) struct Guard {
     changed: watch::Sender<Option<String>>,
 }
 
-/// What a connection says.
+/// The findings about a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Found {
     identity: Identity,
@@ -115,7 +115,7 @@ impl Guard {
     }
 }
 
-/// What the server says; None when it is a standby.
+/// The server's answers; None when it is a standby.
 async fn look(
     connection: &mut PgConnection,
     incarnation: Option<i64>,
@@ -154,7 +154,7 @@ pub(in crate::store) async fn identity(
     Ok(look(connection, None).await?.map(|found| found.identity))
 }
 
-/// Why it is another history, if it is.
+/// The reason why it is another history, if it is.
 fn difference(expected: &Identity, node: Option<Node>, sent: i64, found: &Found) -> Option<String> {
     let now = &found.identity;
     if now.system_identifier != expected.system_identifier {

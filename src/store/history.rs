@@ -18,13 +18,13 @@ pub struct History {
     pub system_identifier: String,
     /// The timeline of that cluster's log.
     pub timeline: i32,
-    /// When it was found.
+    /// The time when it was found.
     pub began_at: DateTime<Utc>,
     /// By the streams' names: the first offset that was given in it. Empty for the first.
     pub first_offsets: BTreeMap<String, Offset>,
 }
 
-/// Where a stream went on in a history.
+/// The offset where a stream continued in a history.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamHistory {
     /// The stream.
@@ -33,7 +33,7 @@ pub struct StreamHistory {
     pub era: i64,
     /// The first offset that was given in it.
     pub first_offset: Offset,
-    /// What receipts of its messages are made with.
+    /// The salt of the receipts of its messages.
     pub salt: Uuid,
 }
 
@@ -42,7 +42,7 @@ pub struct StreamHistory {
 pub struct Present {
     /// Its number.
     pub era: i64,
-    /// What it and those before it are known by.
+    /// The salts of this history and of those before it.
     pub salts: Vec<Uuid>,
     /// It was begun just now.
     pub is_begun: bool,
@@ -139,7 +139,7 @@ pub async fn list(database: &Database) -> Result<Vec<History>, Error> {
         .collect())
 }
 
-/// Where the streams went on in each history but the first, by stream and number.
+/// The offsets where the streams continued in each history except the first, by stream and number.
 ///
 /// # Errors
 /// The statement failed.

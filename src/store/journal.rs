@@ -17,7 +17,7 @@ const WRITING: &str = "writing the journal of queues";
 /// Up to where a queue that keeps up has settled all that it matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
-    /// Whose.
+    /// The queue.
     pub queue: QueueId,
     /// In which generation.
     pub generation: Generation,
@@ -69,7 +69,7 @@ pub async fn write_positions(
 pub struct Group {
     /// The slots, each once.
     pub slots: Vec<GroupSlot>,
-    /// What the queues wrote, each queue once.
+    /// The writes of the queues, each queue once.
     pub parts: Vec<GroupPart>,
 }
 
@@ -95,7 +95,7 @@ pub struct CheckpointHead {
     pub as_of: Option<i64>,
 }
 
-/// What one queue wrote.
+/// The writes of one queue.
 #[derive(Debug, Clone)]
 pub struct GroupPart {
     /// The queue's slot.
@@ -112,11 +112,11 @@ pub struct GroupPart {
     pub chunks: Vec<Chunk>,
     /// Messages that died.
     pub letters: Vec<Letter>,
-    /// Where copies of them go.
+    /// The topic of their copies.
     pub forward: Option<Topic>,
     /// Dead letters to be removed.
     pub removed_letters: Vec<Offset>,
-    /// What redrives did, each at most once.
+    /// The steps of redrives, each redrive at most once.
     pub redrives: Vec<RedriveStep>,
 }
 
@@ -183,7 +183,7 @@ pub struct GroupWritten {
     pub turn: i64,
     /// Slots that were taken over: nothing of theirs is written.
     pub fenced: Vec<Slot>,
-    /// Of these, those of which an earlier try may have been written.
+    /// The slots among these for which an earlier try may have been written.
     pub unknown: Vec<Slot>,
 }
 
@@ -342,12 +342,12 @@ fn failures(letter: &Letter) -> String {
     serde_json::Value::Array(failures).to_string()
 }
 
-/// What became of a group of a slot that was taken over since it was first sent.
+/// The fate of a group whose slot was taken over since it was first sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GroupFate {
     /// It is in the journal.
     Written,
-    /// It is not, and cannot come any more.
+    /// It was not written, and no longer can be.
     NotWritten,
     /// The new owner has written checkpoints since, and the journal may have been emptied.
     Unknown,

@@ -41,14 +41,14 @@ pub struct Summary {
     pub event_type: String,
     /// The redrive that brought it back, while it is not settled.
     pub redriven: Option<(String, DateTime<Utc>)>,
-    /// Where a copy goes, and when it went.
+    /// The topic of the copy, and the time when it was published.
     pub forward: Option<(String, Option<DateTime<Utc>>)>,
 }
 
 /// A dead letter as it is stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stored {
-    /// What the list shows of it.
+    /// Its entry in the list.
     pub summary: Summary,
     /// How the last attempts failed, oldest first.
     pub failures: Vec<Failure>,
@@ -67,7 +67,7 @@ pub struct Copy {
     pub message: Message,
 }
 
-/// A part of what was asked for, by offset.
+/// A part of the answer, by offset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part<T> {
     /// The dead letters that match.
@@ -393,10 +393,10 @@ pub async fn find_old_letters(
     Ok(letters.collect())
 }
 
-/// A dead letter whose copy is to be published.
+/// A dead letter whose copy has to be published.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Unforwarded {
-    /// Whose.
+    /// Its queue.
     pub queue: QueueId,
     /// Its name.
     pub id: LetterId,
@@ -410,7 +410,7 @@ pub struct Unforwarded {
     pub failures: Vec<Failure>,
     /// The time when it died.
     pub died_at: DateTime<Utc>,
-    /// Where the copy goes.
+    /// The topic of the copy.
     pub topic: String,
     /// The message.
     pub copy: Copy,

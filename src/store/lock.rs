@@ -12,35 +12,35 @@ const PLACE_SECONDS: f64 = 5.0;
 /// A request for a lock.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Take {
-    /// Which.
+    /// The lock's name.
     pub name: LockName,
     /// For whom.
     pub owner: String,
     /// Renew the lock that is held under this token, and take no other.
     pub token: Option<i64>,
-    /// For how long from now.
+    /// The time to hold it from now.
     pub seconds: f64,
     /// With a place in the line.
     pub waits: bool,
 }
 
-/// Who holds a lock.
+/// The holder of a lock.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
-    /// Whoever asked for it.
+    /// The name that asked for it.
     pub owner: String,
     /// The fencing token.
     pub token: i64,
-    /// Since when.
+    /// The time when it began.
     pub acquired_at: DateTime<Utc>,
-    /// Until when, unless it is renewed.
+    /// The end of its time, unless it is renewed.
     pub expires_at: DateTime<Utc>,
 }
 
 /// How a lock stands after a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
-    /// Who has it; one whose time is up counts no more.
+    /// The holder; one whose time is up does not count.
     pub holder: Option<Holder>,
     /// How many are in the line before the one who asked, or in all.
     pub ahead: u64,
@@ -51,16 +51,16 @@ pub struct Standing {
 /// One who waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiter {
-    /// Who.
+    /// The waiting caller.
     pub owner: String,
-    /// Since when.
+    /// The time when it began.
     pub since: DateTime<Utc>,
 }
 
 /// A lock as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Described {
-    /// Which.
+    /// The lock's name.
     pub name: LockName,
     /// Its holder.
     pub holder: Option<Holder>,

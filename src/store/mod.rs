@@ -46,7 +46,7 @@ use pooled::Pooled;
 pub use repeat::Patience;
 use repeat::repeated;
 
-/// A connection of its own, for what must not share one: a relay's session, a heartbeat, an appender.
+/// A separate connection, for users that must not share one: a relay's session, a heartbeat, an appender.
 pub type Connection = sqlx::PgConnection;
 
 /// Settings of every session (ARCHITECTURE.md, what must stay true): a role's default of repeatable read gave two
@@ -135,7 +135,7 @@ impl Database {
     /// Parses the URL and makes a pool that connects when first used.
     ///
     /// # Errors
-    /// A URL that is not one of Postgres, or asks for what is not supported.
+    /// The URL is not one of Postgres, or asks for something that is not supported.
     pub fn new(url: &str, pool_size: u32) -> Result<Self, Error> {
         let url = DatabaseUrl::parse(url).map_err(Error::Url)?;
         let targets = target::targets(&url)?.into_iter();
@@ -285,7 +285,7 @@ impl Database {
         Pooled(&self.pool)
     }
 
-    /// Where the database is, for logs: host (or the socket's folder), port and name, never the password.
+    /// The place of the database, for logs: host (or the socket's folder), port and name, never the password.
     #[must_use]
     pub fn place(&self) -> String {
         let servers = self.reached.targets.iter();

@@ -24,9 +24,9 @@ pub struct QueueRow {
     pub stream: StreamName,
     /// The topics it takes.
     pub patterns: Vec<TopicPattern>,
-    /// What it does.
+    /// Its settings.
     pub settings: Settings,
-    /// Where it was declared to start.
+    /// The declared start.
     pub start: Start,
     /// Its incarnation.
     pub generation: Generation,
@@ -36,7 +36,7 @@ pub struct QueueRow {
     pub slot: Slot,
     /// Whether a person has paused it.
     pub is_paused: bool,
-    /// What made its generation, but for the first.
+    /// The act that began its generation, except for the first one.
     pub renewal: Option<Renewed>,
     /// The time of its creation.
     pub created_at: DateTime<Utc>,
@@ -53,15 +53,15 @@ pub struct NewQueue {
     pub stream_id: StreamId,
     /// The topics it takes.
     pub patterns: Vec<TopicPattern>,
-    /// What it does.
+    /// Its settings.
     pub settings: Settings,
-    /// Where it starts.
+    /// Its start.
     pub start: Start,
     /// For a start at a time: the last offset before it.
     pub before_start: Offset,
 }
 
-/// What making a queue came to.
+/// The result of creating a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inserted {
     /// It is made.
@@ -70,7 +70,7 @@ pub enum Inserted {
         id: QueueId,
         /// The first offset that it can deliver.
         start_offset: Offset,
-        /// When.
+        /// The time of its creation.
         created_at: DateTime<Utc>,
     },
     /// There is one of this name.
@@ -104,7 +104,7 @@ pub async fn find_queue(database: &Database, name: &QueueName) -> Result<Option<
     Ok(rows.pop())
 }
 
-/// What changed in the catalogue: its version, the queues that were made since another one, and those that were deleted.
+/// Changes of the catalogue: its version, the queues created since another version, and the deleted ones.
 ///
 /// # Errors
 /// As [`find_queues`].

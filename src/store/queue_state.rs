@@ -17,9 +17,9 @@ const READING: &str = "reading the state of queues";
 /// A part of a queue's stored state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StatePart {
-    /// Whose.
+    /// Its queue.
     pub queue: QueueId,
-    /// Which part it is.
+    /// The kind of the part.
     pub kind: PartKind,
     /// The blob.
     pub data: Vec<u8>,

@@ -11,18 +11,18 @@ use crate::domain::id::{Offset, QueueId, Slot};
 use crate::domain::letter::Selection;
 use crate::domain::queue::Reborn;
 
-/// What a redrive did since its last step. The names are those that the schema's `write_redrives` reads.
+/// The progress of a redrive since its last step. The schema's `write_redrives` reads these names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct RedriveStep {
-    /// Which.
+    /// The redrive's id.
     pub id: String,
     /// It is new, and began then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub created_at: Option<DateTime<Utc>>,
-    /// Of a new one: which letters.
+    /// For a new redrive: the filter of the letters.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub selection: Option<Selection>,
-    /// Of a new one: letters per second.
+    /// For a new redrive: letters per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_per_second: Option<u32>,
     /// Letters that fit, once they are counted.
@@ -34,11 +34,11 @@ pub struct RedriveStep {
     pub redriven: u64,
     /// Letters that were unsettled or gone by then, in all.
     pub skipped: u64,
-    /// Of those brought back: after settled ones of their key, in all.
+    /// Redriven letters that came after settled messages of their key, in all.
     pub late: u64,
-    /// Those brought back.
+    /// The redriven letters.
     pub offsets: Vec<Offset>,
-    /// When.
+    /// The time of the step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub at: Option<DateTime<Utc>>,
     /// Its end.
@@ -51,15 +51,15 @@ pub struct RedriveStep {
 pub struct RedriveRow {
     /// Its name in its queue.
     pub id: String,
-    /// When it began: letters of later deaths are not meant.
+    /// The time when it began: letters that died later are not included.
     pub created_at: DateTime<Utc>,
-    /// Which letters.
+    /// The filter of the letters.
     pub selection: Selection,
     /// Letters per second; None for as fast as it goes.
     pub rate_per_second: Option<u32>,
     /// `running`, `done` or `cancelled`.
     pub status: String,
-    /// When it ended.
+    /// The time when it ended.
     pub finished_at: Option<DateTime<Utc>>,
     /// Letters that fit; None until they are counted.
     pub total: Option<u64>,
@@ -67,7 +67,7 @@ pub struct RedriveRow {
     pub redriven: u64,
     /// Letters that were unsettled or gone when their turn came.
     pub skipped: u64,
-    /// Of those brought back: after settled ones of their key.
+    /// Redriven letters that came after settled messages of their key.
     pub late: u64,
     /// Every letter up to here was looked at.
     pub through: Offset,
@@ -108,12 +108,12 @@ fn read(row: &PgRow) -> Result<RedriveRow, Error> {
     Ok(redrive)
 }
 
-/// Which redrives of a queue.
+/// A selection of a queue's redrives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Which {
-    /// That of this id.
+    /// The redrive with this id.
     Named(String),
-    /// The newest, so many at most.
+    /// The newest ones, at most this many.
     Newest(i64),
 }
 

@@ -21,7 +21,7 @@ pub struct StoredPosition {
     pub folded: i64,
 }
 
-/// What taking a relay up found.
+/// The state found when a relay takes up its work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovered {
     /// The position to go on from.
@@ -41,9 +41,9 @@ pub struct RejectedRow {
     pub reason: String,
     /// The row as a JSON object.
     pub outbox_row: String,
-    /// When it was rejected.
+    /// The time when it was rejected.
     pub rejected_at: DateTime<Utc>,
-    /// When it was sent on after all.
+    /// The time when it was resent.
     pub resent_at: Option<DateTime<Utc>>,
 }
 
@@ -404,7 +404,7 @@ pub async fn delete_rejected(
 pub struct RejectedBounds {
     /// The most to return.
     pub rows: u64,
-    /// At most so many bytes.
+    /// The most bytes.
     pub bytes: u64,
     /// None that is older.
     pub age: Duration,

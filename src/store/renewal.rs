@@ -7,7 +7,7 @@ use super::{Database, Error, repeated};
 use crate::domain::id::{Fence, Generation, Offset, QueueId};
 use crate::domain::policy::Start;
 
-/// What begins a generation.
+/// The acts that begin a generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "act", content = "to", rename_all = "snake_case")]
 pub enum Renewal {
@@ -48,7 +48,7 @@ pub struct Renew<'a> {
     pub renewal: Renewal,
     /// For a seek to a time: the last offset before it.
     pub before_start: Offset,
-    /// What the next generation begins with.
+    /// The state that the next generation begins with.
     pub state: &'a [u8],
 }
 
@@ -65,7 +65,7 @@ pub struct Begun {
     pub ahead: bool,
 }
 
-/// What became of a renewal.
+/// The outcome of a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RenewOutcome {
     /// It is done, now or by an earlier try of the very same call.

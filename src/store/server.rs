@@ -2,7 +2,7 @@
 
 use super::{Database, Error, pooler, session};
 
-/// The oldest major version that is supported and tested: older ones get no fixes any more.
+/// The oldest major version that is supported and tested: older ones no longer get fixes.
 pub const OLDEST_MAJOR: i32 = 15;
 
 /// A server, as one session finds it.
@@ -19,7 +19,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Why Postroad cannot use it; `None` when it can. Durability is the cluster engine's question.
+    /// The reason why Postroad cannot use it; `None` when it can. The cluster engine checks durability.
     #[must_use]
     pub fn refusal(&self) -> Option<String> {
         if self.version_number / 10_000 < OLDEST_MAJOR {

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{Connection, Error};
 
-/// What the schema's comment says when a demo made it.
+/// The comment of a schema that a demo made.
 const MARK: &str = "made by postroad demo";
 
 /// One order to place.
@@ -50,7 +50,7 @@ pub struct Received {
     pub offset: i64,
 }
 
-/// What the broker answered to a verb, as a consumer read it.
+/// The broker's answer to a verb, as a consumer read it.
 #[derive(Debug, Clone)]
 pub struct Settled {
     /// The order in the message.

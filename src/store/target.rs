@@ -14,7 +14,7 @@ use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use super::Error;
 use crate::domain::database_url::{DatabaseUrl, Place, Server, SslMode};
 
-/// Where Unix sockets are looked for when no host is named.
+/// The folders to search for Unix sockets when no host is named.
 const SOCKET_FOLDERS: [&str; 2] = ["/var/run/postgresql", "/tmp"];
 
 fn variable(name: &str) -> Option<String> {

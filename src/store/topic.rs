@@ -59,10 +59,10 @@ pub async fn read_version(database: &Database) -> Result<i64, Error> {
         .map_err(Error::query(DOING))
 }
 
-/// All settings, with the version that they are at least of.
+/// All settings, with a version that they have at least.
 ///
 /// # Errors
-/// A statement failed; or a row has a pattern that is none.
+/// A statement failed; or a row holds an invalid pattern.
 pub async fn list(database: &Database) -> Result<(i64, Vec<SettingsRow>), Error> {
     // The version first: a change in between is read again, never missed.
     let version = read_version(database).await?;

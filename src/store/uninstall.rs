@@ -108,8 +108,8 @@ async fn find(
     Ok(Some((id, is_held)))
 }
 
-/// Forgets an origin that is not in the configuration any more: its position, its history and its rejected rows. What it brought
-/// stays in the streams.
+/// Forgets an origin that is no longer in the configuration: its position, its history and its rejected rows. Its messages stay
+/// in the streams.
 ///
 /// # Errors
 /// A statement failed.

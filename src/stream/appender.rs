@@ -29,9 +29,10 @@ use crate::store::stream::{self as sql, AppendOutcome, Appended, GroupKey, Previ
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::{OnEnd, Supervisor};
 
-/// The shortest and the longest pause before a call is repeated or a group is laid out anew.
+/// The shortest and the longest pause before a call is repeated or a group is laid out again.
 const REPEAT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// After so many parts of a group in a row whose locks were not to be had, the others are not tried here: it is not a stream that is held.
+/// After this many parts of a group in a row that did not get their locks, the others are not tried here: it is not a single
+/// stream that is held.
 const HELD_IN_A_ROW: usize = 3;
 /// The share of one lane in the bound on waiting members.
 const LANE_FRACTION: usize = 8;
@@ -173,7 +174,7 @@ impl Appender {
         self.lanes.pass(&parts, taken)
     }
 
-    /// The group does not get its locks: each part of it is tried alone, and what is held goes to a lane.
+    /// The group does not get its locks: tries each part of it alone, and sends held parts to a lane.
     async fn part(&mut self, group: Group) -> bool {
         let mut groups = group.by_part(&mut self.router);
         if groups.len() == 1 {

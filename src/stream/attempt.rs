@@ -13,7 +13,7 @@ use crate::failpoint;
 use crate::store::stream::{self as sql, Append, AppendOutcome, GroupKey, Previous};
 use crate::store::{self, Connection, Retry};
 
-/// Why an attempt did not come to a result.
+/// Reasons why an attempt had no result.
 pub(super) struct Failure {
     pub(super) error: store::Error,
     /// Whether the append itself was sent, so that with a lost connection its outcome is unknown.
@@ -31,7 +31,7 @@ impl Failure {
 }
 
 impl Failure {
-    /// Whether a lock was not to be had in time. Nothing was done.
+    /// Whether a lock was not free in time. Nothing was done.
     pub(super) fn is_held(&self) -> bool {
         self.error.sqlstate().as_deref() == Some("55P03")
     }
@@ -110,7 +110,7 @@ impl Appender {
             })
     }
 
-    /// Sends what is laid out, the quick way if it can go there.
+    /// Sends the laid-out group, by the quick call if possible.
     async fn send(
         &mut self,
         append: &Append<'_>,
@@ -140,8 +140,8 @@ impl Appender {
         Ok(outcome)
     }
 
-    /// This appender's latest group in a stream, if nobody else appends there, as far as it is known. Whoever does, the quick way
-    /// is right; but it would be tried in vain.
+    /// This appender's latest group in a stream, if nobody else appends there, as far as known. The quick call is right in any case,
+    /// but would fail if somebody else appended.
     fn previous_in(&self, stream: StreamId) -> Option<Previous> {
         let previous = *self.previous.get(&stream)?;
         let is_alone = !self.cluster.view().has_peers();

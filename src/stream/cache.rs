@@ -9,7 +9,7 @@ use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::Topic;
 
-/// What an entry takes beside its event, in bytes, about.
+/// The approximate overhead of an entry beside its event, in bytes.
 const ENTRY_OVERHEAD_BYTES: usize = 256;
 
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Cache {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a batch in. One that does not follow what is there takes its place.
+    /// Takes a batch in. A batch that does not follow the present ones replaces them.
     pub(super) fn push(&self, batch: &Batch) {
         let dense = batch.entries.len() as i64 == batch.last.0 - batch.first.0 + 1;
         let bytes: usize = batch.entries.iter().map(|entry| weight(entry)).sum();
@@ -103,8 +103,8 @@ impl Cache {
         self.state().bytes
     }
 
-    /// Answers a read whole from memory, or not at all. What was committed may not have got here yet: a read that runs to the
-    /// end of the stream must see it.
+    /// Answers a read completely from memory, or not at all. Committed entries may not have arrived here yet, and a read that runs
+    /// to the end of the stream must see them.
     pub(super) fn read(&self, read: &Read, committed: Offset) -> Option<Page> {
         let state = self.state();
         let run = state.streams.get(&read.stream)?;

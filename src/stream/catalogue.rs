@@ -15,12 +15,12 @@ use crate::store::stream::{self as sql, DeclareOutcome, DeleteOutcome, NextSched
 use crate::store::{self, Connection, Database, Patience};
 use crate::supervisor::Supervisor;
 
-/// As many of a stream's scheduled messages are counted for who looks at it.
+/// The most scheduled messages of a stream that are counted for its description.
 const WAITING_COUNTED_MAX: i64 = 100_000;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// What is asked of the catalogue's task.
+/// The requests to the catalogue's task.
 #[derive(Debug)]
 pub(super) enum Job {
     Declare {
@@ -41,7 +41,7 @@ pub(super) enum Job {
     },
     Delete {
         name: StreamName,
-        /// With what is to come later.
+        /// Whether to delete its scheduled messages, too.
         is_forced: bool,
         reply: Reply<()>,
     },

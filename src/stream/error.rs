@@ -6,7 +6,7 @@ use crate::domain::schedule::SCHEDULES_MAX;
 use crate::store;
 use crate::store::stream::{STREAMS_MAX, TOPICS_MAX};
 
-/// Why a stream could not be declared, described, read or deleted.
+/// Reasons why a stream could not be declared, described, read or deleted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No stream has this name or number.
@@ -83,7 +83,7 @@ pub enum Error {
     Store(#[from] store::Error),
 }
 
-/// Why an append was refused, or that nobody knows whether it was.
+/// Reasons why an append was refused, or an unknown outcome.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
     /// Ids were used before for other content within the window; nothing was appended.
@@ -160,7 +160,7 @@ impl AppendError {
         }
     }
 
-    /// Why, in the words of who refuses.
+    /// The reason, in the words of whoever refuses.
     #[must_use]
     pub fn reason(&self) -> String {
         match self {
@@ -178,7 +178,7 @@ pub struct VersionConflict {
     pub index: usize,
     /// Its key.
     pub key: String,
-    /// What it expects.
+    /// The expected version.
     pub expected: i64,
     /// The version that the key has, counting the member's own messages before this one.
     pub version: i64,

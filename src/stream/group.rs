@@ -120,7 +120,7 @@ pub(super) struct GroupMember {
     pub(super) taken: Taken,
 }
 
-/// What taking a member in came to.
+/// The result of taking a member in.
 pub(super) enum Joined {
     /// It is in.
     Yes,
@@ -207,14 +207,14 @@ fn id_hash(message: &Message) -> u64 {
     xxhash_rust::xxh3::xxh3_64_with_seed(message.id.as_bytes(), source)
 }
 
-/// What a committed group came to: for the tails, and for the callers.
+/// The results of a committed group: for the tails, and for the callers.
 #[derive(Debug, Default)]
 pub(super) struct Settled {
     pub(super) tails: Vec<TailAppended>,
     pub(super) appended_count: usize,
     pub(super) duplicate_count: usize,
     pub(super) refused_count: usize,
-    /// When what was scheduled is due, by stream.
+    /// The scheduled messages, by stream.
     pub(super) scheduled: Vec<ScheduledId>,
     pub(super) answers: Vec<(Reply, Result<Vec<Placed>, AppendError>)>,
 }
@@ -341,7 +341,7 @@ impl Group {
         outcomes
     }
 
-    /// Where a message went that was not there before: into the log, or among those that come later.
+    /// The place of a new message: in the log, or among the scheduled ones.
     fn place_new(
         &self,
         layout: &Layout,

@@ -35,10 +35,10 @@ pub struct Handle {
     pub(super) shared: Arc<Shared>,
 }
 
-/// What the handles and the tasks share.
+/// State that the handles and the tasks share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// For looks that no reader is to be kept from its work for.
+    /// For lookups that should not keep a reader from its work.
     pub(super) db: Database,
     pub(super) appends: Inbox,
     pub(super) reads: mpsc::Sender<reader::Job>,
@@ -49,7 +49,7 @@ pub(super) struct Shared {
     pub(super) state: Arc<State>,
 }
 
-/// What the engine's tasks know in common.
+/// The common state of the engine's tasks.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) tails: Tails,
@@ -71,8 +71,8 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Retention dropped everything up to `floor`: what is in memory goes too, or whoever happens to find it there would
-    /// still hand it out.
+    /// Notes that retention dropped everything up to `floor`. The memory is cleared as well, or it would still hand out dropped
+    /// messages.
     pub(super) fn raise_floor(&self, stream: StreamId, floor: Offset) {
         if self.tails.raise_floor(stream, floor) {
             self.cache.forget_through(stream, floor);
@@ -170,7 +170,7 @@ impl Handle {
         self.ask(|reply| reader::Job::Read { read, reply }).await
     }
 
-    /// What is known of a key of a keyed stream, and a page of its history, payloads included.
+    /// A key of a keyed stream, and a page of its history, payloads included.
     ///
     /// # Errors
     /// [`Error::NotKeyed`], [`Error::KeysNotCounted`], or the database's.
@@ -262,7 +262,7 @@ impl Handle {
             .await
     }
 
-    /// What is appended to the stream from now on, by whatever node. A receiver that lags catches up by read or scan.
+    /// Entries appended to the stream from now on, by any node. A receiver that lags catches up by read or scan.
     #[must_use]
     pub fn tail(&self, stream: StreamId) -> broadcast::Receiver<Arc<Batch>> {
         self.shared.state.tails.subscribe(stream)
@@ -296,8 +296,8 @@ impl Handle {
         self.set_watermark_as_of(stream, watermark, Instant::now());
     }
 
-    /// As [`Handle::set_watermark`], for what was known of all queues at a moment that may be past: one that was made or went
-    /// back after it may want more.
+    /// As [`Handle::set_watermark`], for the known state of all queues at a moment that may be past: a queue that was created or
+    /// went back after that moment may need more.
     pub fn set_watermark_as_of(&self, stream: StreamId, watermark: Offset, as_of: Instant) {
         self.shared.state.watermarks.set(stream, watermark, as_of);
     }

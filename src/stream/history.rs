@@ -8,7 +8,7 @@ use super::request::{KeyEntry, KeyPage, KeyRead, KeysPage, KeysRead, key_hash};
 use crate::domain::id::{Offset, StreamId};
 use crate::store::stream::{self as sql, KeyHead, SliceItem};
 
-/// What a key has come to by an offset.
+/// The state of a key at an offset.
 struct Known {
     version: i64,
     last: Option<Offset>,
@@ -23,7 +23,7 @@ impl Reader {
         Ok(())
     }
 
-    /// A key's messages between two offsets, in offset order, at most so many. With the offset up to which they are all.
+    /// A key's messages between two offsets, in offset order, up to a limit; and the offset up to which they are complete.
     pub(super) async fn key_items(
         &mut self,
         stream: StreamId,
@@ -54,7 +54,7 @@ impl Reader {
         Err(Error::KeysNotCounted { stream })
     }
 
-    /// The same of folded leaves, so many of them in one statement that it is soon planned.
+    /// The same for folded leaves, few enough per statement that it is planned quickly.
     async fn folded_items(
         &mut self,
         stream: StreamId,
@@ -222,7 +222,7 @@ fn cut(items: &[SliceItem], max_bytes: usize) -> &[SliceItem] {
     &items[..fits.unwrap_or(items.len()).max(1).min(items.len())]
 }
 
-/// What the fold has and what came since, both in the order of the keys, put together.
+/// Merges the folded keys and the later ones, both in the order of the keys.
 fn merge(heads: Vec<KeyHead>, open: Vec<OpenKey>) -> Vec<KeyHead> {
     let mut merged = Vec::with_capacity(heads.len() + open.len());
     let mut heads = heads.into_iter().peekable();

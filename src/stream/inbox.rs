@@ -12,10 +12,10 @@ use super::request::{Member, Placed};
 pub const MEMBER_MAX_MESSAGES: usize = 10_000;
 /// The most bytes in one member: a publish of 16 MiB, or one message at the cap, and what stands around the payloads.
 pub const MEMBER_MAX_BYTES: usize = 24 << 20;
-/// The semaphore counts in units of so many bytes, since its permits are 32 bits.
+/// The semaphore counts in units of this many bytes, since its permits have 32 bits.
 const PERMIT_BYTES: usize = 1_024;
 
-/// Where members wait for the next group, bounded in bytes and in count.
+/// The place where members wait for the next group, bounded in bytes and in count.
 #[derive(Debug)]
 pub(super) struct Inbox {
     sender: mpsc::Sender<Pending>,
@@ -42,7 +42,7 @@ pub(super) struct Taken {
     pub(super) member: Member,
     pub(super) reply: Reply,
     pub(super) bytes: usize,
-    /// Since when.
+    /// The time when it began.
     pub(super) at: Instant,
     _permit: OwnedSemaphorePermit,
 }
@@ -84,7 +84,7 @@ impl Inbox {
 }
 
 impl Pending {
-    /// Queues a member and waits for its outcome. Cancel-safe: what is queued stays queued.
+    /// Queues a member and waits for its outcome. Cancel-safe: a queued member stays queued.
     pub(super) async fn append(inbox: &Inbox, member: Member) -> Result<Vec<Placed>, AppendError> {
         let bytes = check(&member)?;
         if member.messages().is_empty() && matches!(member, Member::Publish { .. }) {

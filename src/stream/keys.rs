@@ -90,7 +90,7 @@ impl Open {
         self.through = self.through.max(last);
     }
 
-    /// Drops what has been folded.
+    /// Drops folded keys.
     fn rebase(&mut self, after: Offset) {
         if after >= self.through {
             *self = Self::new(after);
@@ -124,7 +124,8 @@ impl Keys {
         streams.get(&stream).map(Arc::clone)
     }
 
-    /// Notes what was appended from `first` to `last`, if the stream was asked for and nothing lies between. Cheap for other streams.
+    /// Notes the messages appended from `first` to `last`, if somebody asked for the stream and nothing lies between. Cheap for
+    /// other streams.
     pub(super) fn feed<K: AsRef<str>>(
         &self,
         stream: StreamId,
@@ -227,7 +228,7 @@ impl Keys {
         })
     }
 
-    /// Begins a stream anew after a fold.
+    /// Begins a stream again after a fold.
     fn begin(&self, stream: StreamId, after: Offset) {
         let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
         let mut sizes: Vec<_> = streams

@@ -23,7 +23,7 @@ const LANES_MAX: usize = 4;
 /// A part that can be held apart from the rest: a stream's log; and, apart from that, its later messages.
 pub(super) type Part = (StreamId, bool);
 
-/// Where an appender's members come from.
+/// The source of an appender's members.
 #[derive(Debug)]
 pub(super) enum Source {
     /// All that is published.
@@ -41,7 +41,7 @@ impl Source {
         }
     }
 
-    /// The same, of what is there.
+    /// The same, without waiting.
     pub(super) fn try_recv(&mut self) -> Option<Option<Taken>> {
         match self {
             Self::Inbox(inbox) => Some(inbox.try_recv().ok()?.take()),
@@ -53,7 +53,7 @@ impl Source {
         matches!(self, Self::Lane(..))
     }
 
-    /// Whether it can be closed: a lane ends when nobody passes anything on to it any more.
+    /// Whether it can be closed: a lane ends when nobody passes anything to it.
     pub(super) fn is_open(&self) -> bool {
         matches!(self, Self::Inbox(inbox) if !inbox.is_closed())
     }
@@ -64,7 +64,7 @@ impl Source {
         }
     }
 
-    /// So many members are answered.
+    /// Notes that this many members are answered.
     pub(super) fn done(&self, members: usize, bytes: usize) {
         if let Self::Lane(_, load) = self {
             load.remove(members, bytes);

@@ -14,7 +14,7 @@ const FILLS_SLOWLY: Duration = Duration::from_secs(6 * 3_600);
 /// How far sizes adapt from the configured one, as factors.
 const SMALLEST_FRACTION: i64 = 50;
 const LARGEST_MULTIPLE: i64 = 8;
-/// The same of keyed streams: what is not folded is in memory, and each leaf's index is looked at for a key's history.
+/// The same for keyed streams: unfolded keys are in memory, and each leaf's index is looked at for a key's history.
 const SMALLEST_KEYED_FRACTION: i64 = 5;
 const LARGEST_KEYED_MULTIPLE: i64 = 1;
 /// A leaf has at least this share of what its stream keeps, so that the number of leaves of a stream stays in the hundreds, however
@@ -70,7 +70,7 @@ pub(super) fn next_size(configured: i64, is_keyed: bool, size: i64, filled_in: D
     next.clamp((configured / smallest).max(1), configured * largest)
 }
 
-/// The size of the next leaf of a stream that keeps so many messages.
+/// The size of the next leaf of a stream that keeps this many messages.
 pub(super) fn size_for_kept(configured: i64, is_keyed: bool, size: i64, kept: i64) -> i64 {
     let least = kept / KEPT_FRACTION;
     let least = match is_keyed {

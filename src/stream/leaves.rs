@@ -19,7 +19,7 @@ use crate::store::stream::{self as sql, Emptied, EmptyLeaf, Leaf, StreamRow};
 use crate::store::{self, Connection, Database};
 use crate::supervisor::Supervisor;
 
-/// With nothing appended, the pause between passes grows to so many times the usual one.
+/// Without appends, the pause between passes grows to this many times the usual one.
 const QUIET_FACTOR: u32 = 4;
 
 /// The lease of the node that does the maintenance.
@@ -77,7 +77,7 @@ impl Maintenance {
         }
     }
 
-    /// Says so when nobody knows the time any more, and when it is known again.
+    /// Logs when the two clocks disagree, and when they agree again.
     fn watch_clocks(&mut self) {
         let gap_seconds = self.state.witness.gap(&self.cluster).num_seconds();
         let is_apart = self.state.witness.is_apart(&self.cluster);
@@ -248,7 +248,7 @@ impl Maintenance {
         Ok(())
     }
 
-    /// Folds the keys of a leaf, and drops from memory what is in their heads now.
+    /// Folds the keys of a leaf, and drops from memory the part that their heads now have.
     async fn fold(&self, connection: &mut Connection, leaf: &Leaf) -> Result<(), store::Error> {
         if let Some(through) = sql::fold_keys(connection, leaf.stream, leaf.first).await? {
             self.state.keys.rebase(leaf.stream, through);
@@ -256,7 +256,7 @@ impl Maintenance {
         Ok(())
     }
 
-    /// Empties what is old, the oldest first, up to the first that stays. Returns how many could not be had.
+    /// Empties old leaves, the oldest first, up to the first that stays. Returns how many were locked.
     async fn empty(
         &self,
         connection: &mut Connection,
@@ -349,7 +349,7 @@ impl Maintenance {
         Ok(())
     }
 
-    /// Drops leaves that were emptied, until one cannot be had.
+    /// Drops emptied leaves, until one is locked.
     async fn drop_emptied(
         &mut self,
         connection: &mut Connection,
@@ -366,7 +366,7 @@ impl Maintenance {
         Ok(())
     }
 
-    /// Drops the logs of deleted streams, in steps, until one cannot be had. What is left is the next pass's.
+    /// Drops the logs of deleted streams, in steps, until one is locked. The next pass does the rest.
     async fn drop_orphans(&mut self, connection: &mut Connection) -> Result<(), store::Error> {
         let mut steps = DROP_STEPS;
         let mut failure = None;

@@ -16,10 +16,10 @@ use crate::domain::retention::Retention;
 const WARN_FROM: f64 = 0.5;
 const WARN_PAUSE: Duration = Duration::from_secs(3_600);
 
-/// What a stream holds that some queue has not settled.
+/// The messages of a stream that some queue has not settled.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Unsettled {
-    /// When its oldest message was appended.
+    /// The time when its oldest message was appended.
     pub(super) since: DateTime<Utc>,
     /// Bytes on disk, about.
     pub(super) bytes: u64,

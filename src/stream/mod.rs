@@ -96,7 +96,7 @@ pub struct Options {
     pub maintenance: Duration,
     /// The retention that `main` is created with.
     pub main_retention: Retention,
-    /// What is asked of each occurrence of a schedule.
+    /// The check of each occurrence of a schedule.
     pub acceptance: Acceptance,
     /// How far the node's clock is set ahead of the system's: for tests that set the database's.
     pub clock_lead: Duration,

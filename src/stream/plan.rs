@@ -15,7 +15,7 @@ use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::{DELIVER_AT, Message};
 use crate::store::stream::{Append, AppendMessage, RelayMember};
 
-/// What the keys came to that a group expects versions of, by stream; `None` for a stream whose keys are not counted.
+/// The counts of the keys whose versions a group expects, by stream; `None` for a stream whose keys are not counted.
 pub(super) type Counts<'g> = HashMap<StreamId, Option<Counted<'g>>>;
 
 /// A group laid out for the call. Kept as it is while the outcome of a call is not known.
@@ -25,7 +25,7 @@ pub(super) struct Plan<'g> {
     pub(super) layout: Layout,
 }
 
-/// Where each message of a plan comes from and goes to.
+/// The origin and the place of each message of a plan.
 #[derive(Debug, Default)]
 pub(super) struct Layout {
     pub(super) streams: Vec<StreamId>,
@@ -39,7 +39,7 @@ pub(super) struct Layout {
     pub(super) refusals: Vec<Option<Refusal>>,
 }
 
-/// Why a member is refused before the call.
+/// Reasons why a member is refused before the call.
 #[derive(Debug, Clone)]
 pub(super) enum Refusal {
     /// Messages expect a version in streams that are not keyed.
@@ -74,7 +74,7 @@ impl Refusal {
     }
 }
 
-/// What is being laid out.
+/// The group that is being laid out.
 struct Planner<'g, 'p> {
     router: &'p mut Router,
     lasts: &'p HashMap<StreamId, Offset>,
@@ -241,7 +241,7 @@ fn push_relay<'g>(append: &mut Append<'g>, number: usize, member: &'g Member) {
     }
 }
 
-/// Identity and content of each message; none when ids are not checked. By the routes of now.
+/// Identity and content of each message, by the current routes; none when ids are not checked.
 fn checks(member: &Member, router: &mut Router) -> Vec<(Uuid, Uuid)> {
     match member {
         Member::Publish {
@@ -292,11 +292,11 @@ fn check(stream: StreamId, message: &Message) -> (Uuid, Uuid) {
     (identity, digest_content(message))
 }
 
-/// Attributes that a repeat may have anew: they are of the sending, not of what is sent.
+/// Attributes that may differ in a repeat: they describe the sending, not the message.
 const OF_THE_SENDING: [&str; 4] = ["traceparent", "tracestate", "baggage", "recordedtime"];
 
-/// The content of a message, where it goes and when. Not its `time`, which libraries put in as they send; and not the version that it expects:
-/// what has gone in is in, whatever the key's version is by now.
+/// The content of a message, its topic and its due time. Not its `time`, which libraries set as they send; and not the version
+/// that it expects: a published message stays published, whatever the key's version is by now.
 fn digest_content(message: &Message) -> Uuid {
     fn text(text: &Option<String>) -> &[u8] {
         text.as_deref().unwrap_or_default().as_bytes()

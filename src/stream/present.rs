@@ -32,7 +32,7 @@ pub struct Wanted {
     count: u32,
 }
 
-/// Those of [`Wanted`] that were found.
+/// The messages of [`Wanted`] that were found.
 struct Found {
     hashes: Vec<(u64, u64, u32)>,
     /// How many of those with the hash at this index were found; at the first of them.
@@ -117,8 +117,8 @@ impl Found {
 }
 
 impl Handle {
-    /// Says for each message, in the order added, whether a relay of one of these origins has appended it, or waits to. What was appended before
-    /// `since` is not looked at. HTTP's messages are of no origin.
+    /// Says for each message, in the order added, whether a relay of one of these origins has appended it, or has it scheduled.
+    /// Messages appended before `since` are not looked at. Messages published over HTTP have no origin.
     ///
     /// # Errors
     /// The database's; [`Error::Stopping`] as soon as `is_stopping`.

@@ -21,7 +21,7 @@ use crate::supervisor::Supervisor;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// What is asked of the readers.
+/// The requests to the readers.
 #[derive(Debug)]
 pub(super) enum Job {
     Read {
@@ -78,7 +78,7 @@ const FETCH_CHUNK: usize = 500;
 const LOOK_UP_CHUNK: usize = 10_000;
 /// As `LOOK_UP_CHUNK`, where it reads a range: each costs a tenth then, and with fewer the way there and back counts.
 const RANGE_CHUNK: usize = 50_000;
-/// What an event has beside its payload, in bytes, about.
+/// The approximate overhead of an event beside its payload, in bytes.
 const EVENT_OVERHEAD_BYTES: usize = 256;
 
 /// One of the tasks that read.
@@ -90,7 +90,7 @@ pub(super) struct Reader {
     pub(super) connection: Option<Connection>,
 }
 
-/// What limits a walk over a stream.
+/// The limits of a walk over a stream.
 struct Walk<'a> {
     stream: StreamId,
     after: Offset,
@@ -388,7 +388,7 @@ impl Reader {
         })
     }
 
-    /// What a read is about between two offsets. One key of a keyed stream is found by its index.
+    /// The entries between two offsets that match a read. One key of a keyed stream is found by its index.
     async fn matching(
         &mut self,
         read: &Read,

@@ -35,7 +35,7 @@ pub enum Member {
         from: i64,
         /// The number of the position after them.
         to: i64,
-        /// That position, JSON text.
+        /// The found position, as JSON text.
         position: String,
         /// Rows between the two positions that cannot become messages.
         rejected: Vec<Rejected>,
@@ -66,7 +66,7 @@ pub struct Conditional {
 pub struct Rejected {
     /// Its number in the outbox.
     pub seq: i64,
-    /// Why, as one clause.
+    /// The reason, as one clause.
     pub reason: String,
     /// The row as a JSON object.
     pub outbox_row: String,
@@ -132,7 +132,7 @@ pub struct KeyRead {
     pub max_bytes: usize,
 }
 
-/// What is known of a key, and a page of its history.
+/// A key, and a page of its history.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KeyPage {
     /// How many messages it has had, whether they are still there or not; 0 for a key that there never was.
@@ -154,9 +154,9 @@ pub struct KeysRead {
     pub stream: StreamId,
     /// Keys after this one, in the order of their bytes.
     pub after: Option<String>,
-    /// At most so many keys.
+    /// The most keys.
     pub max_keys: usize,
-    /// At most so many bytes of events, but always one key if there is one.
+    /// The most bytes of events, but always one key if there is one.
     pub max_bytes: usize,
 }
 
@@ -178,7 +178,7 @@ pub struct KeyEntry {
     pub version: i64,
     /// The offset of the last one.
     pub last_offset: Offset,
-    /// That one; `None` when retention dropped it.
+    /// Its last message; `None` when retention dropped it.
     pub entry: Option<Arc<Entry>>,
 }
 
@@ -191,11 +191,11 @@ pub struct Scan {
     pub after: Offset,
     /// Only topics that match one of these; empty matches all.
     pub topics: Vec<TopicPattern>,
-    /// At most so many items.
+    /// The most items.
     pub max_items: usize,
 }
 
-/// What a scan found, in offset order.
+/// The findings of a scan, in offset order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scanned {
     /// The messages that matched.
@@ -225,7 +225,7 @@ pub struct Search {
     pub max_bytes: usize,
 }
 
-/// What a search found so far, in offset order.
+/// The findings of a search so far, in offset order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SearchPage {
     /// The dead letters that match.
@@ -249,7 +249,7 @@ pub struct ScanItem {
     pub priority: Priority,
 }
 
-/// What order by key and lanes go by.
+/// The attributes that decide order by key and lanes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attributes {
     /// The message's place.
@@ -260,8 +260,8 @@ pub struct Attributes {
     pub priority: Priority,
 }
 
-/// What was appended to one stream by one commit, or read from the log after another node appended it. Batches of a stream
-/// follow one another without a gap.
+/// The entries that one commit appended to one stream, or that were read from the log after another node appended them. Batches
+/// of a stream follow one another without a gap.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
     /// The stream.

@@ -38,7 +38,7 @@ impl Reader {
         Ok(SearchPage { entries, next })
     }
 
-    /// What fits, and where to go on; None at the end of the stream.
+    /// The matching messages, and where to go on; None at the end of the stream.
     async fn look(
         &mut self,
         search: &Search,

@@ -16,7 +16,7 @@ pub const RETENTION_MIN_BYTES: u64 = 1 << 20;
 /// A stream's settings, as declared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// The topics that the stream owns. `main` has none: it takes what is left.
+    /// The topics that the stream owns. `main` has none: it takes all that no other stream owns.
     pub patterns: Vec<TopicPattern>,
     /// How long its messages are kept.
     pub retention: Retention,
@@ -111,7 +111,7 @@ impl Settings {
     }
 }
 
-/// How far ahead a description looks for what is to enter the stream.
+/// How far ahead a description looks for scheduled messages.
 pub const SCHEDULED_AHEAD: Duration = Duration::from_secs(86_400);
 
 /// The result of a declaration.
@@ -144,10 +144,10 @@ pub struct Description {
     pub last_offset: Offset,
     /// Bytes on disk of its messages, about.
     pub message_bytes: u64,
-    /// How much of the hard limits what is not settled has used up, from 0 to 1, as the node saw it last that looks after
-    /// retention; `None` without a hard limit, or where it is not known.
+    /// The share of the hard limits, from 0 to 1, that unsettled messages use, as last seen by the node that does retention; `None`
+    /// without a hard limit, or where it is not known.
     pub unsettled_limit_used: Option<f64>,
-    /// What waits to enter it; `None` when nothing was ever to come later.
+    /// Its scheduled messages; `None` if it never had any.
     pub scheduled: Option<ScheduledState>,
     /// The time of its creation.
     pub created_at: DateTime<Utc>,
@@ -156,9 +156,9 @@ pub struct Description {
 /// How a stream stands with the messages that are to enter it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScheduledState {
-    /// When the next of them is due, cancelled or not, if that is within [`SCHEDULED_AHEAD`]; past while it is late.
+    /// The due time of the next one, cancelled or not, if it is within [`SCHEDULED_AHEAD`]; in the past while publishing is late.
     pub next_due_at: Option<DateTime<Utc>>,
-    /// For how long it has been due.
+    /// How long it has been due.
     pub lag: Duration,
     /// How many there are, 100,000 at most; `None` where streams are listed.
     pub waiting: Option<i64>,

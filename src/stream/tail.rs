@@ -145,7 +145,7 @@ impl Tails {
     }
 }
 
-/// What one commit of this node appended to one stream.
+/// The entries that one commit of this node appended to one stream.
 #[derive(Debug)]
 pub(super) struct Appended {
     pub(super) stream: StreamId,

@@ -22,7 +22,7 @@ struct Known {
     matches: HashMap<TopicPattern, Vec<TopicId>>,
 }
 
-/// Patterns whose topics are kept; with more, all are found anew.
+/// Patterns whose topics are kept; with more, all are looked up again.
 const PATTERNS_MAX: usize = 10_000;
 
 impl Known {

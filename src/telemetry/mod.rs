@@ -49,10 +49,10 @@ pub fn start(config: &Config) {
     }
 }
 
-/// Where the log goes, once it was started.
+/// The log's sink, once it was started.
 static SINK: OnceLock<Sink> = OnceLock::new();
 
-/// Waits until what was logged is written, at most so long: nobody may be reading it.
+/// Waits until logged lines are written, up to a time limit: nobody may be reading them.
 pub fn flush(longest: Duration) {
     if let Some(sink) = SINK.get() {
         sink.flush(longest);
@@ -64,7 +64,7 @@ fn dropped() -> u64 {
     SINK.get().map_or(0, Sink::dropped)
 }
 
-/// A panic is a line of the log as any other: the usual hook waits for whoever reads standard error.
+/// Logs a panic like any other line: the usual hook waits for the reader of standard error.
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let what = panic
         .payload_as_str()

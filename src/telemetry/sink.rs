@@ -105,7 +105,7 @@ impl Sink {
         self.0.changed.notify_all();
     }
 
-    /// Writes what comes to standard error, for as long as the process lives. For a thread of its own.
+    /// Writes lines to standard error, for as long as the process lives. Runs on a separate thread.
     pub(super) fn write_on(&self) {
         // A descriptor of its own: a write that blocks must not hold the lock of the standard library's.
         let own = io::stderr().as_fd().try_clone_to_owned();
@@ -124,7 +124,7 @@ impl Sink {
     }
 }
 
-/// Where lines are written.
+/// The writer of lines.
 struct Writer<Out> {
     out: Out,
     /// The last line was cut.
@@ -208,7 +208,7 @@ impl MakeWriter<'_> for Sink {
 mod tests {
     use super::*;
 
-    /// Takes so many bytes, then fails as a disk that is full; begins again when told so.
+    /// Takes this many bytes, then fails like a full disk; begins again when told so.
     struct Disk {
         room: usize,
         text: Vec<u8>,

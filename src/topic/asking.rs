@@ -18,7 +18,7 @@ use crate::supervisor::{OnEnd, Supervisor};
 
 /// Threads. They compete with those of the requests for the processors, so they are few.
 const THREADS: usize = 2;
-/// 60 levels of a payload times 64 schemas on the way to one place take 2 MiB; what is not used is not there.
+/// 60 levels of a payload times 64 schemas on the way to one place take 2 MiB; unused stack takes no memory.
 const STACK_BYTES: usize = 32 << 20;
 /// How long a piece of work goes on while others wait.
 const SLICE: Duration = Duration::from_millis(20);
@@ -99,7 +99,7 @@ impl Asking {
         answer.await.map_err(|_| Stopped)
     }
 
-    /// Asks all questions. Whoever stops waiting for the answers has the rest left undone. Behind so many faults nothing is asked.
+    /// Asks all questions. If the caller stops waiting, the rest stays undone. After a number of faults nothing more is asked.
     pub(super) async fn ask(
         &self,
         questions: Vec<Question>,

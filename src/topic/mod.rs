@@ -58,7 +58,7 @@ pub struct Settings {
 pub struct Description {
     /// As they were declared.
     pub settings: Arc<SettingsRow>,
-    /// Why the schema is not asked, though it is declared: as one clause that follows "the schema".
+    /// The reason why the declared schema is not applied, as one clause that follows "the schema".
     pub schema_fault: Option<Arc<str>>,
 }
 
@@ -66,7 +66,7 @@ pub struct Description {
 /// and where the payload does not match.
 pub type Mismatched = Vec<(usize, TopicPattern, Vec<Mismatch>)>;
 
-/// What a declaration did.
+/// The result of a declaration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Declared {
     /// The pattern had no settings.
@@ -75,10 +75,10 @@ pub enum Declared {
     Changed,
 }
 
-/// Why settings could not be had.
+/// Reasons why settings could not be declared or read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The schema is none, or not one that can be asked.
+    /// Not a JSON Schema, or one that cannot be evaluated.
     #[error("the schema {0}")]
     Schema(String),
     /// The pattern has no settings.
@@ -116,7 +116,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// The rules of now.
+    /// The current rules.
     #[must_use]
     pub fn rules(&self) -> Arc<Rules> {
         Arc::clone(&self.rules.borrow())
@@ -135,7 +135,7 @@ impl Handle {
             .await
     }
 
-    /// What a pattern has.
+    /// The settings of a pattern.
     ///
     /// # Errors
     /// [`Error::NotFound`], or the database's.
@@ -149,7 +149,7 @@ impl Handle {
         })
     }
 
-    /// What all patterns have, by pattern.
+    /// The settings of all patterns, by pattern.
     ///
     /// # Errors
     /// The database's.
@@ -215,7 +215,7 @@ impl Handle {
             .collect())
     }
 
-    /// Why messages may not go to their topics by their schemas: the places of those that may not, each with one clause.
+    /// The messages that their topics' schemas refuse: their places, each with the reason as one clause.
     ///
     /// # Errors
     /// [`Error::Stopping`].
@@ -241,7 +241,8 @@ impl Handle {
         Ok(refusals)
     }
 
-    /// Why a message of the broker's own may not go to its topic, by its size or its schema, as one clause. `most` bounds every topic.
+    /// The reason why one of the broker's own messages may not go to its topic, by its size or its schema, as one clause. `most`
+    /// bounds every topic.
     ///
     /// # Errors
     /// [`Error::Stopping`].

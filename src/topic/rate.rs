@@ -35,7 +35,8 @@ impl Bucket {
         (self.per_second, self.burst) == (per_second, float(burst))
     }
 
-    /// How long to wait until so many messages may come; none when now. More than the burst may come when the bucket is full.
+    /// How long to wait until this many messages may come; none if they may come now. More than the burst may come when the bucket
+    /// is full.
     pub(super) fn wait(&self, count: u64, now: Instant) -> Option<Duration> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.fill(&mut state, now);
@@ -43,7 +44,7 @@ impl Bucket {
         (lacking > 0.0).then(|| Duration::from_secs_f64((lacking / self.per_second).min(86_400.0)))
     }
 
-    /// Takes so many out. Below nothing, they are owed.
+    /// Takes this many out. A negative level is owed.
     pub(super) fn take(&self, count: u64, now: Instant) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.fill(&mut state, now);

@@ -29,12 +29,12 @@ pub struct Rules {
 pub(super) struct Rule {
     pub(super) row: Arc<SettingsRow>,
     schema: Option<Arc<Schema>>,
-    /// Why the schema is not asked.
+    /// The reason why the schema is not applied.
     pub(super) schema_fault: Option<Arc<str>>,
     bucket: Option<Arc<Bucket>>,
 }
 
-/// What applies to one topic.
+/// The settings that apply to one topic.
 #[derive(Debug, Default)]
 pub struct Applied {
     /// The pattern and its schema.
@@ -46,8 +46,8 @@ pub struct Applied {
 }
 
 impl Rules {
-    /// Takes over what has not changed: a schema is compiled once, also for several patterns, and a rate goes on where it was. It takes its
-    /// time, and the stack that schemas need.
+    /// Takes over unchanged parts: a schema is compiled once, even for several patterns, and a rate goes on where it was. This takes
+    /// a while, and the stack that schemas need.
     pub(super) fn new(version: i64, rows: Vec<SettingsRow>, before: &Self) -> Self {
         let mut compiled: HashMap<String, Arc<Schema>> = before
             .rules
@@ -103,7 +103,7 @@ impl Rules {
         }
     }
 
-    /// What applies to a topic; none when nothing is declared at all.
+    /// The settings that apply to a topic; none when nothing is declared at all.
     #[must_use]
     pub fn of(&self, topic: &Topic) -> Option<Arc<Applied>> {
         if self.rules.is_empty() {

@@ -105,7 +105,7 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-/// What became of one delivery, as [`Worker::observe`] is told.
+/// The result of one delivery, as [`Worker::observe`] receives it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Ended {
@@ -117,11 +117,11 @@ pub struct Ended {
     pub attempt: u32,
     /// The id of its event.
     pub event_id: String,
-    /// What the broker did, or why it could not.
+    /// The broker's result, or its refusal.
     pub outcome: Result<Settled, Refused>,
 }
 
-/// What a worker did, as the broker confirmed it.
+/// A worker's results, as the broker confirmed them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
@@ -188,7 +188,7 @@ impl Worker {
         }
     }
 
-    /// Handles so many messages at a time, at least one, and holds as many more ready, unless
+    /// Handles this many messages at a time, at least one, and holds as many more ready, unless
     /// [`Worker::prefetch`] says otherwise.
     #[must_use]
     pub fn concurrency(mut self, handlers: usize) -> Self {
@@ -197,7 +197,7 @@ impl Worker {
         self
     }
 
-    /// Holds so many messages ready beyond those that are being handled. None is best for long work.
+    /// Holds this many messages ready beyond those being handled. 0 is best for long work.
     #[must_use]
     pub fn prefetch(mut self, messages: usize) -> Self {
         self.settings.prefetch = messages;
@@ -234,7 +234,7 @@ impl Worker {
         self
     }
 
-    /// The name in the list of what is in flight.
+    /// The name in the list of live deliveries.
     #[must_use]
     pub fn consumer(mut self, name: impl Into<String>) -> Self {
         self.settings.consumer = Some(name.into());
@@ -256,12 +256,12 @@ impl Worker {
         self
     }
 
-    /// Handles messages until `stop`, then finishes in order. Each handler is a task of its own; one that panics has
-    /// failed. Dropping the future drops the handlers: their messages come again after the visibility timeout.
+    /// Handles messages until `stop`, then finishes in order. Each handler is a separate task; one that panics has failed.
+    /// Dropping the future drops the handlers: their messages come again after the visibility timeout.
     ///
     /// # Errors
-    /// A call that no repeat can help: there is no such queue, or a setting is out of its range. Or the broker was away
-    /// at the end, beyond the grace and a call's deadline: what was done since is not acknowledged.
+    /// A call that no repeat can help: there is no such queue, or a setting is out of its range. Or the broker was unreachable at
+    /// the end, beyond the grace and a call's deadline: the work done since then is not acknowledged.
     pub async fn run<H, F, D>(self, stop: CancellationToken, handler: H) -> Result<Report, Error>
     where
         H: Fn(Job) -> F + Send + Sync + 'static,

@@ -48,7 +48,7 @@ enum Called {
     },
 }
 
-/// When the run is to end.
+/// The end of the run.
 #[derive(Debug, Clone, Copy)]
 struct Stopping {
     /// Handlers that did not end by then are dropped.
@@ -68,7 +68,7 @@ pub(super) struct Run {
     /// Not before then.
     receive_at: Instant,
     calls: FuturesUnordered<Beside<Called>>,
-    /// What ended, for each verb but extend, until it is sent.
+    /// Finished deliveries, for each verb except extend, until they are sent.
     ended: HashMap<Verb, Vec<Brief>>,
     /// Verbs of which a request is under way.
     busy: Vec<Verb>,
@@ -455,7 +455,7 @@ impl Run {
     }
 }
 
-/// The answer of the receive under way; never resolves when there is none. Cancel-safe.
+/// The answer of the receive under way; never resolves without one. Cancel-safe.
 async fn answered(receiving: &mut Option<Receiving>) -> Result<Received, Error> {
     match receiving {
         Some(receiving) => receiving.answer.as_mut().await,

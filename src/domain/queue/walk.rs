@@ -7,7 +7,7 @@ use super::order::{Keys, LANES, Order};
 use super::{Entry, Queue};
 use crate::domain::id::Offset;
 
-/// Of ten messages, so many go to each lane while all have some: low, normal, high.
+/// Of ten messages, this many go to each lane while all have some: low, normal, high.
 const WEIGHTS: [i64; LANES] = [1, 2, 7];
 
 type Source<'a> = Box<dyn Iterator<Item = i64> + 'a>;
@@ -18,20 +18,20 @@ struct Ready<'a> {
     again: Peekable<Source<'a>>,
 }
 
-/// A walk over what is ready. What it gives counts as taken once it was accepted.
+/// A walk over the ready messages. A message that it gives counts as taken once it was accepted.
 pub(super) struct Walk<'a> {
     queue: &'a Queue,
     /// One, or a lane each.
     ready: Vec<Ready<'a>>,
     /// Later messages of the keys of those taken, for a queue with batches of keys.
     followers: BTreeMap<i64, i64>,
-    /// The key of what was given last, if it is such a message.
+    /// The key of the last given message, if it has one.
     follows: Option<i64>,
     batches: Option<&'a Keys>,
     /// How many fresh ones may still go.
     room: usize,
     credits: [i64; LANES],
-    /// The credits once what was given last is accepted.
+    /// The credits once the last given message is accepted.
     next_credits: [i64; LANES],
     /// The last message accepted had failed before: one that was never handed out goes next, if there is one. So what fails again and again,
     /// and is ready at once each time, takes no more than every other place.
@@ -145,7 +145,7 @@ impl<'a> Walk<'a> {
         Some(next)
     }
 
-    /// What was given last goes out.
+    /// Accepts the last given message: it goes out.
     pub(super) fn accept(&mut self, offset: i64) {
         self.credits = self.next_credits;
         self.after_failed = self.queue.has_failed(offset);
@@ -190,7 +190,7 @@ impl Queue {
         (is_ready && !is_held).then_some(next)
     }
 
-    /// What is ready to go out, in the order in which it goes, at most `count`.
+    /// The ready messages, in the order in which they go out, at most `count`.
     #[must_use]
     pub fn ready(&self, count: usize) -> Vec<Offset> {
         let mut walk = Walk::new(self);

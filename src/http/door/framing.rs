@@ -13,10 +13,10 @@ use super::close;
 use crate::http::extract::{discard, too_large};
 use crate::http::problem::{Kind, Problem};
 
-/// Why a request goes no further.
+/// Reasons why a request goes no further.
 #[derive(Debug)]
 pub(super) enum Refusal {
-    /// Where the next request begins is not known: the connection ends.
+    /// The start of the next request is unknown: the connection ends.
     Broken(Problem),
     /// Its body is coded. Its sender may still be at it.
     Coded,
@@ -56,7 +56,7 @@ pub(in crate::http) fn expects(headers: &HeaderMap) -> bool {
     tokens(headers, EXPECT).any(|expected| expected == "100-continue")
 }
 
-/// How long the body is to be.
+/// The announced length of the body.
 pub(in crate::http) fn announced(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use crate::domain::authority::{Authority, Host};
 use crate::http::Options;
 
-/// Which names are this broker's.
+/// The names of this broker.
 #[derive(Debug)]
 pub(in crate::http) struct Hosts {
     /// Every name is let through.
     takes_all: bool,
-    /// Addresses are let through: no page gets at them by a name of its own.
+    /// IP addresses are let through: no page reaches them under its own name.
     takes_addresses: bool,
     names: Vec<String>,
 }

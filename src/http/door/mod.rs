@@ -68,8 +68,8 @@ pub(in crate::http) fn check(hosts: &Hosts, request: &Request) -> Result<(), Pro
     passed
 }
 
-/// Who the request is for: of the target where it names one (RFC 9112, 3.2.2), else of `Host`. None for a client that says nothing,
-/// as in HTTP/1.0.
+/// The host that the request is for: from the target if it names one (RFC 9112, 3.2.2), otherwise from `Host`. None for a
+/// client that names none, as in HTTP/1.0.
 fn authority(request: &Request) -> Result<Option<Authority<'_>>, Cow<'static, str>> {
     let parse = |text: &'_ str| -> Result<(), Cow<'static, str>> {
         match Authority::parse(text) {

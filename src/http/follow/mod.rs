@@ -37,17 +37,17 @@ use window::Windows;
 
 /// Bytes of text that are held for all readers together, beside what they share. More waits until a client takes something.
 const HELD_MAX_BYTES: usize = 32 << 20;
-/// The budget is counted in units of so many bytes, since its permits are 32 bits.
+/// The budget is counted in units of this many bytes, since its permits have 32 bits.
 const PERMIT_BYTES: usize = 1_024;
 
-/// What a reader wants.
+/// A reader's request.
 #[derive(Debug)]
 pub(in crate::http) struct Follow {
     /// The stream.
     pub(in crate::http) stream: StreamId,
     /// Messages after this offset.
     pub(in crate::http) after: Offset,
-    /// Whether the reader has what is up to there, so that it must hear of anything that it misses.
+    /// Whether the reader has everything up to there, so that it must learn of anything that it misses.
     pub(in crate::http) is_resumed: bool,
     /// Only topics that match one of these; `None` is all.
     pub(in crate::http) topics: Option<Arc<[TopicPattern]>>,
@@ -55,7 +55,7 @@ pub(in crate::http) struct Follow {
     pub(in crate::http) key: Option<String>,
 }
 
-/// What all readers share.
+/// State that all readers share.
 pub(in crate::http) struct Readers {
     supervisor: Supervisor,
     windows: Windows,
@@ -88,7 +88,7 @@ struct Piece {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
-/// The event that ends a reader. It has a place of its own, for a client that takes no pieces any more.
+/// The event that ends a reader. It has a separate place, for a client that no longer reads pieces.
 type Farewell = Arc<Mutex<Option<Bytes>>>;
 
 /// Starts a reader and gives its answer.

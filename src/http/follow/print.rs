@@ -7,7 +7,7 @@ use crate::domain::id::Offset;
 use crate::domain::message::Entry;
 use crate::http::routes::wire;
 
-/// What stands around an event's bytes, about.
+/// The approximate overhead around an event's bytes.
 pub(super) const AROUND_BYTES: usize = 256;
 
 /// A message as JSON. The event is spliced in as it is.

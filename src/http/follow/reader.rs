@@ -22,7 +22,7 @@ const PAGE_MAX_BYTES: usize = 32 << 10;
 /// The pause before the log is asked again after it could not be read.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// Why a reader ends.
+/// Reasons why a reader ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     /// The client has gone.
@@ -80,7 +80,7 @@ pub(super) struct Reader {
     pieces: mpsc::Sender<Piece>,
     /// All up to here was sent, or did not match.
     position: Offset,
-    /// When the client last got something.
+    /// The time when the client last got something.
     sent_at: Instant,
 }
 

@@ -15,9 +15,9 @@ use crate::http::state::State;
 use crate::stream::{self, Batch};
 use crate::supervisor::{OnEnd, Supervisor};
 
-/// Text kept per stream: whoever is further behind reads pages of the log, which its cache has for longer.
+/// The text kept per stream: readers further behind read pages of the log, whose cache reaches further back.
 const WINDOW_MAX_BYTES: usize = 4 << 20;
-/// A chunk is not added to once it has so many bytes.
+/// Nothing is added to a chunk once it has this many bytes.
 const CHUNK_BYTES: usize = 32 << 10;
 /// How long a window stays without readers, at least.
 const IDLE: Duration = Duration::from_secs(5);
@@ -31,14 +31,14 @@ pub(super) struct Chunk {
     pub(super) text: Bytes,
 }
 
-/// Where a reader goes on.
+/// The place where a reader continues.
 #[derive(Debug)]
 pub(super) enum Next {
     /// With this chunk, the part after its position.
     Chunk(Arc<Chunk>),
     /// It has all there is.
     Wait,
-    /// In the log: what it wants is not here any more.
+    /// In the log: its next messages are no longer here.
     Log,
     /// The stream is gone, or the broker stops.
     Closed,
@@ -176,7 +176,7 @@ pub(super) struct Windows {
 type Streams = Mutex<HashMap<StreamId, Arc<Window>>>;
 
 impl Windows {
-    /// The window of a stream, begun if there is none.
+    /// The window of a stream; begins one if there is none.
     pub(super) fn get(
         &self,
         state: &State,

@@ -27,7 +27,7 @@ pub(super) struct Received {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
-    /// Of what answers may hold; none for a small one.
+    /// Its share of the memory for answers; none for a small one.
     pub(super) share: Option<Counted>,
 }
 
@@ -74,7 +74,7 @@ pub(super) async fn read(
     }
 }
 
-/// The path as it was sent, at another node. None where a URL takes steps for what they say (`%2e%2e`): what was asked here would be
+/// The path as it was sent, at another node. None where a URL would resolve dot segments (`%2e%2e`): the path would mean
 /// something else there.
 pub(super) fn target(node: &str, path: Option<&PathAndQuery>) -> Option<reqwest::Url> {
     let path = path.map_or("/", PathAndQuery::as_str);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::LOOK;
 
-/// So many look as often as one.
+/// This many waiting requests look as often as one.
 const AT_ONCE: u32 = 200;
 /// Nobody looks less often.
 const PAUSE_MAX: Duration = Duration::from_secs(1);

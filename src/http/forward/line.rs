@@ -28,7 +28,7 @@ struct Line {
     /// Polls that are.
     busy: usize,
     waiting: VecDeque<oneshot::Sender<Turn>>,
-    /// The length at which those whose callers are gone are taken out: twice of what was left the last time.
+    /// The length at which entries without a caller are removed: twice the length after the last removal.
     sweep_at: usize,
 }
 

@@ -54,19 +54,19 @@ pub(in crate::http) use secret::Secret;
 const SLOT: HeaderName = HeaderName::from_static("x-postroad-slot");
 /// The epoch of its lease, as that node knows it.
 const EPOCH: HeaderName = HeaderName::from_static("x-postroad-epoch");
-/// What makes it a node.
+/// The header that proves a node.
 const NODE: HeaderName = HeaderName::from_static("x-postroad-node");
-/// For how long the request has waited already, in milliseconds.
+/// How long the request has waited already, in milliseconds.
 const WAITED: HeaderName = HeaderName::from_static("x-postroad-waited");
 /// A look at the nodes is not repeated sooner.
 const LOOK: Duration = Duration::from_millis(40);
 
 /// How long another node may take to say what it knows.
 const ANSWER: Duration = Duration::from_secs(5);
-/// An owner that answered nothing for so long had the poll: waiting for the next one begins anew.
+/// An owner that was silent for this long did have the poll: waiting for the next owner starts again.
 const LONG: Duration = Duration::from_secs(1);
 
-/// For how long a request has waited elsewhere: a long poll has so much less to wait.
+/// How long a request has waited elsewhere: a long poll waits that much less.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::http) struct Waited(pub(in crate::http) Duration);
 

@@ -11,14 +11,14 @@ pub struct Cost {
     pub database_bytes: i64,
 }
 
-/// What the server is, and how to find its processes.
+/// The server, and how to find its processes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Server {
     /// `15.14`.
     pub version: String,
     /// The backend of the connection that asked.
     pub backend_pid: i32,
-    /// When the postmaster started, in seconds since the Unix epoch.
+    /// The postmaster's start, in seconds since the Unix epoch.
     pub started_at: f64,
     /// Settings that decide what a commit costs: name and value.
     pub settings: Vec<(String, String)>,

@@ -8,11 +8,11 @@ use super::produce::Row;
 pub struct Claimed {
     /// Its place in the table.
     pub id: i64,
-    /// Which producer wrote it.
+    /// The producer that wrote it.
     pub producer: i32,
     /// Its number among those of its producer.
     pub number: i64,
-    /// What it carries.
+    /// Its payload.
     pub payload: String,
 }
 

@@ -15,7 +15,7 @@ pub use hold::{Hold, age, hold, let_go};
 pub use lease::{Claimed, claim, delete, insert_lease};
 pub use produce::{Row, insert_outbox, insert_raw};
 
-/// What the schema's comment says when a bench made it.
+/// The comment of a schema that a bench made.
 const MARK: &str = "made by postroad bench";
 
 /// Makes an empty database. `name` is made of a-z, 0-9 and `_`.

@@ -9,7 +9,7 @@ pub struct Row<'a> {
     pub number: i64,
     /// The CloudEvents id.
     pub id: &'a str,
-    /// Where it goes.
+    /// Its topic.
     pub topic: &'a str,
     /// The ordering key.
     pub key: Option<&'a str>,

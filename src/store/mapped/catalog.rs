@@ -9,7 +9,7 @@ use crate::domain::mapping::{Field, Mapping, Pickup, TableName};
 use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Error};
 
-/// What a column's type means for a mapping.
+/// The meaning of a column's type for a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Text,
@@ -77,10 +77,10 @@ impl Shape {
     }
 }
 
-/// Why a table cannot be read as the mapping says.
+/// Reasons why a table cannot be read as the mapping says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Misfit {
-    /// What `postroad install --map` makes is missing.
+    /// Something that `postroad install --map` makes is missing.
     NotInstalled(String),
     /// The mapping, the table or the rights on it are wrong; each a clause.
     Wrong(Vec<String>),
@@ -152,7 +152,7 @@ fn kind(base: &str, category: &str) -> Kind {
     }
 }
 
-/// What does not fit, each a clause. A column in `missing` may be missing: it is about to be added.
+/// The faults, each as a clause. A column in `missing` may be missing: it is about to be added.
 pub(super) fn faults(mapping: &Mapping, shape: &Shape, missing: &[&str]) -> Vec<String> {
     let table = &mapping.table;
     let mut faults = Vec::new();
@@ -222,7 +222,7 @@ pub(super) fn faults(mapping: &Mapping, shape: &Shape, missing: &[&str]) -> Vec<
     faults
 }
 
-/// What a column must be that is not.
+/// The needed type of a column that has another.
 fn misfit(field: Option<Field>, kind: Kind, pickup: Pickup) -> Option<&'static str> {
     let (fits, needed) = match field {
         Some(Field::Payload) => (

@@ -74,7 +74,7 @@ async fn try_lock(connection: &mut Connection) -> Result<bool, Error> {
     bounded("looking whose turn it is to migrate", STATEMENT, locking).await
 }
 
-/// Who has the turn, for people.
+/// The session whose turn it is, for people.
 async fn holder(connection: &mut Connection) -> Result<String, Error> {
     let looking = sqlx::query_scalar(
         "select pg_catalog.format('session %s of user %s%s, connected since %s, %s',

@@ -43,7 +43,7 @@ pub struct Asked<'a> {
     pub after: i64,
 }
 
-/// Where rows of a window are looked for.
+/// The places to look for rows of a window.
 #[derive(Debug, Clone, Copy)]
 pub enum Where<'a> {
     /// By their transaction ids, but for certain ones.

@@ -12,7 +12,7 @@ use super::{Session, statement};
 use crate::domain::id::OriginId;
 use crate::store::{Database, Error};
 
-/// Who reads an outbox.
+/// The reader of an outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reader {
     /// The broker.
@@ -21,10 +21,10 @@ pub struct Reader {
     pub origin: OriginId,
 }
 
-/// Who would relay it.
+/// The relay that claims it.
 #[derive(Debug, Clone)]
 pub struct Claimant<'a> {
-    /// Who.
+    /// The reader.
     pub reader: Reader,
     /// The name of its origin.
     pub name: &'a str,
@@ -34,7 +34,7 @@ pub struct Claimant<'a> {
     pub is_local: bool,
 }
 
-/// Who relays it.
+/// The current claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
     /// The table: the outbox, or the one in its place.
@@ -45,7 +45,7 @@ pub struct Claim {
     pub origin: OriginId,
     /// The name that this origin had.
     pub name: String,
-    /// Since when.
+    /// The time when it began.
     pub at: DateTime<Utc>,
     /// The salt of the history in which it was made or confirmed.
     salt: Uuid,
@@ -219,7 +219,7 @@ impl Claimant<'_> {
     }
 }
 
-/// A claim that was released, for whoever asks.
+/// A released claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Released {
     /// The table.
@@ -228,7 +228,7 @@ pub struct Released {
     pub broker: Uuid,
     /// The name of its origin.
     pub origin: String,
-    /// Since when it had it.
+    /// The time since when it had it.
     pub since: DateTime<Utc>,
 }
 

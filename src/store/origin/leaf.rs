@@ -17,7 +17,7 @@ pub const LEAF_PERIOD: Duration = Duration::from_secs(300);
 /// A stored position that was passed a grace ago.
 #[derive(Debug, Clone, Copy)]
 pub struct Passed<'a> {
-    /// Who stored it.
+    /// The reader that stored it.
     pub reader: Reader,
     /// The broker's clock now.
     pub now: DateTime<Utc>,

@@ -35,7 +35,7 @@ pub struct OutboxRow {
     pub deliver_at_is_valid: bool,
 }
 
-/// Where a row of a large window lies.
+/// The place of a row of a large window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// The row's number: checked when it is read by place.

@@ -15,7 +15,7 @@ use super::{OutboxRow, Place, Session, statement};
 use crate::failpoint;
 use crate::store::Error;
 
-/// Who the origin is at the moment of a window's snapshot.
+/// The identity of the origin at the moment of a window's snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     /// A standby: its snapshots have no list of transactions in progress.

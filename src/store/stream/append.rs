@@ -65,7 +65,7 @@ struct Expectations<'a> {
     rows: Vec<&'a str>,
 }
 
-/// What stands for nothing in arrays of numbers: an element of an array with nulls is not found by its place alone.
+/// The value that stands for null in arrays of numbers: in an array with nulls, an element cannot be found by its place alone.
 pub(super) const NONE: i64 = -1;
 
 #[derive(Debug, Default)]
@@ -100,7 +100,7 @@ pub struct AppendMessage<'a> {
     pub origin: Option<OriginId>,
     /// Its identity and content, if ids are checked.
     pub check: Option<(Uuid, Uuid)>,
-    /// When it is to enter the stream; `None` is at once.
+    /// The time when it enters the stream; `None` means at once.
     pub due_at: Option<DateTime<Utc>>,
 }
 
@@ -278,7 +278,7 @@ pub struct Seen {
     pub offset: i64,
     /// Whether the first use was for other content.
     pub is_conflict: bool,
-    /// When the first use was scheduled for, if it was.
+    /// The due time of the first use, if it was scheduled.
     pub due_at: Option<DateTime<Utc>>,
 }
 

@@ -10,16 +10,16 @@ use crate::domain::id::{Offset, StreamId};
 use crate::store::bounded::{STATEMENT, bounded};
 use crate::store::{Connection, Error};
 
-/// What an appender's latest group with messages for a stream left there.
+/// The state that an appender's latest group with messages for a stream left there.
 #[derive(Debug, Clone, Copy)]
 pub struct Previous {
     /// The group's number.
     pub number: i64,
-    /// When it was made: says where its result is kept.
+    /// The time of its creation, which says where its result is kept.
     pub born_at: DateTime<Utc>,
     /// The last offset that it took.
     pub last: Offset,
-    /// When its messages were appended.
+    /// The time when its messages were appended.
     pub last_at: DateTime<Utc>,
 }
 

@@ -128,7 +128,7 @@ pub async fn load_catalogue(connection: &mut Connection) -> Result<Catalogue, Er
     Ok(catalogue)
 }
 
-/// The settings as the row keeps them. What is absent or null is unlimited.
+/// The settings as the row keeps them. Absent or null values mean unlimited.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stored {
     settled_retention_seconds: Option<f64>,

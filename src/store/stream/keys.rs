@@ -6,7 +6,7 @@ use crate::store::{Connection, Error};
 
 use super::log::SliceItem;
 
-/// What the folded messages of a key came to.
+/// The state of a key's folded messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyHead {
     /// The key.

@@ -123,7 +123,7 @@ pub async fn summarise_leaf(
     Ok(())
 }
 
-/// What decides whether a leaf may be emptied.
+/// The conditions for emptying a leaf.
 #[derive(Debug, Clone, Copy)]
 pub struct EmptyLeaf {
     /// The stream.
@@ -146,7 +146,7 @@ pub struct EmptyLeaf {
     pub watermark_at: DateTime<Utc>,
 }
 
-/// What an attempt to empty a leaf came to.
+/// The result of an attempt to empty a leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Emptied {
     /// It is empty; the new floor.

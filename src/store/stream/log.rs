@@ -35,7 +35,7 @@ pub async fn list_heads(connection: &mut Connection) -> Result<Vec<(StreamId, Of
 pub struct Head {
     /// All up to here is gone.
     pub floor: Offset,
-    /// Of a keyed stream: up to where its keys are folded.
+    /// For a keyed stream: the offset up to which its keys are folded.
     pub keys_through: Option<Offset>,
 }
 
@@ -121,7 +121,7 @@ pub struct MatchRange {
     pub range: Option<(Offset, Offset)>,
 }
 
-/// Where messages of these topics can be after an offset, leaf by leaf in offset order, 64 leaves at most.
+/// The ranges that can have messages of these topics after an offset, leaf by leaf in offset order, at most 64 leaves.
 ///
 /// # Errors
 /// The database's.
@@ -242,7 +242,7 @@ pub async fn read_slice(
     Ok(rows.into_iter().map(SliceItem::of).collect())
 }
 
-/// What order by key and lanes go by.
+/// The attributes that decide order by key and lanes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttributesRow {
     /// The message's place.
@@ -253,7 +253,7 @@ pub struct AttributesRow {
     pub priority: Priority,
 }
 
-/// A range is read whole if at least one in so many of its offsets is asked for.
+/// A range is read whole if at least one in this many of its offsets is asked for.
 const SPARSE_FROM: i64 = 4;
 
 /// Whether offsets, which ascend, are read as a range.
@@ -442,7 +442,7 @@ pub(super) fn read_row(
     Ok(rest)
 }
 
-/// When the message at an offset was appended; `None` when it is gone.
+/// The time when the message at an offset was appended; `None` when it is gone.
 ///
 /// # Errors
 /// The database's.

@@ -25,7 +25,7 @@ pub async fn extend_publications(
     extend_scheduled(connection, &("publication".to_owned(), at)).await
 }
 
-/// The leaves that are to be there and are not, the nearest first: each by its kind and a time in it.
+/// The leaves that are still missing, the nearest first: each by its kind and a time in it.
 ///
 /// # Errors
 /// The database's.
@@ -76,10 +76,10 @@ pub async fn extend_scheduled(
     Ok(())
 }
 
-/// What publishing came to.
+/// The result of publishing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PublishedScheduled {
-    /// The horizon moved, over so many messages and cancelled ones; the log ends at this offset.
+    /// The horizon moved over this many messages, and over cancelled ones; the log ends at this offset.
     Moved {
         /// The last offset of the log.
         last: Offset,
@@ -134,16 +134,16 @@ pub async fn publish_scheduled(
     })
 }
 
-/// What comes next in a stream that had something scheduled.
+/// The next scheduled messages of a stream that had some.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NextScheduled {
     /// The stream.
     pub stream: StreamId,
-    /// When the next of its messages is due; `None`: later than was looked for.
+    /// The due time of its next message; `None` if it lies beyond the time looked for.
     pub due_at: Option<DateTime<Utc>>,
     /// The clock to go by, of the database's and the node's.
     pub clock: DateTime<Utc>,
-    /// When the next move of the horizon is filed at the latest.
+    /// The latest time at which the next move of the horizon is filed.
     pub files_until: DateTime<Utc>,
 }
 
@@ -314,7 +314,7 @@ pub async fn forget_scheduled(connection: &mut Connection, max: i32) -> Result<i
     .await
 }
 
-/// Which scheduled messages are asked for.
+/// A query for scheduled messages.
 #[derive(Debug, Clone, Copy)]
 pub struct ScheduledSlice {
     /// Only of this stream.
@@ -420,7 +420,7 @@ pub struct ScheduledRow {
     pub status: ScheduledStatus,
 }
 
-/// Reads a scheduled message; `None` when there is none of the name, or it is forgotten.
+/// Reads a scheduled message; `None` when there is none with this id, or it was forgotten.
 ///
 /// # Errors
 /// The database's.

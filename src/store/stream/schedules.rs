@@ -39,11 +39,11 @@ pub struct ScheduleRow {
 /// An occurrence that could not be published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScheduleFailure {
-    /// When it was due.
+    /// The time when it was due.
     pub occurrence_at: DateTime<Utc>,
     /// Why, as one clause.
     pub reason: String,
-    /// When that was found.
+    /// The time when that was found.
     pub at: DateTime<Utc>,
 }
 
@@ -115,7 +115,7 @@ fn read_row(row: &PgRow) -> Result<Option<ScheduleRow>, sqlx::Error> {
     }))
 }
 
-/// What declaring a schedule did.
+/// The result of declaring a schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScheduleDeclared {
     /// It is new.
@@ -130,7 +130,7 @@ pub enum ScheduleDeclared {
     Gone,
 }
 
-/// Declares a schedule. `cadence` is the part of it whose change has it begin anew.
+/// Declares a schedule. `cadence` is the part whose change makes it start again.
 ///
 /// # Errors
 /// The database's.
@@ -195,7 +195,7 @@ pub struct Fire<'a> {
     pub from: DateTime<Utc>,
     /// How far it is then.
     pub to: DateTime<Utc>,
-    /// Where the messages go.
+    /// The stream of the messages.
     pub stream: StreamId,
     /// The number of their topic.
     pub topic: TopicId,
@@ -203,13 +203,13 @@ pub struct Fire<'a> {
     pub key_hash: Option<i64>,
     /// Id and time of each.
     pub occurrences: Vec<(String, DateTime<Utc>)>,
-    /// What they have in common.
+    /// Their common part.
     pub message: &'a Message,
     /// The node's clock.
     pub witness: DateTime<Utc>,
 }
 
-/// What became of them.
+/// The outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fired {
     /// They are accepted.

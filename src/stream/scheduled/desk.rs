@@ -29,7 +29,7 @@ const FOR_EVER: DateTime<Utc> = DateTime::from_timestamp(253_402_300_799, 0).exp
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// What is asked of the desk.
+/// The requests to the desk.
 #[derive(Debug)]
 pub(in crate::stream) enum Job {
     List {

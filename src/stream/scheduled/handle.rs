@@ -10,7 +10,7 @@ use crate::domain::name::{Topic, TopicPattern};
 use crate::store::stream::WaitingRow;
 use crate::stream::{Error, Handle};
 
-/// Which waiting messages are asked for, in the order in which they are due.
+/// A query for waiting messages, by due time.
 #[derive(Debug, Clone, Default)]
 pub struct ScheduledQuery {
     /// Only of this stream.
@@ -100,7 +100,7 @@ impl Handle {
         self.ask_desk(|reply| Job::List { query, reply }).await
     }
 
-    /// Finds a scheduled message, whatever became of it; `None` when there is none of this name, or it is forgotten.
+    /// Finds a scheduled message in any state; `None` when there is none with this id, or it was forgotten.
     ///
     /// # Errors
     /// The database's.

@@ -35,7 +35,7 @@ pub(super) use upkeep::Upkeep;
 
 use super::metrics::Metrics;
 
-/// What the appender, the desk and the duty know in common.
+/// The common state of the appender, the desk and the duty.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
     /// Wakes the duty: something is due before it meant to look again.
@@ -47,11 +47,11 @@ pub(super) struct Schedule {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// When the duty looks again, as far as scheduled messages go; `None` while it looks.
+    /// The time when the duty looks again, as far as scheduled messages go; `None` while it looks.
     next: Option<DateTime<Utc>>,
     /// A schedule was declared or deleted.
     has_changed: bool,
-    /// What waits, as the node knows that publishes it; none on the others.
+    /// The waiting messages, as the publishing node knows them; empty on the others.
     streams: HashMap<StreamId, OfStream>,
     schedules: OfSchedules,
 }
@@ -61,7 +61,7 @@ struct OfStream {
     name: StreamName,
     /// How many wait: counted from time to time, and kept up with what this node does.
     count: i64,
-    /// When the next is due, if that is soon, as of the last look.
+    /// The next due time, if it is soon, as of the last look.
     next_due_at: Option<DateTime<Utc>>,
 }
 
@@ -69,7 +69,7 @@ struct OfStream {
 struct OfSchedules {
     /// Schedules whose latest occurrence could not be published.
     failing_count: usize,
-    /// When the next occurrence of any is due.
+    /// The time when the next occurrence of any schedule is due.
     next_due_at: Option<DateTime<Utc>>,
 }
 
@@ -78,7 +78,7 @@ impl Schedule {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes what was accepted.
+    /// Notes accepted messages.
     pub(super) fn note_accepted(&self, metrics: &Metrics, accepted: &[ScheduledId]) {
         let Some(first) = accepted.iter().map(|id| id.due_at).min() else {
             return;
@@ -103,7 +103,7 @@ impl Schedule {
         self.wake.notify_one();
     }
 
-    /// Notes that so many of a stream wait no longer.
+    /// Notes that this many messages of a stream no longer wait.
     fn note_gone(&self, stream: StreamId, gone: u64) {
         if let Some(stream) = self.known().streams.get_mut(&stream) {
             stream.count = (stream.count - gone.cast_signed()).max(0);

@@ -29,8 +29,8 @@ const RETRY: Duration = Duration::from_secs(5);
 type Answer = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 type Check = dyn Fn(Message) -> Answer + Send + Sync;
 
-/// What is asked of each occurrence before it is published: whether its topic takes the message, and if not, why, as one clause. The
-/// engine knows nothing of the settings of topics. Without one, every message is taken.
+/// The check of each occurrence before it is published: whether its topic takes the message, and if not, why, as one clause. The
+/// engine knows nothing of topic settings. Without a check, every message is taken.
 #[derive(Clone, Default)]
 pub struct Acceptance(Option<Arc<Check>>);
 
@@ -60,11 +60,11 @@ impl fmt::Debug for Acceptance {
     }
 }
 
-/// What the duty knows of the schedules. All of it can be forgotten at any time.
+/// The duty's knowledge of the schedules. All of it can be forgotten at any time.
 #[derive(Debug, Default)]
 pub(super) struct Recurring {
     loaded: HashMap<i64, Loaded>,
-    /// Those that this version cannot read, with their revisions.
+    /// Schedules that this version cannot read, with their revisions.
     unreadable: HashMap<i64, i64>,
     /// The database's clock, and when it was read.
     clock: Option<(DateTime<Utc>, Instant)>,
@@ -78,7 +78,7 @@ struct Loaded {
     declaration: Declaration,
     through: DateTime<Utc>,
     next: Option<DateTime<Utc>>,
-    /// When the last occurrence was due, and the last one that could not be published.
+    /// The due times of the last occurrence, and of the last one that could not be published.
     last: Option<DateTime<Utc>>,
     failed: Option<DateTime<Utc>>,
     /// The database refused it: not before then.
@@ -100,7 +100,7 @@ impl Loaded {
 }
 
 impl Recurring {
-    /// Publishes what is due. Returns how long nothing will be.
+    /// Publishes due occurrences. Returns the time until the next one.
     pub(super) async fn pass(
         &mut self,
         connection: &mut Connection,
@@ -253,7 +253,7 @@ fn load(row: &ScheduleRow, clock: DateTime<Utc>) -> Result<Loaded, String> {
     })
 }
 
-/// The message of an occurrence; why there is none.
+/// The message of an occurrence, or the reason why there is none.
 pub(super) fn message(
     name: &ScheduleName,
     declaration: &Declaration,
@@ -276,7 +276,7 @@ pub(super) fn message(
     cloudevents::parse_event(&event, "", 0, &request, &context)
 }
 
-/// What became of occurrences.
+/// The outcome of occurrences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     /// They are accepted.

@@ -19,7 +19,7 @@ use crate::stream::{Declared, Error, Handle};
 pub struct ScheduleDescription {
     /// Its name.
     pub name: ScheduleName,
-    /// What was declared.
+    /// The declaration.
     pub declaration: Declaration,
     /// The time of the first declaration.
     pub created_at: DateTime<Utc>,
@@ -45,7 +45,7 @@ impl ScheduleDescription {
         failed.is_some() && failed > self.last
     }
 
-    /// For how long an occurrence that is due has not been published.
+    /// How long a due occurrence has been waiting to be published.
     #[must_use]
     pub fn lag(&self, now: DateTime<Utc>) -> Duration {
         if self.declaration.is_paused {
@@ -105,10 +105,10 @@ impl Handle {
     }
 }
 
-/// The message of an occurrence, to check what is declared.
+/// The message of an occurrence, to check a declaration.
 ///
 /// # Errors
-/// What is wrong with the event.
+/// The fault of the event.
 pub fn check_event(
     name: &ScheduleName,
     declaration: &Declaration,

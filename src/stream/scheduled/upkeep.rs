@@ -15,7 +15,7 @@ use crate::supervisor::Supervisor;
 
 /// How often leaves are made and emptied, and messages counted.
 const UPKEEP: Duration = Duration::from_secs(60);
-/// How long what was published is remembered, so that a late cancel is told where it went.
+/// How long published messages are remembered, so that a late cancel learns where they went.
 const KEEP: Duration = Duration::from_secs(86_400);
 /// Rows of no leaf that one statement deletes of a stream.
 const FORGET_ROWS: i32 = 5_000;

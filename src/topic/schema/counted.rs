@@ -16,10 +16,10 @@ use serde_json::{Map, Number, Value};
 
 /// Bytes of a text that one step reads.
 const BYTES_PER_STEP: usize = 64;
-/// Of the identity of a value: the validator looks for it in a list of those that it is inside of.
+/// The cost of a value's identity: the validator looks for it in a list of those that it is inside of.
 const IDENTITY_STEPS: u64 = 4;
 
-/// What an asking may cost.
+/// The limits of a check.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     /// Looks at the payload.
@@ -32,7 +32,7 @@ pub(super) struct Limits {
     pub(super) name_steps: u64,
 }
 
-/// Why an asking ended without an answer.
+/// Reasons why a check ended without an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
     /// It would have cost more than it may.
@@ -54,7 +54,7 @@ thread_local! {
     };
 }
 
-/// What is thrown where no step is left.
+/// The panic payload when no step is left.
 struct Exhausted;
 
 /// Asks within limits. The steps that were spent come with the answer.
@@ -77,7 +77,7 @@ pub(super) fn within<T>(limits: Limits, ask: impl FnOnce() -> T) -> (Result<T, E
     (asked, spent)
 }
 
-/// Takes steps out of what is left.
+/// Takes steps from the remaining ones.
 #[inline]
 fn spend(steps: u64) {
     let is_left = LEFT.with(|left| {

@@ -50,7 +50,7 @@ pub struct Schema {
     shape: Shape,
 }
 
-/// Where a payload does not match, and how.
+/// A mismatch: the place in the payload, and the fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mismatch {
     /// A JSON pointer into the payload.
@@ -63,10 +63,10 @@ pub struct Mismatch {
 pub(super) type Answer = Result<(), Vec<Mismatch>>;
 
 impl Schema {
-    /// Compiles a schema. It takes its time: some milliseconds, and a stack of some megabytes.
+    /// Compiles a schema. This takes some milliseconds, and a stack of some megabytes.
     ///
     /// # Errors
-    /// Why it is none, or costs too much, as one clause.
+    /// The reason why it is not a schema, or costs too much, as one clause.
     pub fn compile(text: &str) -> Result<Self, String> {
         if text.len() > SCHEMA_MAX_BYTES {
             return Err(format!(
@@ -164,7 +164,7 @@ impl Schema {
         }
     }
 
-    /// Where a payload that does not match does not: all places, or the first one where all would cost too much.
+    /// The places where a payload does not match: all, or only the first one if all would cost too much.
     fn explain(&self, value: &Value, limits: Limits, most: usize) -> Vec<Mismatch> {
         let named = |error: jsonschema::ValidationError<'_>| Mismatch {
             pointer: error.instance_path().to_string(),

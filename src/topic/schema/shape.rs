@@ -170,13 +170,13 @@ struct Graph<'s> {
     root: &'s Value,
     places: Vec<Place<'s>>,
     by_pointer: HashMap<String, usize>,
-    /// Embedded schemas with an id of their own, by place.
+    /// Embedded schemas with their own id, by place.
     with_id: Vec<(usize, &'s str)>,
     /// Places that have a name, by name.
     anchors: HashMap<&'s str, Vec<usize>>,
 }
 
-/// Where a walk stands with a place.
+/// The state of a walk at a place.
 #[derive(Clone, Copy)]
 enum Walked {
     Not,
