@@ -120,7 +120,7 @@ impl Collector for Metrics {
         gauge(
             to,
             "postroad_relay_rejected_rows",
-            "Outbox rows that could not become messages and were not sent on",
+            "Outbox rows that could not become messages and have not been resent",
             &statuses,
             |s| Some(float(s.rejected_count)),
         )?;

@@ -247,7 +247,7 @@ pub async fn find_passed_position(
         .map_err(Error::query("finding a passed position"))
 }
 
-/// Rejected rows of an origin that were not sent on.
+/// Rejected rows of an origin that have not been resent.
 ///
 /// # Errors
 /// The statement failed.
@@ -351,7 +351,7 @@ pub async fn find_rejected(
     Ok(row.map(rejected_row))
 }
 
-/// Marks a rejected row as sent on.
+/// Marks a rejected row as resent.
 ///
 /// # Errors
 /// The statement failed.
@@ -440,7 +440,7 @@ pub async fn find_rejected_beyond(
         .map_err(Error::query("looking at rejected rows"))
 }
 
-/// For each (seq, outbox row), whether it is in the origin's list of rejected rows, sent on or not.
+/// For each (seq, outbox row), whether it is in the origin's list of rejected rows, resent or not.
 ///
 /// # Errors
 /// The statement failed.
