@@ -1,6 +1,6 @@
--- Looked at before an install makes anything. Whose schema it is can put into it what he likes, and take out of it what is there: functions
--- that others call would be his. So it belongs to whoever installs, to the database's owner, to a superuser, or to a role that whoever
--- installs, no superuser himself, acts for.
+-- Checked before an install makes anything. The owner of the schema can put anything into it and remove anything from it, so functions that
+-- others call would be the owner's. So the schema must belong to the installing role, to the database's owner, to a superuser, or to a role
+-- that the installing role, if it is not a superuser, is a member of.
 do $postroad$
 declare
     found_schema text;

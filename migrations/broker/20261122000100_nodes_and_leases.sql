@@ -2,9 +2,9 @@
 -- the outbox's, in this database and in every other origin.
 create schema if not exists postroad_broker;
 
--- What a program must know to run on this schema: the migration that it must have. Programs go on with migrations that they do not
--- know, since those only add. One that takes something away, once no program uses it any more, says here which migration brought
--- what is used in its place; older programs then refuse to start.
+-- The migration that a program must know to run on this schema. Programs go on with migrations that they do not know, since those
+-- only add. A migration that removes something, once no program uses it, sets this to the migration that brought the successor;
+-- older programs then refuse to start.
 create table postroad_broker.schema_needs (
     singleton boolean primary key default true,
     version bigint not null default 0,
@@ -12,7 +12,7 @@ create table postroad_broker.schema_needs (
 );
 insert into postroad_broker.schema_needs default values;
 
--- What makes this broker this broker: one row, written once.
+-- The identity of this broker: one row, written once.
 create table postroad_broker.broker (
     singleton boolean primary key default true,
     id uuid not null default gen_random_uuid(),
@@ -22,12 +22,12 @@ create table postroad_broker.broker (
     constraint broker_is_one_row check (singleton)
 );
 
--- One row per run of a process, renewed by its heartbeat on a connection of its own. A dead incarnation never comes back.
+-- One row per run of a process, renewed by its heartbeat on a separate connection. A dead incarnation never comes back.
 create table postroad_broker.node (
     incarnation bigint generated always as identity primary key,
     -- Names the listening process: no two have the same at a time.
     address text not null,
-    -- Where other nodes reach it.
+    -- The URL at which other nodes reach it.
     url text not null,
     started_at timestamptz not null default clock_timestamp(),
     expires_at timestamptz not null,
@@ -54,10 +54,10 @@ create table postroad_broker.lease (
     constraint lease_epoch_not_negative check (epoch >= 0)
 );
 
--- Which node is to hold which lease, as the holder of the lease `leader` says. A node asks for no other leases, and gives back
--- those that are to be another's.
+-- The assignment of leases to nodes, written by the holder of the lease `leader`. A node asks for no other leases, and gives back
+-- leases that are assigned to others.
 create table postroad_broker.assignment (
     name text primary key,
-    -- An incarnation. Not a reference: that it is gone is for the leader to see.
+    -- An incarnation. Not a reference: the leader notices when it is gone.
     node bigint not null
 );

@@ -68,7 +68,7 @@ create table postroad_broker.append_journal (
     primary key (bucket, incarnation, number)
 ) partition by list (bucket);
 
--- Nothing here updates or deletes its rows; where there is a publication for all tables, whoever does so by hand may.
+-- Nothing here updates or deletes its rows; doing so by hand works even where there is a publication for all tables.
 alter table postroad_broker.recent_id replica identity full;
 
 do $$

@@ -1,6 +1,6 @@
 -- Keyed streams: each key's version, which is how many messages it has had in the stream, and the way to its history.
 --
--- What came since the last fold is counted in the memory of each node, so that an append pays nothing here. A full leaf is
+-- Messages since the last fold are counted in the memory of each node, so that an append pays nothing here. A full leaf is
 -- folded: it gets an index by key, and its counts go into `key_head`. Both stay right when nobody remembers anything: a node that
 -- starts reads the keys after `stream_head.keys_through`, which is a part of the open leaf.
 

@@ -1,9 +1,9 @@
--- Messages that are to enter their stream later.
+-- Scheduled messages, which enter their stream later.
 --
--- A stream's horizon is a pair (due, number): all of it up to there is in the log. `append` accepts what is due later than that, and
--- later than the clock, as a row here, under the head's lock; `publish_scheduled` moves the horizon over the rows that have become
--- due and copies them to the end of the log, under the same lock. So who comes late is before the move, and found, or after it,
--- and appended at once. No row is touched when it is published: what became of it is the horizon's to say.
+-- A stream's horizon is a pair (due, number): all messages up to there are in the log. `append` accepts a message that is due later
+-- than that, and later than the clock, as a row here, under the head's lock; `publish_scheduled` moves the horizon over the rows that have become
+-- due and copies them to the end of the log, under the same lock. So a late row comes either before the move, and is
+-- found, or after it, and is appended at once. No row is touched when it is published: the horizon shows its state.
 
 -- The order of acceptance. Taken under the head's lock, so within a stream it is the order of commits.
 create sequence postroad_broker.scheduled_number as bigint cache 1;
@@ -11,7 +11,7 @@ create sequence postroad_broker.scheduled_number as bigint cache 1;
 -- Three tiers, so that an append never needs a leaf that is not there, however far ahead its times are, and a row is never moved:
 -- 0: leaves of 6 hours for the next days, made ahead; most of what is scheduled. Emptied by TRUNCATE when all of it is long past.
 -- 1: leaves of a month for the year that can be asked for, made ahead; emptied in the same way.
--- 2: one table for what no leaf was there for when it was accepted. Its rows are deleted, some at a time, when they are long past.
+-- 2: one table for messages without a leaf at the time when they were accepted. Its rows are deleted, some at a time, when they are long past.
 -- The tier of a row is chosen when it is accepted (`scheduled_tiers`). All is read by (due, number), over all tiers.
 create table postroad_broker.scheduled_message (
     stream_id integer not null,
@@ -129,18 +129,18 @@ begin
 end
 $$;
 
--- From when on messages that were published are remembered: rows of an earlier due time are there for longer in the coarse tiers, and
--- cannot be counted by any more.
+-- The time from which on published messages are remembered: rows of an earlier due time are there for longer in the coarse tiers, and
+-- can no longer be counted by.
 create function postroad_broker.scheduled_remembered() returns timestamptz
 language sql stable set search_path = pg_catalog, pg_temp as $$
     select coalesce(min(l.first_at), '-infinity') from postroad_broker.scheduled_leaf l
     where l.kind = 'near' and l.emptied_at is null
 $$;
 
--- For each message of a group its number if it is to be scheduled, null otherwise; empty when none is.
+-- For each message of a group its number if it must be scheduled, null otherwise; empty when none is.
 --
--- Scheduled is what is due later than the clock and than the horizon. What is due by now enters the stream at once, but for one
--- thing: while older rows of the stream wait to be published, it queues behind those that are due no later than it. So a stream
+-- A message is scheduled if it is due later than the clock and the horizon. A message that is due by now enters the stream at once,
+-- with one exception: while older rows of the stream wait to be published, it queues behind those that are due no later than it. So a stream
 -- has what was scheduled in the order (due, acceptance), also when much is due at one instant. p_clock is `agreed_clock`.
 create function postroad_broker.number_scheduled(
     p_clock timestamptz,
@@ -186,7 +186,7 @@ $$;
 
 -- Publishes the next of a stream's messages that are due, in the order (due, number): p_max_messages at most, and p_max_bytes of
 -- payload, but always one. One commit: what it appended lies between the old horizon and the new one. Called at read committed
--- and outside of a transaction, by any number of nodes; when the outcome of a call is unknown, the next call goes by what is there.
+-- and outside of a transaction, by any number of nodes; when the outcome of a call is unknown, the next call goes by the stored state.
 --
 -- `agreed_clock` decides which messages are due. Statuses: published (which can be 0 messages, all cancelled); idle, nothing is due; gone, there is
 -- no such stream.
@@ -278,7 +278,7 @@ begin
 end
 $$;
 
--- What comes next for each stream, within p_ahead of the clock: when its next row is due, a cancelled one included, since the horizon
+-- The next due row of each stream, within p_ahead of the clock: its due time, a cancelled one included, since the horizon
 -- has to move over it; and until when publications can be filed. The clock is `agreed_clock`.
 create function postroad_broker.next_scheduled(p_ahead interval, p_witness timestamptz)
 returns table (stream_id integer, due_at timestamptz, clock timestamptz, files_until timestamptz)
@@ -305,7 +305,7 @@ begin
 end
 $$;
 
--- How many of a stream wait, p_most at most.
+-- The number of a stream's waiting messages, at most p_most.
 create function postroad_broker.count_waiting(p_stream integer, p_most bigint) returns bigint
 language plpgsql stable
 set search_path = pg_catalog, pg_temp

@@ -1,11 +1,11 @@
--- Recurring publishing: what is published again and again, and how far each schedule is.
+-- Recurring publishing: the schedules, and the progress of each.
 
 create table postroad_broker.schedule (
     id bigint generated always as identity primary key,
     name text not null unique,
     -- As declared: JSON text.
     declaration text not null,
-    -- The cron expression and its zone, and whether it is paused: what decides if a change begins anew.
+    -- The cron expression, its zone, and whether it is paused: a change of these starts the schedule again.
     cadence text not null,
     is_paused boolean not null,
     -- Rises with each change.

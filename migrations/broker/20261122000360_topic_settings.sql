@@ -1,4 +1,4 @@
--- What may be published to topics: settings that people declare by pattern. Few rows, read whole by every node when the version
+-- Rules for publishing to topics: settings that people declare by pattern. Few rows, read whole by every node when the version
 -- has changed.
 create table postroad_broker.topic_settings (
     -- A topic, or a pattern over topics.

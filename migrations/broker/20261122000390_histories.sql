@@ -16,7 +16,7 @@ create table postroad_broker.history (
     constraint history_era_positive check (era > 0)
 );
 
--- Where each stream went on in a history, but for the first one.
+-- The offset where each stream continued in a history, except for the first history.
 create table postroad_broker.stream_history (
     stream_id integer not null references postroad_broker.stream (id) on delete cascade,
     era bigint not null references postroad_broker.history (era),

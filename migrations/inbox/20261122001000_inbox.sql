@@ -29,7 +29,7 @@ create table postroad.inbox (
     constraint inbox_id_is_1_to_1024_bytes check (octet_length(id) between 1 and 1024)
 ) partition by range (queue, "offset");
 
--- Entries are never updated. Where there is a publication for all tables, whoever deletes some by hand may.
+-- Entries are never updated. Deleting some by hand works even where there is a publication for all tables.
 alter table postroad.inbox replica identity full;
 
 comment on table postroad.inbox is 'Messages whose work is done. Written by postroad.inbox_accept, in the transaction of the work.';
@@ -54,7 +54,7 @@ create table postroad.inbox_leaf (
 --
 -- The leaf that is being filled stays, however old its entries are: a leaf is made when a message came to the middle of the one
 -- before, so that with two later ones there, the queue is past it. The catalogue says so; a look into the whole inbox would wait
--- for whoever empties another queue's leaf.
+-- for a session that empties another queue's leaf.
 --
 -- A transaction that looked the leaf up before it left can still insert into it: hence the constraint, which holds whatever
 -- snapshot that transaction has.
@@ -194,7 +194,7 @@ begin
 end
 $$;
 
--- Empties what is old enough, of all queues, and drops what was emptied. Consumers do the first by themselves, each time that
+-- Empties old leaves of all queues, and drops emptied ones. Consumers do the first by themselves, each time that
 -- they make a leaf; this is for who wants the tables gone too, or has set a shorter `keep`. It is for the owner: the drop needs the
 -- whole inbox for a moment, gives up after 50 ms, and must not wait for the rest of some consumer's transaction. Returns how many
 -- leaves left.

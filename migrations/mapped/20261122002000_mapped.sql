@@ -1,4 +1,4 @@
--- What stands beside outboxes that are not Postroad's own: tables that an origin of the configuration maps. They are made by
+-- The objects beside outboxes that are not Postroad's own: tables that an origin of the configuration maps. They are made by
 -- `postroad install --map`, in the database of the mapped table, and the outbox of Postroad need not be there.
 
 -- The mapped tables. A relay reads a table only when it is listed, and a function below touches no other.

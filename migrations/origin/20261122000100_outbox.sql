@@ -4,8 +4,8 @@
 -- CACHE 1: a session that keeps numbers in stock would hand them out in another order than the row locks of its key.
 create sequence postroad.outbox_seq as bigint cache 1;
 
--- Whether a row of the outbox can become a message. What is wrong with it is raised under the name of the rule, as a constraint of
--- its own would be. It is a function since constraints are read and planned anew by each statement that inserts: fourteen of them
+-- Whether a row of the outbox can become a message. A fault is raised under the name of the rule, as a separate constraint would
+-- do. It is a function since constraints are read and planned anew by each statement that inserts: fourteen of them
 -- took 90 of the 130 us of an insert of one row.
 --
 -- It has no search_path of its own: setting one and putting it back costs 4 us a row, of 12 in a large insert. So each name in it has its schema, operators
@@ -105,7 +105,7 @@ language sql immutable parallel safe
 return '/postroad/outbox'::text;
 
 create table postroad.outbox (
-    -- Order inside a relay's step. Never used to find out what is new: a smaller number can commit later.
+    -- Order inside a relay's step. Never used to find new rows: a smaller number can commit later.
     seq bigint not null default nextval('postroad.outbox_seq'),
     -- The transaction that inserted the row: what the relay finds new rows by. Not granted to producers.
     xid xid8 not null default pg_current_xact_id(),
@@ -136,7 +136,7 @@ create table postroad.outbox (
     -- When the message is to enter its stream, a year ahead at most; in the past, or absent, at once.
     deliver_at timestamptz,
 
-    -- What could not become a message is refused here, so that the producer learns it at once.
+    -- A row that could not become a message is refused here, so that the producer learns it at once.
     constraint outbox_row_is_valid check (
         postroad.outbox_row_is_valid(
             topic, payload, payload_bytes, key, type, id, source, subject, content_type, data_schema, headers, time,
