@@ -130,7 +130,7 @@ impl Heartbeat {
         }
         let view = Arc::new(view);
         self.shared.metrics.note(&view);
-        // Before the fences change: who sees one gone must see whose it is to be.
+        // Before the fences change: whoever sees one gone must see its new node.
         self.shared.view.send_replace(Arc::clone(&view));
         self.give_up(&view);
         self.give_back().await?;

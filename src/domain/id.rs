@@ -138,7 +138,7 @@ impl ScheduledId {
             number,
             stream: StreamId(i32::try_from(stream).ok()?),
         };
-        // Only one text stands for each: `007` is none.
+        // Each has only one valid text: `007` is not valid.
         (id.to_string() == text).then_some(id)
     }
 }

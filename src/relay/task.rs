@@ -102,7 +102,7 @@ impl Relay {
             match trouble {
                 Trouble::Stopping => break,
                 Trouble::LeaseLost if lease.borrow().is_none() => {
-                    // Nothing is under way any more: if it is to be another node's, it can have it.
+                    // Nothing is under way: if the lease is assigned to another node, it can go.
                     self.cluster.yielded(&self.id.lease_name());
                     tokio::select! {
                         changed = lease.changed() => if changed.is_err() {

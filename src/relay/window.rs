@@ -340,7 +340,7 @@ impl Run<'_> {
             let placed = self.relay.stream.append(prepared.member).await;
             self.settle(prepared.sent, placed)?;
         }
-        // A window that ends with rows that the streams have, or without any, is closed all the same; and a part of them is not looked
+        // A window that ends with rows that the streams have, or without any, is closed nevertheless; and a part of them is not looked
         // up twice.
         let is_looked_up = position.is_rerelay();
         if is_whole && pages.is_empty() && (chunk.is_last || is_looked_up) {

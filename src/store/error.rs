@@ -389,7 +389,7 @@ mod tests {
         ] {
             assert!(ends_session(code) && !is_refused_session(code), "{code}");
         }
-        // A statement that was cancelled, a lock that was not to be had, a value that does not fit, a server that is a standby.
+        // A statement that was cancelled, a lock that was not free, a value that does not fit, a server that is a standby.
         for code in ["57014", "55P03", "22003", "25006", "40001"] {
             assert!(!ends_session(code), "{code}");
         }

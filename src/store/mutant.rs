@@ -36,7 +36,7 @@ pub(in crate::store) async fn read_early(connection: &mut Connection, leases: &[
             && let Ok(rows) = read_rows(connection, Slot(slot)).await
         {
             let mut early = EARLY.lock().unwrap_or_else(PoisonError::into_inner);
-            // The first look: a lease that is not to be had is asked for again.
+            // The first look: a lease that is not free is asked for again.
             let early = early.get_or_insert_default();
             early.entry(slot).or_insert(rows);
         }

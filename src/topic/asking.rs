@@ -222,7 +222,7 @@ mod tests {
         let answers = asking.ask(asked.into(), most).await.unwrap();
         assert_eq!((answers[0].is_ok(), answers[1].is_ok()), (false, true));
 
-        // Far more work than a test has time for, for each of the threads and one more; a short question is answered all the same.
+        // Far more work than a test has time for, for each of the threads and one more; a short question is answered nevertheless.
         let slow: Vec<String> = (0..50).map(|level| format!(r##""a{}": {{"properties": {{"c": {{"allOf": [{{"not": {{"$ref": "#/$defs/a{level}"}}}}, {{"not": {{"$ref": "#/$defs/a{level}"}}}}]}}}}}}"##, level + 1)).collect();
         let slow = format!(
             r##"{{"$ref": "#/$defs/a50", "$defs": {{"a0": {{"type": "string"}}, {}}}}}"##,

@@ -150,7 +150,7 @@ mod tests {
         assert_eq!(queue.meet_clock(At(10 * SECOND)), 3);
         assert_eq!(until(&queue), [30, 40, 80, 40].map(|at| at * SECOND));
         assert_eq!(queue.meet_clock(At(10 * SECOND)), 0);
-        // What comes behind that goes by the clock as it is, whoever reads it.
+        // Later records go by the clock as it is, for every reader.
         let longer = Item {
             extend_by: Some(Duration::from_secs(7_200)),
             ..item(4)

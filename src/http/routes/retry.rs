@@ -60,7 +60,7 @@ pub(super) struct RetrySchedule {
 
 impl RetrySchedule {
     pub(super) fn new(policy: &RetryPolicy, max_attempts: u32) -> Self {
-        // The middle of the random part is none.
+        // The middle of the random part is zero.
         let delays = (1..max_attempts).map(|attempt| policy.delay(attempt, 0.5));
         Self {
             delays_seconds: delays.clone().take(PREVIEW_MAX).map(seconds).collect(),

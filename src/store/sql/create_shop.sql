@@ -1,4 +1,4 @@
--- The tables of `postroad demo`, made anew for each run. They stand for a service's own tables: Postroad does not need them.
+-- The tables of `postroad demo`, recreated for each run. They stand for a service's own tables: Postroad does not need them.
 -- The comment on the schema is how the next run knows that it may drop it.
 drop schema if exists shop cascade;
 create schema shop;
@@ -21,7 +21,7 @@ create table shop.orders (
     constraint orders_version_once_per_product unique (product, version)
 );
 
--- What the consumers say they received: one row per delivery, committed before they acknowledge it.
+-- The deliveries that the consumers received: one row per delivery, committed before they acknowledge it.
 create table shop.received (
     queue text not null,
     consumer text not null,
@@ -34,7 +34,7 @@ create table shop.received (
     received_at timestamptz not null default clock_timestamp()
 );
 
--- What the broker answered to each acknowledgement and refusal, as the consumers read it.
+-- The broker's answer to each acknowledgement and refusal, as the consumers read it.
 create table shop.settled (
     queue text not null,
     consumer text not null,

@@ -1,4 +1,4 @@
--- What read_slice.sql gives, of single messages, each place looked up by itself: see fetch_attributes.sql. The caller sorts.
+-- The columns of read_slice.sql, of single messages, each place looked up by itself: see fetch_attributes.sql. The caller sorts.
 select m."offset", m.topic_id, m.key_hash, m.data_bytes, m.priority
 from unnest($2::bigint[]) w (place)
 cross join lateral (

@@ -1,6 +1,6 @@
 -- A page of a queue's dead letters, by offset. Looks at $5 rows at most, so that a selection that fits few of many takes
 -- several short pages instead of one long statement: `through` says how far it looked, `is_end` that there is no more. The
--- letters of the page are looked up one by one: as a join of its own the planner would read all letters there are into a hash.
+-- letters of the page are looked up one by one: in a separate join the planner would read all letters there are into a hash.
 with examined as materialized (
     select d."offset", postroad_broker.dead_letter_fits(d, $4::text::jsonb) as fits
     from postroad_broker.dead_letter d

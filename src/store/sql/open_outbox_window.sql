@@ -9,7 +9,7 @@
 --    that is either at or beyond this snapshot's xmax or in its list of transactions in progress, which is exactly what the
 --    next window asks for.
 --  * A row's xid is its top-level transaction's, also under savepoints, and the snapshot's list has top-level ids. So a row is seen
---    by a snapshot exactly when its id is; pg_visible_in_snapshot is asked all the same, so that the window is the same set of
+--    by a snapshot exactly when its id is; pg_visible_in_snapshot is asked nevertheless, so that the window is the same set of
 --    rows when it is read again later by its two snapshots.
 --  * The range is cut into spans around the ids that are in progress, the oldest 64 of them: a million rows of an open
 --    transaction are not even looked at. `stragglers` were in progress in $1 and have ended; those known to be aborted are left out

@@ -1,4 +1,4 @@
--- Where rows of a window lie: those with seqs from $3 to $4 that the snapshot $2 shows and the snapshot $1 does not, the first $5 by
+-- The places of a window's rows: those with seqs from $3 to $4 that the snapshot $2 shows and the snapshot $1 does not, the first $5 by
 -- seq, as far as they are found where a count of the window (count_backlog) has seen some. Pages are then read by place.
 select seq, leaf, place::text as place, bytes
 -- The text of a place is made after the limit.

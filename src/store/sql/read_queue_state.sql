@@ -1,5 +1,5 @@
--- What a slot's queues recover from, or one of them ($2): checkpoint, chunks and journal in one statement, so in one snapshot, after the
--- epoch was taken in a transaction of its own: no former owner can write behind it. A fold in between moves rows from the journal
+-- The state from which a slot's queues recover, or one of them ($2): checkpoint, chunks and journal in one statement, so in one snapshot, after the
+-- epoch was taken in a separate transaction: no former owner can write behind it. A fold in between moves rows from the journal
 -- into a checkpoint; two statements could miss them. Of each queue the checkpoint first, then its chunks, among them some that it does not
 -- name, then the journal in order.
 select r.queue_id, r.kind, r.id, r.data

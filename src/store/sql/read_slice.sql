@@ -1,4 +1,4 @@
--- What there is between two offsets, without payloads: octet_length of a value out of line reads only its pointer.
+-- The messages between two offsets, without payloads: octet_length of a value out of line reads only its pointer.
 select m."offset", m.topic_id, m.key_hash, octet_length(m.data), m.priority
 from postroad_broker.message m
 where m.stream_id = $1 and m."offset" > $2 and m."offset" <= $3
