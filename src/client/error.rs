@@ -12,7 +12,7 @@ use crate::domain::name;
 /// call was tried for as long as [`super::Options::deadline`] says.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No answer, or one that broke off: the broker is away, or has just gone. A write may or may not have happened;
+    /// No answer, or one that broke off: the broker is unreachable, or has just stopped. A write may or may not have happened;
     /// the same call again is safe.
     #[error("{call} got no answer")]
     NoAnswer {
@@ -33,7 +33,7 @@ pub enum Error {
     /// The broker did the call and refused this delivery.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// A worker stopped and could not say what became of its deliveries: the broker was away for too long. Those messages
+    /// A worker stopped and could not report the results of its deliveries: the broker was unreachable for too long. Those messages
     /// come again.
     #[error("the worker stopped before it could report the results of {count} deliveries")]
     Untold {
@@ -61,7 +61,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the same call later may succeed: the broker is away, starting or overloaded.
+    /// Whether the same call may succeed later: the broker is unreachable, starting or overloaded.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {

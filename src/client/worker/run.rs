@@ -53,7 +53,7 @@ enum Called {
 struct Stopping {
     /// Handlers that did not end by then are dropped.
     grace_end: Instant,
-    /// A broker that is away is not waited for beyond it.
+    /// The worker does not wait for an unreachable broker beyond it.
     give_up_at: Instant,
 }
 
