@@ -9,10 +9,10 @@ use serde_json::Value;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::handle::Shared;
 use crate::domain::id::QueueId;
 use crate::domain::message::Message;
 use crate::domain::name::{QueueName, Topic};
+use crate::queue::shared::Shared;
 use crate::store::letter::Unforwarded;
 use crate::store::{self, Database};
 use crate::stream::{self, AppendError, Member};
@@ -29,11 +29,11 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Of the ids of copies (RFC 9562, name-based).
 const NAMESPACE: Uuid = Uuid::from_u128(0x8d5b_61d6_3f3a_4c56_9a0e_5f2a_6d1f_0b7c);
 
-pub(in crate::queue) struct Forwarder {
-    pub(in crate::queue) database: Database,
-    pub(in crate::queue) stream: stream::Handle,
-    pub(in crate::queue) shared: Arc<Shared>,
-    pub(in crate::queue) supervisor: Supervisor,
+pub(super) struct Forwarder {
+    pub(super) database: Database,
+    pub(super) stream: stream::Handle,
+    pub(super) shared: Arc<Shared>,
+    pub(super) supervisor: Supervisor,
 }
 
 /// What became of copies.
@@ -47,7 +47,7 @@ enum Forwarded {
 }
 
 impl Forwarder {
-    pub(in crate::queue) async fn run(self) {
+    pub(super) async fn run(self) {
         let mut next_at = Instant::now();
         while !self.supervisor.is_stopping() {
             tokio::select! {

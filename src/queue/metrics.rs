@@ -1,48 +1,39 @@
 //! What the queue engine counts. A queue's own gauges are read at scrape time from what its task last noted.
 
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
-
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
-use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use super::handle::Shared;
-use super::task::Progress;
-
 /// Counters and gauges of all queues of this process.
 #[derive(Debug, Clone)]
-pub(in crate::queue) struct Metrics {
-    pub(in crate::queue) receives: Counter,
-    pub(in crate::queue) deliveries: Counter,
-    pub(in crate::queue) settled: Counter,
-    pub(in crate::queue) expired: Counter,
-    pub(in crate::queue) unwritten: Counter,
-    pub(in crate::queue) dead_letters: Counter,
-    pub(in crate::queue) redriven: Counter,
-    pub(in crate::queue) forwarded: Counter,
-    pub(in crate::queue) forwards_refused: Counter,
-    pub(in crate::queue) lost: Counter,
-    pub(in crate::queue) incidents: Counter,
-    pub(in crate::queue) groups: Counter,
-    pub(in crate::queue) group_repeats: Counter,
-    pub(in crate::queue) group_seconds: Histogram,
-    pub(in crate::queue) wait_seconds: Histogram,
-    pub(in crate::queue) fenced: Counter,
-    pub(in crate::queue) renewals: Counter,
-    pub(in crate::queue) scans: Counter,
-    pub(in crate::queue) scans_answered: Counter,
-    pub(in crate::queue) queues: Gauge,
-    pub(in crate::queue) standing: Gauge,
-    pub(in crate::queue) behind: Gauge,
+pub(super) struct Metrics {
+    pub(super) receives: Counter,
+    pub(super) deliveries: Counter,
+    pub(super) settled: Counter,
+    pub(super) expired: Counter,
+    pub(super) unwritten: Counter,
+    pub(super) dead_letters: Counter,
+    pub(super) redriven: Counter,
+    pub(super) forwarded: Counter,
+    pub(super) forwards_refused: Counter,
+    pub(super) lost: Counter,
+    pub(super) incidents: Counter,
+    pub(super) groups: Counter,
+    pub(super) group_repeats: Counter,
+    pub(super) group_seconds: Histogram,
+    pub(super) wait_seconds: Histogram,
+    pub(super) fenced: Counter,
+    pub(super) renewals: Counter,
+    pub(super) scans: Counter,
+    pub(super) scans_answered: Counter,
+    pub(super) queues: Gauge,
+    pub(super) standing: Gauge,
+    pub(super) behind: Gauge,
 }
 
 impl Metrics {
-    pub(in crate::queue) fn new(registry: &mut Registry) -> Self {
+    pub(super) fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
             receives: Counter::default(),
             deliveries: Counter::default(),
@@ -180,61 +171,5 @@ impl Metrics {
             "Queues that are not served since their log was restored without them",
             self.behind.clone(),
         );
-    }
-}
-
-/// The gauges of each queue, read at scrape time.
-#[derive(Debug)]
-pub(in crate::queue) struct PerQueue(pub(in crate::queue) Arc<Shared>);
-
-type Read = fn(&Progress) -> u64;
-
-const PER_QUEUE: [(&str, &str, Read); 6] = [
-    (
-        "postroad_queue_depth_messages",
-        "Unsettled messages among those looked at",
-        |progress| progress.depth.load(Ordering::Relaxed),
-    ),
-    (
-        "postroad_queue_in_flight_messages",
-        "Live deliveries",
-        |progress| progress.live.load(Ordering::Relaxed),
-    ),
-    (
-        "postroad_queue_delayed_messages",
-        "Messages held back by a delay",
-        |progress| progress.delayed.load(Ordering::Relaxed),
-    ),
-    (
-        "postroad_queue_dead_letter_messages",
-        "Dead letters that were not redriven",
-        |progress| progress.dead.load(Ordering::Relaxed),
-    ),
-    (
-        "postroad_queue_paused",
-        "1 while a person has paused the queue",
-        |progress| u64::from(progress.is_paused.load(Ordering::Relaxed)),
-    ),
-    (
-        "postroad_queue_waiting_receives",
-        "Long polls that wait",
-        |progress| progress.waiters.load(Ordering::Relaxed),
-    ),
-];
-
-impl Collector for PerQueue {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let queues = self.0.queues.read();
-        let queues = queues.unwrap_or_else(PoisonError::into_inner);
-        for (name, help, read) in PER_QUEUE {
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            let owned = queues.iter().filter(|(_, known)| known.mailbox.is_some());
-            for (queue, known) in owned {
-                let gauge =
-                    ConstGauge::new(i64::try_from(read(&known.progress)).unwrap_or(i64::MAX));
-                gauge.encode(family.encode_family(&[("queue", queue.as_str())])?)?;
-            }
-        }
-        Ok(())
     }
 }

@@ -5,48 +5,21 @@
 //! slot's lease writes for it: every write checks the lease's epoch. A restart reads a checkpoint and the journal behind
 //! it, and redelivers nothing before its deadline. While Postgres cannot be reached the queues stand still.
 
-mod ahead;
 mod api;
-mod behind;
-mod catalogue;
-mod command;
-mod declare;
-mod engine;
-mod feed;
-mod fold;
+mod ask;
+mod desk;
 mod forward;
-mod gather;
-mod handle;
-mod handout;
-mod hold;
-mod intake;
-mod letters;
-mod message;
+mod gauges;
+mod log;
 mod metrics;
-mod order;
-mod pages;
-mod part;
-mod positions;
-mod receive;
-mod recover;
-mod recovery;
-mod redrive;
-mod refused;
-mod rejoin;
-mod renewal;
-mod scans;
-#[cfg(test)]
-mod simulation;
-mod slots;
+mod options;
+mod owner;
+mod shared;
 mod task;
-mod tenancy;
-mod waiters;
-mod watermarks;
 mod writer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, RwLock};
-use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use tokio::sync::{Notify, mpsc};
@@ -59,55 +32,16 @@ use crate::{cluster, stream};
 
 pub use crate::domain::queue::Whose;
 pub use api::{
-    BATCH_MAX, BATCH_WAIT_MAX, BlockedBy, BlockedKey, Declaration, Declared, Delivery, Description,
-    Error, InFlight, InFlightFilter, LogBehind, Outcome, ReceiveRequest, Received, Status, Verb,
-    VerbItem, WAIT_MAX,
+    Act, Acted, BATCH_MAX, BATCH_WAIT_MAX, BlockedBy, BlockedKey, Declaration, Declared, Delivery,
+    Description, DryRun, Error, Expire, Handout, INSPECT_MAX, InFlight, InFlightFilter,
+    LETTERS_MAX, LetterFilter, LetterPage, LogBehind, MessageState, MessageStatus, NewRedrive,
+    OnLoss, Outcome, ReceiveRequest, Received, Renewal, Renewed, Status, Verb, VerbItem, WAIT_MAX,
 };
-pub use handle::{Handle, Receiving};
-pub use handout::Handout;
-pub use letters::{LETTERS_MAX, LetterFilter, LetterPage};
-pub use message::{Act, Acted, Expire, INSPECT_MAX, MessageState, MessageStatus};
-pub use redrive::{DryRun, NewRedrive};
-pub use renewal::{OnLoss, Renewal, Renewed};
+pub use desk::{Handle, Receiving};
+pub use options::{Options, QUEUES_MAX};
 
 pub use crate::store::letter::{Stored as DeadLetter, Summary as LetterSummary};
 pub use crate::store::redrive::RedriveRow as Redrive;
-
-/// Most queues of one process (docs/protocol.md, Parameters).
-pub const QUEUES_MAX: usize = 10_000;
-
-/// How the queue engine runs.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// A request whose write has no known outcome for so long is answered [`Error::OutcomeUnknown`].
-    pub outcome_wait: Duration,
-    /// Most queues, at most [`QUEUES_MAX`].
-    pub queues_max: usize,
-    /// Bytes of a journal segment after which the next one is begun. Recovery reads four segments at most.
-    pub journal_full_bytes: i64,
-    /// A segment with anything in it is full after so long.
-    pub journal_full_after: Duration,
-    /// How often dead letters are looked at for those that are older.
-    pub trim_every: Duration,
-    /// How often it is written down how far the queues that keep up are.
-    pub positions_every: Duration,
-    /// How many offsets such a queue must have moved to be worth a row for its slot.
-    pub position_worth: i64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            outcome_wait: Duration::from_secs(10),
-            queues_max: QUEUES_MAX,
-            journal_full_bytes: 16 * 1024 * 1024,
-            journal_full_after: Duration::from_secs(10 * 60),
-            trim_every: Duration::from_secs(60),
-            positions_every: Duration::from_secs(30),
-            position_worth: 10_000,
-        }
-    }
-}
 
 /// What receipts are made with: a key for each history that streams have been through.
 async fn receipt_keys(
@@ -134,7 +68,7 @@ pub async fn start(
     registry: &mut Registry,
 ) -> Result<Handle, Error> {
     // The version first: the rows are of that one at least.
-    let catalogue = catalogue::Catalogue {
+    let catalogue = owner::Catalogue {
         as_of: std::time::Instant::now(),
         version: store::queue::read_version(&database).await?,
         had_peers: cluster.view().has_peers(),
@@ -146,11 +80,11 @@ pub async fn start(
     let (writer_in, submissions) = mpsc::channel(2 * QUEUES_MAX + 1);
     let (folds_in, folds) = mpsc::channel(QUEUES_MAX + 1);
     let metrics = metrics::Metrics::new(registry);
-    let (people, letters) = letters::Desk::new(database.clone(), supervisor.clone());
-    let (tasks, task_letters) = letters::Desk::new(database.clone(), supervisor.clone());
+    let (people, letters) = log::letters::Desk::new(database.clone(), supervisor.clone());
+    let (tasks, task_letters) = log::letters::Desk::new(database.clone(), supervisor.clone());
     supervisor.spawn("queue letters", OnEnd::StopProcess, people.run());
     supervisor.spawn("queue redrives", OnEnd::StopProcess, tasks.run());
-    let shared = Arc::new(handle::Shared {
+    let shared = Arc::new(shared::Shared {
         letters,
         task_letters,
         forward: Notify::new(),
@@ -161,8 +95,9 @@ pub async fn start(
         outcome_wait: options.outcome_wait,
         metrics: metrics.clone(),
     });
-    registry.register_collector(Box::new(metrics::PerQueue(Arc::clone(&shared))));
-    let (scans, scanner) = scans::Scans::new(stream.clone(), metrics.clone(), supervisor.clone());
+    registry.register_collector(Box::new(gauges::PerQueue(Arc::clone(&shared))));
+    let (scans, scanner) =
+        log::scans::Scans::new(stream.clone(), metrics.clone(), supervisor.clone());
     supervisor.spawn("queue scanner", OnEnd::StopProcess, scanner.run());
     let contact = Arc::new(writer::Contact::new(At::from(cluster.now())));
     let writer = writer::Writer {
@@ -183,7 +118,7 @@ pub async fn start(
         supervisor: supervisor.clone(),
     };
     supervisor.spawn("queue forwarder", OnEnd::StopProcess, forwarder.run());
-    let mut engine = engine::Engine::new(engine::Given {
+    let mut engine = owner::Engine::new(owner::Given {
         options,
         database,
         stream,

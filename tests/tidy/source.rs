@@ -35,13 +35,18 @@ impl Source {
 
     /// The modules of the crate that the code names.
     pub(crate) fn uses(&self) -> Vec<String> {
+        self.names_behind("crate::")
+    }
+
+    /// The names that come first behind this beginning of a path.
+    pub(crate) fn names_behind(&self, beginning: &str) -> Vec<String> {
         let mut found = Vec::new();
-        for (at, _) in self.code.match_indices("crate::") {
+        for (at, _) in self.code.match_indices(beginning) {
             let before = self.code[..at].chars().next_back();
-            if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
+            if before.is_some_and(|c| c.is_alphanumeric() || matches!(c, '_' | '$' | ':')) {
                 continue;
             }
-            let rest = &self.code[at + "crate::".len()..];
+            let rest = &self.code[at + beginning.len()..];
             match rest.strip_prefix('{') {
                 Some(group) => found.extend(group_names(group)),
                 None => found.push(first_name(rest)),

@@ -1,0 +1,133 @@
+//! Queues whose log is behind them: it was restored from before, alone, and lacks what they have handed out and settled, or has grown
+//! again and has other messages there. Such a queue does nothing: going on would pass over messages that it never saw. It says so
+//! to everybody who asks, until a person seeks it and accepts the loss.
+//!
+//! What a queue knows is compared with the log whenever its state is read: how far it has looked, and which message stood where it
+//! had settled everything up to, which is noted now and then. Queues and logs of one snapshot of the database always agree.
+
+use super::Engine;
+use super::rebuild::Recovered;
+use crate::domain::id::{Offset, QueueId, Slot};
+use crate::domain::queue::At;
+use crate::queue::api::{Error, LogBehind, RECOVERING, Renewal, Renewed};
+use crate::store;
+use crate::store::journal::Position;
+use crate::store::queue::QueueRow;
+use crate::store::renewal::{Renew, RenewOutcome};
+
+/// Most places that are noted at a time.
+const MARKS_MAX: usize = 1_000;
+
+/// A queue whose log is behind it.
+#[derive(Debug)]
+pub(super) struct Behind {
+    slot: Slot,
+    /// What its next generation begins with: its dead letters stay.
+    carried: Vec<u8>,
+}
+
+impl Engine {
+    /// Keeps a queue from being served.
+    pub(super) fn note_behind(&mut self, recovered: Recovered, end: Offset) {
+        let machine = recovered.machine;
+        let (id, through) = (machine.id(), machine.journaled_through());
+        let Some(owned) = self.queues.get(&id) else {
+            return;
+        };
+        let (name, slot) = (owned.row.name.clone(), owned.row.slot);
+        tracing::error!(
+            queue = %name, through = through.0, end = end.0,
+            "the log is behind the queue: it was restored without it. The queue is not served until it is sought with accept_loss"
+        );
+        if let Some(known) = self.write_known().get_mut(&name) {
+            known.mailbox = None;
+            known.description.log_behind = Some(LogBehind { through, end });
+        }
+        let carried = machine.carried(true, At::from(self.cluster.now()));
+        self.behind.insert(id, Behind { slot, carried });
+        self.count_behind();
+    }
+
+    /// The queue is about to be read again, or is gone.
+    pub(super) fn forget_behind(&mut self, queue: QueueId) {
+        if self.behind.remove(&queue).is_none() {
+            return;
+        }
+        let name = self.queues.get(&queue).map(|owned| owned.row.name.clone());
+        if let Some(name) = name
+            && let Some(known) = self.write_known().get_mut(&name)
+        {
+            known.description.log_behind = None;
+        }
+        self.count_behind();
+    }
+
+    /// The same of all queues of a slot.
+    pub(super) fn forget_behind_of(&mut self, slot: Slot) {
+        let of_slot = self.behind.iter().filter(|(_, behind)| behind.slot == slot);
+        let of_slot: Vec<QueueId> = of_slot.map(|(&queue, _)| queue).collect();
+        for queue in of_slot {
+            self.forget_behind(queue);
+        }
+    }
+
+    fn count_behind(&self) {
+        self.shared.metrics.behind.set(self.behind.len() as i64);
+    }
+
+    /// Begins the next generation of a queue that nothing runs for.
+    pub(super) async fn renew_behind(
+        &mut self,
+        row: &QueueRow,
+        renewal: Renewal,
+        before_start: Offset,
+    ) -> Result<Renewed, Error> {
+        let state = self.slots.get(&row.slot);
+        let fence = state.and_then(|state| state.fence.clone());
+        let behind = self.behind.get(&row.id);
+        let (Some(behind), Some(fence)) = (behind, fence) else {
+            return Err(RECOVERING);
+        };
+        let renew = Renew {
+            queue: row.id,
+            fence: &fence,
+            incarnation: self.cluster.incarnation(),
+            from_generation: row.generation,
+            renewal,
+            before_start,
+            state: &behind.carried,
+        };
+        let outcome = store::renewal::renew_queue(&self.database, renew).await;
+        if let Ok(RenewOutcome::Renewed { .. }) = outcome {
+            self.forget_behind(row.id);
+            self.alone.insert(row.id, tokio::time::Instant::now());
+        }
+        self.conclude(row, renewal, None, outcome).await
+    }
+
+    /// Notes which messages stand where queues have settled everything up to.
+    pub(super) async fn write_marks(&mut self) {
+        let mut places = Vec::new();
+        for owned in self.queues.values_mut() {
+            let place = (owned.row.generation, owned.settled_through());
+            let is_new = owned.mailbox.is_some() && owned.marked != Some(place);
+            if is_new && place.1 >= owned.row.start_offset && places.len() < MARKS_MAX {
+                owned.marked = Some(place);
+                places.push(Position {
+                    queue: owned.row.id,
+                    generation: place.0,
+                    through: place.1,
+                });
+            }
+        }
+        if places.is_empty() {
+            return;
+        }
+        if let Err(error) = store::mark::write_marks(&self.database, &places).await {
+            tracing::debug!(
+                error = &error as &dyn std::error::Error,
+                "noting where queues are failed; trying again when they have moved"
+            );
+        }
+    }
+}
