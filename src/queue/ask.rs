@@ -13,10 +13,10 @@ use crate::queue::api::{
 };
 use crate::store::redrive::RedriveRow;
 
-/// Where an answer goes.
+/// The receiver of an answer.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// What is asked of one queue's task.
+/// The requests to one queue's task.
 #[derive(Debug)]
 pub(super) enum Command {
     Receive {
@@ -96,7 +96,7 @@ pub(super) enum Command {
         id: String,
         reply: Reply<()>,
     },
-    /// Finish: the slot is to be another node's. What is decided is written, and who waits asks there.
+    /// Finish: the slot is assigned to another node. Decisions are written, and waiting callers ask there.
     Yield,
     /// End: the queue is deleted or its slot is lost. Nothing more is written.
     End,
@@ -110,7 +110,7 @@ pub(super) struct Acks {
     pub(super) reply: Reply<Vec<Outcome>>,
 }
 
-/// What is asked of the engine's own task.
+/// The requests to the engine's own task.
 #[derive(Debug)]
 pub(super) enum Job {
     Declare {
@@ -176,7 +176,7 @@ impl Command {
 /// A task that holds still: all that it decided is committed and answered.
 #[derive(Debug)]
 pub(super) struct Held {
-    /// What the next generation begins with.
+    /// The state that the next generation begins with.
     pub(super) carried: Vec<u8>,
     /// Dropped, the task ends: nobody knows which generation it is in.
     pub(super) go_on: oneshot::Sender<Verdict>,
@@ -192,7 +192,7 @@ pub(super) enum Verdict {
     },
 }
 
-/// Why a task ended.
+/// Reasons why a task ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Why {
     /// It was told to.

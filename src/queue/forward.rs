@@ -1,5 +1,5 @@
-//! Copies of dead letters for their queue's `dead_letter_topic`. That a copy is due is on the letter's row from its death on;
-//! its id follows from the death, and the log knows it, so that a copy whose mark was lost is not published again.
+//! Copies of dead letters for their queue's `dead_letter_topic`. The letter's row shows from its death on that a copy is
+//! due. The copy's id follows from the death, and the log knows it, so a copy whose mark was lost is not published again.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
@@ -26,7 +26,7 @@ const BATCH_BYTES: i64 = 4 * 1024 * 1024;
 const EVERY: Duration = Duration::from_secs(5);
 /// An append that failed is tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
-/// Of the ids of copies (RFC 9562, name-based).
+/// The namespace of the ids of copies (RFC 9562, name-based).
 const NAMESPACE: Uuid = Uuid::from_u128(0x8d5b_61d6_3f3a_4c56_9a0e_5f2a_6d1f_0b7c);
 
 pub(super) struct Forwarder {
@@ -36,7 +36,7 @@ pub(super) struct Forwarder {
     pub(super) supervisor: Supervisor,
 }
 
-/// What became of copies.
+/// The outcome of copies.
 enum Forwarded {
     /// They are in the log.
     Done,
@@ -165,7 +165,7 @@ impl Forwarder {
     }
 }
 
-/// The copy as an event of its own: the payload as it was, and in attributes where it comes from.
+/// The copy as a separate event: the payload unchanged, and its origin in attributes.
 fn copy_of(letter: &Unforwarded, queue: &QueueName) -> Option<Message> {
     let original = &letter.copy.message;
     let death = format!("{}:{}:{}", letter.queue, letter.id, letter.delivery);

@@ -1,4 +1,4 @@
-//! What the queue engine counts. A queue's own gauges are read at scrape time from what its task last noted.
+//! The metrics of the queue engine. A queue's own gauges are read at scrape time from its task's last notes.
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -78,7 +78,7 @@ impl Metrics {
             ),
             (
                 "postroad_queue_unwritten",
-                "Deliveries taken back since their answer was never written",
+                "Deliveries taken back because their answer was never written",
                 &self.unwritten,
             ),
             (
@@ -113,17 +113,17 @@ impl Metrics {
             ),
             (
                 "postroad_queue_journal_groups",
-                "Group commits of the settlement writer",
+                "Group commits of the journal's writer",
                 &self.groups,
             ),
             (
                 "postroad_queue_journal_group_repeats",
-                "Group commits sent again since their outcome was not known",
+                "Group commits sent again because their outcome was unknown",
                 &self.group_repeats,
             ),
             (
                 "postroad_queue_journal_fenced",
-                "Journal writes refused since the slot was taken over",
+                "Journal writes refused because the slot was taken over",
                 &self.fenced,
             ),
             (
@@ -138,7 +138,7 @@ impl Metrics {
             ),
             (
                 "postroad_queue_scans_answered",
-                "Queues that those scans were for: one scan serves all that look at about the same place",
+                "Queues that those scans served: one scan serves all that look at about the same place",
                 &self.scans_answered,
             ),
         ] {
@@ -152,23 +152,23 @@ impl Metrics {
         );
         registry.register_with_unit(
             "postroad_queue_journal_wait_duration",
-            "From a queue's decision to its commit, which its answers wait for: of the oldest in each part of a group",
+            "From a queue's decision to its commit, of the oldest decision in each part of a group; answers wait for it",
             Unit::Seconds,
             self.wait_seconds.clone(),
         );
         registry.register(
             "postroad_queues",
-            "Queues that there are, as far as this process knows",
+            "Queues that exist, as far as this process knows",
             self.queues.clone(),
         );
         registry.register(
             "postroad_queues_standing_still",
-            "1 while the queues stand still since Postgres cannot be reached",
+            "1 while the queues stand still because Postgres cannot be reached",
             self.standing.clone(),
         );
         registry.register(
             "postroad_queues_log_behind",
-            "Queues that are not served since their log was restored without them",
+            "Queues that are not served because their log was restored without them",
             self.behind.clone(),
         );
     }

@@ -43,7 +43,7 @@ pub use options::{Options, QUEUES_MAX};
 pub use crate::store::letter::{Stored as DeadLetter, Summary as LetterSummary};
 pub use crate::store::redrive::RedriveRow as Redrive;
 
-/// What receipts are made with: a key for each history that streams have been through.
+/// The keys of receipts: one for each history that streams have been through.
 async fn receipt_keys(
     database: &Database,
     cluster: &cluster::Handle,

@@ -28,7 +28,7 @@ pub(super) struct Known {
     pub(super) progress: Arc<Progress>,
 }
 
-/// What the handles and the tasks share.
+/// State that the handles and the tasks share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) queues: RwLock<HashMap<QueueName, Known>>,
@@ -41,7 +41,7 @@ pub(super) struct Shared {
     pub(super) letters: Letters,
     /// Reads for the queues' tasks, which somebody's long read must not hold up.
     pub(super) task_letters: Letters,
-    /// Dead letters are committed whose copies are to be published.
+    /// Notifies that dead letters are committed whose copies must be published.
     pub(super) forward: Notify,
 }
 
@@ -63,7 +63,7 @@ impl Shared {
                 self.metrics.incidents.inc();
                 tracing::warn!(
                     ?receipt,
-                    "a receipt of a message that was lost when the database went back in time"
+                    "refused a receipt of a message that was lost when the database went back in time"
                 );
                 Some(Receipt {
                     generation: Generation(0),

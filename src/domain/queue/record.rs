@@ -78,7 +78,7 @@ pub enum Record {
     },
     /// A dead letter was removed.
     LetterRemoved {
-        /// Whose.
+        /// The offset of the letter's message.
         offset: i64,
     },
     /// A delivery ended and its message waits.

@@ -1,7 +1,7 @@
 //! The promise of an answer: deliveries that were decided and journaled, and may never reach the wire.
 //!
-//! A receive repeated under its id is answered with deliveries that an earlier answer carries too. All such answers share
-//! one promise: the deliveries go back when the last of them is gone and none was written.
+//! A receive repeated under its id gets deliveries that an earlier answer carries too. All such answers share one promise:
+//! the deliveries go back when the last answer is gone and none was written.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +14,8 @@ use crate::domain::receipt::Receipt;
 /// Receive ids remembered before those that are over are looked for.
 const PRUNE_AT: usize = 1_024;
 
-/// Where deliveries go back to. Unbounded since a drop cannot wait; what passes through it is bounded by the deliveries
-/// in flight.
+/// The channel by which deliveries go back. It is unbounded since a drop cannot wait; the deliveries in flight bound its
+/// contents.
 pub(in crate::queue) type Back = mpsc::UnboundedSender<Vec<Receipt>>;
 
 /// Stands for the deliveries of one answer until they are on the wire. Dropped before [`Handout::written`], they go back

@@ -10,7 +10,7 @@ use crate::store::letter::History;
 /// Most messages that one request looks at.
 pub const INSPECT_MAX: usize = 1_000;
 
-/// Where a message stands in a queue.
+/// The state of a message in a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MessageState {
@@ -38,12 +38,12 @@ pub enum MessageState {
     NotFound,
 }
 
-/// What a queue knows of one message.
+/// A queue's knowledge of one message.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MessageStatus {
     /// The message.
     pub offset: Offset,
-    /// Where it stands.
+    /// Its state.
     pub state: MessageState,
     /// The number of its last delivery; 0 before the first.
     pub delivery: u32,
@@ -53,9 +53,9 @@ pub struct MessageStatus {
     pub failures: Vec<Failure>,
     /// Its dead letter, also while the message is on its way back.
     pub dead_letter: Option<LetterId>,
-    /// Who has it or had it last, if the receive said so.
+    /// The consumer that has it or had it last, if the receive named one.
     pub consumer: Option<String>,
-    /// When its last delivery began.
+    /// The time when its last delivery began.
     pub delivered_at: Option<DateTime<Utc>>,
     /// While it is live: until when it is held.
     pub visible_until: Option<DateTime<Utc>>,
@@ -63,19 +63,19 @@ pub struct MessageStatus {
     pub due_at: Option<DateTime<Utc>>,
 }
 
-/// What a person does to a message.
+/// A person's acts on a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Act {
     /// Settle it in this queue.
     Delete,
     /// Make it a dead letter, also while a consumer holds it.
     Reject {
-        /// Why, at most 1,024 bytes.
+        /// The reason, at most 1,024 bytes.
         reason: Option<String>,
     },
 }
 
-/// What became of it.
+/// Its outcome.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Acted {
     /// It is settled.
@@ -93,10 +93,10 @@ pub enum Acted {
     Not(MessageState),
 }
 
-/// Which deliveries end before their time.
+/// The deliveries that end early.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expire {
-    /// Whose.
+    /// The deliveries' consumer or messages.
     pub whose: Whose,
     /// Only those that began before: so that a repeat ends none that began since.
     pub delivered_before: Option<DateTime<Utc>>,

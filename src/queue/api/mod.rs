@@ -1,4 +1,4 @@
-//! What the queue engine takes and answers. The HTTP layer gives these their wire form.
+//! The requests and answers of the queue engine. The HTTP layer gives these their wire form.
 
 mod handout;
 mod letters;
@@ -33,20 +33,20 @@ pub const WAIT_MAX: Duration = Duration::from_secs(50);
 /// Longest wait of a receive for its batch to fill.
 pub const BATCH_WAIT_MAX: Duration = Duration::from_secs(5);
 
-/// What a queue is to be.
+/// The settings of a queue.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Declaration {
     /// The stream it reads. Cannot be changed.
     pub stream: StreamName,
     /// The topics it takes, 1 to 100 patterns. A change holds from the scan position on.
     pub topics: Vec<TopicPattern>,
-    /// Where it starts. Used when the queue is made, and kept from then on.
+    /// Its start. Used when the queue is created, and kept from then on.
     pub start: Start,
     /// Everything else. A change holds at once.
     pub settings: Settings,
 }
 
-/// What a declare did.
+/// The result of a declaration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Declared {
     /// The queue is new.
@@ -66,7 +66,7 @@ pub struct Description {
     pub name: QueueName,
     /// The number of its stream.
     pub stream_id: StreamId,
-    /// What it was declared to be.
+    /// Its declaration.
     pub declaration: Declaration,
     /// The incarnation; receipts of another are `gone`.
     pub generation: Generation,
@@ -74,7 +74,7 @@ pub struct Description {
     pub start_offset: Offset,
     /// Whether a person has paused it: nothing is handed out.
     pub is_paused: bool,
-    /// When it was made.
+    /// The time of its creation.
     pub created_at: DateTime<Utc>,
     /// Its numbers now; None while its state is being recovered.
     pub status: Option<Status>,
@@ -87,19 +87,19 @@ pub struct Description {
 pub struct Status {
     /// Unsettled messages among those up to `scanned_through`.
     pub depth: u64,
-    /// Of these, handed out and live.
+    /// Unsettled messages that are handed out and live.
     pub in_flight: u64,
-    /// Of these, held back by a delay.
+    /// Unsettled messages that are held back by a delay.
     pub delayed: u64,
-    /// Of these, ready to go out.
+    /// Unsettled messages that are ready to go out.
     pub ready: u64,
-    /// Of these, waiting for an earlier message of their key.
+    /// Unsettled messages that wait for an earlier message of their key.
     pub waiting: u64,
     /// Unsettled, by lane, lowest first; None without lanes.
     pub lanes: Option<[u64; 3]>,
     /// The keys that stand still for longest, with messages that wait; at most 20.
     pub blocked_keys: Vec<BlockedKey>,
-    /// Of all times in this generation, and not removed since: dead letters.
+    /// The dead letters of this generation that have not been removed.
     pub dead_letters: u64,
     /// Long polls that wait.
     pub waiters: u64,
@@ -109,7 +109,7 @@ pub struct Status {
     pub scanned_through: Offset,
     /// The lowest unsettled offset among those looked at.
     pub oldest_unsettled: Option<Offset>,
-    /// When the message of `oldest_unsettled` was appended, if it is known without a read of the log.
+    /// The time when the message of `oldest_unsettled` was appended, if it is known without a read of the log.
     pub oldest_unsettled_at: Option<DateTime<Utc>>,
     /// Whether the queue begins beyond the stream's end: nothing is delivered until the stream has got there.
     pub ahead: bool,
@@ -128,9 +128,9 @@ pub struct BlockedKey {
     pub state: BlockedBy,
     /// Its attempt; None for a dead letter.
     pub attempt: Option<u32>,
-    /// When its time is up, or when it goes out again; None for a dead letter.
+    /// The time when it expires, or goes out again; None for a dead letter.
     pub due_at: Option<DateTime<Utc>>,
-    /// Since when the key stands still, as far as it is known.
+    /// The time since when the key has been blocked, as far as known.
     pub since: DateTime<Utc>,
     /// How many messages wait.
     pub waiting: u64,
@@ -150,7 +150,7 @@ pub struct ReceiveRequest {
     pub batch_wait: Duration,
     /// Held for this long; the queue's own time without.
     pub visibility_timeout: Option<Duration>,
-    /// Who receives, at most 255 bytes: for the in-flight list.
+    /// The consumer's name, at most 255 bytes, for the list of live deliveries.
     pub consumer: Option<String>,
     /// A receive repeated under the same id, at most 255 bytes, gets the same deliveries while they live.
     pub receive_id: Option<String>,
@@ -177,13 +177,13 @@ impl Default for ReceiveRequest {
 /// The answer to a receive.
 #[derive(Debug)]
 pub struct Received {
-    /// What became of the receipts that came along to be acknowledged, in the order sent.
+    /// The results for the receipts that came along for acknowledgement, in the order of the request.
     pub acked: Vec<Outcome>,
     /// The messages, by offset.
     pub deliveries: Vec<Delivery>,
-    /// Why there are none.
+    /// The reason why there are none.
     pub reason: Option<EmptyReason>,
-    /// When a delayed message falls due or a live one expires, if there are no deliveries.
+    /// The next time when a delayed message falls due or a live delivery expires, if there are no deliveries.
     pub next_due_at: Option<DateTime<Utc>>,
     /// Call [`Handout::written`] once the answer is on the wire; dropped without it, the deliveries are released and
     /// not charged.
@@ -207,7 +207,7 @@ impl Received {
 /// One message handed out.
 #[derive(Debug, Clone)]
 pub struct Delivery {
-    /// What it is settled by.
+    /// The receipt that settles this delivery.
     pub receipt: String,
     /// The number of the delivery, ever rising per message.
     pub delivery: u32,
@@ -215,7 +215,7 @@ pub struct Delivery {
     pub attempt: u32,
     /// The message.
     pub entry: Arc<Entry>,
-    /// Until when it is held for this consumer.
+    /// This consumer holds the delivery until then.
     pub visible_until: DateTime<Utc>,
 }
 
@@ -232,12 +232,12 @@ pub struct VerbItem {
     pub reason: Option<String>,
 }
 
-/// Which live deliveries to list.
+/// A filter on live deliveries.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct InFlightFilter {
-    /// Of this consumer only.
+    /// Only deliveries of this consumer.
     pub consumer: Option<String>,
-    /// Of offsets after this one.
+    /// Only messages after this offset.
     pub after: Offset,
     /// At most this many, 1 to 1,000.
     pub limit: usize,
@@ -252,11 +252,11 @@ pub struct InFlight {
     pub delivery: u32,
     /// The number of the attempt.
     pub attempt: u32,
-    /// Who received it, if the receive said so.
+    /// The consumer that received it, if the receive named one.
     pub consumer: Option<String>,
-    /// When it was handed out.
+    /// The time when it was handed out.
     pub delivered_at: DateTime<Utc>,
-    /// Until when it is held.
+    /// The delivery is held until then.
     pub visible_until: DateTime<Utc>,
 }
 
@@ -278,7 +278,7 @@ impl LogBehind {
     }
 }
 
-/// Why a request to a queue was not carried out.
+/// Reasons why a request to a queue was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No queue of this name.
@@ -294,7 +294,9 @@ pub enum Error {
         stream: StreamName,
     },
     /// The queue reads another stream, and that cannot be changed.
-    #[error("the queue `{queue}` reads the stream `{stream}`, which cannot be changed")]
+    #[error(
+        "the queue `{queue}` reads the stream `{stream}`, and a queue's stream cannot be changed"
+    )]
     StreamChange {
         /// The queue.
         queue: QueueName,
@@ -312,20 +314,20 @@ pub enum Error {
         found: Generation,
     },
     /// The node has as many queues as it can hold.
-    #[error("there are {limit} queues already, which is the most")]
+    #[error("there are already {limit} queues, which is the limit")]
     TooManyQueues {
         /// The bound.
         limit: usize,
     },
     /// The log was restored from before what the queue knows, without it. Answer 409.
     #[error(
-        "the queue `{queue}` has looked at its log up to offset {}, and the log that there is ends at {} or has other messages there: it was restored without the queue",
+        "the queue `{queue}` has looked at its log up to offset {}, but the log ends at {} or has other messages there: it was restored without the queue",
         behind.through, behind.end
     )]
     LogBehind {
         /// The queue.
         queue: QueueName,
-        /// What each knows.
+        /// The state of each.
         behind: LogBehind,
     },
     /// A value of the declaration or of the request is out of its range.
@@ -340,7 +342,7 @@ pub enum Error {
         id: LetterId,
     },
     /// The dead letter's message was redriven and is not settled yet.
-    #[error("the message of dead letter `{id}` was redriven: it is in the queue again")]
+    #[error("the message of dead letter `{id}` has been redriven: it is in the queue again")]
     LetterRedriven {
         /// The letter.
         id: LetterId,
@@ -354,7 +356,7 @@ pub enum Error {
         id: String,
     },
     /// As many redrives run as a queue can have. Answer 429.
-    #[error("{limit} redrives run in this queue already, which is the most")]
+    #[error("{limit} redrives already run in this queue, which is the limit")]
     TooManyRedrives {
         /// The limit.
         limit: usize,
@@ -366,13 +368,13 @@ pub enum Error {
         limit: u32,
     },
     /// As many long polls wait as the queue allows. Answer 429.
-    #[error("{limit} receives wait for this queue already, which is the most")]
+    #[error("{limit} receives already wait for this queue, which is the limit")]
     TooManyWaiters {
         /// The limit.
         limit: usize,
     },
     /// The write was sent and its outcome is not known yet. The same request again is safe. Answer 503.
-    #[error("the outcome of the write is not known yet; the same request again is safe")]
+    #[error("the outcome of the write is not known yet; sending the same request again is safe")]
     OutcomeUnknown,
     /// The queue is not served at the moment: its state is being recovered, its slot is held elsewhere, or Postgres
     /// cannot be reached. Answer 503.
@@ -382,7 +384,7 @@ pub enum Error {
         why: &'static str,
     },
     /// Another node owns the queue, or is about to. Nothing was decided: the request is that node's to answer.
-    #[error("the queue `{queue}` is another node's")]
+    #[error("another node owns the queue `{queue}`")]
     NotOwner {
         /// The queue.
         queue: QueueName,

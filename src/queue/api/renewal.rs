@@ -2,14 +2,14 @@
 
 use crate::domain::id::{Generation, Offset};
 
-/// What a seek or a purge did.
+/// The result of a seek or a purge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Renewed {
     /// The generation that began.
     pub generation: Generation,
     /// The queue goes on after this offset.
     pub through_offset: Offset,
-    /// Retention had dropped some of what was asked for: the generation begins with what is left.
+    /// Retention had dropped some of the requested messages: the generation begins with the first one left.
     pub at_floor: bool,
     /// The stream's end is before that: nothing is delivered until the stream has got there.
     pub ahead: bool,

@@ -63,8 +63,8 @@ impl Handle {
             .await
     }
 
-    /// Ends live deliveries as if their time were up: the attempts count, and the messages go out again as after any expiry.
-    /// Answered after the commit, with the messages. What is not live is not touched.
+    /// Ends live deliveries as if they had expired: the attempts count, and the messages go out again as after any expiry. Answered
+    /// after the commit, with the messages. Messages that are not live are not touched.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Invalid`], [`Error::Unavailable`], [`Error::OutcomeUnknown`], [`Error::Stopping`].

@@ -1,4 +1,4 @@
-//! The way into the queue engine.
+//! The handle to the queue engine.
 
 mod letters;
 mod locate;
@@ -174,7 +174,7 @@ async fn send<T>(
     bounded(bound, exchange).await
 }
 
-/// Waits for an answer at most so long. What is asked for goes on by itself.
+/// Waits for an answer up to a time limit. The request itself goes on.
 async fn bounded<T>(
     bound: Duration,
     exchange: impl Future<Output = Result<T, Error>>,

@@ -16,8 +16,8 @@ use crate::queue::api::{
 use crate::queue::ask::{Acks, Command};
 
 impl Handle {
-    /// Receives, waiting if need be. Answered after the deliveries are journaled and committed. Dropping the future
-    /// takes the waiter away: nothing is handed out to it, and what was already decided is released.
+    /// Receives, and waits if necessary. Answered after the deliveries are journaled and committed. Dropping the future removes the
+    /// waiter: nothing is handed out to it, and decided deliveries are released.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Invalid`], [`Error::InFlightFull`] with a wait of zero,
@@ -30,8 +30,8 @@ impl Handle {
         self.begin_receive(queue, request).await?.finish().await
     }
 
-    /// As [`Handle::receive`], in two steps: returns when what came along to be acknowledged is committed. What is handed
-    /// out is in the same commit, if there is something at once. The acknowledgements stay whatever becomes of the rest.
+    /// As [`Handle::receive`], in two steps: returns when the acknowledgements that came along are committed. Deliveries are in the
+    /// same commit, if there are any at once. The acknowledgements hold whatever happens to the rest.
     ///
     /// # Errors
     /// As [`Handle::receive`].
@@ -128,7 +128,7 @@ impl Handle {
 #[derive(Debug)]
 #[must_use = "dropping it takes the waiter away"]
 pub struct Receiving {
-    /// What became of the receipts that came along, in the order sent.
+    /// The results for the receipts that came along, in the order of the request.
     pub acked: Vec<Outcome>,
     handle: Handle,
     queue: QueueName,

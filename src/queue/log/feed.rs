@@ -1,5 +1,5 @@
-//! What the tail of a stream brings to its queues. One dispatcher per stream finds the queues that take a topic by an index,
-//! and remembers them, so that a queue that does not match, or that nobody feeds, costs nothing per message.
+//! Feeds entries from the tail of a stream to its queues. One dispatcher per stream finds the queues that match a topic by
+//! an index, and remembers them, so that a queue that does not match, or that nobody feeds, costs nothing per message.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -21,7 +21,7 @@ const FEED_MAX_ENTRIES: usize = 5_000;
 /// Topics whose queues are remembered.
 const TOPICS_MAX: usize = 10_000;
 
-/// Where the dispatcher leaves entries for one queue.
+/// The place where the dispatcher leaves entries for one queue.
 #[derive(Debug)]
 pub(in crate::queue) struct Feed {
     state: Mutex<State>,
@@ -33,11 +33,11 @@ struct State {
     attached: bool,
     entries: Vec<Arc<Entry>>,
     bytes: usize,
-    /// When it was detached: up to here nothing is missing.
+    /// Where it was detached: up to here nothing is missing.
     through: Offset,
 }
 
-/// What a queue found in its feed.
+/// A queue's findings in its feed.
 #[derive(Debug)]
 pub(in crate::queue) struct Fed {
     /// Matching entries, by offset.
@@ -88,7 +88,7 @@ pub(in crate::queue) struct Dispatch {
     stream: StreamId,
     /// Every batch up to here is in the feeds.
     done: AtomicI64,
-    /// Of batches after this one no part is in a feed yet.
+    /// No part of a batch after this one is in a feed yet.
     begun: AtomicI64,
     subscribers: Mutex<Subscribers>,
 }
@@ -166,8 +166,8 @@ impl Dispatch {
         }
     }
 
-    /// Attaches a queue: everything after the answer comes by the feed, what is before it is read from the log. A batch
-    /// that is being dispatched may have passed this feed already, so it counts as before.
+    /// Attaches a queue: everything after the answer comes by the feed, everything before it is read from the log. A batch that is
+    /// being dispatched may have passed this feed already, so it counts as before.
     pub(in crate::queue) fn attach(&self, feed: &Feed) -> Offset {
         let mut state = feed.state();
         state.attached = true;
@@ -182,7 +182,7 @@ impl Dispatch {
         *state = State::default();
     }
 
-    /// Takes what is in the feed.
+    /// Takes the entries in the feed.
     pub(in crate::queue) fn take(&self, feed: &Feed) -> Fed {
         // Before the lock: what was done by now is in the feed.
         let done = self.done();

@@ -1,5 +1,5 @@
-//! Dead letters as people and tasks read them, and the desk that reads for both: a task of its own, so that whoever asks
-//! may go away and leaves no connection half used.
+//! Dead letters as people and tasks read them, and the desk that reads for both. The desk is a separate task, so that a
+//! caller may go away without leaving a connection half used.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -90,12 +90,12 @@ pub(in crate::queue) struct Source {
     pub(in crate::queue) queue: QueueId,
 }
 
-/// What a fetch brought.
+/// The result of a fetch.
 #[derive(Debug)]
 pub(in crate::queue) struct Fetched {
     /// The messages, by offset.
     pub(in crate::queue) entries: Vec<Arc<Entry>>,
-    /// What is nowhere, by offset.
+    /// The messages that exist nowhere, by offset.
     pub(in crate::queue) missing: Vec<Offset>,
 }
 

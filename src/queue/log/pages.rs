@@ -1,4 +1,4 @@
-//! What scans have read lately, without payloads: for queues that look at the same place a little later. The log does not
+//! Recently scanned pages, without payloads, for queues that look at the same place a little later. The log does not
 //! change, so a page stays true; it is kept as long as somebody uses it, and all pages together are bounded.
 
 use std::time::Duration;
@@ -15,7 +15,7 @@ const ITEMS_MAX: usize = 100_000;
 const PAGES_MAX: usize = 200;
 /// A page that nobody used for so long is forgotten.
 const UNUSED: Duration = Duration::from_secs(20);
-/// When so many pages of other topics are of one place, the next scan there is of all topics.
+/// When this many pages of other topics are of one place, the next scan there is of all topics.
 const INTERESTED: usize = 3;
 
 /// A part of a stream, as one scan has found it.
@@ -67,7 +67,7 @@ impl Pages {
         Some(page)
     }
 
-    /// Whether so many have looked here for other topics that it is better to look for all.
+    /// Whether enough queues have looked here for other topics that it is better to look for all.
     pub(super) fn are_many_interested(&self, scan: &Scan) -> bool {
         let of_here = self.pages.iter().filter(|page| page.is_of(scan));
         of_here.count() >= INTERESTED
@@ -104,7 +104,7 @@ impl Pages {
         }
     }
 
-    /// When to look for pages that nobody uses; far away without any.
+    /// The time to look for unused pages; far away without pages.
     pub(super) fn forget_at(&self) -> Instant {
         let oldest = self.pages.iter().map(|page| page.used).min();
         oldest.map_or_else(|| Instant::now() + 180 * UNUSED, |used| used + UNUSED)

@@ -1,7 +1,7 @@
-//! Catch-up scans of the log, shared: while scans are under way the next requests gather, and those that look at about the
-//! same place of a stream are answered by one scan of it; what was read lately is kept for a while (`pages.rs`) for those that
-//! come a little later. A thousand queues that begin at the start of a stream, or ten thousand that come back after a
-//! restart, read it about once.
+//! Catch-up scans of the log, shared. While scans are under way the next requests gather, and one scan answers all that
+//! look at about the same place of a stream; recent pages are kept for a while (`pages.rs`) for requests that come a little
+//! later. A thousand queues that begin at the start of a stream, or ten thousand that come back after a restart, read it
+//! about once.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::future::Future;
@@ -23,7 +23,7 @@ use crate::supervisor::Supervisor;
 const RUNNING_MAX: usize = 2;
 /// Items of a shared scan. More than [`BEHIND_MAX`], so that a scan always gets as far as the request that began it.
 const SHARED_ITEMS: usize = 20_000;
-/// A scan begins so many offsets earlier, if somebody looks there.
+/// A scan begins up to this many offsets earlier, if somebody looks there.
 const BEHIND_MAX: i64 = 10_000;
 /// Somebody who looks further ahead than this does not join.
 const AHEAD_MAX: i64 = 50_000;
@@ -68,10 +68,10 @@ impl Scans {
         (Self { requests: sender }, scanner)
     }
 
-    /// What matches after an offset. The log is looked at after the call, so what was committed before it is seen.
+    /// The matching messages after an offset. The log is read after the call, so everything committed before it is seen.
     ///
     /// # Errors
-    /// The database's. [`stream::Error::Stopping`] also when the scan was shared and somebody else is told what failed.
+    /// The database's. [`stream::Error::Stopping`] also when the scan was shared and another caller learns what failed.
     pub(in crate::queue) async fn scan(&self, scan: Scan) -> Result<Scanned, stream::Error> {
         let (reply, answer) = oneshot::channel();
         let sent = self.requests.send(Request { scan, reply }).await;
@@ -121,7 +121,7 @@ impl Scanner {
         }
     }
 
-    /// Answers from what was read lately, if that reaches further.
+    /// Answers from recent pages, if they reach further.
     fn take(&self, request: Request, pages: &mut Pages, pending: &mut VecDeque<Request>) {
         match pages.find(&request.scan) {
             Some(page) => {
@@ -226,7 +226,7 @@ fn share(
     }
 }
 
-/// What of a scan is each member's.
+/// Divides a scan's findings among its members.
 fn divide(members: &[Request], items: &[ScanItem]) -> Vec<Vec<ScanItem>> {
     let mut index = TopicIndex::default();
     let mut all = Vec::new();

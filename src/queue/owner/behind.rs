@@ -1,9 +1,10 @@
-//! Queues whose log is behind them: it was restored from before, alone, and lacks what they have handed out and settled, or has grown
-//! again and has other messages there. Such a queue does nothing: going on would pass over messages that it never saw. It says so
-//! to everybody who asks, until a person seeks it and accepts the loss.
+//! Queues whose log is older than their state: the log alone was restored from an earlier time, and lacks messages that the
+//! queue has handed out and settled, or has grown again and has other messages there. Such a queue does nothing: going on
+//! would skip messages that it never saw. It refuses every request with this reason, until a person seeks it and accepts
+//! the loss.
 //!
-//! What a queue knows is compared with the log whenever its state is read: how far it has looked, and which message stood where it
-//! had settled everything up to, which is noted now and then. Queues and logs of one snapshot of the database always agree.
+//! A queue's state is compared with the log whenever it is read: how far the queue has looked, and the message at its
+//! watermark, which is stored now and then. Queues and logs of one snapshot of the database always agree.
 
 use super::Engine;
 use super::rebuild::Recovered;
@@ -22,7 +23,7 @@ const MARKS_MAX: usize = 1_000;
 #[derive(Debug)]
 pub(super) struct Behind {
     slot: Slot,
-    /// What its next generation begins with: its dead letters stay.
+    /// The state that its next generation begins with: its dead letters stay.
     carried: Vec<u8>,
 }
 
@@ -37,7 +38,7 @@ impl Engine {
         let (name, slot) = (owned.row.name.clone(), owned.row.slot);
         tracing::error!(
             queue = %name, through = through.0, end = end.0,
-            "the log is behind the queue: it was restored without it. The queue is not served until it is sought with accept_loss"
+            "the log is older than the queue's state: it was restored without the queue. The queue is not served until a seek with accept_loss"
         );
         if let Some(known) = self.write_known().get_mut(&name) {
             known.mailbox = None;
@@ -126,7 +127,7 @@ impl Engine {
         if let Err(error) = store::mark::write_marks(&self.database, &places).await {
             tracing::debug!(
                 error = &error as &dyn std::error::Error,
-                "noting where queues are failed; trying again when they have moved"
+                "storing the places of queues failed; trying again when they have moved"
             );
         }
     }

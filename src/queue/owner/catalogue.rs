@@ -1,5 +1,5 @@
-//! Which queues there are, whichever node made or deleted them. Each heartbeat brings the catalogue's version; when it has risen,
-//! what is new is read. A name that is asked for before that is looked up.
+//! The existing queues, whichever node created or deleted them. Each heartbeat brings the catalogue's version; when it has
+//! risen, the changes are read. A name that is asked for before that is looked up.
 
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ use crate::queue::ask::Command;
 use crate::store;
 use crate::store::queue::QueueRow;
 
-/// What the engine knows of the catalogue.
+/// The engine's knowledge of the catalogue.
 #[derive(Debug)]
 pub(in crate::queue) struct Catalogue {
     /// All that led to this version is known.
@@ -34,7 +34,7 @@ impl Engine {
         if let Err(error) = self.read_changes().await {
             tracing::debug!(
                 error = &error as &dyn std::error::Error,
-                "reading what other nodes made of the queues failed; trying again"
+                "reading other nodes' changes of the queues failed; trying again"
             );
         }
     }

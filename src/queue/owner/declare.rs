@@ -1,4 +1,4 @@
-//! Making, changing and deleting queues.
+//! Creating, changing and deleting queues.
 
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -113,9 +113,9 @@ impl Engine {
             };
             if takes(&declaration.stream, &declaration.topics) {
                 let reason = match next {
-                    1 => "cannot be a topic that the queue takes itself".to_owned(),
+                    1 => "cannot be a topic that the queue itself matches".to_owned(),
                     _ => format!(
-                        "leads back to this queue, by the dead letters of others on `{topic}`"
+                        "leads back to this queue through the dead letters of other queues on `{topic}`"
                     ),
                 };
                 return Err(Error::Invalid(Fault {
@@ -318,7 +318,7 @@ async fn ask(
     match tokio::time::timeout(bound, answer).await {
         Ok(answer) => answer.unwrap_or(Err(ENDED)),
         Err(_) => Err(Error::Unavailable {
-            why: "what goes with the change could not be written in time",
+            why: "the writes of the change could not be finished in time",
         }),
     }
 }

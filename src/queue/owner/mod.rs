@@ -1,6 +1,6 @@
-//! The engine's own task: which queues there are, which slots this process holds, and a task for each queue of those.
+//! The engine's own task: the existing queues, the slots that this process holds, and a task for each queue of those.
 //!
-//! What becomes of a slot when its lease comes and goes is in `slots`.
+//! `slots` handles a slot when its lease comes and goes.
 
 mod behind;
 mod catalogue;
@@ -52,7 +52,7 @@ const WATERMARK_EVERY: Duration = Duration::from_secs(2);
 const TURN_EVERY: Duration = Duration::from_secs(2);
 /// The same while this process wrote nothing into the journal and nothing is left to truncate: other nodes look after their own.
 const TURN_AGAIN: Duration = Duration::from_secs(30);
-/// What a redrive came to can be looked at for so long.
+/// How long the result of a redrive can be read.
 const REDRIVE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3_600);
 /// Loads of payloads at a time, for all queues.
 const READS: usize = 4;
@@ -65,7 +65,7 @@ struct Owned {
     progress: Arc<Progress>,
     /// Up to where this generation has settled all that it matches, as far as it is known here.
     position: Option<(Generation, Offset)>,
-    /// The database refused its journal so many times in a row: it is recovered alone, later each time.
+    /// How many times in a row the database refused its journal: the queue is recovered alone, later each time.
     refusals: u32,
     refused_at: Option<Instant>,
     /// The place that was noted last.
@@ -98,9 +98,9 @@ pub(super) struct Engine {
     alone: HashMap<QueueId, Instant>,
     /// Queues that are not served, since their log is behind them.
     behind: HashMap<QueueId, Behind>,
-    /// What is known of the catalogue of queues.
+    /// The known catalogue of queues.
     catalogue: Catalogue,
-    /// What other nodes say of their slots.
+    /// The reports of other nodes about their slots.
     told: Told,
     /// The journal's turn at the last look.
     turn: Option<i64>,
@@ -116,7 +116,7 @@ pub(super) struct Engine {
     ),
 }
 
-/// What an engine is given.
+/// The inputs of an engine.
 pub(super) struct Given {
     pub(super) options: Options,
     pub(super) database: Database,

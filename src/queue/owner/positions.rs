@@ -1,6 +1,6 @@
-//! How far the queues that keep up are: one row per slot now and then, instead of a journal row per queue. A queue with
-//! nothing unsettled, all of it committed, has settled all that it matches up to where the dispatcher is; after a restart
-//! its scan goes on from there.
+//! The positions of queues that keep up: one row per slot now and then, instead of a journal row per queue. A queue with
+//! nothing unsettled, and everything committed, has settled all matching messages up to the dispatcher's place; after a
+//! restart its scan goes on from there.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;

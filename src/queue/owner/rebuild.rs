@@ -1,6 +1,6 @@
-//! From the stored state back to machines. The lease was taken before, in a transaction of its own, and its row is locked
-//! at that epoch before the read: nobody else can write behind it, and a group of this epoch that is still under way on a
-//! lost connection is waited for. A standby, where no row can be locked, is not believed.
+//! Turns the stored state back into machines. The lease was taken before, in a separate transaction, and its row is locked
+//! at that epoch before the read. So nobody else can write behind the read, and it waits for a group of this epoch that is
+//! still under way on a lost connection. A standby, where no row can be locked, is not trusted.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,7 +13,7 @@ use crate::store::queue_state::{PartKind, StatePart};
 use crate::store::redrive::RedriveRow;
 use crate::store::{self, Database};
 
-/// Why a slot could not be recovered.
+/// Reasons why a slot could not be recovered.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     #[error("the database could not be used")]

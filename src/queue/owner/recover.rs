@@ -1,5 +1,5 @@
-//! Reading the queues' state: beside the engine's task, some slots at a time, so that a large queue's keeps no other waiting. What has
-//! changed meanwhile makes a read void, and it is begun anew.
+//! Reads the queues' state beside the engine's task, some slots at a time, so that a large queue keeps no other waiting. A
+//! change meanwhile makes a read void, and it starts again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -137,7 +137,7 @@ impl Engine {
         });
     }
 
-    /// Starts the tasks of what was read, if nothing has changed since.
+    /// Starts the tasks of the queues that were read, if nothing has changed since.
     pub(super) async fn note_recovery(&mut self, recovery: Recovery) {
         if let Some(queue) = recovery.asked.one {
             return self.note_recovery_alone(queue, recovery).await;

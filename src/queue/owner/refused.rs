@@ -1,5 +1,5 @@
-//! A queue whose journal the database refuses, a defect or a constraint of somebody's own: it is recovered alone, later each
-//! time, and the other queues of its slot go on.
+//! A queue whose journal the database refuses, because of a defect or a constraint that somebody added. It is recovered
+//! alone, later each time, and the other queues of its slot go on.
 
 use std::time::Duration;
 
@@ -17,8 +17,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(60);
 const FORGIVEN: Duration = Duration::from_secs(300);
 
 impl Engine {
-    /// Has the queue read again after a pause: the refusal is known, so nothing of it is under way, and what was written for
-    /// the slot's other queues stands. False when the slot is to be recovered anyhow, with all its queues.
+    /// Has the queue read again after a pause: the refusal is known, so none of its writes is under way, and the writes of the
+    /// slot's other queues stand. False when the slot is recovered anyway, with all its queues.
     pub(super) fn recover_alone_later(&mut self, ended: &Ended) -> bool {
         let is_held = self
             .slots

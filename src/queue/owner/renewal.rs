@@ -1,10 +1,11 @@
 //! Seek and purge, which begin a new generation, and pause.
 //!
-//! The engine holds the queue's task: it decides nothing more, and what it has decided is committed and answered. Then one
+//! The engine holds the queue's task: the task decides nothing more, and its decisions are committed and answered. Then one
 //! call raises the generation under the lock of the stream's head, with the state that the next generation begins with. The
-//! task goes on in it with its long polls; receipts of before are `gone`. When the outcome is not known the task ends, and the
-//! queue is read again from what is stored, which is one generation or the other. While it is held, the queue's watermark is as
-//! if it had settled nothing, so that retention does not drop what the queue is about to go back to.
+//! task goes on in it with its long polls; earlier receipts are `gone`. When the outcome is unknown the task ends, and the
+//! queue is read again from the stored state, which is one generation or the other. While the task is held, the queue's
+//! watermark is as if it had settled nothing, so that retention does not drop messages that the queue is about to go back
+//! to.
 
 use std::time::Duration;
 
@@ -108,7 +109,7 @@ impl Engine {
                 self.shared.metrics.renewals.inc();
                 tracing::info!(
                     queue = %row.name, ?renewal, generation = %generation, start_offset = %start_offset,
-                    "the queue begins a new generation: receipts of before are gone"
+                    "the queue begins a new generation: earlier receipts are gone"
                 );
                 Ok(Renewed {
                     generation,
@@ -228,7 +229,7 @@ async fn hold(
     match tokio::time::timeout(bound, holding).await {
         Ok(held) => held.ok_or(RECOVERING),
         Err(_) => Err(Error::Unavailable {
-            why: "what it had decided could not be written in time",
+            why: "its decisions could not be written in time",
         }),
     }
 }

@@ -90,9 +90,9 @@ struct Write {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Told {
     Nothing,
-    /// What is not written is void.
+    /// Unwritten decisions are void.
     End,
-    /// What is decided is written first.
+    /// Decisions are written first.
     Yield,
 }
 

@@ -1,6 +1,6 @@
-//! The slots of this process: recovered when the lease is taken, at the new epoch; finished and given back when it is to be
-//! another node's; dropped when the epoch is gone. A queue's task that ends by a refused write has its whole slot recovered, since
-//! its state in memory ran ahead of the journal.
+//! The slots of this process: recovered when the lease is taken, at the new epoch; finished and given back when the lease
+//! is assigned to another node; dropped when the epoch is gone. When a queue's task ends by a refused write, its whole slot
+//! is recovered, since its state in memory ran ahead of the journal.
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -52,7 +52,7 @@ impl Engine {
         self.note_yielded(slot);
     }
 
-    /// Lets the lease go once nothing runs under it any more.
+    /// Lets the lease go once nothing runs under it.
     fn note_yielded(&self, slot: Slot) {
         let state = self.slots.get(&slot);
         if state.is_some_and(SlotState::is_vacant) {
@@ -68,7 +68,7 @@ impl Engine {
         }
     }
 
-    /// Lets nobody in any more; gives the mailboxes of those that run.
+    /// Lets nobody in; returns the mailboxes of the running tasks.
     fn take_mailboxes(&mut self, slot: Slot) -> Vec<mpsc::Sender<Command>> {
         if let Some(state) = self.slots.get_mut(&slot) {
             state.drop_state();

@@ -1,8 +1,8 @@
-//! What an engine does with a slot as its lease comes and goes, decided without I/O: `slots` does it, and `simulation` runs it by
-//! seed.
+//! Decides, without I/O, what an engine does with a slot as its lease comes and goes: `slots` carries it out, and
+//! `simulation` runs it by seed.
 //!
-//! A slot's queues are read once the lease is shown and no task of a former time runs: a task's state runs ahead of the journal,
-//! and what it still writes must not come behind the read. The lease goes when nothing runs any more.
+//! A slot's queues are read once the lease is shown and no earlier task runs: a task's state runs ahead of the journal, and
+//! its last writes must not come after the read. The lease goes when nothing runs.
 
 use tokio::time::Instant;
 
@@ -29,7 +29,7 @@ pub(super) struct SlotState {
     last_epoch: Option<Epoch>,
 }
 
-/// What a change of the lease asks for.
+/// The reaction to a change of the lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Change {
     /// It is as it was.
@@ -80,14 +80,15 @@ impl SlotState {
         self.is_void = false;
     }
 
-    /// The state was read under this fence. Whether it is to be gone by; else it is to be read again, if there is still a lease.
+    /// Notes that the state was read under this fence. Returns whether to use it; otherwise it must be read again, if there is still a
+    /// lease.
     pub(super) fn recovery_ended(&mut self, fence: &Fence) -> bool {
         self.is_recovering = false;
         let is_void = std::mem::take(&mut self.is_void);
         !is_void && self.fence.as_ref() == Some(fence)
     }
 
-    /// A queue of the slot has changed: what is being read of it may be what was before.
+    /// Notes that a queue of the slot has changed: a read under way may have its former state.
     pub(super) fn void_recovery(&mut self) {
         self.is_void |= self.is_recovering;
     }

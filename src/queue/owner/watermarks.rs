@@ -1,6 +1,6 @@
-//! How far the queues of each stream are, for its retention, which runs on one node for all. Each node writes down now and then
-//! how far those of its slots are; what it says stays true, since a queue goes back by a seek only, and retention is told of
-//! those by the queue's row.
+//! The watermarks of each stream's queues, for its retention, which one node runs for all. Each node writes the watermarks
+//! of its slots' queues now and then. They stay true, since a queue goes back only by a seek, and retention learns of seeks
+//! by the queue's row.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering;
@@ -16,7 +16,7 @@ const SHARE_EVERY: Duration = Duration::from_secs(5);
 /// How often it is asked which streams have no queue at all.
 const UNREAD_EVERY: Duration = Duration::from_secs(6);
 
-/// What other nodes say of their slots.
+/// The reports of other nodes about their slots.
 #[derive(Debug, Default)]
 pub(super) struct Told {
     shared_at: Option<Instant>,
@@ -83,7 +83,7 @@ impl Engine {
             if let Err(error) = self.share_watermarks(over).await {
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
-                    "telling other nodes how far queues are failed; trying again"
+                    "telling other nodes the queues' watermarks failed; trying again"
                 );
             }
         }

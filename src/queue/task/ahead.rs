@@ -1,4 +1,4 @@
-//! Dead letters read ahead of their redrive, and what of their keys comes after them.
+//! Dead letters read ahead of their redrive, and the later messages of their keys.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl Block {
     }
 }
 
-/// Which message of its key comes next after each letter.
+/// The next message of its key after each letter.
 #[derive(Debug, Default)]
 struct Later {
     /// Letters without one so far, by the hash of their key.
@@ -121,7 +121,7 @@ impl Later {
     }
 }
 
-/// What a read ahead needs to know.
+/// The context of a read ahead.
 pub(super) struct Ahead {
     pub(super) letters: Letters,
     pub(super) stream: stream::Handle,

@@ -1,4 +1,4 @@
-//! What is asked of the engine and of one queue's task, and how the task takes it.
+//! The requests to the engine and to one queue's task, and how the task takes them.
 
 use tokio::sync::oneshot;
 

@@ -1,6 +1,7 @@
-//! A queue's checkpoints: what its journal rows are folded into, so that their segment can go. Most are all in their heads, which go with the
-//! part that they are as of. Of larger ones the chunks are written one after the other, beside what the queue goes on deciding,
-//! and the head when all of them are; until then the former checkpoint stands.
+//! A queue's checkpoints: its journal rows are folded into them, so that their segment can go. Most checkpoints fit in
+//! their heads, which are written with the part whose state they hold. Of larger ones the chunks are written one after
+//! another, while the queue goes on deciding, and the head when all of them are written; until then the former checkpoint
+//! stands.
 
 use std::collections::VecDeque;
 
@@ -67,7 +68,7 @@ impl Folds {
 }
 
 impl Task {
-    /// Whether a checkpoint begins with the next part. It is of the state at hand, so it goes with the last piece of what was decided.
+    /// Whether a checkpoint begins with the next part. It holds the current state, so it goes with the last piece of the decisions.
     pub(super) fn may_fold(&self) -> bool {
         self.folds.is_wanted && self.folds.now.is_none() && !self.machine.is_split()
     }
@@ -183,8 +184,8 @@ impl Task {
         }
     }
 
-    /// At a task's end what is with the writer is waited for, whatever comes of it: whoever reads the state next must find it stored, or
-    /// never stored.
+    /// At a task's end, waits for the parts that the writer has, whatever their outcome: the next reader of the state must find them
+    /// stored, or never stored.
     pub(super) async fn await_fold(&mut self) {
         if let Some(sent) = self.folds.now.as_mut().and_then(|now| now.sent.take()) {
             let _ = sent.await;

@@ -1,4 +1,4 @@
-//! The task's side of a new generation: it holds still, is told how to go on, and goes on in place.
+//! The task's side of a new generation: the task holds still, is told how to go on, and goes on in place.
 
 use std::sync::atomic::Ordering;
 
@@ -11,10 +11,10 @@ use super::intake::Intake;
 use crate::queue::api::Promises;
 use crate::queue::ask::{Held, Verdict, Why};
 
-/// What a task knows of being held.
+/// A task's state of being held.
 #[derive(Debug)]
 pub(super) enum Hold {
-    /// What it has decided is being written.
+    /// Its decisions are being written.
     Draining {
         keeps_redriven: bool,
         reply: oneshot::Sender<Held>,
@@ -63,13 +63,13 @@ impl Task {
         }
     }
 
-    /// When a held task has something to do by itself: when a long poll's time is up.
+    /// The time when a held task has work of its own: the end of a long poll.
     pub(super) fn wake_held_at(&self) -> Instant {
         let far = Instant::now() + std::time::Duration::from_secs(3_600);
         self.waiters.next_end().map_or(far, |(until, _)| until)
     }
 
-    /// Goes on as told; as it was, if it is not still yet and nobody waits for that any more.
+    /// Goes on as told; or as before, if it is not still yet and nobody waits for that.
     pub(super) fn go_on(&mut self, verdict: Option<Verdict>) {
         let Some(Hold::Still { carried, .. }) = self.hold.take() else {
             return;
@@ -124,7 +124,7 @@ impl Task {
     }
 }
 
-/// What a held task is told, None when nobody will tell it; never resolves when it is not held. Cancel-safe.
+/// The instruction to a held task; None when there will be none. Never resolves when the task is not held. Cancel-safe.
 pub(super) async fn told(hold: &mut Option<Hold>) -> Option<Verdict> {
     match hold {
         Some(Hold::Still { verdict, .. }) => verdict.await.ok(),

@@ -20,7 +20,7 @@ use crate::stream::{self, Scan};
 
 /// Ready messages in memory (offsets only) after which the scan pauses; it goes on at half of it.
 const READY_MAX: u64 = 200_000;
-/// As `READY_MAX`, where what is ready may be behind much that is not: with order by key and with lanes.
+/// As `READY_MAX`, where ready messages may be behind many that are not: with order by key and with lanes.
 const ORDERED_MAX: u64 = 4_000_000;
 /// Bytes of events that wait in memory for receives.
 const LOADED_BYTES: usize = 4 * 1024 * 1024;
@@ -35,7 +35,7 @@ pub(super) const RETRY: Duration = Duration::from_millis(250);
 /// Without a receive for so long, payloads are not kept.
 const UNUSED: Duration = Duration::from_secs(60);
 
-/// Where the queue gets its messages.
+/// The source of the queue's messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     /// From the log.
@@ -59,7 +59,7 @@ pub(super) struct Intake {
     last: watch::Receiver<Offset>,
     /// Up to where retention dropped everything.
     floor: watch::Receiver<Offset>,
-    /// As the floor, as far as the queue has given up what is there.
+    /// As the floor, as far as the queue has given up the messages below it.
     lost_through: Offset,
     loaded: BTreeMap<i64, Arc<Entry>>,
     loaded_bytes: usize,
@@ -73,7 +73,7 @@ pub(super) struct Intake {
     /// The scan under way goes by former patterns: what it finds does not count.
     is_scan_void: bool,
     is_loading: bool,
-    /// So many of those that go out next may be taken before it is worth a look whether the rest is in memory.
+    /// How many of the next messages may be taken before it is worth checking whether the rest is in memory.
     known_ahead: usize,
     pub(super) retry_at: Option<Instant>,
     received_at: Option<Instant>,
@@ -135,7 +135,7 @@ impl Intake {
         self.received_at = at;
     }
 
-    /// When a failed read is to be tried again; far away when none failed.
+    /// The time to repeat a failed read; far away when none failed.
     pub(super) fn retry_at(&self, now: Instant) -> Instant {
         self.retry_at.unwrap_or(now + Duration::from_secs(3_600))
     }
@@ -333,7 +333,7 @@ impl Task {
         self.parts.progress.idle.store(false, Ordering::SeqCst);
     }
 
-    /// Goes on, by the patterns of now: what the feed has brought since was chosen by the former ones.
+    /// Resumes with the current patterns: the former ones chose everything that the feed has brought since.
     pub(super) fn unpin(&mut self) {
         if std::mem::take(&mut self.intake.is_pinned) {
             self.parts.dispatch.detach(&self.parts.feed);

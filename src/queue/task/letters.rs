@@ -10,7 +10,7 @@ use crate::queue::api::Error;
 use crate::queue::log::letters::Source;
 
 impl Task {
-    /// Where the messages of this queue's deliveries are.
+    /// The source of the messages of this queue's deliveries.
     pub(super) fn source(&self) -> Source {
         Source {
             stream: self.parts.stream.clone(),
@@ -20,7 +20,7 @@ impl Task {
         }
     }
 
-    /// Those of these messages that were redriven, in the same order.
+    /// The redriven messages among these, in the same order.
     pub(super) fn reopened(&self, offsets: &[Offset]) -> Vec<Offset> {
         let offsets = offsets.iter().copied();
         offsets

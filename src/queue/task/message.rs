@@ -1,7 +1,7 @@
-//! Single messages of a queue, for people: what has become of one, settle it, end its delivery before its time.
+//! Single messages of a queue, for people: show a message's state, settle it, end its delivery early.
 //!
-//! The machine tells what it has; whether a message that it does not have was settled or never was the queue's, the log says:
-//! is it there, and does its topic match. What is decided is decided on the machine's word of the moment after the log was read.
+//! The state machine knows its own messages. For any other message the log decides whether it was settled or never belonged
+//! to the queue: is it there, and does its topic match? Acts are decided by the machine's state after the log was read.
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ impl Task {
         (told.collect(), dead.collect())
     }
 
-    /// What the machine does not know, the topic says.
+    /// The state of a message; where the machine does not know it, the topic decides.
     fn state_of(&self, found: &Inspected, topic: Option<&Topic>) -> MessageState {
         let patterns = &self.parts.patterns;
         let matches = topic.map(|topic| patterns.iter().any(|pattern| pattern.matches(topic)));
@@ -144,7 +144,7 @@ impl Task {
         if !over.is_empty() {
             tracing::info!(
                 queue = %self.parts.name, count = over.len(), whose = ?expire.whose,
-                "a person ended deliveries before their time"
+                "a person ended deliveries early"
             );
         }
         self.answer_later(Answer::Expired {

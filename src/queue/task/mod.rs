@@ -1,9 +1,8 @@
 //! One queue's task: the pure state machine, with the mailbox, the journal, the feed and the clock around it.
 //!
-//! The state in memory runs ahead of the journal; answers do not. What was decided since the last submission goes to the
-//! writer as one part, one part at a time, and answers leave when the part that holds their decisions, or any later one,
-//! is committed. A part that is refused or fenced ends the task: its state is dropped and read again by whoever owns the
-//! slot then.
+//! The state in memory runs ahead of the journal; answers do not. Decisions since the last submission go to the writer as
+//! one part, one part at a time, and answers leave when the part that holds their decisions, or any later one, is
+//! committed. A refused or fenced part ends the task: its state is dropped, and the slot's owner reads it again.
 
 mod ahead;
 mod commands;
@@ -58,7 +57,7 @@ use waiters::Waiters;
 const POSITION_EVERY: Duration = Duration::from_secs(30);
 const POSITION_WORTH: i64 = 10_000;
 
-/// What a task is made of.
+/// The parts of a task.
 pub(super) struct Parts {
     pub(super) name: QueueName,
     pub(super) stream_id: StreamId,
@@ -75,7 +74,7 @@ pub(super) struct Parts {
     pub(super) feed: Arc<Feed>,
     pub(super) mailbox: mpsc::Receiver<Command>,
     pub(super) writer: mpsc::Sender<Submission>,
-    /// Where chunks of checkpoints go: they give way to everything else.
+    /// The channel of checkpoints' chunks: they give way to everything else.
     pub(super) folds: mpsc::Sender<Submission>,
     pub(super) contact: Arc<Contact>,
     pub(super) reads: Arc<Semaphore>,
@@ -84,7 +83,7 @@ pub(super) struct Parts {
     pub(super) supervisor: Supervisor,
 }
 
-/// What ran beside the task's loop.
+/// The results of work beside the task's loop.
 enum Done {
     Scanned(Result<stream::Scanned, stream::Error>),
     Loaded(Loaded),
@@ -119,13 +118,13 @@ pub(super) struct Task {
     /// Each with the number of the piece of decisions that it waits for.
     answers: Vec<(u64, Answer)>,
     submitted: Option<Submitted>,
-    /// Since when decisions wait to be submitted.
+    /// The time since when decisions wait to be submitted.
     decided_at: Option<Instant>,
-    /// Until when decisions that nobody is in a hurry for wait for others.
+    /// The time until when decisions without urgency wait for others.
     linger_until: Option<Instant>,
-    /// Who is likely to be back after the last part.
+    /// The consumers that are likely to be back after the last part.
     rejoin: Rejoin,
-    /// Until when decisions wait for them.
+    /// The time until when decisions wait for them.
     rejoin_until: Option<Instant>,
     returned: (
         mpsc::UnboundedSender<Vec<Receipt>>,
@@ -139,7 +138,7 @@ pub(super) struct Task {
     unfolded_turn: Option<i64>,
     position_at: Instant,
     ending: Option<Why>,
-    /// The slot is to be another node's: finish.
+    /// The slot is assigned to another node: finish.
     is_yielding: bool,
     /// Nothing is decided, since a new generation is about to begin.
     hold: Option<Hold>,
@@ -160,7 +159,7 @@ impl Task {
         if set_back > 0 {
             tracing::warn!(
                 queue = %parts.name, messages = set_back,
-                "the database's clock was ahead when these were handed out or put off: their time begins now"
+                "the database's clock was ahead when messages were handed out or delayed: their time begins now"
             );
         }
         parts
@@ -319,7 +318,7 @@ impl Task {
         }
     }
 
-    /// When the next delivery's time is up; while there is much to write, those that are over wait for that.
+    /// The time when the next delivery expires; while there is much to write, expired ones wait for that.
     fn next_deadline(&self) -> Option<At> {
         let deadline = self.machine.next_deadline();
         deadline.filter(|_| !self.machine.is_split())
@@ -452,8 +451,8 @@ impl Task {
         }
     }
 
-    /// Ended before the process does. What is with the writer is waited for: whoever reads the state next must find it
-    /// written, or never written. Who waits for something else learns that nothing was decided.
+    /// Ends before the process does. Waits for the parts that the writer has: the next reader of the state must find them written,
+    /// or never written. Callers that wait for something else learn that nothing was decided.
     async fn end(&mut self, why: Why) -> Why {
         self.ending = Some(why);
         for waiter in self.waiters.take_all() {
@@ -470,8 +469,8 @@ impl Task {
         self.ending.unwrap_or(why)
     }
 
-    /// Told to stop: long polls answer, and what is decided is written, with the scan position. When the slot is to be another
-    /// node's, long polls go on there, and so does what was not looked at yet.
+    /// Told to stop: long polls answer, and decisions are written, with the scan position. When the slot is assigned to another
+    /// node, long polls go on there, and so do requests that were not looked at yet.
     async fn flush(&mut self) -> Why {
         self.await_verdict().await;
         if let Some(why) = self.ending {

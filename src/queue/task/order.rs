@@ -1,5 +1,5 @@
-//! Order by key and lanes, where the task meets them: what the machine has to know of messages is in the log, and is asked
-//! from it when a queue is recovered or its order changes; and the description names the keys that stand still.
+//! Order by key and lanes, on the task's side. The machine needs attributes of messages that only the log has: the task
+//! reads them when a queue is recovered or its order changes. The description names the blocked keys.
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -22,7 +22,7 @@ const BLOCKED_KEYS_MAX: usize = 20;
 pub(super) struct Marks {
     through: Offset,
     is_asking: bool,
-    /// Rises when the order changes again: what was asked before does not count.
+    /// Rises when the order changes again: earlier questions do not count.
     change: u64,
 }
 
@@ -57,7 +57,7 @@ impl Task {
         self.forget_marks();
     }
 
-    /// What was asked so far does not count.
+    /// Forgets earlier questions.
     pub(super) fn forget_marks(&mut self) {
         self.marks = Marks {
             change: self.marks.change + 1,

@@ -1,4 +1,5 @@
-//! What a queue's task decided since its last submission, as one part of a group commit, and the answers that wait for it.
+//! The decisions of a queue's task since its last submission, as one part of a group commit, and the answers that wait for
+//! it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,7 +24,7 @@ use crate::store::redrive::RedriveRow;
 /// How long acks that a long poll brought wait for a delivery, whose commit they share then. Nobody has been told that they are
 /// done; a crash meanwhile hands their messages out again, as one a moment earlier would.
 const LINGER: Duration = Duration::from_millis(10);
-/// So many long polls' acks are worth a commit of their own.
+/// The acks of this many long polls are worth a separate commit.
 const LINGERING_MAX: usize = 32;
 /// Acks of a receive that waits less are waited for.
 pub(super) const LINGERING_WAIT: Duration = Duration::from_millis(500);
@@ -92,8 +93,8 @@ pub(super) struct Submitted {
 }
 
 impl Task {
-    /// Submits what was decided, if anybody gains by it: acks that long polls brought may wait a little for a delivery,
-    /// and any decision for those who were answered last and are back in a moment.
+    /// Submits the decisions, if anybody gains by it: acks that long polls brought may wait a little for a delivery, and any decision
+    /// for consumers that were just answered and are back in a moment.
     pub(super) fn submit_unless_lingering(&mut self) {
         let now = Instant::now();
         self.linger_until = match self.may_linger() {
@@ -113,7 +114,7 @@ impl Task {
         }
     }
 
-    /// Until when those are waited for whom the last part answered: while messages wait that they could have.
+    /// How long to wait for the consumers the last part answered, while messages are ready for them.
     fn rejoined_at(&mut self, now: Instant) -> Option<Instant> {
         let is_ready = self.submitted.is_none() && self.machine.has_batch();
         if !is_ready || self.answers.is_empty() {
@@ -128,7 +129,7 @@ impl Task {
         self.rejoin.until(self.answers.len(), now)
     }
 
-    /// Whether nobody waits for what was decided but long polls, which wait for messages anyway.
+    /// Whether only long polls, which wait for messages anyway, wait for the decisions.
     fn may_linger(&self) -> bool {
         let is_carried = |(_, answer): &(u64, Answer)| {
             matches!(
@@ -343,7 +344,7 @@ impl Task {
     }
 }
 
-/// What became of the part under way; never resolves when there is none. Cancel-safe.
+/// The outcome of the part under way; never resolves when there is none. Cancel-safe.
 pub(super) async fn committed(submitted: &mut Option<Submitted>) -> Option<Written> {
     match submitted {
         Some(submitted) => (&mut submitted.done).await.ok(),

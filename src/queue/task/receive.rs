@@ -1,4 +1,4 @@
-//! A queue's receives: those that wait, what they are handed, and those that are repeated under their id.
+//! A queue's receives: those that wait, their deliveries, and those that are repeated under their id.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -86,7 +86,7 @@ impl Task {
         }));
     }
 
-    /// Hands out what is ready, the longest waiter first.
+    /// Hands out ready messages, to the longest waiter first.
     pub(super) fn serve(&mut self) {
         if self.parts.is_paused {
             return;

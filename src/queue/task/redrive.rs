@@ -1,8 +1,9 @@
-//! Redrives, as the queue's task runs them: dead letters come back in offset order, at the rate asked for, a batch at a time.
+//! Redrives, as the queue's task runs them: dead letters come back in offset order, at the requested rate, a batch at a
+//! time.
 //!
-//! What a batch did is a step: the letters' marks and the counts on the redrive's row, written by the very group that
-//! journals the machine's record. So after a kill the row says exactly what came back, and the redrive goes on behind it.
-//! Letters are read ahead in blocks; the machine knows which of them are still dead when their turn comes.
+//! The effects of a batch are a step: the letters' marks and the counts on the redrive's row, written by the very group
+//! that journals the machine's record. So after a kill the row says exactly which letters came back, and the redrive goes
+//! on behind them. Letters are read ahead in blocks; the machine knows which of them are still dead when their turn comes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +32,7 @@ const RETRY: Duration = Duration::from_millis(250);
 /// Letters that the queue's scan has not come to are looked at again after this.
 const SCAN_AGAIN: Duration = Duration::from_millis(20);
 
-/// Who waits for the redrive.
+/// The caller that waits for the redrive.
 #[derive(Debug)]
 enum Asker {
     Nobody,
@@ -62,7 +63,7 @@ pub(super) struct Redrives {
     retry_at: Option<Instant>,
 }
 
-/// What a read for a redrive brought.
+/// The result of a read for a redrive.
 #[derive(Debug)]
 pub(super) enum Found {
     Counted(String, Result<u64, Error>),
@@ -70,7 +71,7 @@ pub(super) enum Found {
 }
 
 impl Redrives {
-    /// Those that run, as their rows say.
+    /// The running redrives, from their rows.
     pub(super) fn new(rows: Vec<RedriveRow>) -> Self {
         let running = rows.into_iter().map(|row| {
             let mut running = Running::new(row, Asker::Nobody);
@@ -90,7 +91,7 @@ impl Redrives {
         }
     }
 
-    /// What is to be written with the next group.
+    /// The steps to write with the next group.
     pub(super) fn take_steps(&mut self) -> Vec<RedriveStep> {
         std::mem::take(&mut self.steps)
     }
@@ -103,8 +104,8 @@ impl Redrives {
         self.running.iter_mut().find(|running| running.row.id == id)
     }
 
-    /// The step of a redrive in the next group, with its numbers of now: they are what it did in all, so that a group that
-    /// is written again changes nothing.
+    /// The step of a redrive in the next group, with its current numbers. They are totals, so that a group that is written again
+    /// changes nothing.
     fn step(&mut self, row: &RedriveRow) -> &mut RedriveStep {
         let place = match self.steps.iter().position(|step| step.id == row.id) {
             Some(place) => place,
@@ -203,7 +204,7 @@ impl Task {
         }
     }
 
-    /// Counts what a redrive would do. What is decided and not committed yet is waited for, as by a redrive.
+    /// Counts the effects of a redrive. Like a redrive, it waits for decisions that are not committed yet.
     pub(super) fn dry_run(&mut self, new: &NewRedrive, reply: Reply<DryRun>) {
         if self.redrives.running.len() >= REDRIVES_MAX {
             let _ = reply.send(Err(Error::TooManyRedrives {
@@ -268,7 +269,7 @@ impl Task {
         tracing::info!(queue = %self.parts.name, redrive = id, status, redriven = running.row.redriven, "a redrive ended");
     }
 
-    /// When a redrive has something to do next.
+    /// The time of the next work for a redrive.
     pub(super) fn redrive_at(&self, instant: Instant) -> Option<Instant> {
         if let Some(retry_at) = self.redrives.retry_at {
             return Some(retry_at);

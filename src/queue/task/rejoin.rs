@@ -1,7 +1,8 @@
-//! Consumers that come back together. With messages waiting, who has just been answered is back in a moment. A part that began without
-//! them would leave them to the one after: two halves would take turns, each waiting for the other's commit, and there would be twice
-//! the commits. So the part waits until as many are there as were, for about as long as the last one took. Consumers that work on their
-//! messages for a while do not come back in time: parts that waited in vain make the next ones go without waiting.
+//! Consumers that come back together. While messages wait, a consumer that was just answered is back in a moment. A part
+//! that began without those consumers would leave them to the next part: two halves would take turns, each waiting for the
+//! other's commit, with twice the commits. So the part waits until as many consumers are back as before, for about as long
+//! as the last part took. Consumers that work on their messages for a while do not come back in time: after parts that
+//! waited in vain, the next ones go without waiting.
 
 use std::time::Duration;
 
@@ -9,12 +10,12 @@ use tokio::time::Instant;
 
 /// The wait is never set shorter, since the timer counts in milliseconds, nor longer.
 const BOUNDS: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(5));
-/// What a wait in vain weighs, where one that was not weighs 1.
+/// The weight of a wait in vain; a successful one weighs 1.
 const VAIN: u32 = 2;
 /// The weight that counts most. A wait in vain is followed by 2^(weight / 2) parts without: 32 at most.
 const WEIGHT_MAX: u32 = 10;
 
-/// Who is likely to be back, after a commit.
+/// The consumers that are likely to be back after a commit.
 #[derive(Debug, Default)]
 pub(super) struct Rejoin {
     /// Answers that are worth waiting for, and until when; none while parts go without.
@@ -35,7 +36,7 @@ impl Rejoin {
         self.skip = self.skip.saturating_sub(1);
     }
 
-    /// Until when to wait for more; none once all are back, or the time is over.
+    /// The time until when to wait for more; none once all are back, or the time is over.
     pub(super) fn until(&mut self, waiting: usize, now: Instant) -> Option<Instant> {
         let (answers, until) = self.awaited?;
         let waits = waiting < answers && now < until;
@@ -43,7 +44,7 @@ impl Rejoin {
         waits.then_some(until)
     }
 
-    /// A part goes, with so many answers: the wait was worth it if three in four are back.
+    /// A part goes, with this many answers: the wait was worth it if three in four are back.
     pub(super) fn submit(&mut self, waiting: usize) {
         let has_waited = std::mem::take(&mut self.has_waited);
         let Some((answers, _)) = self.awaited.take().filter(|_| has_waited) else {
@@ -94,7 +95,7 @@ mod tests {
         }
     }
 
-    /// How many of 100 parts wait, of which those in `come` find so many of four back.
+    /// How many of 100 parts wait, where `come` says how many of four consumers each part finds back.
     fn waits(come: &[usize]) -> usize {
         let now = Instant::now();
         let mut rejoin = Rejoin::default();

@@ -1,7 +1,7 @@
 //! The long polls of one queue: the longest first, at most one per receive id.
 //!
-//! One that wants its batch filled is passed over while it fills: only the longest of these fills at a time, and as soon
-//! as its time is over it has its turn by how long it has waited, as everybody else.
+//! A poll that wants its batch filled is passed over while it fills. Only the longest of these fills at a time, and as soon
+//! as its time is over it takes its turn by its waiting time, like every other poll.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -18,17 +18,17 @@ pub(super) struct Waiter {
     pub(super) until: Instant,
 }
 
-/// Those that wait.
+/// The waiting receives.
 #[derive(Default)]
 pub(super) struct Waiters {
     waiters: BTreeMap<u64, Waiter>,
     ends: BTreeSet<(Instant, u64)>,
     by_id: HashMap<String, u64>,
-    /// Those that take what there is.
+    /// Receives that take whatever is ready.
     plain: BTreeSet<u64>,
-    /// Those that wait for a batch to fill.
+    /// Receives that wait for a batch to fill.
     patient: BTreeSet<u64>,
-    /// Whose batch fills, and until when.
+    /// The receive whose batch fills, and the end of its time.
     filling: Option<(u64, Instant)>,
     last: u64,
 }
@@ -78,8 +78,8 @@ impl Waiters {
         Some(waiter)
     }
 
-    /// Whose turn it is, while something is ready: the one that has waited longest, except that one whose batch still
-    /// fills lets the next one go before it. Takes out those whose caller is gone on the way.
+    /// The receive whose turn it is, while something is ready: the one that has waited longest, except that one whose batch still
+    /// fills lets the next one go before it. Removes receives whose caller is gone on the way.
     pub(super) fn next(
         &mut self,
         now: Instant,
@@ -122,12 +122,12 @@ impl Waiters {
         None
     }
 
-    /// When the batch that fills goes out as it is.
+    /// The time when the filling batch goes out as it is.
     pub(super) fn fills_until(&self) -> Option<Instant> {
         self.filling.map(|(_, until)| until)
     }
 
-    /// When the next wait is over, and whose.
+    /// The time when the next wait is over, and its receive.
     pub(super) fn next_end(&self) -> Option<(Instant, u64)> {
         self.ends.first().copied()
     }

@@ -1,4 +1,5 @@
-//! Gathers one group commit: the parts that have arrived, bounded, so that nobody waits long for what others have to write.
+//! Gathers one group commit from the parts that have arrived. It is bounded, so that nobody waits long for the writes of
+//! others.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -17,7 +18,7 @@ const GROUP_LETTERS: usize = 64;
 /// A part of more bytes is not sent: no part that a queue's task makes comes near it.
 const PART_MAX_BYTES: usize = 32 * 1024 * 1024;
 
-/// Those who wait for their parts of a group.
+/// The queues that wait for their parts of a group.
 type Waiting = Vec<(QueueId, Slot, oneshot::Sender<Written>)>;
 
 /// A group, and who waits for it.
@@ -59,7 +60,7 @@ impl Gathering {
             || self.letters >= GROUP_LETTERS
     }
 
-    /// Takes it in, or gives back what cannot share a group with what is there.
+    /// Takes it in, or gives it back if it cannot share a group with the present parts.
     pub(super) fn add(
         &mut self,
         submission: Submission,
@@ -76,7 +77,7 @@ impl Gathering {
         if size > PART_MAX_BYTES {
             tracing::error!(
                 queue = %part.queue, bytes = size, most = PART_MAX_BYTES,
-                "what a queue has to write at a time is too large: it stands still, the others go on"
+                "a queue's next write is too large: the queue stands still, the others go on"
             );
             let _ = done.send(Written::Refused);
             return Ok(());

@@ -1,8 +1,8 @@
-//! The settlement writer: one per process, for all its queues. While one group commit is in flight the next gathers.
+//! The journal's writer: one per process, for all its queues. While one group commit is in flight the next gathers.
 //!
 //! When the connection is lost the outcome of the group is unknown. The very same group, under the same numbers, is then
-//! written again until it is known what became of it; nothing else is written meanwhile, and the queues stand still.
-//! When Postgres is back, live deadlines move by the time that it was away.
+//! written again until its outcome is known; nothing else is written meanwhile, and the queues stand still. When Postgres
+//! is back, live deadlines move by the length of the outage.
 
 mod gather;
 mod submission;
@@ -53,7 +53,7 @@ enum Next {
     Over,
 }
 
-/// What the writer writes by.
+/// The writer's session.
 #[derive(Default)]
 struct Session {
     connection: Option<Connection>,
@@ -61,8 +61,8 @@ struct Session {
     turn: Option<i64>,
 }
 
-/// Of slots that were taken over while the outcome of a group was not known: what became of it. The lease is another's, and its row was
-/// locked since, so that nothing of the group is under way any more.
+/// Finds out the fate of a group for slots that were taken over while its outcome was unknown. The lease is another node's, and
+/// its row was locked since then, so nothing of the group is still under way.
 async fn resolve(
     session: &mut Session,
     group: &Group,
@@ -146,7 +146,7 @@ impl Writer {
         }
     }
 
-    /// Puts a group together of what has come, and of one part of a checkpoint.
+    /// Puts a group together from the parts that have arrived, and one part of a checkpoint.
     fn gather(&mut self, first: Submission, numbers: &mut Numbers, held: &mut Held) -> Gathered {
         let mut gathering = Gathering::default();
         let mut next = Some(first);
@@ -203,15 +203,15 @@ impl Writer {
             Err(error) => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "a group of queues was refused; writing each alone"
+                    "a group commit of several queues was refused; writing each queue alone"
                 );
                 Some(Err(self.write_each(session, group, numbers).await?))
             }
         }
     }
 
-    /// Each part by itself, so that one that is refused fails nobody else. Each under a number of its own: a number that was
-    /// used stands for a group that is written, and the refused one of all is not.
+    /// Writes each part by itself, so that a refused one fails nobody else. Each has its own number: a used number stands for a
+    /// group that is written, and the refused group of all parts is not.
     async fn write_each(
         &self,
         session: &mut Session,
@@ -360,7 +360,7 @@ impl Writer {
         self.metrics.standing.set(0);
         tracing::info!(
             milliseconds = by,
-            "Postgres answers: deadlines of live deliveries moved by its absence"
+            "Postgres answers again: deadlines of live deliveries moved by the length of the outage"
         );
         // After the move is told: a queue that sees this moment as confirmed has seen the move too.
         self.contact.confirmed.fetch_max(began.0, Ordering::AcqRel);

@@ -8,7 +8,7 @@ use crate::domain::id::Fence;
 use crate::domain::queue::At;
 use crate::store::journal::GroupPart;
 
-/// What became of a queue's part of a group.
+/// The outcome of a queue's part of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::queue) enum Written {
     /// Committed, in this turn of the journal, in the group of this number.
@@ -21,7 +21,7 @@ pub(in crate::queue) enum Written {
     Refused,
 }
 
-/// What is asked of the writer.
+/// The requests to the writer.
 #[derive(Debug)]
 pub(in crate::queue) enum Submission {
     Part {
@@ -42,7 +42,7 @@ pub(in crate::queue) struct Outage {
     pub(in crate::queue) moved: i64,
 }
 
-/// What the queues share with the writer.
+/// State that the queues share with the writer.
 #[derive(Debug)]
 pub(in crate::queue) struct Contact {
     /// Postgres was surely reachable at this moment: the beginning of the last call that it answered.
