@@ -110,7 +110,7 @@ mod on {
         Hang,
     }
 
-    /// What is to happen at a point.
+    /// An armed point: the act that happens there.
     #[derive(Debug)]
     struct Armed {
         act: Act,

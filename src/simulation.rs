@@ -36,7 +36,7 @@ impl Dice {
     }
 }
 
-/// What a run found wrong.
+/// A fault that a run found.
 pub(crate) type Fault = String;
 
 fn number(variable: &str) -> Option<u64> {

@@ -21,7 +21,7 @@ struct Stat {
     own: f64,
     /// Processor time of children that ended and were waited for.
     ended: f64,
-    /// Since the machine started, in seconds.
+    /// The start of the process, in seconds since the machine started.
     started: f64,
 }
 

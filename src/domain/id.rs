@@ -108,7 +108,7 @@ pub struct Fence {
 /// for the broker alone to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ScheduledId {
-    /// When it is due; whole microseconds.
+    /// The due time, in whole microseconds.
     pub due_at: DateTime<Utc>,
     /// The order of acceptance.
     pub number: i64,

@@ -68,7 +68,7 @@ struct ProblemField {
     parameter: Option<String>,
     /// A header.
     header: Option<String>,
-    /// What is wrong.
+    /// The fault.
     detail: String,
     /// The allowed values.
     allowed: Option<String>,

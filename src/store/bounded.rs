@@ -17,9 +17,9 @@ use super::Error;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) struct Limit {
     first: Duration,
-    /// Each time that a statement of a kind is given up, the next of its kind is waited for twice as long, up to so long, until one is
-    /// answered within the first limit: one that is slow and makes progress is not begun anew for ever, and does not leave a session that still
-    /// works on it each time.
+    /// Each time that a statement of a kind is given up, the next of its kind gets twice the time, up to this limit, until one is
+    /// answered within the first limit. So a slow statement that makes progress is not restarted for ever, and does not each time
+    /// leave a session that still works on it.
     longest: Duration,
 }
 
@@ -30,7 +30,7 @@ pub(in crate::store) const HEARTBEAT: Limit = Limit::of(5, 5);
 /// To begin with, longer than a group commit or a read of a page takes on a disk that is not ill, and not longer than who waits for a
 /// group is kept waiting; then longer than any that makes progress.
 pub(in crate::store) const STATEMENT: Limit = Limit::of(10, 60);
-/// For statements whose size grows with what has piled up. To begin with, less than a stop waits for whoever is in the middle of one.
+/// For statements whose size grows with the backlog. The first limit is less than a stop waits for a task in the middle of one.
 pub(in crate::store) const LONG_STATEMENT: Limit = Limit::of(20, 120);
 
 impl Limit {

@@ -30,7 +30,7 @@ pub enum Error {
     MigrationHeld {
         /// How long it was waited for.
         waited: std::time::Duration,
-        /// Who it is.
+        /// The other session.
         holder: String,
     },
     /// The schema was changed by a later version in a way that this one cannot run with.
@@ -49,7 +49,7 @@ pub enum Error {
     /// A statement failed.
     #[error("{doing} failed")]
     Query {
-        /// What was being done, as a gerund: "appending messages".
+        /// The operation, as a gerund: "appending messages".
         doing: &'static str,
         /// The driver's error.
         #[source]
@@ -63,7 +63,7 @@ pub enum Error {
     Corrupt {
         /// The operation that failed.
         doing: &'static str,
-        /// What was found, and where.
+        /// The finding, and its place.
         what: String,
     },
 }

@@ -32,7 +32,7 @@ pub struct SlotPositions {
     pub slot: Slot,
     /// Its lease, at the writer's epoch.
     pub fence: Fence,
-    /// Of each queue that ever kept up.
+    /// The position of each queue that ever kept up.
     pub positions: Vec<Position>,
 }
 

@@ -99,7 +99,7 @@ fn holder(
 /// owner must not be in one call.
 ///
 /// # Errors
-/// The database's; the connection is to be dropped when it was lost.
+/// The database's; drop the connection when it was lost.
 pub async fn take(connection: &mut Connection, takes: &[Take]) -> Result<Vec<Standing>, Error> {
     let names: Vec<&str> = takes.iter().map(|take| take.name.as_str()).collect();
     let owners: Vec<&str> = takes.iter().map(|take| take.owner.as_str()).collect();
@@ -128,10 +128,10 @@ pub async fn take(connection: &mut Connection, takes: &[Take]) -> Result<Vec<Sta
         .collect())
 }
 
-/// Gives locks back that are held under these tokens, in one commit, and says which were.
+/// Gives back the locks that are held under these tokens, in one commit, and says which were.
 ///
 /// # Errors
-/// The database's; the connection is to be dropped when it was lost.
+/// The database's; drop the connection when it was lost.
 pub async fn release(
     connection: &mut Connection,
     locks: &[(LockName, i64)],
@@ -145,10 +145,10 @@ pub async fn release(
     bounded("releasing locks", HEARTBEAT, releasing).await
 }
 
-/// Deletes rows of locks that have been free for a day, a thousand at most. Returns how many.
+/// Deletes rows of locks that have been free for a day, at most a thousand. Returns how many.
 ///
 /// # Errors
-/// The database's; the connection is to be dropped when it was lost.
+/// The database's; drop the connection when it was lost.
 pub async fn forget(connection: &mut Connection) -> Result<i64, Error> {
     let forgetting =
         sqlx::query_scalar("select postroad_broker.forget_user_locks()").fetch_one(connection);

@@ -4,7 +4,7 @@ use super::journal::Position;
 use super::{Database, Error};
 use crate::domain::id::{Generation, Offset, QueueId, StreamId};
 
-/// Where a queue is, as its stored state has it.
+/// The place of a queue, from its stored state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// The queue.

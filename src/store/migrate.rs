@@ -62,10 +62,10 @@ const ORIGIN: &[File] = &[
 /// The consumer side, in the same schema as an origin's: a service can be both.
 const INBOX: &[File] = &[file!("inbox", 20261122001000, "inbox")];
 
-/// What stands beside mapped tables, in the same schema too.
+/// The objects beside mapped tables, also in the same schema.
 const MAPPED: &[File] = &[file!("mapped", 20261122002000, "mapped")];
 
-/// What tokens of locks are checked by, in the same schema too.
+/// The check of locks' tokens, also in the same schema.
 const FENCE: &[File] = &[file!("fence", 20261122003000, "fence")];
 
 /// Roles of an origin and what they may do; run at the end of every install.
@@ -285,20 +285,20 @@ pub async fn role_names(database: &Database, kinds: &[&str]) -> Result<Vec<Strin
         .map_err(Error::query("looking up the names of roles"))
 }
 
-/// What [`origin`] does as one SQL script, for teams that run their own migrations. Idempotent, and it leaves the same record
-/// behind, so that script and `postroad install` can follow each other.
+/// The work of [`origin`] as one SQL script, for teams that run their own migrations. It is idempotent, and leaves the same
+/// record behind, so that the script and `postroad install` can follow each other.
 #[must_use]
 pub fn origin_sql() -> String {
     script("outbox", ORIGIN, ORIGIN_GRANTS)
 }
 
-/// What [`fence`] does as one SQL script, on the same terms.
+/// The work of [`fence`] as one SQL script, on the same terms.
 #[must_use]
 pub fn fence_sql() -> String {
     script("fence", FENCE, FENCE_GRANTS)
 }
 
-/// What [`inbox`] does as one SQL script, on the same terms.
+/// The work of [`inbox`] as one SQL script, on the same terms.
 #[must_use]
 pub fn inbox_sql() -> String {
     script("inbox", INBOX, INBOX_GRANTS)

@@ -43,7 +43,7 @@ pub(in crate::store) async fn read_early(connection: &mut Connection, leases: &[
     }
 }
 
-/// What [`read_early`] has read of the slot.
+/// The part of the slot that [`read_early`] has read.
 pub(in crate::store) fn early(slot: Slot) -> Option<Rows> {
     let mut early = EARLY.lock().unwrap_or_else(PoisonError::into_inner);
     early.as_mut()?.remove(&slot.0)

@@ -160,7 +160,7 @@ async fn find(
     rows.iter().map(read_queue).collect()
 }
 
-/// What a node says of the streams that queues of its slots read: slot, stream, and the offset up to which all of them have
+/// A node's report on the streams that queues of its slots read: slot, stream, and the offset up to which all of them have
 /// settled it.
 pub type Told = (Slot, StreamId, Offset);
 

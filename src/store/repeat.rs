@@ -39,8 +39,8 @@ impl Patience {
         self.is_unknown
     }
 
-    /// Ok if the write is to be repeated after this error, once it has waited a little; else what is to be told in the end. The
-    /// connection is to be dropped.
+    /// Ok if the caller should repeat the write after this error; it has waited a little by then. Otherwise the error to report. The
+    /// caller must drop the connection.
     ///
     /// # Errors
     /// The error, or [`Error::OutcomeUnknown`] if an earlier try may have been carried out.

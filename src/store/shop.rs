@@ -14,7 +14,7 @@ const MARK: &str = "made by postroad demo";
 pub struct NewOrder {
     /// Chosen by the producer.
     pub id: Uuid,
-    /// Which run of the demo this is; travels in the message.
+    /// The run of the demo; it travels in the message.
     pub run: Uuid,
     /// The product, and the ordering key of the message.
     pub product: i32,
@@ -95,8 +95,8 @@ pub struct QueueFigures {
     pub redelivered_after_ack: i64,
 }
 
-/// Makes the shop's tables anew, with `products` products in stock. Returns false, and changes nothing, if the database
-/// has a schema `shop` that no demo made.
+/// Recreates the shop's tables, with `products` products in stock. Returns false, and changes nothing, if the database has a
+/// schema `shop` that no demo made.
 ///
 /// # Errors
 /// The database refuses or cannot be reached.

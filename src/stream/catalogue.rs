@@ -201,7 +201,7 @@ impl CatalogueTask {
         Ok(found)
     }
 
-    /// What a reader needs to know, without the sizes.
+    /// A stream as a reader needs it, without the sizes.
     async fn find(&mut self, name: &StreamName) -> Result<Found, Error> {
         let not_found = || Error::NotFound {
             stream: name.to_string(),

@@ -70,7 +70,7 @@ const WRONG: &[Wrong] = &[
 
 /// A call under way.
 struct Sent {
-    /// Of which node, in which of its lives.
+    /// The sender: a node and the number of its life.
     from: (usize, u64),
     /// For whom in it.
     tag: u64,

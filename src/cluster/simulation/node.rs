@@ -146,7 +146,7 @@ impl Node {
         self.engines[lease].written_at
     }
 
-    /// What it sends now.
+    /// Returns the next message to send.
     pub(super) fn advance(
         &mut self,
         now: i64,

@@ -114,7 +114,7 @@ pub struct Receive {
 /// How an attempt failed; the last few are kept for the dead letter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// When.
+    /// The time.
     pub at: At,
     /// `timed_out`, or the consumer's reason.
     pub reason: String,
@@ -243,7 +243,7 @@ pub struct Letter {
     pub cause: &'static str,
     /// How its last attempts failed.
     pub failures: Vec<Failure>,
-    /// When.
+    /// The time.
     pub died_at: At,
 }
 

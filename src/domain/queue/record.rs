@@ -41,7 +41,7 @@ pub enum SettledAs {
 pub enum Record {
     /// Messages were handed out.
     Delivered {
-        /// When.
+        /// The time.
         at: At,
         /// They are held until then.
         deadline: At,
@@ -58,16 +58,16 @@ pub enum Record {
     Settled {
         /// How.
         kind: SettledAs,
-        /// Which.
+        /// The messages.
         ranges: Vec<(i64, i64)>,
     },
     /// A message became a dead letter.
     Dead {
-        /// Which.
+        /// The messages.
         offset: i64,
         /// Its last delivery.
         delivery: u32,
-        /// When.
+        /// The time.
         at: At,
         /// The hash of its key, if the queue knows it.
         key: Option<i64>,
@@ -87,7 +87,7 @@ pub enum Record {
         offset: i64,
         /// How it ended.
         end: End,
-        /// When.
+        /// The time.
         at: At,
         /// The time when the message is ready again.
         due: At,

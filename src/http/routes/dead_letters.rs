@@ -77,7 +77,7 @@ struct Letter {
     summary: Summary,
     /// The failures of the last attempts, at most five, oldest first. Attempts before a redrive are included.
     failures: Vec<Failure>,
-    /// When the message was appended to the stream.
+    /// The time when the message was appended to the stream.
     #[schema(format = DateTime)]
     appended_at: String,
     /// The message.

@@ -44,7 +44,7 @@ struct Wanted {
     /// for the next request.
     #[schema(minimum = 0, maximum = 50, nullable = false)]
     wait_seconds: Option<f64>,
-    /// Renew the lock that is held under this token, and do not acquire it anew: `lock-lost` when another owner has held it since.
+    /// Renew the lock that is held under this token, and do not acquire it again: `lock-lost` when another owner has held it since.
     #[schema(minimum = 1, maximum = 9_007_199_254_740_991_i64, nullable = false)]
     token: Option<i64>,
 }

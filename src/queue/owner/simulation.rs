@@ -23,14 +23,14 @@ enum Wrong {
     NoEpochCheck,
     /// A slot is read while tasks of a former time run.
     ReadsBesideTasks,
-    /// Of a write with no known outcome nothing is thought: the slot is read again at the same epoch.
+    /// Ignores a write with an unknown outcome: the slot is read again at the same epoch.
     SameEpochAfterACut,
     AnswersEarly,
     /// The lease goes while tasks run.
     LeavesAtOnce,
     /// A refused write does not end the slot's time.
     FencedStays,
-    /// What is yielded is never said.
+    /// Never reports that a lease is yielded.
     NeverVacant,
     /// A lease that came and is to go before the engine heard of it is kept.
     UnseenStays,
@@ -50,7 +50,7 @@ const WRONG: &[Wrong] = &[
     Wrong::GoesByWhatIsVoid,
 ];
 
-/// What a queue decides: a delivery by its number, or an ack.
+/// A queue's decision: a delivery by its number, or an ack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Decision {
     Deliver(u64, u64),
@@ -102,7 +102,7 @@ struct Task {
     fence: Fence,
     memory: Memory,
     batch: Vec<Decision>,
-    /// What the writer has, and whether it is under way.
+    /// The write that the writer has, and whether it is under way.
     submitted: Option<(Write, bool)>,
     told: Told,
 }
@@ -112,7 +112,7 @@ struct Node {
     /// The process: a new one after a kill.
     incarnation: i64,
     state: SlotState,
-    /// What the lease's watch shows, and what the engine has seen of it.
+    /// The fence that the lease's watch shows, and the one that the engine has seen.
     shown: Option<Fence>,
     yielding: bool,
     tasks: Vec<Task>,
@@ -145,7 +145,7 @@ struct Run {
     /// The lease: its epoch, and the process that has it.
     epoch: Epoch,
     holder: Option<i64>,
-    /// Which node is to hold it.
+    /// The node that it is assigned to.
     assigned: usize,
     journal: Vec<Write>,
     sent: Vec<Sent>,
@@ -201,7 +201,7 @@ impl Run {
         };
     }
 
-    /// The node's lease: taken when it is to be its own and free, or its holder is dead; given back when it is another's.
+    /// The node's lease: taken when it is assigned to the node and free, or its holder is dead; given back when it is another's.
     fn look(&mut self, node: usize) {
         let incarnations = self.nodes.each_ref().map(|node| node.incarnation);
         let one = &mut self.nodes[node];

@@ -73,7 +73,7 @@ pub enum Tables {
     InUse,
 }
 
-/// Makes the bench's tables anew. They are this session's until it ends.
+/// Recreates the bench's tables. They belong to this session until it ends.
 ///
 /// # Errors
 /// The database refuses or cannot be reached.

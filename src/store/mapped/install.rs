@@ -20,7 +20,7 @@ pub enum InstallError {
     Store(#[from] Error),
 }
 
-/// What the mapped table needs, as one SQL script. Idempotent. It depends on what the table has by now.
+/// The SQL script that makes everything the mapped table needs. It is idempotent, and depends on what the table already has.
 ///
 /// # Errors
 /// The table does not fit the mapping; or a statement failed.

@@ -48,7 +48,7 @@ pub struct Asked<'a> {
 pub enum Where<'a> {
     /// By their transaction ids, but for certain ones.
     Ids {
-        /// Those.
+        /// These ranges.
         spans: &'a [Range],
         /// But for these.
         but: &'a [i64],

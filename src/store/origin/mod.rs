@@ -152,7 +152,7 @@ impl Session {
         }
     }
 
-    /// Whether plans that statements have are used again, or made anew for what is in the tables now.
+    /// Sets whether statements reuse their plans, or get new ones for the present contents of the tables.
     async fn keep_plans(&mut self, keeps: bool) -> Result<(), Error> {
         if self.keeps_plans != keeps {
             let text = match keeps {

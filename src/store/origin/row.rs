@@ -6,7 +6,7 @@ use sqlx::postgres::PgRow;
 
 /// The expression for a row's size in bytes, as a message is measured (`Message::size`), and not less than that.
 pub(in crate::store) const SIZE: &str = "/*size*/";
-/// Of Postroad's own outbox. The length of a text is known without its being read.
+/// The size of a row of Postroad's own outbox. The length of a text is known without reading it.
 pub(in crate::store) const OWN_SIZE: &str = "256 + coalesce(octet_length(payload), 0) + coalesce(octet_length(payload_bytes), 0)
     + coalesce(octet_length(key), 0) + coalesce(octet_length(type), 0) + coalesce(octet_length(id), 0)
     + coalesce(octet_length(source), 0) + coalesce(octet_length(subject), 0) + coalesce(octet_length(content_type), 0)

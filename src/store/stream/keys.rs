@@ -188,7 +188,7 @@ pub async fn read_key_slice(
     Ok(rows.into_iter().map(SliceItem::of).collect())
 }
 
-/// What [`read_key_slice`] gives, of single messages, in offset order. Those that are gone are absent. `offsets` ascend.
+/// The columns of [`read_key_slice`] for single messages, in offset order. Gone messages are absent. `offsets` ascend.
 ///
 /// # Errors
 /// The database's.

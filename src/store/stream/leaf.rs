@@ -142,7 +142,7 @@ pub struct EmptyLeaf {
     pub is_over_unsettled_bytes: bool,
     /// Up to here every queue has settled.
     pub watermark: Offset,
-    /// When that was told: queues that began a generation since are not in it.
+    /// The time of that report: queues that began a generation since then are not in it.
     pub watermark_at: DateTime<Utc>,
 }
 

@@ -288,7 +288,7 @@ pub struct Pass<'a> {
     pub to: DateTime<Utc>,
     /// How many of them could not be published.
     pub failed: usize,
-    /// When the last of these was due, and why, as one clause.
+    /// The due time of the last of these, and the reason, as one clause.
     pub failure: Option<(DateTime<Utc>, &'a str)>,
 }
 

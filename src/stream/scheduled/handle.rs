@@ -59,7 +59,7 @@ pub enum ScheduledStatus {
     },
     /// It was cancelled.
     Cancelled {
-        /// When.
+        /// The time.
         at: DateTime<Utc>,
     },
 }
