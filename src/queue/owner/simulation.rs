@@ -577,7 +577,8 @@ fn simulate(seed: u64, wrong: Option<Wrong>) -> Result<(), Fault> {
 
 #[test]
 fn a_slot_moves_between_nodes_and_nothing_answered_is_forgotten() {
-    let name = "queue::simulation::a_slot_moves_between_nodes_and_nothing_answered_is_forgotten";
+    let name =
+        "queue::owner::simulation::a_slot_moves_between_nodes_and_nothing_answered_is_forgotten";
     seeds(name, 600, |seed| simulate(seed, None));
 }
 
