@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::bounded::{HEARTBEAT, STATEMENT, bounded};
+use super::call::Function;
 use super::queue::to_json;
 use super::redrive::RedriveStep;
 use super::{Connection, Database, Error};
@@ -13,6 +14,10 @@ use crate::domain::queue::{Chunk, ChunkId, Letter};
 use crate::failpoint;
 
 const WRITING: &str = "writing the journal of queues";
+
+static WRITE_POSITIONS: Function = Function::new("write_queue_positions", "*");
+static WRITE_JOURNAL: Function = Function::new("write_queue_journal", "*");
+static WRITE_GROUP: Function = Function::new("write_queue_group", "current_turn, fenced");
 
 /// Up to where a queue that keeps up has settled all that it matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,18 +54,34 @@ pub async fn write_positions(
         let slots = slots.iter();
         slots.flat_map(|slot| slot.positions.iter().map(move |position| (slot, position)))
     };
-    sqlx::query("select postroad_broker.write_queue_positions($1, $2, $3, $4, $5, $6, $7, $8)")
-        .bind(incarnation)
-        .bind(collect(slots.iter(), |slot| slot.slot.0))
-        .bind(collect(slots.iter(), |slot| slot.fence.lease.clone()))
-        .bind(collect(slots.iter(), |slot| slot.fence.epoch.0))
-        .bind(collect(all(), |(slot, _)| slot.slot.0))
-        .bind(collect(all(), |(_, position)| position.queue.0))
-        .bind(collect(all(), |(_, position)| position.generation.0))
-        .bind(collect(all(), |(_, position)| position.through.0))
-        .execute(database.pooled())
-        .await
-        .map_err(Error::query("writing the positions of queues"))?;
+    let call = WRITE_POSITIONS
+        .call()
+        .with("holder_incarnation", incarnation)
+        .with("slots", collect(slots.iter(), |slot| slot.slot.0))
+        .with(
+            "slot_leases",
+            collect(slots.iter(), |slot| slot.fence.lease.clone()),
+        )
+        .with(
+            "slot_epochs",
+            collect(slots.iter(), |slot| slot.fence.epoch.0),
+        )
+        .with("position_slots", collect(all(), |(slot, _)| slot.slot.0))
+        .with(
+            "position_queues",
+            collect(all(), |(_, position)| position.queue.0),
+        )
+        .with(
+            "position_generations",
+            collect(all(), |(_, position)| position.generation.0),
+        )
+        .with(
+            "position_throughs",
+            collect(all(), |(_, position)| position.through.0),
+        );
+    let writing = async { call.query()?.execute(database.pooled()).await };
+    let failed = Error::query("writing the positions of queues");
+    writing.await.map_err(failed)?;
     Ok(())
 }
 
@@ -206,24 +227,25 @@ pub async fn write_journal(
         return Ok(None);
     }
     let parts = || group.parts.iter();
-    let status: String = bounded(
-        WRITING,
-        STATEMENT,
-        sqlx::query_scalar(
-            "select postroad_broker.write_queue_journal($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+    let call = WRITE_JOURNAL
+        .call()
+        .with("of_lease", &slot.fence.lease)
+        .with("of_epoch", slot.fence.epoch.0)
+        .with("of_holder", incarnation)
+        .with("known_turn", turn)
+        .with("of_slot", slot.slot.0)
+        .with("new_number", slot.number)
+        .with("new_queues", collect(parts(), |part| part.queue.0))
+        .with(
+            "new_generations",
+            collect(parts(), |part| part.generation.0),
         )
-        .bind(&slot.fence.lease)
-        .bind(slot.fence.epoch.0)
-        .bind(incarnation)
-        .bind(turn)
-        .bind(slot.slot.0)
-        .bind(slot.number)
-        .bind(collect(parts(), |part| part.queue.0))
-        .bind(collect(parts(), |part| part.generation.0))
-        .bind(collect(parts(), |part| part.records.as_slice()))
-        .fetch_one(connection),
-    )
-    .await?;
+        .with(
+            "new_entries",
+            collect(parts(), |part| part.records.as_slice()),
+        );
+    let writing = async { call.query_scalar()?.fetch_one(connection).await };
+    let status: String = bounded(WRITING, STATEMENT, writing).await?;
     let fenced = match status.as_str() {
         "turned" => return Ok(None),
         "fenced" => vec![slot.slot],
@@ -276,49 +298,133 @@ pub async fn write_group(
         let parts = group.parts.iter();
         parts.flat_map(|part| part.redrives.iter().map(move |step| (part, step)))
     };
-    let (turn, fenced): (i64, Vec<i16>) = bounded(WRITING, STATEMENT, sqlx::query_as(
-        "select current_turn, fenced from postroad_broker.write_queue_group($1, $2, $3, $4, $5, $6, $7, $8, $9, \
-            $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29, \
-            $30, $31, $32, $33, $34, $35, $36, $37)",
-    )
-    .bind(incarnation)
-    .bind(collect(slots.iter(), |slot| slot.slot.0))
-    .bind(collect(slots.iter(), |slot| slot.fence.lease.clone()))
-    .bind(collect(slots.iter(), |slot| slot.fence.epoch.0))
-    .bind(collect(slots.iter(), |slot| slot.number))
-    .bind(collect(journal(), |part| part.slot.0))
-    .bind(collect(journal(), |part| part.queue.0))
-    .bind(collect(journal(), |part| part.generation.0))
-    .bind(collect(journal(), |part| part.records.as_slice()))
-    .bind(collect(folded(), |(part, _)| part.slot.0))
-    .bind(collect(folded(), |(part, _)| part.queue.0))
-    .bind(collect(folded(), |(part, _)| part.generation.0))
-    .bind(collect(folded(), |(_, head)| head.state.as_slice()))
-    .bind(collect(letters(), |(part, _)| part.slot.0))
-    .bind(collect(letters(), |(part, _)| part.queue.0))
-    .bind(collect(letters(), |(part, _)| part.generation.0))
-    .bind(collect(letters(), |(_, letter)| letter.offset.0))
-    .bind(collect(letters(), |(_, letter)| i32::try_from(letter.delivery).unwrap_or(i32::MAX)))
-    .bind(collect(letters(), |(_, letter)| i32::try_from(letter.attempts).unwrap_or(i32::MAX)))
-    .bind(collect(letters(), |(_, letter)| letter.cause))
-    .bind(collect(letters(), |(_, letter)| failures(letter)))
-    .bind(collect(letters(), |(_, letter)| DateTime::<Utc>::from(letter.died_at)))
-    .bind(collect(letters(), |(part, _)| part.forward.as_ref().map(Topic::as_str)))
-    .bind(collect(removed(), |(part, _)| part.slot.0))
-    .bind(collect(removed(), |(part, _)| part.queue.0))
-    .bind(collect(removed(), |(_, offset)| offset.0))
-    .bind(collect(redrives(), |(part, _)| part.slot.0))
-    .bind(collect(redrives(), |(part, _)| part.queue.0))
-    .bind(collect(redrives(), |(_, step)| to_json(step)))
-    .bind(collect(folded(), |(_, head)| head.as_of))
-    .bind(collect(named(), |(part, _)| part.slot.0))
-    .bind(collect(named(), |(part, _)| part.queue.0))
-    .bind(collect(named(), |(_, id)| Uuid::from_bytes(*id)))
-    .bind(collect(chunks(), |(part, _)| part.slot.0))
-    .bind(collect(chunks(), |(part, _)| part.queue.0))
-    .bind(collect(chunks(), |(_, chunk)| Uuid::from_bytes(chunk.id)))
-    .bind(collect(chunks(), |(_, chunk)| chunk.data.as_slice()))
-    .fetch_one(connection)).await?;
+    let call = WRITE_GROUP
+        .call()
+        .with("holder_incarnation", incarnation)
+        .with("slots", collect(slots.iter(), |slot| slot.slot.0))
+        .with(
+            "slot_leases",
+            collect(slots.iter(), |slot| slot.fence.lease.clone()),
+        )
+        .with(
+            "slot_epochs",
+            collect(slots.iter(), |slot| slot.fence.epoch.0),
+        )
+        .with("slot_numbers", collect(slots.iter(), |slot| slot.number))
+        .with("journal_slots", collect(journal(), |part| part.slot.0))
+        .with("journal_queues", collect(journal(), |part| part.queue.0))
+        .with(
+            "journal_generations",
+            collect(journal(), |part| part.generation.0),
+        )
+        .with(
+            "journal_entries",
+            collect(journal(), |part| part.records.as_slice()),
+        )
+        .with(
+            "checkpoint_slots",
+            collect(folded(), |(part, _)| part.slot.0),
+        )
+        .with(
+            "checkpoint_queues",
+            collect(folded(), |(part, _)| part.queue.0),
+        )
+        .with(
+            "checkpoint_generations",
+            collect(folded(), |(part, _)| part.generation.0),
+        )
+        .with(
+            "checkpoint_states",
+            collect(folded(), |(_, head)| head.state.as_slice()),
+        )
+        .with("letter_slots", collect(letters(), |(part, _)| part.slot.0))
+        .with(
+            "letter_queues",
+            collect(letters(), |(part, _)| part.queue.0),
+        )
+        .with(
+            "letter_generations",
+            collect(letters(), |(part, _)| part.generation.0),
+        )
+        .with(
+            "letter_offsets",
+            collect(letters(), |(_, letter)| letter.offset.0),
+        )
+        .with(
+            "letter_deliveries",
+            collect(letters(), |(_, letter)| {
+                i32::try_from(letter.delivery).unwrap_or(i32::MAX)
+            }),
+        )
+        .with(
+            "letter_attempts",
+            collect(letters(), |(_, letter)| {
+                i32::try_from(letter.attempts).unwrap_or(i32::MAX)
+            }),
+        )
+        .with(
+            "letter_causes",
+            collect(letters(), |(_, letter)| letter.cause),
+        )
+        .with(
+            "letter_failures",
+            collect(letters(), |(_, letter)| failures(letter)),
+        )
+        .with(
+            "letter_died_at",
+            collect(letters(), |(_, letter)| {
+                DateTime::<Utc>::from(letter.died_at)
+            }),
+        )
+        .with(
+            "letter_forwards",
+            collect(letters(), |(part, _)| {
+                part.forward.as_ref().map(Topic::as_str)
+            }),
+        )
+        .with("removed_slots", collect(removed(), |(part, _)| part.slot.0))
+        .with(
+            "removed_queues",
+            collect(removed(), |(part, _)| part.queue.0),
+        )
+        .with(
+            "removed_offsets",
+            collect(removed(), |(_, offset)| offset.0),
+        )
+        .with(
+            "redrive_slots",
+            collect(redrives(), |(part, _)| part.slot.0),
+        )
+        .with(
+            "redrive_queues",
+            collect(redrives(), |(part, _)| part.queue.0),
+        )
+        .with(
+            "redrive_steps",
+            collect(redrives(), |(_, step)| to_json(step)),
+        )
+        .with(
+            "checkpoint_numbers",
+            collect(folded(), |(_, head)| head.as_of),
+        )
+        .with("named_slots", collect(named(), |(part, _)| part.slot.0))
+        .with("named_queues", collect(named(), |(part, _)| part.queue.0))
+        .with(
+            "named_chunks",
+            collect(named(), |(_, id)| Uuid::from_bytes(*id)),
+        )
+        .with("chunk_slots", collect(chunks(), |(part, _)| part.slot.0))
+        .with("chunk_queues", collect(chunks(), |(part, _)| part.queue.0))
+        .with(
+            "chunk_ids",
+            collect(chunks(), |(_, chunk)| Uuid::from_bytes(chunk.id)),
+        )
+        .with(
+            "chunk_data",
+            collect(chunks(), |(_, chunk)| chunk.data.as_slice()),
+        );
+    let writing = async { call.query_as()?.fetch_one(connection).await };
+    let (turn, fenced): (i64, Vec<i16>) = bounded(WRITING, STATEMENT, writing).await?;
     Ok(GroupWritten {
         turn,
         fenced: fenced.into_iter().map(Slot).collect(),

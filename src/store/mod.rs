@@ -2,6 +2,7 @@
 
 pub mod bench;
 mod bounded;
+mod call;
 pub mod cluster;
 mod error;
 mod guard;

@@ -1,14 +1,12 @@
 //! The call that writes the log.
 
 use chrono::{DateTime, Utc};
-use sqlx::Postgres;
-use sqlx::postgres::PgArguments;
-use sqlx::query::QueryAs;
 use uuid::Uuid;
 
 use crate::domain::id::{Fence, Offset, OriginId, StreamId, TopicId};
 use crate::domain::message::Message;
 use crate::store::bounded::{STATEMENT, bounded};
+use crate::store::call::{Call, Function};
 use crate::store::{Connection, Error};
 
 /// One group commit, column by column, as the function `append` in `migrations/broker` takes it.
@@ -323,78 +321,82 @@ pub async fn append(
     is_repeat: bool,
     group: &Append<'_>,
 ) -> Result<AppendOutcome, Error> {
-    let columns: Columns = bounded(
-        "appending",
-        STATEMENT,
-        call(key, is_repeat, group).fetch_one(connection),
-    )
+    let columns: Columns = bounded("appending", STATEMENT, async {
+        call(key, is_repeat, group)
+            .query_as()?
+            .fetch_one(connection)
+            .await
+    })
     .await?;
     read_outcome(columns)
 }
 
-type Call<'q> = QueryAs<'q, Postgres, Columns, PgArguments>;
+/// The whole append is one call that commits by itself: see the function's header in `migrations/broker`.
+static APPEND: Function = Function::new(
+    "append",
+    "status, clock, stream_first, stream_at, refused_member, refused_found, seen_message, seen_offset, seen_conflict, \
+     conflict_message, conflict_version, seen_due, scheduled_number",
+);
 
-fn call<'q>(key: GroupKey, is_repeat: bool, group: &'q Append<'_>) -> Call<'q> {
-    let call = sqlx::query_as(include_str!("../sql/append_group.sql"))
-        .bind(key.incarnation)
-        .bind(key.number)
-        .bind(key.born_at)
-        .bind(is_repeat)
-        .bind(key.catalogue)
-        .bind(group.checks_ids)
-        .bind(&group.streams)
-        .bind(&group.hints)
-        .bind(&group.relays.members)
-        .bind(&group.relays.leases)
-        .bind(&group.relays.epochs)
-        .bind(&group.relays.origins)
-        .bind(&group.relays.from)
-        .bind(&group.relays.to)
-        .bind(&group.relays.positions)
-        .bind(&group.relays.rejected_relays)
-        .bind(&group.relays.rejected_seqs)
-        .bind(&group.relays.rejected_reasons)
-        .bind(&group.relays.rejected_rows)
-        .bind(&group.members)
-        .bind(&group.message_streams)
-        .bind(&group.ranks);
-    bind_messages(call, group)
-        .bind(&group.bases)
-        .bind(&group.counted)
-        .bind(&group.expected_keys.streams)
-        .bind(&group.expected_keys.keys)
-        .bind(&group.expected_keys.counts)
-        .bind(&group.expectations.messages)
-        .bind(&group.expectations.keys)
-        .bind(&group.expectations.expected)
-        .bind(&group.expectations.seqs)
-        .bind(&group.expectations.rows)
-        .bind(&group.dues)
-        .bind(key.witness)
+fn call(key: GroupKey, is_repeat: bool, group: &Append<'_>) -> Call {
+    let call = APPEND
+        .call()
+        .with("p_incarnation", key.incarnation)
+        .with("p_number", key.number)
+        .with("p_born_at", key.born_at)
+        .with("p_is_repeat", is_repeat)
+        .with("p_catalogue", key.catalogue)
+        .with("p_checks_ids", group.checks_ids)
+        .with("s_id", &group.streams)
+        .with("s_hint", &group.hints)
+        .with("r_member", &group.relays.members)
+        .with("r_lease", &group.relays.leases)
+        .with("r_epoch", &group.relays.epochs)
+        .with("r_origin", &group.relays.origins)
+        .with("r_from", &group.relays.from)
+        .with("r_to", &group.relays.to)
+        .with("r_position", &group.relays.positions)
+        .with("j_relay", &group.relays.rejected_relays)
+        .with("j_seq", &group.relays.rejected_seqs)
+        .with("j_reason", &group.relays.rejected_reasons)
+        .with("j_row", &group.relays.rejected_rows)
+        .with("m_member", &group.members)
+        .with("m_stream", &group.message_streams)
+        .with("m_rank", &group.ranks);
+    with_messages(call, group)
+        .with("s_base", &group.bases)
+        .with("s_counted", &group.counted)
+        .with("k_stream", &group.expected_keys.streams)
+        .with("k_key", &group.expected_keys.keys)
+        .with("k_count", &group.expected_keys.counts)
+        .with("x_message", &group.expectations.messages)
+        .with("x_key", &group.expectations.keys)
+        .with("x_expected", &group.expectations.expected)
+        .with("x_seq", &group.expectations.seqs)
+        .with("x_row", &group.expectations.rows)
+        .with("m_due", &group.dues)
+        .with("p_witness", key.witness)
 }
 
-/// Binds what messages are made of, column by column.
-pub(super) fn bind_messages<'q, O>(
-    call: QueryAs<'q, Postgres, O, PgArguments>,
-    group: &'q Append<'_>,
-) -> QueryAs<'q, Postgres, O, PgArguments> {
-    call.bind(&group.topics)
-        .bind(&group.key_hashes)
-        .bind(&group.keys)
-        .bind(&group.ids)
-        .bind(&group.sources)
-        .bind(&group.types)
-        .bind(&group.subjects)
-        .bind(&group.times)
-        .bind(&group.content_types)
-        .bind(&group.schemas)
-        .bind(&group.extensions)
-        .bind(&group.kinds)
-        .bind(&group.priorities)
-        .bind(&group.data)
-        .bind(&group.origins)
-        .bind(&group.identities)
-        .bind(&group.contents)
+/// Adds what messages are made of, column by column.
+pub(super) fn with_messages(call: Call, group: &Append<'_>) -> Call {
+    call.with("m_topic", &group.topics)
+        .with("m_key_hash", &group.key_hashes)
+        .with("m_key", &group.keys)
+        .with("m_id", &group.ids)
+        .with("m_source", &group.sources)
+        .with("m_type", &group.types)
+        .with("m_subject", &group.subjects)
+        .with("m_time", &group.times)
+        .with("m_content_type", &group.content_types)
+        .with("m_schema", &group.schemas)
+        .with("m_extensions", &group.extensions)
+        .with("m_kind", &group.kinds)
+        .with("m_priority", &group.priorities)
+        .with("m_data", &group.data)
+        .with("m_origin", &group.origins)
+        .with("m_identity", &group.identities)
+        .with("m_content", &group.contents)
 }
 
 fn read_outcome(columns: Columns) -> Result<AppendOutcome, Error> {

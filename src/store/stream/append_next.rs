@@ -1,13 +1,11 @@
 //! The call that writes the log for most groups: see the function `append_next` in `migrations/broker`.
 
 use chrono::{DateTime, Utc};
-use sqlx::Postgres;
-use sqlx::postgres::PgArguments;
-use sqlx::query::QueryAs;
 
-use super::append::{Append, Appended, GroupKey, NONE, bind_messages};
+use super::append::{Append, Appended, GroupKey, NONE, with_messages};
 use crate::domain::id::{Offset, StreamId};
 use crate::store::bounded::{STATEMENT, bounded};
+use crate::store::call::{Call, Function};
 use crate::store::{Connection, Error};
 
 /// The state that an appender's latest group with messages for a stream left there.
@@ -52,7 +50,12 @@ pub async fn append_next(
     previous: Previous,
     group: &Append<'_>,
 ) -> Result<Option<Appended>, Error> {
-    let calling = call(key, previous, group).fetch_one(connection);
+    let calling = async {
+        call(key, previous, group)
+            .query_as()?
+            .fetch_one(connection)
+            .await
+    };
     let columns: Columns = match bounded("appending", STATEMENT, calling).await {
         Ok(columns) => columns,
         Err(error) if is_taken(&error) => return Ok(None),
@@ -75,26 +78,28 @@ fn is_taken(error: &Error) -> bool {
     error.sqlstate().as_deref() == Some("23505") && error.constraint().is_some_and(of_log)
 }
 
-type Call<'q> = QueryAs<'q, Postgres, Columns, PgArguments>;
+/// The append of most groups, in one call that commits by itself: see the function's header in `migrations/broker`.
+static APPEND_NEXT: Function = Function::new("append_next", "status, clock, appended_at");
 
-fn call<'q>(key: GroupKey, previous: Previous, group: &'q Append<'_>) -> Call<'q> {
+fn call(key: GroupKey, previous: Previous, group: &Append<'_>) -> Call {
     let relays = &group.relays;
-    let call = sqlx::query_as(include_str!("../sql/append_next.sql"))
-        .bind(key.incarnation)
-        .bind(key.number)
-        .bind(key.born_at)
-        .bind(key.catalogue)
-        .bind(previous.number)
-        .bind(previous.born_at)
-        .bind(group.streams.first())
-        .bind(previous.last.0)
-        .bind(previous.last_at)
-        .bind(group.checks_ids)
-        .bind(relays.leases.first())
-        .bind(relays.epochs.first())
-        .bind(relays.origins.first())
-        .bind(relays.from.first())
-        .bind(relays.to.first())
-        .bind(relays.positions.first());
-    bind_messages(call, group).bind(key.witness)
+    let call = APPEND_NEXT
+        .call()
+        .with("p_incarnation", key.incarnation)
+        .with("p_number", key.number)
+        .with("p_born_at", key.born_at)
+        .with("p_catalogue", key.catalogue)
+        .with("p_after", previous.number)
+        .with("p_after_born_at", previous.born_at)
+        .with("p_stream", group.streams.first())
+        .with("p_last", previous.last.0)
+        .with("p_last_at", previous.last_at)
+        .with("p_checks_ids", group.checks_ids)
+        .with("r_lease", relays.leases.first())
+        .with("r_epoch", relays.epochs.first())
+        .with("r_origin", relays.origins.first())
+        .with("r_from", relays.from.first())
+        .with("r_to", relays.to.first())
+        .with("r_position", relays.positions.first());
+    with_messages(call, group).with("p_witness", key.witness)
 }
