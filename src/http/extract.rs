@@ -68,6 +68,13 @@ fn is_json_suffixed(essence: &str) -> bool {
 ///
 /// serde_json stops at 128 levels of nesting, so a deep body is refused without recursing further.
 pub(in crate::http) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    // Where a fault is, is only looked for when there is one.
+    let mut plain = serde_json::Deserializer::from_slice(bytes);
+    if let Ok(value) = T::deserialize(Objects(&mut plain))
+        && plain.end().is_ok()
+    {
+        return Ok(value);
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let mut track = serde_path_to_error::Track::new();
     let tracked = serde_path_to_error::Deserializer::new(&mut deserializer, &mut track);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::{HeaderValue, Method, Request, Response};
+use axum::http::{Method, Request, Response};
 use axum::response::IntoResponse as _;
 use prometheus_client::registry::Registry;
 use tokio::time::timeout;
@@ -16,6 +16,7 @@ use tower::ServiceExt as _;
 
 use super::connections::PROBES;
 use super::door::Hosts;
+use super::observe::RequestId;
 use super::problem::{Kind, Problem};
 use super::routes::system;
 use super::state::Options;
@@ -97,12 +98,10 @@ impl Front {
                     .unwrap_or_else(Problem::into_response),
             }
         };
-        let id = observe::request_id(&request);
-        let mut answer = observe::finish(answer, request.uri().path(), &id);
+        let id = RequestId::of(&request);
+        let mut answer = observe::finish(answer, request.uri().path(), id.as_str());
         let headers = answer.headers_mut();
-        if let Ok(id) = HeaderValue::from_str(&id) {
-            headers.insert(observe::REQUEST_ID, id);
-        }
+        headers.insert(observe::REQUEST_ID, id.header());
         door::protect(headers);
         answer
     }

@@ -28,7 +28,6 @@ mod whole;
 
 use axum::Router;
 use axum::middleware::from_fn_with_state;
-use tower_http::catch_panic::CatchPanicLayer;
 
 pub use declaration::{queue_declaration, stream_declaration, topic_declaration};
 pub use front::Early;
@@ -39,15 +38,13 @@ pub use readiness::Readiness;
 pub use server::{Error, Server, serve};
 pub use state::{Options, Parts};
 
-/// The API with all layers.
+/// The API. One layer does all that is done around the routes: each further one would clone the boxes of those below it, and box a
+/// future of its own, for every request.
 fn router(state: state::State) -> Router {
     let (routes, _) = openapi::api().split_for_parts();
     routes
         .fallback(observe::not_found)
         .method_not_allowed_fallback(observe::method_not_allowed)
-        .layer(CatchPanicLayer::custom(observe::panicked))
-        .layer(from_fn_with_state(state.clone(), forward::forward))
-        .layer(from_fn_with_state(state.clone(), door::guard))
         .layer(from_fn_with_state(state.clone(), observe::observe))
         .with_state(state)
 }

@@ -1,12 +1,14 @@
 //! The outermost layers: a request's id, its metrics and its log line, panics, and the rendering of problems.
 
 use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State as Extract};
 use axum::http::{HeaderName, HeaderValue, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt as _;
 use uuid::Uuid;
 
 use super::body::Outgoing;
@@ -17,19 +19,37 @@ use crate::failpoint;
 
 /// The header that carries a request's id, both ways.
 pub(in crate::http) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Headers that each answer gets here, and those that HTTP/1.1 adds.
+const ADDED_HEADERS: usize = 8;
 /// How long the connection stays open.
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
-/// Takes the client's id if it is fit for a log, or makes one.
-pub(in crate::http) fn request_id(request: &Request) -> String {
-    request
-        .headers()
-        .get(REQUEST_ID)
-        .and_then(|value| value.to_str().ok())
-        .filter(|text| {
-            (1..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
-        })
-        .map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
+/// A request's id: the client's if it is fit for a log, or a new one.
+#[derive(Debug)]
+pub(in crate::http) struct RequestId(HeaderValue);
+
+impl RequestId {
+    /// Of a request.
+    pub(in crate::http) fn of(request: &Request) -> Self {
+        let given = request.headers().get(REQUEST_ID).filter(|value| {
+            (1..=128).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic)
+        });
+        Self(given.cloned().unwrap_or_else(|| {
+            let mut text = Uuid::encode_buffer();
+            let id = Uuid::new_v4().hyphenated().encode_lower(&mut text);
+            HeaderValue::from_str(id).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+        }))
+    }
+
+    /// As a header.
+    pub(in crate::http) fn header(&self) -> HeaderValue {
+        self.0.clone()
+    }
+
+    /// For a log or an answer.
+    pub(in crate::http) fn as_str(&self) -> &str {
+        self.0.to_str().unwrap_or_default()
+    }
 }
 
 /// Counts a request for as long as it is worked on, also when its client goes away.
@@ -51,29 +71,28 @@ pub(in crate::http) async fn observe(
     let metrics = &state.parts.metrics;
     metrics.in_flight.inc();
     let _in_flight = InFlight(metrics.in_flight.clone());
-    let id = request_id(&request);
+    let id = RequestId::of(&request);
     let (method, version) = (request.method().clone(), request.version());
-    let path = request.uri().path().to_owned();
+    let uri = request.uri().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("unmatched", MatchedPath::as_str);
-    if let Ok(value) = HeaderValue::from_str(&id) {
-        // For the node that it may be passed on to.
-        request.headers_mut().insert(REQUEST_ID, value);
-    }
-    let span = tracing::info_span!("request", id);
+    // For the node that it may be passed on to.
+    request.headers_mut().insert(REQUEST_ID, id.header());
+    let span = tracing::info_span!("request", id = id.as_str());
     // A node reads an answer at once, and lets its client take its time.
     let outgoing = match forward::is_from_node(&state, request.headers()) {
         true => None,
         false => request.extensions().get::<Outgoing>().cloned(),
     };
-    let answered = tracing::Instrument::instrument(next.run(request), span).await;
+    let answering = AssertUnwindSafe(answer(&state, request, next)).catch_unwind();
+    let answered = tracing::Instrument::instrument(answering, span).await;
+    let answered = answered.unwrap_or_else(|panic| panicked(&*panic));
     let answered = budget::carry(&state.answers, outgoing.as_ref(), answered).await;
     failpoint::reach("http.answer_decided");
-    let mut response = finish(answered, &path, &id);
+    let mut response = finish(answered, uri.path(), id.as_str());
     let headers = response.headers_mut();
-    if let Ok(value) = HeaderValue::from_str(&id) {
-        headers.insert(REQUEST_ID, value);
-    }
+    headers.reserve(ADDED_HEADERS);
+    headers.insert(REQUEST_ID, id.header());
     door::protect(headers);
     if version == Version::HTTP_11
         && let Some(hint) = &state.keep_alive
@@ -82,8 +101,17 @@ pub(in crate::http) async fn observe(
     }
     let (status, took) = (response.status().as_u16(), started.elapsed());
     metrics.record(&method, route, status, took);
+    let (id, path) = (id.as_str(), uri.path());
     tracing::debug!(id, %method, path, status, ?took, "answered");
     response
+}
+
+/// Past the door, and to the node whose work it is.
+async fn answer(state: &State, request: Request, next: Next) -> Response {
+    match door::pass(state, request).await {
+        Ok(request) => forward::forward(state, request, next).await,
+        Err(refused) => refused,
+    }
 }
 
 /// Renders the problem that an answer carries, keeping headers that a layer added, `Allow` above all.
@@ -111,7 +139,7 @@ pub(in crate::http) async fn method_not_allowed() -> Problem {
 }
 
 /// A handler panicked: a defect, logged here and told to the client in general terms.
-pub(in crate::http) fn panicked(panic: Box<dyn Any + Send>) -> Response {
+fn panicked(panic: &(dyn Any + Send)) -> Response {
     let text = panic
         .downcast_ref::<String>()
         .map(String::as_str)

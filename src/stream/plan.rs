@@ -2,6 +2,7 @@
 //! members that are refused before the database is asked.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -309,10 +310,10 @@ fn digest_content(message: &Message) -> Uuid {
         .filter(|(name, _)| *name != DELIVER_AT && !OF_THE_SENDING.contains(&name.as_str()))
         .collect();
     extensions.sort_by_key(|(name, _)| *name);
-    let extensions: Vec<String> = extensions
-        .into_iter()
-        .map(|(name, value)| format!("{name}={value}\n"))
-        .collect();
+    let mut printed = String::new();
+    for (name, value) in extensions {
+        let _ = writeln!(printed, "{name}={value}");
+    }
     digest(&[
         message.topic.as_str().as_bytes(),
         &message.data.kind().to_le_bytes(),
@@ -323,7 +324,7 @@ fn digest_content(message: &Message) -> Uuid {
         text(&message.data_content_type),
         text(&message.data_schema),
         &due_at.to_le_bytes(),
-        extensions.concat().as_bytes(),
+        printed.as_bytes(),
     ])
 }
 

@@ -271,7 +271,7 @@ fn faults_of_headers_are_named() {
         ),
         (
             vec![("datacontenttype", "a")],
-            "[ce-datacontenttype] the payload's type",
+            "[ce-datacontenttype] in this mode the header `Content-Type`",
         ),
         (
             vec![("specversion", "2.0")],

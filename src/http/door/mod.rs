@@ -9,14 +9,12 @@
 mod framing;
 mod hosts;
 
-use std::borrow::Cow;
-
-use axum::extract::{Request, State as Extract};
+use axum::extract::Request;
 use axum::http::header::{
-    CONNECTION, CONTENT_SECURITY_POLICY, HOST, ORIGIN, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+    ACCESS_CONTROL_REQUEST_METHOD, CONNECTION, CONTENT_SECURITY_POLICY, HOST, ORIGIN,
+    REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
-use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
 use super::connections::{PROBES, Spare};
@@ -27,26 +25,21 @@ use crate::domain::authority::Authority;
 pub(in crate::http) use framing::{announced, expects};
 pub(in crate::http) use hosts::Hosts;
 
-const FETCH_SITE: &str = "sec-fetch-site";
-const FETCH_MODE: &str = "sec-fetch-mode";
-const FETCH_DEST: &str = "sec-fetch-dest";
-const PREFLIGHT: &str = "access-control-request-method";
+const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+const FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
+const FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
 /// Longer ones are not shown in whole.
 const SHOWN_CHARS: usize = 100;
 
-/// The layer.
-pub(in crate::http) async fn guard(
-    Extract(state): Extract<State>,
-    request: Request,
-    next: Next,
-) -> Response {
+/// Lets a request pass, or answers it.
+pub(in crate::http) async fn pass(state: &State, request: Request) -> Result<Request, Response> {
     if let Err(refusal) = framing::check(&request, state.options.body_max_bytes) {
-        return refusal.answer(request).await;
+        // Boxed: a request that passes has no need of its place.
+        return Err(Box::pin(refusal.answer(request)).await);
     }
-    let passed = check(&state.hosts, &request);
-    match passed {
-        Ok(()) => next.run(request).await,
-        Err(problem) => problem.into_response(),
+    match check(&state.hosts, &request) {
+        Ok(()) => Ok(request),
+        Err(problem) => Err(problem.into_response()),
     }
 }
 
@@ -70,31 +63,23 @@ pub(in crate::http) fn check(hosts: &Hosts, request: &Request) -> Result<(), Pro
 
 /// The host that the request is for: from the target if it names one (RFC 9112, 3.2.2), otherwise from `Host`. None for a
 /// client that names none, as in HTTP/1.0.
-fn authority(request: &Request) -> Result<Option<Authority<'_>>, Cow<'static, str>> {
-    let parse = |text: &'_ str| -> Result<(), Cow<'static, str>> {
-        match Authority::parse(text) {
-            Some(_) => Ok(()),
-            None => Err("`Host` must be a host, with or without a port".into()),
-        }
-    };
+fn authority(request: &Request) -> Result<Option<Authority<'_>>, &'static str> {
+    const MALFORMED: &str = "`Host` must be a host, with or without a port";
     let host = match request.headers().get(HOST) {
         None => None,
         Some(value) => {
             let text = value.to_str().unwrap_or_default();
-            parse(text)?;
-            Authority::parse(text)
+            Some(Authority::parse(text).ok_or(MALFORMED)?)
         }
     };
     let Some(target) = request.uri().authority() else {
         return Ok(host);
     };
-    parse(target.as_str())?;
-    let target = Authority::parse(target.as_str());
-    let differs = |host: Authority<'_>| target.is_some_and(|target| target.host != host.host);
-    if request.version() == Version::HTTP_2 && host.is_some_and(differs) {
-        return Err("`Host` and `:authority` differ".into());
+    let target = Authority::parse(target.as_str()).ok_or(MALFORMED)?;
+    if request.version() == Version::HTTP_2 && host.is_some_and(|host| host.host != target.host) {
+        return Err("`Host` and `:authority` differ");
     }
-    Ok(target)
+    Ok(Some(target))
 }
 
 /// Whether the request may go on.
@@ -104,10 +89,9 @@ fn admit(
     authority: Option<Authority<'_>>,
 ) -> Result<(), Problem> {
     let headers = request.headers();
-    let is_page_opened = is_page_opened(request);
     for site in headers.get_all(FETCH_SITE) {
         let is_own = site == "same-origin" || site == "none";
-        if !is_own && !is_page_opened {
+        if !is_own && !is_page_opened(request) {
             let site = shown(site);
             let detail =
                 format!("a browser sent the request for a page of another site (`{site}`)");
@@ -124,7 +108,7 @@ fn admit(
             return Err(Problem::new(Kind::CrossSite, detail));
         }
     }
-    if headers.contains_key(PREFLIGHT) {
+    if headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD) {
         let detail = "pages of other sites may not send requests, so preflights are refused (CORS)";
         return Err(Problem::new(Kind::CrossSite, detail));
     }
@@ -149,7 +133,7 @@ fn admit(
 fn is_page_opened(request: &Request) -> bool {
     let path = request.uri().path();
     let headers = request.headers();
-    let is = |name: &str, value: &str| headers.get(name).is_some_and(|found| found == value);
+    let is = |name: HeaderName, value: &str| headers.get(name).is_some_and(|found| found == value);
     matches!(*request.method(), Method::GET | Method::HEAD)
         && (path == "/docs" || path.starts_with("/problems/"))
         && is(FETCH_MODE, "navigate")

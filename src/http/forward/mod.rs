@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use axum::Extension;
-use axum::extract::{MatchedPath, Request, State as Extract};
+use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
@@ -87,12 +87,8 @@ enum Passed {
     Unknown,
 }
 
-/// The layer.
-pub(in crate::http) async fn forward(
-    Extract(state): Extract<State>,
-    request: Request,
-    next: Next,
-) -> Response {
+/// Answers a request here, or by the node that owns the queue.
+pub(in crate::http) async fn forward(state: &State, request: Request, next: Next) -> Response {
     let Some(queue) = queue_of(&request) else {
         return next.run(request).await;
     };
@@ -101,11 +97,11 @@ pub(in crate::http) async fn forward(
         // It has slept, or the database is away: what it knew may be long over.
         cluster.refresh().await;
     }
-    match forwarded(&state, request.headers()) {
-        Some(forwarded) => own(&state, &queue, forwarded, request, next).await,
+    match forwarded(state, request.headers()) {
+        Some(forwarded) => own(state, &queue, forwarded, request, next).await,
         None if !state.parts.cluster.view().has_peers() => next.run(request).await,
         // Boxed: a node without others has no need of its place.
-        None => Box::pin(route(&state, &queue, request, next)).await,
+        None => Box::pin(route(state, &queue, request, next)).await,
     }
 }
 
