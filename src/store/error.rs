@@ -107,9 +107,8 @@ impl Error {
         }
     }
 
-    /// The SQLSTATE, if the server sent one.
-    #[must_use]
-    pub fn sqlstate(&self) -> Option<String> {
+    /// The SQLSTATE, if the server sent one. Other modules ask by a name what it means.
+    pub(in crate::store) fn sqlstate(&self) -> Option<String> {
         match self.driver()? {
             sqlx::Error::Database(error) => error.code().map(std::borrow::Cow::into_owned),
             _ => None,
@@ -117,8 +116,7 @@ impl Error {
     }
 
     /// The constraint that refused the row, if one did.
-    #[must_use]
-    pub fn constraint(&self) -> Option<&str> {
+    pub(in crate::store) fn constraint(&self) -> Option<&str> {
         match self {
             Self::Query {
                 source: sqlx::Error::Database(error),
@@ -287,9 +285,8 @@ impl Error {
         let Some(code) = self.sqlstate() else {
             return false;
         };
-        let is_without_partition = code == "23514" && self.constraint().is_none();
         matches!(self, Self::Query { .. })
-            && !is_without_partition
+            && !self.is_leaf_missing()
             && CLASSES.iter().any(|class| code.starts_with(class))
     }
 
@@ -327,6 +324,47 @@ impl Error {
             Some(error) => error.to_string(),
             None => self.to_string(),
         }
+    }
+
+    /// Whether the server itself refused: it read the statement, and said why not.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        self.sqlstate().is_some()
+    }
+
+    /// Whether a lock was not to be had in time. Nothing was done.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.sqlstate().as_deref() == Some("55P03")
+    }
+
+    /// Whether no leaf (partition) takes the row. A check of the schema has a name; the bounds of a leaf have none.
+    #[must_use]
+    pub fn is_leaf_missing(&self) -> bool {
+        self.sqlstate().as_deref() == Some("23514") && self.constraint().is_none()
+    }
+
+    /// Whether a group of this appender and number is in the journal already: an earlier try of it came through.
+    #[must_use]
+    pub fn is_already_written(&self) -> bool {
+        let of_journal = |name: &str| name.starts_with("append_journal");
+        self.is_doubled() && self.constraint().is_some_and(of_journal)
+    }
+
+    /// Whether a row of the log has the offset already: another appender was there first.
+    pub(in crate::store) fn is_offset_taken(&self) -> bool {
+        let of_log = |name: &str| name.starts_with("message");
+        self.is_doubled() && self.constraint().is_some_and(of_log)
+    }
+
+    fn is_doubled(&self) -> bool {
+        self.sqlstate().as_deref() == Some("23505")
+    }
+
+    /// Whether there are as many topics as there can be: a code of the broker's own functions.
+    #[must_use]
+    pub fn is_topic_limit_reached(&self) -> bool {
+        self.sqlstate().as_deref() == Some("PR002")
     }
 
     /// Whether the server's table of locks, or its memory, was full. Nothing was done.

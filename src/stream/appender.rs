@@ -25,7 +25,7 @@ use super::request::Member;
 use super::tail::Appended as TailAppended;
 use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
-use crate::store::stream::{self as sql, AppendOutcome, Appended, GroupKey, Previous};
+use crate::store::stream::{AppendOutcome, Appended, GroupKey, Previous};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::{OnEnd, Supervisor};
 
@@ -282,7 +282,7 @@ impl Appender {
                         is_unknown = true;
                         self.state.metrics.groups_unknown.inc();
                     }
-                    let is_held = failure.is_held() && !is_unknown;
+                    let is_held = failure.error.is_held() && !is_unknown;
                     if is_held && !self.source.is_lane() {
                         drop(plan);
                         return Box::pin(self.part(group)).await;
@@ -337,24 +337,13 @@ impl Appender {
 
     /// Whether the database refused for a reason that the next attempt does away with.
     fn can_mend(&mut self, error: &store::Error, is_unknown: &mut bool) -> bool {
-        match error.sqlstate().as_deref() {
-            // No leaf takes an offset: others have appended, or leaves are gone. Where each log stands is read again.
-            Some("23514") if error.constraint().is_none() => {
-                self.ends.clear();
-                true
-            }
-            // An earlier try of this very group came through after all: its result is there.
-            Some("23505")
-                if error
-                    .constraint()
-                    .is_some_and(|name| name.starts_with("append_journal")) =>
-            {
-                let was_known = !*is_unknown;
-                *is_unknown = true;
-                was_known
-            }
-            _ => false,
+        if error.is_leaf_missing() {
+            // Others have appended, or leaves are gone. Where each log stands is read again.
+            self.ends.clear();
+            return true;
         }
+        // An earlier try of this very group came through after all: its result is there.
+        error.is_already_written() && !std::mem::replace(is_unknown, true)
     }
 
     fn is_divisible(group: &Group, has_time: bool) -> bool {
@@ -384,9 +373,9 @@ impl Appender {
             );
             if let Some(member) = group.members.pop() {
                 self.state.metrics.members_refused.inc();
-                let refusal = match error.sqlstate().as_deref() {
-                    Some(sql::TOO_MANY_TOPICS) => AppendError::TooManyTopics,
-                    _ => AppendError::Refused(error),
+                let refusal = match error.is_topic_limit_reached() {
+                    true => AppendError::TooManyTopics,
+                    false => AppendError::Refused(error),
                 };
                 let _ = member.taken.reply.send(Err(refusal));
             }

@@ -30,13 +30,6 @@ impl Failure {
     }
 }
 
-impl Failure {
-    /// Whether a lock was not free in time. Nothing was done.
-    pub(super) fn is_held(&self) -> bool {
-        self.error.sqlstate().as_deref() == Some("55P03")
-    }
-}
-
 impl From<store::Error> for Failure {
     fn from(error: store::Error) -> Self {
         Self {

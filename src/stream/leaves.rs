@@ -143,9 +143,9 @@ impl Maintenance {
     ) -> Result<Option<T>, store::Error> {
         match done {
             Ok(done) => Ok(Some(done)),
-            Err(error) if error.is_connection_spent() || error.sqlstate().is_none() => Err(error),
+            Err(error) if error.is_connection_spent() || !error.is_answered() => Err(error),
             // The next pass tries again.
-            Err(error) if is_held(&error) => Ok(None),
+            Err(error) if error.is_held() => Ok(None),
             Err(error) => {
                 self.state.metrics.maintenance_failures.inc();
                 tracing::warn!(
@@ -302,7 +302,7 @@ impl Maintenance {
                     self.state.metrics.leaves_emptied.inc();
                 }
                 Ok(Emptied::No | Emptied::KeysFirst) => break,
-                Err(error) if is_held(&error) => {
+                Err(error) if error.is_held() => {
                     tracing::warn!(
                         stream = stream.name.as_str(),
                         first_offset = leaf.first.0,
@@ -383,7 +383,7 @@ impl Maintenance {
                         self.state.metrics.leaves_dropped.inc();
                         break;
                     }
-                    Err(error) if is_held(&error) => {
+                    Err(error) if error.is_held() => {
                         self.drop_at = Instant::now() + DROP_PAUSE;
                         break 'streams;
                     }
@@ -418,15 +418,11 @@ fn size_of(sizes: &Sizes, leaf: &Leaf) -> u64 {
     found.map_or(0, |&(_, bytes)| bytes)
 }
 
-fn is_held(error: &store::Error) -> bool {
-    error.sqlstate().as_deref() == Some("55P03")
-}
-
 /// `false`: somebody holds it; the next pass tries again.
 fn skip_if_held(result: Result<(), store::Error>) -> Result<bool, store::Error> {
     match result {
         Ok(()) => Ok(true),
-        Err(error) if is_held(&error) => Ok(false),
+        Err(error) if error.is_held() => Ok(false),
         Err(error) => Err(error),
     }
 }

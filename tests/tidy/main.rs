@@ -57,6 +57,11 @@ fn every_check_finds_its_fault() {
         ("src/cluster/a.rs", "use crate::{store::{a, b}, stream};"),
         ("src/drawer/a.rs", ""),
         ("src/queue/task/a.rs", "use sqlx::Row;"),
+        (
+            "src/stream/a.rs",
+            "fn f() { error.sqlstate() == Some(CODE) }",
+        ),
+        ("src/relay/a.rs", "fn f() { error.constraint().is_none() }"),
         ("src/relay/a.rs", "fn f() { tokio::spawn(g()); }"),
         ("src/domain/a.rs", "fn f() { Utc::now(); }"),
         ("src/store/a.rs", "fn f() { eprintln!(); }"),

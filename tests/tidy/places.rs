@@ -10,6 +10,16 @@ const PLACES: &[(&str, &[&str], &str)] = &[
         &["store", "outbox"],
         "all SQL of the broker is in the store; the outbox is in a service's own transaction",
     ),
+    (
+        "sqlstate",
+        &["store"],
+        "the store's errors say by a name what the server's codes mean",
+    ),
+    (
+        "constraint()",
+        &["store", "outbox"],
+        "the store's errors say by a name which row was refused",
+    ),
     ("axum::", &["http", "app"], "the wire has one layer"),
     (
         "tokio::spawn",

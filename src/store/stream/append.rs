@@ -441,13 +441,11 @@ fn read_outcome(columns: Columns) -> Result<AppendOutcome, Error> {
 
 /// As many topics as there can be: each is in the memory of every node.
 pub const TOPICS_MAX: i64 = 200_000;
-/// The SQLSTATE of one more.
-pub const TOO_MANY_TOPICS: &str = "PR002";
 
-/// The numbers of topics, new ones included. Fails with [`TOO_MANY_TOPICS`].
+/// The numbers of topics, new ones included.
 ///
 /// # Errors
-/// The database's.
+/// The database's; [`Error::is_topic_limit_reached`] for one more than [`TOPICS_MAX`].
 pub async fn intern_topics(
     connection: &mut Connection,
     names: &[&str],

@@ -58,7 +58,7 @@ pub async fn append_next(
     };
     let columns: Columns = match bounded("appending", STATEMENT, calling).await {
         Ok(columns) => columns,
-        Err(error) if is_taken(&error) => return Ok(None),
+        Err(error) if error.is_offset_taken() => return Ok(None),
         Err(error) => return Err(error),
     };
     match columns {
@@ -70,12 +70,6 @@ pub async fn append_next(
         (status, ..) if status == "other" => Ok(None),
         (status, ..) => Err(Error::unknown_status("appending", &status)),
     }
-}
-
-/// Whether another appender has the offsets.
-fn is_taken(error: &Error) -> bool {
-    let of_log = |name: &str| name.starts_with("message");
-    error.sqlstate().as_deref() == Some("23505") && error.constraint().is_some_and(of_log)
 }
 
 /// The append of most groups, in one call that commits by itself: see the function's header in `migrations/broker`.

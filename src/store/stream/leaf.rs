@@ -157,7 +157,7 @@ pub enum Emptied {
     KeysFirst,
 }
 
-/// Empties the oldest leaf that has messages, if all of it is old enough. Fails with SQLSTATE 55P03 when
+/// Empties the oldest leaf that has messages, if all of it is old enough. Fails as [`Error::is_held`] when
 /// somebody holds the leaf.
 ///
 /// # Errors
@@ -194,7 +194,7 @@ fn interval(duration: Duration) -> PgInterval {
     }
 }
 
-/// Drops an emptied leaf. Fails with SQLSTATE 55P03 after 50 ms behind anybody who has the stream's log open.
+/// Drops an emptied leaf. Fails as [`Error::is_held`] after 50 ms behind anybody who has the stream's log open.
 ///
 /// # Errors
 /// The database's.
@@ -216,7 +216,7 @@ pub async fn drop_leaf(
 }
 
 /// The next step of dropping a deleted stream's log: takes it out of the log of all streams, then drops `leaves` of its leaves at
-/// most, at last what is left. Whether all is gone. Fails with SQLSTATE 55P03 after 50 ms behind anybody who has what it needs open.
+/// most, at last what is left. Whether all is gone. Fails as [`Error::is_held`] after 50 ms behind anybody who has what it needs open.
 ///
 /// # Errors
 /// The database's.
@@ -255,7 +255,7 @@ pub async fn correct_leaves(connection: &mut Connection, now: DateTime<Utc>) -> 
 }
 
 /// Empties what is out of date of the recent ids and of the append results, unless the node's clock and the server's are too far apart.
-/// Fails with SQLSTATE 55P03 when somebody holds it.
+/// Fails as [`Error::is_held`] when somebody holds it.
 ///
 /// # Errors
 /// The database's.

@@ -12,8 +12,8 @@ mod schedules;
 mod session;
 
 pub use append::{
-    Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, Seen, TOO_MANY_TOPICS,
-    TOPICS_MAX, append, intern_topics,
+    Append, AppendMessage, AppendOutcome, Appended, GroupKey, RelayMember, Seen, TOPICS_MAX,
+    append, intern_topics,
 };
 pub use append_next::{Previous, append_next};
 pub use catalogue::{

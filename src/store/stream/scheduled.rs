@@ -275,7 +275,7 @@ pub async fn list_scheduled_leaves(
 }
 
 /// Empties a leaf whose time has been over for `keep`, or drops one that is empty. `now` is the node's clock; the earlier of it and
-/// the server's counts. Whether anything was done. Fails with SQLSTATE 55P03 when somebody is in the way.
+/// the server's counts. Whether anything was done. Fails as [`Error::is_held`] when somebody is in the way.
 ///
 /// # Errors
 /// The database's.

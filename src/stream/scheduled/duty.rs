@@ -181,7 +181,7 @@ impl Duty {
             }
             Ok(PublishedScheduled::Idle | PublishedScheduled::Gone) => Ok(false),
             // No leaf takes an offset or a horizon: others have appended, or leaves are gone. All is looked up again.
-            Err(error) if error.sqlstate().as_deref() == Some("23514") => {
+            Err(error) if error.is_leaf_missing() => {
                 self.known.ends.remove(&stream);
                 self.known.filed = None;
                 Ok(true)
@@ -218,6 +218,5 @@ impl Duty {
 
 /// Whether the trouble is one stream's.
 fn is_of_stream(error: &store::Error) -> bool {
-    let code = error.sqlstate();
-    code.as_deref() == Some("55P03") || (error.retry() == Retry::Never && code.is_some())
+    error.is_held() || (error.retry() == Retry::Never && error.is_answered())
 }

@@ -324,13 +324,12 @@ async fn publish(
                 Ok(Fired::Moved | Fired::Stale) => return Ok(Outcome::Moved),
                 Err(error) => error,
             };
-            // No leaf takes the time: all is looked up again.
-            let code = error.sqlstate();
-            if code.as_deref() == Some("55P03") {
+            if error.is_held() {
                 // Somebody holds the stream's log: the other schedules go on.
                 return Ok(Outcome::Refused);
             }
-            if code.is_none_or(|code| code == "23514") || error.retry() != Retry::Never {
+            // No leaf takes the time: all is looked up again.
+            if error.is_leaf_missing() || !error.is_answered() || error.retry() != Retry::Never {
                 return Err(error);
             }
             let pass = Pass {

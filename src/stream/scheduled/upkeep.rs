@@ -61,7 +61,7 @@ impl Upkeep {
         let now = self.state.witness.agreed(clock);
         for leaf in sql::missing_scheduled_leaves(&mut connection, now).await? {
             match sql::extend_scheduled(&mut connection, &leaf).await {
-                Err(error) if is_held(&error) => break,
+                Err(error) if error.is_held() => break,
                 made => made?,
             }
         }
@@ -72,7 +72,7 @@ impl Upkeep {
                     tracing::debug!(first_at = %leaf.first_at, kind = leaf.kind, "forgot old scheduled messages");
                 }
                 // Somebody has it open: the next time. Each attempt can hold up appends for 50 ms.
-                Err(error) if is_held(&error) => break,
+                Err(error) if error.is_held() => break,
                 Err(error) => return Err(error),
             }
         }
@@ -99,8 +99,4 @@ impl Upkeep {
         *streams = counts.into_iter().map(count).collect();
         Ok(())
     }
-}
-
-fn is_held(error: &store::Error) -> bool {
-    error.sqlstate().as_deref() == Some("55P03")
 }
