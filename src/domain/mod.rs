@@ -4,6 +4,7 @@
 pub mod assignment;
 pub mod authority;
 pub mod cadence;
+mod chain;
 pub mod cloudevents;
 pub mod database_url;
 pub mod id;
@@ -20,3 +21,5 @@ pub mod retention;
 pub mod schedule;
 mod template;
 pub mod topic_index;
+
+pub use chain::chain;

@@ -1,6 +1,7 @@
 //! The reasons why a relay's session with its origin ended, and the status that each leads to.
 
 use super::status::State;
+use crate::domain::chain;
 use crate::store;
 use crate::stream::AppendError;
 
@@ -72,13 +73,6 @@ impl Trouble {
 
     /// The chain in one line.
     pub(super) fn describe(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        chain(self)
     }
 }

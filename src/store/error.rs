@@ -3,6 +3,7 @@
 use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
+use crate::domain::chain;
 use crate::domain::database_url::Fault;
 
 /// A failed statement or connection.
@@ -201,18 +202,10 @@ impl Error {
     /// With its causes and what to do about it, in one line.
     #[must_use]
     pub fn explained(&self) -> String {
-        let mut text = self.to_string();
-        if let Some(sqlx::Error::Database(error)) = self.driver() {
-            text.push_str(": ");
-            text.push_str(error.message());
-        } else {
-            let mut cause = std::error::Error::source(self);
-            while let Some(error) = cause {
-                text.push_str(": ");
-                text.push_str(&error.to_string());
-                cause = error.source();
-            }
-        }
+        let mut text = match self.driver() {
+            Some(sqlx::Error::Database(error)) => format!("{self}: {}", error.message()),
+            _ => chain(self),
+        };
         if let Some(advice) = self.advice() {
             text.push_str("; ");
             text.push_str(advice);

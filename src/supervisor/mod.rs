@@ -1,6 +1,8 @@
 //! The one place that spawns tasks. A task that ends before it was told to stops the process, since a broker with a
 //! missing part would look healthy and deliver nothing.
 
+mod backoff;
+
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::future::Future;
@@ -9,6 +11,8 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+pub use backoff::Backoff;
 
 /// Spawns the tasks of one part of the process and ends them together.
 #[derive(Debug, Clone)]

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::error::Error;
 use super::queue::{Delivery, Queue};
 use super::verbs::{Refused, Settled};
+use crate::domain::chain;
 
 /// A delivery, as its handler gets it.
 #[derive(Debug, Clone)]
@@ -94,14 +95,7 @@ impl Failure {
 
 impl<E: std::error::Error> From<E> for Failure {
     fn from(error: E) -> Self {
-        let mut reason = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            reason.push_str(": ");
-            reason.push_str(&error.to_string());
-            cause = error.source();
-        }
-        Self::retry(reason)
+        Self::retry(chain(&error))
     }
 }
 

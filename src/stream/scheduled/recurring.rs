@@ -11,6 +11,7 @@ use bytes::Bytes;
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{OfSchedules, wire};
+use crate::domain::chain;
 use crate::domain::cloudevents::{self, Context, Limits};
 use crate::domain::message::Message;
 use crate::domain::name::{ScheduleName, Topic};
@@ -336,7 +337,7 @@ async fn publish(
                 to: one.through,
                 ..pass
             };
-            let reason = format!("the database refuses the message: {}", in_full(&error));
+            let reason = format!("the database refuses the message: {}", chain(&error));
             (pass, reason, Outcome::Refused)
         }
         Err(reason) => {
@@ -353,15 +354,6 @@ async fn publish(
         true => outcome,
         false => Outcome::Moved,
     })
-}
-
-/// An error and what caused it, in one line.
-fn in_full(error: &store::Error) -> String {
-    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| {
-        error.source()
-    });
-    let causes: Vec<String> = causes.map(ToString::to_string).collect();
-    causes.join(": ")
 }
 
 async fn fire(
