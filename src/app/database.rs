@@ -10,6 +10,7 @@ use crate::http::Readiness;
 use crate::store::history::{self, Present};
 use crate::store::migrate::{self, Grants};
 use crate::store::{Database, server};
+use crate::supervisor::Backoff;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -30,7 +31,8 @@ pub(super) async fn prepare(
         "the database is being migrated, by this process or another",
     );
     // The server can still go away in between; what was done is done again then.
-    let mut pause = FIRST_PAUSE;
+    // Once more after the longest pause, then it is given up.
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE * 2);
     loop {
         match migrate_all(database, void).await {
             Ok((grants, present)) => {
@@ -43,15 +45,15 @@ pub(super) async fn prepare(
                 }
                 return Ok(present.salts);
             }
-            Err(error) if error.is_setup_wrong() || pause > LONGEST_PAUSE => {
+            Err(error) if error.is_setup_wrong() || backoff.upcoming() > LONGEST_PAUSE => {
                 return Err(unusable(database, &error));
             }
             Err(error) => {
                 let why = error.explained();
                 readiness.not_ready(START, format!("migrating the database: {why}"));
+                let pause = backoff.next_pause();
                 tracing::warn!(error = why, "migrating failed; trying again in {pause:?}");
                 sleep(pause).await;
-                pause *= 2;
             }
         }
     }
@@ -77,7 +79,7 @@ async fn migrate_all(
 
 async fn wait_until_up(database: &Database, readiness: &Readiness) -> Result<(), Error> {
     let place = database.place();
-    let mut pause = FIRST_PAUSE;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut mentioned: Option<Instant> = None;
     loop {
         match server::look(database).await {
@@ -100,8 +102,7 @@ async fn wait_until_up(database: &Database, readiness: &Readiness) -> Result<(),
                 }
             }
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        backoff.wait().await;
     }
 }
 

@@ -12,10 +12,10 @@ use crate::domain::id::Fence;
 use crate::failpoint;
 use crate::store::cluster::Sign;
 use crate::store::{self, Connection, Database};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Supervisor};
 
-/// The shortest and the longest pause before connecting again.
-const RECONNECT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// The pause before connecting again.
+const RECONNECT: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(1));
 /// How often to look while something is on its way here, or this node is leaving.
 const HAND_OVER: Duration = Duration::from_millis(50);
 /// A node is looked at so long after its time is over.
@@ -57,11 +57,11 @@ impl Heartbeat {
     }
 
     pub(super) async fn run(mut self) {
-        let mut pause = RECONNECT.0;
+        let mut backoff = RECONNECT;
         while !self.supervisor.is_stopping() {
             let wait = match self.pass().await {
                 Ok(wait) => {
-                    pause = RECONNECT.0;
+                    backoff.reset();
                     wait
                 }
                 Err(error) => {
@@ -71,8 +71,7 @@ impl Heartbeat {
                     if error.is_connection_spent() {
                         self.connection = None;
                     }
-                    pause = (pause * 2).min(RECONNECT.1);
-                    pause
+                    backoff.next_pause()
                 }
             };
             let is_trusted = Instant::now() < self.shared.state().trusted_until;

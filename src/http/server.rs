@@ -35,7 +35,7 @@ use super::connection::{Activity, Watched};
 use super::connections::{Connections, Place, SPARE_TIME, Spare};
 use super::front::{Early, Front};
 use super::state::{Options, Parts, State};
-use crate::supervisor::{OnEnd, Supervisor};
+use crate::supervisor::{Backoff, OnEnd, Supervisor};
 
 /// Largest head of an HTTP/1.1 request, and the largest list of headers of HTTP/2.
 const HEAD_MAX_BYTES: usize = 32 * 1024;
@@ -45,8 +45,7 @@ const HEADERS_MAX_COUNT: usize = 128;
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 /// How long the rest of HTTP/2's preface may take, and how often it is looked for: less and less.
 const PREFACE_TIME: Duration = Duration::from_secs(5);
-const PREFACE_PAUSE: Duration = Duration::from_millis(1);
-const PREFACE_PAUSE_MAX: Duration = Duration::from_millis(250);
+const PREFACE_PAUSE: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(250));
 
 /// A server that runs.
 #[derive(Debug, Clone)]
@@ -323,7 +322,7 @@ impl Connection {
                 over.as_mut().reset(until);
             }
             tokio::select! {
-                () = sleep(pause) => pause = (pause * 2).min(PREFACE_PAUSE_MAX),
+                () = pause.wait() => {}
                 () = self.close.cancelled() => return None,
                 () = &mut over => return None,
             }

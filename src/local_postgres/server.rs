@@ -12,10 +12,12 @@ use tokio::process::Child;
 use tokio::time::{Instant, sleep};
 
 use super::{Error, Installation, Settings, folder::Folder};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Supervisor};
 
 /// How often a process that is not our child, and a starting server, is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// The pause before a server that ended is started again.
+const RESTART: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
 /// After a fast shutdown has had this long, an immediate one follows; nothing is lost, the next start recovers.
 const FAST_STOP: Duration = Duration::from_secs(20);
 /// How long the last backends of a killed server may hold its shared memory.
@@ -314,7 +316,7 @@ pub(super) async fn keep(
     settings: &Settings,
     supervisor: &Supervisor,
 ) {
-    let mut pause = Duration::from_millis(100);
+    let mut backoff = RESTART;
     loop {
         let how = tokio::select! {
             how = running.ended() => how,
@@ -328,16 +330,17 @@ pub(super) async fn keep(
             match start(folder, installation, settings, supervisor).await {
                 Ok(started) => {
                     running = started;
-                    pause = Duration::from_millis(100);
+                    backoff.reset();
                     tracing::info!("local Postgres is running again");
                     break;
                 }
                 Err(error) => {
+                    let pause = backoff.upcoming();
                     tracing::error!(%error, "local Postgres did not start; trying again in {pause:?}");
                 }
             }
             tokio::select! {
-                () = sleep(pause) => pause = (pause * 2).min(Duration::from_secs(10)),
+                () = backoff.wait() => {}
                 () = supervisor.stopping() => return,
             }
         }

@@ -21,6 +21,7 @@ use crate::domain::name::OriginName;
 use crate::store::origin::{Backend, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database};
+use crate::supervisor::Backoff;
 use crate::{cluster, stream, supervisor, topic};
 
 /// How often folds, history and rotation are looked at.
@@ -87,7 +88,7 @@ pub(super) struct Stepped {
 impl Relay {
     pub(super) async fn run(self) {
         let mut lease = self.cluster.hold(self.id.lease_name());
-        let mut retry = RETRY_MIN;
+        let mut retry = Backoff::new(RETRY_MIN, self.options.retry_max);
         let mut caution = Caution::new(self.options.manifest_rows);
         loop {
             let fence = lease.borrow_and_update().clone();
@@ -117,10 +118,9 @@ impl Relay {
                 }
                 _ => {
                     tokio::select! {
-                        () = tokio::time::sleep(jittered(retry)) => {}
+                        () = tokio::time::sleep(jittered(retry.next_pause())) => {}
                         () = self.supervisor.stopping() => {}
                     }
-                    retry = (retry * 2).min(self.options.retry_max);
                 }
             }
         }
@@ -177,7 +177,7 @@ impl Relay {
         &self,
         fence: &Fence,
         lease: &watch::Receiver<Option<Fence>>,
-        retry: &mut Duration,
+        retry: &mut Backoff,
         caution: &mut Caution,
     ) -> Trouble {
         let mut run = match self.begin(fence, caution).await {
@@ -261,7 +261,7 @@ impl Run<'_> {
     async fn steps(
         &mut self,
         mut lease: watch::Receiver<Option<Fence>>,
-        retry: &mut Duration,
+        retry: &mut Backoff,
     ) -> Trouble {
         let options = &self.relay.options;
         let mut pace = Pace::new(options, Instant::now());
@@ -282,7 +282,7 @@ impl Run<'_> {
                 }
                 Err(trouble) => return trouble,
             };
-            *retry = RETRY_MIN;
+            retry.reset();
             self.relay.set_state(State::Running, None);
             if Instant::now() >= upkeep_at {
                 if let Err(trouble) = self.upkeep().await {

@@ -8,17 +8,17 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use super::Error;
+use crate::supervisor::Backoff;
 
 /// How long a write is repeated whose outcome is not known. Callers wait longer for an answer.
 const PATIENCE: Duration = Duration::from_secs(6);
-const PAUSE: Duration = Duration::from_millis(50);
-const PAUSE_MAX: Duration = Duration::from_millis(500);
+const PAUSE: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_millis(500));
 
 /// A write on its way to a known outcome.
 #[derive(Debug)]
 pub struct Patience {
     until: Instant,
-    pause: Duration,
+    pause: Backoff,
     is_unknown: bool,
 }
 
@@ -55,8 +55,7 @@ impl Patience {
         if Instant::now() >= self.until {
             return Err(Error::OutcomeUnknown(Box::new(error)));
         }
-        tokio::time::sleep(self.pause).await;
-        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        self.pause.wait().await;
         Ok(())
     }
 }

@@ -27,12 +27,11 @@ use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
 use crate::store::stream::{AppendOutcome, Appended, GroupKey, Previous};
 use crate::store::{self, Connection, Database, Retry};
-use crate::supervisor::{OnEnd, Supervisor};
+use crate::supervisor::{Backoff, OnEnd, Supervisor};
 
-/// The shortest and the longest pause before a call is repeated or a group is laid out again.
-const REPEAT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// After this many parts of a group in a row that did not get their locks, the others are not tried here: it is not a single
-/// stream that is held.
+/// The pause before a call is repeated or a group is laid out anew.
+const REPEAT: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
+/// After so many parts of a group in a row whose locks were not to be had, the others are not tried here: it is not a stream that is held.
 const HELD_IN_A_ROW: usize = 3;
 /// The share of one lane in the bound on waiting members.
 const LANE_FRACTION: usize = 8;
@@ -232,7 +231,7 @@ impl Appender {
             witness: self.state.witness.now(),
         };
         let started = Instant::now();
-        let mut pause = REPEAT.0;
+        let mut backoff = REPEAT;
         let mut is_unknown = false;
         let (mut is_stale_again, mut is_behind_again) = (false, false);
         let mut plan: Option<Plan<'_>> = None;
@@ -252,16 +251,14 @@ impl Appender {
                     plan = None;
                     self.router.version = 0;
                     if std::mem::replace(&mut is_stale_again, true) {
-                        tokio::time::sleep(pause).await;
-                        pause = (pause * 2).min(REPEAT.1);
+                        backoff.wait().await;
                     }
                 }
                 Ok(AppendOutcome::Behind) => {
                     plan = None;
                     self.is_behind = true;
                     if std::mem::replace(&mut is_behind_again, true) {
-                        tokio::time::sleep(pause).await;
-                        pause = (pause * 2).min(REPEAT.1);
+                        backoff.wait().await;
                     }
                 }
                 Ok(AppendOutcome::Expired { clock }) => {
@@ -315,8 +312,7 @@ impl Appender {
                     if is_held {
                         tokio::time::sleep(LANE_PAUSE).await;
                     } else if failure.error.retry() != Retry::Now {
-                        tokio::time::sleep(pause).await;
-                        pause = (pause * 2).min(REPEAT.1);
+                        backoff.wait().await;
                     }
                 }
             }

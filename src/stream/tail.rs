@@ -17,12 +17,14 @@ use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::{Entry, Message};
 use crate::store::stream as sql;
 use crate::store::{self, Connection, Database};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Supervisor};
 
 /// Batches that wait for the slowest receiver of a stream; one further behind has lagged and reads the log.
 const TAIL_MAX_BATCHES: usize = 256;
 /// Offsets read from the log at a time for a gap.
 const GAP_PAGE: i64 = 1_000;
+/// The pause before a gap is read again.
+const READ_AGAIN: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
 
 /// The tails of all streams, made when first asked for.
 #[derive(Debug, Default)]
@@ -241,7 +243,7 @@ impl TailTask {
 
     /// Reads the log up to an offset that is known to be committed, for as long as it takes.
     async fn fill(&mut self, stream: StreamId, through: Offset) {
-        let mut pause = Duration::from_millis(20);
+        let mut backoff = READ_AGAIN;
         while self.state.tails.last(stream) < through {
             match self.read_gap(stream, through).await {
                 Ok(()) => {}
@@ -254,8 +256,7 @@ impl TailTask {
                     if self.supervisor.is_stopping() {
                         return;
                     }
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_secs(1));
+                    backoff.wait().await;
                 }
             }
         }

@@ -9,14 +9,14 @@ use crate::source::{Source, sources};
 /// module that is not listed here is a fault, and so is an edge that is not drawn.
 const EDGES: &[(&str, &[&str])] = &[
     ("domain", &[]),
-    ("supervisor", &[]),
+    ("supervisor", &["domain"]),
     // For tests, and known to all; nothing in a release.
     ("failpoint", &[]),
     ("simulation", &["domain"]),
     ("client", &["domain"]),
     // For producing services. It uses nothing of the broker, and nothing of the broker uses it.
     ("outbox", &[]),
-    ("store", &["domain"]),
+    ("store", &["domain", "supervisor"]),
     ("cluster", &["domain", "supervisor", "store"]),
     ("stream", &["domain", "supervisor", "store", "cluster"]),
     ("topic", &["domain", "supervisor", "store"]),

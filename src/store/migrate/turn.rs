@@ -9,13 +9,14 @@ use sqlx::Connection as _;
 
 use super::super::bounded::{STATEMENT, bounded};
 use super::super::{Connection, Database, Error};
+use crate::supervisor::Backoff;
 
 /// `postroad` in ASCII.
 const LOCK: i64 = 0x706f_7374_726f_6164;
 /// How long another session is waited for.
 pub(super) const LONGEST: Duration = Duration::from_secs(600);
 /// How often it is looked whether it has ended: at first, and at most.
-const LOOK_EVERY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+const LOOK_EVERY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
 /// A wait is told in the log after this, and then every minute.
 const TELL_AFTER: Duration = Duration::from_secs(1);
 const TELL_EVERY: Duration = Duration::from_secs(60);
@@ -29,7 +30,7 @@ impl Turn {
         let mut connection = database.connect().await?;
         let began = Instant::now();
         let mut told: Option<Instant> = None;
-        let mut pause = LOOK_EVERY.0;
+        let mut pause = LOOK_EVERY;
         while !try_lock(&mut connection).await? {
             let waited = began.elapsed();
             let is_over = waited >= longest;
@@ -46,8 +47,7 @@ impl Turn {
                 );
                 told = Some(Instant::now());
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LOOK_EVERY.1);
+            pause.wait().await;
         }
         if told.is_some() {
             tracing::info!(database = %database.place(), "the other session has ended");
