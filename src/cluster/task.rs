@@ -11,7 +11,7 @@ use super::{Options, Pulse, Shared};
 use crate::domain::id::Fence;
 use crate::failpoint;
 use crate::store::cluster::Sign;
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Connection, Database, Link};
 use crate::supervisor::{Backoff, Supervisor};
 
 /// The pause before connecting again.
@@ -24,7 +24,7 @@ const AFTER_EXPIRY: Duration = Duration::from_millis(10);
 pub(super) struct Heartbeat {
     options: Options,
     db: Database,
-    connection: Option<Connection>,
+    link: Link,
     observer: Observer,
     /// The view of the last heartbeat, and when the next one is due.
     last: Option<(Arc<View>, Instant)>,
@@ -47,8 +47,8 @@ impl Heartbeat {
     ) -> Self {
         Self {
             options,
+            link: Link::plain(&db).with(connection),
             db,
-            connection: Some(connection),
             observer,
             last: None,
             shared,
@@ -68,15 +68,13 @@ impl Heartbeat {
                     self.shared.metrics.heartbeat_failures.inc();
                     tracing::warn!(error = &error as &dyn std::error::Error, "heartbeat failed");
                     self.explain(&error);
-                    if error.is_connection_spent() {
-                        self.connection = None;
-                    }
+                    self.link.heed(&error);
                     backoff.next_pause()
                 }
             };
             let is_trusted = Instant::now() < self.shared.state().trusted_until;
             self.shared.metrics.trusted.set(i64::from(is_trusted));
-            if self.connection.is_some() {
+            if self.link.is_up() {
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
                     () = self.shared.wake.notified() => {}
@@ -103,15 +101,15 @@ impl Heartbeat {
     }
 
     async fn connected(&mut self) -> Result<&mut Connection, store::Error> {
-        if self.connection.is_none() {
-            let mut connection = self.db.connect().await?;
+        if !self.link.is_up() {
+            let mut connection = self.link.lend().await?;
             if self.shared.silence().is_some() {
                 let why = store::cluster::why_no_commit(&mut connection).await?;
                 self.shared.pulse().why = why.map(str::to_owned);
             }
-            self.connection = Some(connection);
+            self.link.keep(connection);
         }
-        Ok(self.connection.as_mut().expect("connected just above"))
+        self.link.get().await
     }
 
     /// Gives how long there is nothing more to do.
@@ -124,9 +122,8 @@ impl Heartbeat {
         self.last = None;
         let mut view = self.beat().await?;
         self.connected().await?;
-        if let Some(connection) = &mut self.connection {
-            lead(&self.shared, connection, &self.observer, &mut view).await?;
-        }
+        let connection = self.link.get().await?;
+        lead(&self.shared, connection, &self.observer, &mut view).await?;
         let view = Arc::new(view);
         self.shared.metrics.note(&view);
         // Before the fences change: whoever sees one gone must see its new node.

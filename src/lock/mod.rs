@@ -160,7 +160,7 @@ pub fn start(database: Database, supervisor: &Supervisor, registry: &mut Registr
     let (lists, asked) = mpsc::channel(JOBS_MAX);
     let reading = lists::run(database.clone(), supervisor.clone(), asked);
     supervisor.spawn("lock lists", OnEnd::StopProcess, reading);
-    let task = task::Task::new(database, supervisor.clone(), metrics);
+    let task = task::Task::new(&database, supervisor.clone(), metrics);
     supervisor.spawn("locks", OnEnd::StopProcess, task.run(inbox));
     Handle { jobs, lists }
 }

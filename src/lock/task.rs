@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{Error, Holder, Job, Metrics, Reply, Request, WAITERS_MAX};
 use crate::domain::name::LockName;
 use crate::store::lock::{self as sql, Standing, Take};
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Database, Link};
 use crate::supervisor::Supervisor;
 
 /// How often those who wait are asked for again, for what other nodes do, and after trouble with the database.
@@ -32,22 +32,20 @@ struct Asked {
 }
 
 pub(super) struct Task {
-    database: Database,
     supervisor: Supervisor,
     metrics: Metrics,
-    connection: Option<Connection>,
+    link: Link,
     asked: Vec<Asked>,
     releases: Vec<(LockName, i64, Reply<()>)>,
     forget_at: Instant,
 }
 
 impl Task {
-    pub(super) fn new(database: Database, supervisor: Supervisor, metrics: Metrics) -> Self {
+    pub(super) fn new(database: &Database, supervisor: Supervisor, metrics: Metrics) -> Self {
         Self {
-            database,
+            link: Link::plain(database),
             supervisor,
             metrics,
-            connection: None,
             asked: Vec::new(),
             releases: Vec::new(),
             forget_at: Instant::now() + FORGET_EVERY,
@@ -56,7 +54,7 @@ impl Task {
 
     pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Job>) {
         // Before the first request needs it: a server may have no more of them then.
-        if let Err(error) = self.connect().await {
+        if let Err(error) = self.link.get().await {
             self.told(error, &mut true);
         }
         loop {
@@ -243,7 +241,7 @@ impl Task {
         }
         self.forget_at = now + FORGET_EVERY;
         // A node that nobody asks for locks need not look.
-        if let Some(connection) = &mut self.connection
+        if let Some(connection) = self.link.existing()
             && let Err(error) = sql::forget(connection).await
         {
             self.told(error, &mut true);
@@ -251,9 +249,9 @@ impl Task {
     }
 
     async fn write_takes(&mut self, takes: &[Take]) -> Result<Vec<Standing>, Error> {
-        let mut is_repeat = self.connection.is_none();
+        let mut is_repeat = !self.link.is_up();
         loop {
-            let taken = match self.connect().await {
+            let taken = match self.link.get().await {
                 Ok(connection) => sql::take(connection, takes).await,
                 Err(error) => Err(error),
             };
@@ -269,9 +267,9 @@ impl Task {
     }
 
     async fn write_releases(&mut self, locks: &[(LockName, i64)]) -> Result<Vec<String>, Error> {
-        let mut is_repeat = self.connection.is_none();
+        let mut is_repeat = !self.link.is_up();
         loop {
-            let released = match self.connect().await {
+            let released = match self.link.get().await {
                 Ok(connection) => sql::release(connection, locks).await,
                 Err(error) => Err(error),
             };
@@ -286,20 +284,11 @@ impl Task {
         }
     }
 
-    async fn connect(&mut self) -> Result<&mut Connection, store::Error> {
-        match &mut self.connection {
-            Some(connection) => Ok(connection),
-            none => Ok(none.insert(self.database.connect().await?)),
-        }
-    }
-
-    /// The error to report for a failed statement. None to repeat it at once: the connection was lost, perhaps long ago, and every
-    /// statement here may be repeated.
+    /// What is told of a statement that failed. None to repeat it at once: the connection was lost, which may have been long ago,
+    /// and every statement here may be repeated.
     fn told(&mut self, error: store::Error, is_repeat: &mut bool) -> Option<Error> {
         let is_spent = error.is_connection_spent();
-        if is_spent {
-            self.connection = None;
-        }
+        self.link.heed(&error);
         if is_spent && !std::mem::replace(is_repeat, true) {
             return None;
         }

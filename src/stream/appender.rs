@@ -26,7 +26,7 @@ use super::tail::Appended as TailAppended;
 use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
 use crate::store::stream::{AppendOutcome, Appended, GroupKey, Previous};
-use crate::store::{self, Connection, Database, Retry};
+use crate::store::{self, Database, Link, Retry};
 use crate::supervisor::{Backoff, OnEnd, Supervisor};
 
 /// The pause before a call is repeated or a group is laid out anew.
@@ -42,14 +42,14 @@ const LANE_MARGIN: Duration = Duration::from_millis(500);
 
 pub(super) struct Appender {
     options: Options,
-    pub(super) db: Database,
+    db: Database,
     pub(super) cluster: cluster::Handle,
     pub(super) state: Arc<State>,
     supervisor: Supervisor,
     source: Source,
     lanes: Lanes,
     tail: mpsc::Sender<Vec<TailAppended>>,
-    pub(super) connection: Option<Connection>,
+    pub(super) link: Link,
     pub(super) router: Router,
     /// The last offset of each stream that this node knows to be committed: where the look for the top starts.
     pub(super) lasts: HashMap<StreamId, Offset>,
@@ -84,6 +84,7 @@ impl Appender {
     ) -> Self {
         let bytes = options.waiting_max_bytes / LANE_FRACTION;
         Self {
+            link: Link::of_appender(&db, source.is_lane()),
             lanes: Lanes::new(bytes, state.metrics.lanes.clone()),
             options,
             db,
@@ -93,7 +94,6 @@ impl Appender {
             supervisor,
             source,
             tail,
-            connection: None,
             router: Router::default(),
             lasts,
             previous: HashMap::new(),
@@ -102,10 +102,6 @@ impl Appender {
             is_behind: false,
             number: Arc::default(),
         }
-    }
-
-    pub(super) fn is_lane(&self) -> bool {
-        self.source.is_lane()
     }
 
     /// Runs until told to stop, then commits what is queued.
@@ -325,9 +321,7 @@ impl Appender {
             error = &failure.error as &dyn std::error::Error,
             "an append failed"
         );
-        if failure.error.is_connection_spent() {
-            self.connection = None;
-        }
+        self.link.heed(&failure.error);
         failure.error.is_connection_lost() && failure.was_sent
     }
 

@@ -48,10 +48,7 @@ impl Appender {
         key: &mut GroupKey,
         is_repeat: bool,
     ) -> Result<AppendOutcome, Failure> {
-        if self.connection.is_none() {
-            self.connection = Some(sql::connect_appender(&self.db, self.is_lane()).await?);
-        }
-        let connection = self.connection.as_mut().expect("connected just above");
+        let connection = self.link.get().await?;
         let plan = match plan {
             Some(plan) => plan,
             None => {
@@ -65,7 +62,7 @@ impl Appender {
                 plan.insert(made)
             }
         };
-        let connection = self.connection.as_mut().expect("connected just above");
+        let connection = self.link.get().await?;
         for (stream, count) in plan.append.streams() {
             let known_end = self.ends.get(&stream).copied();
             if known_end.is_none() {
@@ -112,7 +109,7 @@ impl Appender {
     ) -> Result<AppendOutcome, store::Error> {
         let next = append.plain_stream().filter(|_| !is_repeat);
         let next = next.and_then(|stream| Some((stream, self.previous_in(stream)?)));
-        let connection = self.connection.as_mut().expect("connected before");
+        let connection = self.link.get().await?;
         failpoint::reach("append.before_call");
         let quick = match next {
             Some((_, previous)) => sql::append_next(connection, key, previous, append).await?,
@@ -149,7 +146,7 @@ impl Appender {
             return Ok(counts);
         }
         let state = Arc::clone(&self.state);
-        let connection = self.connection.as_mut().expect("connected before");
+        let connection = self.link.get().await?;
         let is_behind = std::mem::take(&mut self.is_behind);
         for (stream, own) in expected {
             let mut counted = state.keys.count(stream, own.iter().copied());

@@ -12,7 +12,7 @@ use super::{Error, next_job};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
 use crate::store::stream::{self as sql, DeclareOutcome, DeleteOutcome, NextScheduled};
-use crate::store::{self, Connection, Database, Patience};
+use crate::store::{Link, Patience};
 use crate::supervisor::Supervisor;
 
 /// The most scheduled messages of a stream that are counted for its description.
@@ -68,11 +68,10 @@ impl Watermarks {
 
 /// The task that changes and describes.
 pub(super) struct CatalogueTask {
-    pub(super) db: Database,
+    pub(super) link: Link,
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
     pub(super) jobs: mpsc::Receiver<Job>,
-    pub(super) connection: Option<Connection>,
 }
 
 impl CatalogueTask {
@@ -117,16 +116,9 @@ impl CatalogueTask {
 
     fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
         if let Err(Error::Store(_)) = &answer {
-            self.connection = None;
+            self.link.cut();
         }
         let _ = reply.send(answer);
-    }
-
-    async fn connected(&mut self) -> Result<&mut Connection, store::Error> {
-        if self.connection.is_none() {
-            self.connection = Some(sql::connect_reader(&self.db).await?);
-        }
-        Ok(self.connection.as_mut().expect("connected just above"))
     }
 
     async fn declare(
@@ -142,7 +134,7 @@ impl CatalogueTask {
         let mut patience = Patience::default();
         let outcome = loop {
             // Done once more it finds what it declared.
-            let declared = match self.connected().await {
+            let declared = match self.link.get().await {
                 Ok(connection) => {
                     sql::declare(connection, name, patterns, retention, *is_keyed).await
                 }
@@ -152,7 +144,7 @@ impl CatalogueTask {
                 Ok(outcome) => break outcome,
                 Err(error) => {
                     // On another connection.
-                    self.connection = None;
+                    self.link.cut();
                     patience.again(error).await?;
                 }
             }
@@ -194,7 +186,7 @@ impl CatalogueTask {
             stream: name.to_string(),
         })?;
         if let Some(scheduled) = &mut found.scheduled {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             let count = sql::count_waiting(connection, found.id, WAITING_COUNTED_MAX).await?;
             scheduled.waiting = Some(count);
         }
@@ -206,7 +198,7 @@ impl CatalogueTask {
         let not_found = || Error::NotFound {
             stream: name.to_string(),
         };
-        let connection = self.connected().await?;
+        let connection = self.link.get().await?;
         let streams = sql::load_catalogue(connection).await?.streams;
         let row = streams.into_iter().find(|stream| stream.name == *name);
         let row = row.ok_or_else(not_found)?;
@@ -220,7 +212,7 @@ impl CatalogueTask {
 
     async fn list(&mut self) -> Result<Vec<Description>, Error> {
         let state = Arc::clone(&self.state);
-        let connection = self.connected().await?;
+        let connection = self.link.get().await?;
         let streams = sql::load_catalogue(connection).await?.streams;
         let sizes: HashMap<StreamId, i64> =
             sql::read_sizes(connection).await?.into_iter().collect();
@@ -267,7 +259,7 @@ impl CatalogueTask {
         let mut patience = Patience::default();
         let outcome = loop {
             // By its number, which no other stream gets.
-            let deleted = match self.connected().await {
+            let deleted = match self.link.get().await {
                 Ok(connection) => sql::delete(connection, stream, is_forced).await,
                 Err(error) => Err(error),
             };
@@ -275,7 +267,7 @@ impl CatalogueTask {
                 Ok(outcome) => break outcome,
                 Err(error) => {
                     // On another connection.
-                    self.connection = None;
+                    self.link.cut();
                     patience.again(error).await?;
                 }
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::handle::State;
 use crate::cluster;
 use crate::store::hint::{Hints, tell_appended};
-use crate::store::{Connection, Database};
+use crate::store::{Database, Link};
 use crate::supervisor::Supervisor;
 
 /// The least time between two notices.
@@ -17,15 +17,14 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// Tells other nodes of this one's appends.
 pub(super) struct Teller {
-    pub(super) db: Database,
+    pub(super) link: Link,
     pub(super) cluster: cluster::Handle,
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
 }
 
 impl Teller {
-    pub(super) async fn run(self) {
-        let mut connection: Option<Connection> = None;
+    pub(super) async fn run(mut self) {
         loop {
             tokio::select! {
                 () = self.state.appended_here.notified() => {}
@@ -35,10 +34,7 @@ impl Teller {
                 continue;
             }
             let told = async {
-                let connection = match &mut connection {
-                    Some(connection) => connection,
-                    none => none.insert(self.db.connect().await?),
-                };
+                let connection = self.link.get().await?;
                 tell_appended(connection, self.cluster.incarnation()).await
             };
             let pause = match told.await {
@@ -48,7 +44,7 @@ impl Teller {
                         error = &error as &dyn std::error::Error,
                         "sending a notice to other nodes failed"
                     );
-                    connection = None;
+                    self.link.cut();
                     AGAIN
                 }
             };

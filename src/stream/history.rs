@@ -19,7 +19,7 @@ impl Reader {
     pub(super) async fn count_keys(&mut self, stream: StreamId) -> Result<(), Error> {
         let (_, top) = self.bounds(stream).await?;
         let state = std::sync::Arc::clone(&self.state);
-        keys::catch_up(self.connected().await?, &state.keys, stream, top).await?;
+        keys::catch_up(self.link.get().await?, &state.keys, stream, top).await?;
         Ok(())
     }
 
@@ -33,7 +33,7 @@ impl Reader {
     ) -> Result<(Vec<SliceItem>, Offset), Error> {
         let state = std::sync::Arc::clone(&self.state);
         for _ in 0..TRIES {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             let folded = keys::catch_up(connection, &state.keys, stream, through).await?;
             let span = (after.max(folded), through);
             let Some(open) = state.keys.offsets(stream, key, span) else {
@@ -43,7 +43,7 @@ impl Reader {
             let mut items = self.folded_items(stream, key, span, limit).await?;
             let left = limit - items.len();
             let open: Vec<Offset> = open.into_iter().take(left).collect();
-            items.extend(sql::fetch_items(self.connected().await?, stream, &open).await?);
+            items.extend(sql::fetch_items(self.link.get().await?, stream, &open).await?);
             let examined = match items.last() {
                 Some(last) if items.len() >= limit => last.offset,
                 _ if open.len() == left => *open.last().unwrap_or(&through),
@@ -65,7 +65,7 @@ impl Reader {
         let of = (key, key_hash(key));
         let mut items = Vec::new();
         while at < through && items.len() < limit {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             let Some(end) = sql::find_span_end(connection, stream, at).await? else {
                 break;
             };
@@ -86,7 +86,7 @@ impl Reader {
     ) -> Result<Known, Error> {
         let state = std::sync::Arc::clone(&self.state);
         for _ in 0..TRIES {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             let counted = keys::catch_up(connection, &state.keys, stream, through).await?;
             let found = sql::find_key_head(connection, stream, key).await?;
             let (folded, head) = found.ok_or_else(|| not_keyed(stream))?;
@@ -110,7 +110,7 @@ impl Reader {
         let items = match known.last {
             Some(last) if last <= span.0 => Vec::new(),
             Some(last) if read.last_only => {
-                sql::fetch_items(self.connected().await?, read.stream, &[last]).await?
+                sql::fetch_items(self.link.get().await?, read.stream, &[last]).await?
             }
             Some(_) => {
                 let limit = read.max_messages.max(1);
@@ -142,7 +142,7 @@ impl Reader {
         let mut lasts: Vec<Offset> = found.iter().map(|key| key.last).collect();
         lasts.retain(|&last| last > floor);
         lasts.sort_unstable();
-        let connection = self.connected().await?;
+        let connection = self.link.get().await?;
         let items = sql::fetch_items(connection, read.stream, &lasts).await?;
         // In the order of the keys: the page ends before the first whose message does not fit.
         let size = |key: &KeyHead| {
@@ -188,7 +188,7 @@ impl Reader {
         let after = read.after.as_deref();
         let state = std::sync::Arc::clone(&self.state);
         for _ in 0..TRIES {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             let counted = keys::catch_up(connection, &state.keys, stream, through).await?;
             let listed = sql::list_key_heads(connection, stream, after, limit).await?;
             let (folded, heads) = listed.ok_or_else(|| not_keyed(stream))?;

@@ -16,7 +16,7 @@ use crate::cluster;
 use crate::domain::id::{Fence, Offset};
 use crate::failpoint;
 use crate::store::stream::{self as sql, Emptied, EmptyLeaf, Leaf, StreamRow};
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Connection, Link};
 use crate::supervisor::Supervisor;
 
 /// Without appends, the pause between passes grows to this many times the usual one.
@@ -33,12 +33,11 @@ const ROTATE_PAUSE: Duration = Duration::from_secs(60);
 
 pub(super) struct Maintenance {
     pub(super) options: Options,
-    pub(super) db: Database,
+    pub(super) link: Link,
     pub(super) cluster: cluster::Handle,
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
     pub(super) lease: watch::Receiver<Option<Fence>>,
-    pub(super) connection: Option<Connection>,
     pub(super) drop_at: Instant,
     pub(super) rotate_at: Instant,
     /// The streams' ends at the last pass, all added up.
@@ -62,7 +61,7 @@ impl Maintenance {
                     error = &error as &dyn std::error::Error,
                     "maintenance of the streams failed"
                 );
-                (self.connection, self.ends) = (None, None);
+                self.ends = None;
             }
             pause = match ends.is_some() && self.ends == ends {
                 true => (pause * 2).min(self.options.maintenance * QUIET_FACTOR),
@@ -98,10 +97,7 @@ impl Maintenance {
     }
 
     async fn pass(&mut self) -> Result<(), store::Error> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => sql::connect_duty(&self.db).await?,
-        };
+        let mut connection = self.link.lend().await?;
         let streams = sql::load_catalogue(&mut connection).await?.streams;
         let leaves = sql::list_leaves(&mut connection).await?;
         let ends = streams.iter().map(|of| self.state.tails.last(of.id).0);
@@ -131,7 +127,7 @@ impl Maintenance {
             let dropped = self.drop_orphans(&mut connection).await;
             self.go_on(&"deleted streams", dropped)?;
         }
-        self.connection = Some(connection);
+        self.link.keep(connection);
         Ok(())
     }
 

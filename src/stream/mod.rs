@@ -45,7 +45,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Connection, Database, Link};
 use crate::supervisor::{OnEnd, Supervisor};
 
 pub use crate::domain::retention::{DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Retention};
@@ -179,17 +179,16 @@ pub async fn start(
     supervisor.spawn("stream appender", OnEnd::StopProcess, appender.run());
     let tail = tail::TailTask {
         options: options.clone(),
-        db: db.clone(),
+        link: Link::of_reader(&db).with(connection),
         cluster: cluster.clone(),
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
         appended,
         published,
-        connection: Some(connection),
     };
     supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
     let teller = hints::Teller {
-        db: db.clone(),
+        link: Link::plain(&db),
         cluster: cluster.clone(),
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
@@ -210,11 +209,10 @@ pub async fn start(
     }
     let (catalogue, jobs) = mpsc::channel(JOBS_MAX);
     let task = catalogue::CatalogueTask {
-        db: db.clone(),
+        link: Link::of_reader(&db),
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
         jobs,
-        connection: None,
     };
     supervisor.spawn("stream catalogue", OnEnd::StopProcess, task.run());
     let duty = (published_tail, options.acceptance.clone());
@@ -222,11 +220,10 @@ pub async fn start(
     let maintenance = leaves::Maintenance {
         lease: cluster.hold(leaves::LEASE.to_owned()),
         options,
-        db: db.clone(),
+        link: Link::of_duty(&db),
         cluster,
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
-        connection: None,
         drop_at: Instant::now(),
         rotate_at: Instant::now(),
         ends: None,
@@ -272,7 +269,7 @@ fn start_scheduled(
     (tail, acceptance): (mpsc::Sender<(StreamId, Offset)>, Acceptance),
 ) -> mpsc::Sender<scheduled::Job> {
     let duty = scheduled::Duty {
-        db: db.clone(),
+        link: Link::of_duty(db),
         cluster: cluster.clone(),
         state: Arc::clone(state),
         supervisor: supervisor.clone(),
@@ -282,21 +279,19 @@ fn start_scheduled(
         known: scheduled::DutyKnows::default(),
     };
     let upkeep = scheduled::Upkeep {
-        db: db.clone(),
+        link: Link::of_duty(db),
         state: Arc::clone(state),
         supervisor: supervisor.clone(),
         lease: duty.lease.clone(),
-        connection: None,
     };
     supervisor.spawn("stream schedule", OnEnd::StopProcess, duty.run());
     supervisor.spawn("stream schedule upkeep", OnEnd::StopProcess, upkeep.run());
     let (desk, jobs) = mpsc::channel(JOBS_MAX);
     let task = scheduled::Desk {
-        db: db.clone(),
+        link: Link::of_reader(db),
         state: Arc::clone(state),
         supervisor: supervisor.clone(),
         jobs,
-        connection: None,
     };
     supervisor.spawn("stream schedule desk", OnEnd::StopProcess, task.run());
     desk
@@ -312,11 +307,10 @@ fn start_readers(
     let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
     for number in 0..options.readers.max(1) {
         let reader = reader::Reader {
-            db: db.clone(),
+            link: Link::of_shared_reader(db),
             state: Arc::clone(state),
             supervisor: supervisor.clone(),
             jobs: Arc::clone(&jobs),
-            connection: None,
         };
         let name = format!("stream reader {number}");
         supervisor.spawn(name, OnEnd::StopProcess, reader.run());

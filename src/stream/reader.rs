@@ -16,7 +16,7 @@ use crate::domain::id::{Offset, StreamId, TopicId};
 use crate::domain::message::Entry;
 use crate::domain::name::TopicPattern;
 use crate::store::stream::{self as sql, Head, Slice, SliceItem};
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Link};
 use crate::supervisor::Supervisor;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
@@ -83,11 +83,10 @@ const EVENT_OVERHEAD_BYTES: usize = 256;
 
 /// One of the tasks that read.
 pub(super) struct Reader {
-    pub(super) db: Database,
+    pub(super) link: Link,
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
     pub(super) jobs: Arc<tokio::sync::Mutex<mpsc::Receiver<Job>>>,
-    pub(super) connection: Option<Connection>,
 }
 
 /// The limits of a walk over a stream.
@@ -152,7 +151,7 @@ impl Reader {
             }
             Job::CountKeys { stream } => {
                 if let Err(error) = self.count_keys(stream).await {
-                    self.connection = None;
+                    self.link.cut();
                     tracing::warn!(
                         stream = stream.0,
                         error = &error as &dyn std::error::Error,
@@ -176,16 +175,9 @@ impl Reader {
     fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
         if let Err(Error::Store(_)) = &answer {
             // Cheap to make anew, and whatever state it is in is gone with it.
-            self.connection = None;
+            self.link.cut();
         }
         let _ = reply.send(answer);
-    }
-
-    pub(super) async fn connected(&mut self) -> Result<&mut Connection, Error> {
-        if self.connection.is_none() {
-            self.connection = Some(sql::connect_shared_reader(&self.db).await?);
-        }
-        Ok(self.connection.as_mut().expect("connected just above"))
     }
 
     async fn floor(&mut self, stream: StreamId) -> Result<Offset, Error> {
@@ -193,7 +185,7 @@ impl Reader {
     }
 
     async fn head(&mut self, stream: StreamId) -> Result<Head, Error> {
-        let head = sql::find_head(self.connected().await?, stream).await?;
+        let head = sql::find_head(self.link.get().await?, stream).await?;
         head.ok_or_else(|| Error::NotFound {
             stream: stream.to_string(),
         })
@@ -203,7 +195,7 @@ impl Reader {
     pub(super) async fn bounds(&mut self, stream: StreamId) -> Result<(Offset, Offset), Error> {
         let hint = self.state.tails.last(stream);
         let floor = self.floor(stream).await?;
-        let connection = self.connected().await?;
+        let connection = self.link.get().await?;
         let top = match sql::read_top(connection, stream, hint).await? {
             None if hint > floor => sql::read_top(connection, stream, floor).await?,
             top => top,
@@ -218,7 +210,7 @@ impl Reader {
         patterns: &[TopicPattern],
     ) -> Result<Vec<TopicId>, Error> {
         let state = Arc::clone(&self.state);
-        state.topics.refresh(self.connected().await?).await?;
+        state.topics.refresh(self.link.get().await?).await?;
         Ok(state.topics.matching(patterns))
     }
 
@@ -244,7 +236,7 @@ impl Reader {
         // Skipping costs next to nothing, so only what is looked at counts.
         let mut examined = 0;
         while at < walk.through && items.len() < walk.max_items && examined < walk.max_examined {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             let ranges =
                 sql::list_match_ranges(connection, walk.stream, at, walk.through, topics).await?;
             if ranges.is_empty() {
@@ -291,7 +283,7 @@ impl Reader {
             id: None,
             limit,
         };
-        let found = sql::read_slice(self.connected().await?, &slice).await?;
+        let found = sql::read_slice(self.link.get().await?, &slice).await?;
         let examined = match found.last() {
             Some(last) if found.len() >= limit => last.offset,
             _ => end,
@@ -435,7 +427,7 @@ impl Reader {
         let mut entries = Vec::with_capacity(offsets.len());
         let state = Arc::clone(&self.state);
         for chunk in offsets.chunks(FETCH_CHUNK) {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             entries.extend(super::tail::fetch(connection, &state.topics, stream, chunk).await?);
         }
         Ok(entries)
@@ -446,7 +438,7 @@ impl Reader {
         stream: StreamId,
         offsets: &[Offset],
     ) -> Result<Vec<Attributes>, Error> {
-        let found = sql::fetch_attributes(self.connected().await?, stream, offsets).await?;
+        let found = sql::fetch_attributes(self.link.get().await?, stream, offsets).await?;
         let found = found.into_iter().map(|row| Attributes {
             offset: row.offset,
             key_hash: row.key_hash,
@@ -461,7 +453,7 @@ impl Reader {
         let mut after = top.next();
         while after.0 - before.0 > 1 {
             let middle = Offset(before.0 + (after.0 - before.0) / 2);
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             match sql::read_appended_at(connection, stream, middle).await? {
                 Some(appended_at) if appended_at >= at => after = middle,
                 // Messages that retention dropped meanwhile are older than the rest.

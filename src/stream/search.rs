@@ -48,7 +48,7 @@ impl Reader {
     ) -> Result<(Vec<SliceItem>, Option<Offset>), Error> {
         let (mut items, mut at, mut examined) = (Vec::new(), after, 0);
         while at < top && !topics.is_empty() {
-            let connection = self.connected().await?;
+            let connection = self.link.get().await?;
             let leaves = sql::list_match_ranges(connection, search.stream, at, top, topics).await?;
             if leaves.is_empty() {
                 break;
@@ -71,7 +71,7 @@ impl Reader {
                             id: search.id.as_deref(),
                             limit: left,
                         };
-                        let found = sql::read_slice(self.connected().await?, &slice).await?;
+                        let found = sql::read_slice(self.link.get().await?, &slice).await?;
                         let through = match found.last() {
                             Some(last) if found.len() >= left => last.offset,
                             _ => slice.through,

@@ -16,7 +16,7 @@ use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::{Entry, Message};
 use crate::store::stream as sql;
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Connection, Link};
 use crate::supervisor::{Backoff, Supervisor};
 
 /// Batches that wait for the slowest receiver of a stream; one further behind has lagged and reads the log.
@@ -159,14 +159,13 @@ pub(super) struct Appended {
 /// The task that passes batches on. The only one that does, so order holds.
 pub(super) struct TailTask {
     pub(super) options: Options,
-    pub(super) db: Database,
     pub(super) cluster: cluster::Handle,
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
     pub(super) appended: mpsc::Receiver<Vec<Appended>>,
     /// How far scheduled messages were published: they are passed on from the log.
     pub(super) published: mpsc::Receiver<(StreamId, Offset)>,
-    pub(super) connection: Option<Connection>,
+    pub(super) link: Link,
 }
 
 impl TailTask {
@@ -248,7 +247,6 @@ impl TailTask {
             match self.read_gap(stream, through).await {
                 Ok(()) => {}
                 Err(error) => {
-                    self.connection = None;
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
                         "reading other nodes' appends failed"
@@ -264,12 +262,12 @@ impl TailTask {
 
     async fn read_gap(&mut self, stream: StreamId, through: Offset) -> Result<(), store::Error> {
         self.state.metrics.gaps_read.inc();
-        let mut connection = self.take_connection().await?;
+        let mut connection = self.link.lend().await?;
         let after = self.state.tails.last(stream);
         let last = Offset(through.0.min(after.0 + GAP_PAGE));
         let offsets: Vec<Offset> = (after.0 + 1..=last.0).map(Offset).collect();
         let entries = fetch(&mut connection, &self.state.topics, stream, &offsets).await?;
-        self.connection = Some(connection);
+        self.link.keep(connection);
         self.publish(Batch {
             stream,
             first: after.next(),
@@ -279,16 +277,8 @@ impl TailTask {
         Ok(())
     }
 
-    async fn take_connection(&mut self) -> Result<Connection, store::Error> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => sql::connect_reader(&self.db).await,
-        }
-    }
-
     async fn look(&mut self) {
         if let Err(error) = self.poll().await {
-            self.connection = None;
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "looking for other nodes' appends failed"
@@ -298,7 +288,7 @@ impl TailTask {
 
     /// Looks for what other nodes appended, and for streams that came and went.
     async fn poll(&mut self) -> Result<(), store::Error> {
-        let mut connection = self.take_connection().await?;
+        let mut connection = self.link.lend().await?;
         // Before the heads: what is asked for by then and has none is gone, not new.
         let known = self.state.tails.known();
         let heads = sql::list_heads(&mut connection).await?;
@@ -308,7 +298,7 @@ impl TailTask {
             let top = sql::read_top(&mut connection, stream, passed).await?;
             tops.push((stream, top.unwrap_or(floor)));
         }
-        self.connection = Some(connection);
+        self.link.keep(connection);
         for (stream, top) in tops {
             self.fill(stream, top).await;
         }

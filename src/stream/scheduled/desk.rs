@@ -14,7 +14,7 @@ use crate::domain::id::{Offset, ScheduledId};
 use crate::domain::name::ScheduleName;
 use crate::domain::schedule::Declaration;
 use crate::store::stream::{self as sql, CancelledScheduled, ScheduledSlice};
-use crate::store::{Connection, Database, Patience};
+use crate::store::{Link, Patience};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
 use crate::stream::{Declared, Error, next_job};
@@ -63,11 +63,10 @@ pub(in crate::stream) enum Job {
 }
 
 pub(in crate::stream) struct Desk {
-    pub(in crate::stream) db: Database,
+    pub(in crate::stream) link: Link,
     pub(in crate::stream) state: Arc<State>,
     pub(in crate::stream) supervisor: Supervisor,
     pub(in crate::stream) jobs: mpsc::Receiver<Job>,
-    pub(in crate::stream) connection: Option<Connection>,
 }
 
 impl Desk {
@@ -123,14 +122,14 @@ impl Desk {
         let witness = self.state.witness.now();
         loop {
             // Done once more it finds what it declared.
-            let declared = match self.connected().await {
+            let declared = match self.link.get().await {
                 Ok(connection) => schedules::declare(connection, name, declaration, witness).await,
-                Err(error) => Err(error),
+                Err(error) => Err(error.into()),
             };
             match declared {
                 Err(Error::Store(error)) => {
                     // On another connection.
-                    self.connection = None;
+                    self.link.cut();
                     patience.again(error).await?;
                 }
                 declared => {
@@ -143,25 +142,25 @@ impl Desk {
 
     async fn schedule(&mut self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
         let witness = self.state.witness.now();
-        schedules::find(self.connected().await?, name, witness).await
+        schedules::find(self.link.get().await?, name, witness).await
     }
 
     async fn schedules(&mut self) -> Result<Vec<ScheduleDescription>, Error> {
         let witness = self.state.witness.now();
-        schedules::list(self.connected().await?, witness).await
+        schedules::list(self.link.get().await?, witness).await
     }
 
     async fn delete(&mut self, name: &ScheduleName) -> Result<(), Error> {
         let mut patience = Patience::default();
         loop {
-            let deleted = match self.connected().await {
+            let deleted = match self.link.get().await {
                 Ok(connection) => schedules::delete(connection, name).await,
-                Err(error) => Err(error),
+                Err(error) => Err(error.into()),
             };
             match deleted {
                 Err(Error::Store(error)) => {
                     // On another connection.
-                    self.connection = None;
+                    self.link.cut();
                     patience.again(error).await?;
                 }
                 // What is not there any more was deleted by the first try.
@@ -178,22 +177,15 @@ impl Desk {
 
     fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
         if let Err(Error::Store(_)) = &answer {
-            self.connection = None;
+            self.link.cut();
         }
         let _ = reply.send(answer);
-    }
-
-    async fn connected(&mut self) -> Result<&mut Connection, Error> {
-        if self.connection.is_none() {
-            self.connection = Some(sql::connect_reader(&self.db).await?);
-        }
-        Ok(self.connection.as_mut().expect("connected just above"))
     }
 
     /// Walks over what waits from the query's place on, as far as the bounds allow.
     async fn list(&mut self, query: &ScheduledQuery) -> Result<ScheduledPage, Error> {
         let state = Arc::clone(&self.state);
-        let connection = self.connected().await?;
+        let connection = self.link.get().await?;
         state.topics.refresh(connection).await?;
         let mut page = ScheduledPage::default();
         let mut looked_at = 0;
@@ -235,7 +227,7 @@ impl Desk {
 
     async fn find(&mut self, id: ScheduledId) -> Result<Option<Scheduled>, Error> {
         let state = Arc::clone(&self.state);
-        let connection = self.connected().await?;
+        let connection = self.link.get().await?;
         state.topics.refresh(connection).await?;
         let found = sql::find_scheduled(connection, id, |topic| state.topics.name(topic)).await?;
         Ok(found.map(|found| Scheduled {
@@ -258,16 +250,15 @@ impl Desk {
     async fn cancel(&mut self, id: ScheduledId) -> Result<Cancelled, Error> {
         let mut patience = Patience::default();
         let cancelled = loop {
-            let cancelled = match self.connected().await {
+            let cancelled = match self.link.get().await {
                 Ok(connection) => sql::cancel_scheduled(connection, id).await,
-                Err(Error::Store(error)) => Err(error),
-                Err(error) => return Err(error),
+                Err(error) => Err(error),
             };
             match cancelled {
                 Ok(cancelled) => break cancelled,
                 Err(error) => {
                     // On another connection.
-                    self.connection = None;
+                    self.link.cut();
                     patience.again(error).await?;
                 }
             }

@@ -12,7 +12,7 @@ use crate::cluster;
 use crate::domain::id::{Fence, Offset, StreamId};
 use crate::failpoint;
 use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled};
-use crate::store::{self, Connection, Database, Retry};
+use crate::store::{self, Connection, Link, Retry};
 use crate::stream::handle::State;
 use crate::supervisor::Supervisor;
 
@@ -30,7 +30,7 @@ const BATCH_BYTES: i64 = 4 << 20;
 const FILE_AHEAD: TimeDelta = TimeDelta::minutes(10);
 
 pub(in crate::stream) struct Duty {
-    pub(in crate::stream) db: Database,
+    pub(in crate::stream) link: Link,
     pub(in crate::stream) cluster: cluster::Handle,
     pub(in crate::stream) state: Arc<State>,
     pub(in crate::stream) supervisor: Supervisor,
@@ -44,8 +44,7 @@ pub(in crate::stream) struct Duty {
 /// The duty's memory between passes. All of it can be forgotten at any time.
 #[derive(Debug, Default)]
 pub(in crate::stream) struct DutyKnows {
-    connection: Option<Connection>,
-    /// The time until when publications can be filed, as far as known, and since when.
+    /// Until when publications can be filed, as far as known, and since when.
     filed: Option<(DateTime<Utc>, DateTime<Utc>)>,
     /// By stream: the last offset known, and up to where its log has leaves.
     ends: HashMap<StreamId, (Offset, Offset)>,
@@ -90,10 +89,7 @@ impl Duty {
 
     /// Publishes one batch of each stream that has something due. Returns how long there is nothing more to do.
     async fn pass(&mut self) -> Result<Duration, store::Error> {
-        let mut connection = match self.known.connection.take() {
-            Some(connection) => connection,
-            None => sql::connect_duty(&self.db).await?,
-        };
+        let mut connection = self.link.lend().await?;
         // What is accepted from here on says so itself.
         let has_changed = {
             let mut known = self.state.schedule.known();
@@ -129,7 +125,7 @@ impl Duty {
                 Err(error) => return Err(error),
             }
         }
-        self.known.connection = Some(connection);
+        self.link.keep(connection);
         if !pause.is_zero() {
             let at = self.cluster.now() + pause;
             self.state.schedule.known().next = Some(at);

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use super::OfStream;
 use crate::domain::id::Fence;
 use crate::store::stream as sql;
-use crate::store::{self, Connection, Database};
+use crate::store::{self, Connection, Link};
 use crate::stream::handle::State;
 use crate::supervisor::Supervisor;
 
@@ -21,11 +21,10 @@ const KEEP: Duration = Duration::from_secs(86_400);
 const FORGET_ROWS: i32 = 5_000;
 
 pub(in crate::stream) struct Upkeep {
-    pub(in crate::stream) db: Database,
+    pub(in crate::stream) link: Link,
     pub(in crate::stream) state: Arc<State>,
     pub(in crate::stream) supervisor: Supervisor,
     pub(in crate::stream) lease: watch::Receiver<Option<Fence>>,
-    pub(in crate::stream) connection: Option<Connection>,
 }
 
 impl Upkeep {
@@ -34,7 +33,6 @@ impl Upkeep {
             if self.lease.borrow_and_update().is_some()
                 && let Err(error) = self.pass().await
             {
-                self.connection = None;
                 self.state.metrics.scheduled_failures.inc();
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
@@ -52,10 +50,7 @@ impl Upkeep {
 
     /// Counts, makes the leaves that are missing, and empties those that are over. Each statement is a transaction of few locks.
     async fn pass(&mut self) -> Result<(), store::Error> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => sql::connect_duty(&self.db).await?,
-        };
+        let mut connection = self.link.lend().await?;
         self.count(&mut connection).await?;
         let clock = sql::read_clock(&mut connection).await?;
         let now = self.state.witness.agreed(clock);
@@ -79,7 +74,7 @@ impl Upkeep {
         while !self.supervisor.is_stopping()
             && sql::forget_scheduled(&mut connection, FORGET_ROWS).await? >= FORGET_ROWS
         {}
-        self.connection = Some(connection);
+        self.link.keep(connection);
         Ok(())
     }
 
