@@ -34,7 +34,7 @@ use crate::domain::id::Fence;
 use crate::store::cluster::BrokerIdentity;
 use crate::store::history::History;
 use crate::store::{self, Database};
-use crate::supervisor::{OnEnd, Supervisor};
+use crate::supervisor::{Lease, OnEnd, Supervisor};
 use metrics::Metrics;
 use tenure::{State, Wanted};
 pub use view::{Member, Owner, Standing, View};
@@ -373,8 +373,16 @@ impl Handle {
         receiver
     }
 
-    /// Reports that no work is under way under the last fence that the lease's watchers saw: if the lease is assigned to another
-    /// node, it can go.
+    /// As [`Handle::hold`], for a duty: it gives the lease back once no pass is under way.
+    #[must_use]
+    pub fn lease(&self, name: &'static str) -> Lease {
+        let cluster = self.clone();
+        Lease::new(name, self.hold(name.to_owned()), move || {
+            cluster.yielded(name);
+        })
+    }
+
+    /// Nothing is under way any more under the last fence that the lease's watchers saw: if it is to be another's, it can go.
     pub fn yielded(&self, lease: &str) {
         let is_yielded = self.shared.state().yielded(lease);
         if is_yielded {

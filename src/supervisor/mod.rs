@@ -2,6 +2,10 @@
 //! missing part would look healthy and deliver nothing.
 
 mod backoff;
+mod duty;
+mod report;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -13,6 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use backoff::Backoff;
+pub use duty::{Duty, Lease, Next, Routine};
+use report::Statuses;
+pub use report::{Report, State, Status};
 
 /// Spawns the tasks of one part of the process and ends them together.
 #[derive(Debug, Clone)]
@@ -21,6 +28,7 @@ pub struct Supervisor {
     stop: CancellationToken,
     failed: CancellationToken,
     running: Arc<Mutex<Names>>,
+    statuses: Statuses,
 }
 
 /// The names of tasks that run, and how many of each: there may be 10,000 connections beside 10,000 queues.
@@ -74,6 +82,7 @@ impl Supervisor {
             stop: CancellationToken::new(),
             failed: CancellationToken::new(),
             running: Arc::default(),
+            statuses: Arc::default(),
         }
     }
 
@@ -85,6 +94,7 @@ impl Supervisor {
             stop: self.stop.child_token(),
             failed: self.failed.clone(),
             running: Arc::clone(&self.running),
+            statuses: Arc::clone(&self.statuses),
         }
     }
 
