@@ -11,7 +11,7 @@ use super::call::Call;
 use super::error::Error;
 
 /// All nodes and what each holds, as seen by the node that answers.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Cluster {
     /// The number of the node that was asked.
     pub node: i64,
@@ -23,6 +23,9 @@ pub struct Cluster {
     pub slots: Vec<Slot>,
     /// The other leases: relays of origins and duties, by name.
     pub leases: Vec<Lease>,
+    /// The background work of the node that was asked, by name. Earlier brokers do not tell.
+    #[serde(default)]
+    pub duties: Vec<Duty>,
     /// The histories of the broker's database, by number. The last one is the present one.
     pub histories: Vec<History>,
 }
@@ -95,6 +98,51 @@ pub struct Held {
     pub since: Option<DateTime<Utc>>,
 }
 
+/// A piece of background work: bounded passes with pauses between them. A pass that fails is repeated.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Duty {
+    /// The name, as in the node's log.
+    pub name: String,
+    /// The lease that the duty runs under, as in [`Cluster::leases`]; None if every node runs the duty.
+    pub lease: Option<String>,
+    /// What the duty is doing.
+    pub state: DutyState,
+    /// When the duty came to this state.
+    pub since: DateTime<Utc>,
+    /// How many passes have ended, failed ones included.
+    pub passes: u64,
+    /// How many passes have failed since the last one that succeeded.
+    pub failures_in_a_row: u32,
+    /// When the last pass ended.
+    pub last_pass_at: Option<DateTime<Utc>>,
+    /// How long the last pass took.
+    pub last_pass_seconds: Option<f64>,
+    /// Why the last pass that failed did so. Kept after passes that succeed.
+    pub last_error: Option<String>,
+    /// When that pass failed.
+    pub last_error_at: Option<DateTime<Utc>>,
+    /// When the next pass begins at the latest.
+    pub next_pass_at: Option<DateTime<Utc>>,
+}
+
+/// What a duty is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum DutyState {
+    /// A pass is under way.
+    Running,
+    /// The next pass is not due.
+    Waiting,
+    /// The last pass failed and is about to be repeated.
+    Failing,
+    /// Another node holds the lease.
+    StandingBy,
+    /// A state that only a later broker knows.
+    #[serde(other)]
+    Other,
+}
+
 /// A history of the broker's database: another one begins when the database is found promoted, or restored.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct History {
@@ -143,5 +191,23 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<NodeState>(text).unwrap();
         assert_eq!(read("\"leaving\""), NodeState::Leaving);
         assert_eq!(read("\"asleep\""), NodeState::Other);
+    }
+
+    #[test]
+    fn duties_are_read_and_may_be_missing() {
+        let of = |duties: &str| {
+            let text = format!(
+                r#"{{"node": 1, "leader": null, "nodes": [], "slots": [], "leases": [], "histories": []{duties}}}"#
+            );
+            serde_json::from_str::<Cluster>(&text).unwrap().duties
+        };
+        assert_eq!(of(""), []);
+        let told = of(
+            r#", "duties": [{"name": "stream maintenance", "lease": "duty/streams", "state": "standing_by",
+                "since": "2026-01-01T00:00:00Z", "passes": 0, "failures_in_a_row": 0, "last_pass_at": null,
+                "last_pass_seconds": null, "last_error": null, "last_error_at": null, "next_pass_at": null}]"#,
+        );
+        assert_eq!(told[0].state, DutyState::StandingBy);
+        assert_eq!(told[0].lease.as_deref(), Some("duty/streams"));
     }
 }

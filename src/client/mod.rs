@@ -53,7 +53,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use self::call::Call;
-pub use self::cluster::{Cluster, Held, History, Lease, Node, NodeState, Slot};
+pub use self::cluster::{Cluster, Duty, DutyState, Held, History, Lease, Node, NodeState, Slot};
 pub use self::error::{Error, Problem, ProblemField, ProblemKind};
 pub use self::event::{Event, NewEvent, Published};
 pub use self::queue::{Declaration, Delivery, Description, Queue, Receive, Received, Status};

@@ -1,10 +1,13 @@
 //! The nodes of the broker, and what each of them holds.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::Response;
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -17,6 +20,7 @@ use crate::http::extract::Query;
 use crate::http::openapi::Reads;
 use crate::http::problem::Problem;
 use crate::http::state::State;
+use crate::supervisor::{self, Status};
 
 /// All nodes and what each holds, as seen by the node that answers.
 #[derive(Debug, Serialize, ToSchema)]
@@ -31,6 +35,8 @@ struct Cluster {
     slots: Vec<SlotNow>,
     /// The other leases: relays of origins and duties, by name.
     leases: Vec<Lease>,
+    /// The background work of the node that answers, by name.
+    duties: Vec<DutyNow>,
     /// The histories of the broker's database, by number. A new one begins when the database is found promoted, or restored into
     /// another server. The last one is current.
     histories: Vec<HistoryNow>,
@@ -51,6 +57,75 @@ struct HistoryNow {
     /// By stream, the first offset of the messages that were appended in this history. Messages that a reader had before, from that offset
     /// on, are lost, and other messages are in their place. Empty for the first history.
     first_offsets: BTreeMap<String, i64>,
+}
+
+/// A piece of background work: bounded passes with pauses between them. A pass that fails is repeated.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Duty)]
+struct DutyNow {
+    /// The name, as in the node's log.
+    #[schema(example = "stream maintenance")]
+    name: String,
+    /// The lease that the duty runs under, as in `leases`; null if every node runs the duty.
+    #[schema(example = "duty/streams")]
+    lease: Option<String>,
+    /// `running` while a pass is under way; `waiting` for the next pass; `failing` if the last pass failed and is about to be
+    /// repeated; `standing_by` while another node holds the lease.
+    state: &'static str,
+    /// When the duty came to this state.
+    #[schema(format = DateTime)]
+    since: String,
+    /// How many passes have ended, failed ones included.
+    passes: u64,
+    /// How many passes have failed since the last one that succeeded.
+    failures_in_a_row: u32,
+    /// When the last pass ended.
+    #[schema(format = DateTime)]
+    last_pass_at: Option<String>,
+    /// How long the last pass took.
+    last_pass_seconds: Option<f64>,
+    /// Why the last pass that failed did so. Kept after passes that succeed.
+    last_error: Option<String>,
+    /// When that pass failed.
+    #[schema(format = DateTime)]
+    last_error_at: Option<String>,
+    /// When the next pass begins at the latest; an event can bring it earlier. Null while a pass is under way, and if only an
+    /// event brings one.
+    #[schema(format = DateTime)]
+    next_pass_at: Option<String>,
+}
+
+impl DutyNow {
+    /// The clock that tells `now` shows the moments.
+    fn new(status: Status, (at, now): (DateTime<Utc>, Instant)) -> Self {
+        let past = |moment: Instant| {
+            let ago = TimeDelta::from_std(now.saturating_duration_since(moment));
+            wire::time(at - ago.unwrap_or_default())
+        };
+        let coming = |moment: Instant| {
+            let until = TimeDelta::from_std(moment.saturating_duration_since(now));
+            wire::time(at + until.unwrap_or_default())
+        };
+        let last_error_at = status.last_error.as_ref().map(|(at, _)| past(*at));
+        Self {
+            name: status.name.into_owned(),
+            lease: status.lease.map(Cow::into_owned),
+            state: match status.state {
+                supervisor::State::Running => "running",
+                supervisor::State::Waiting => "waiting",
+                supervisor::State::Failing => "failing",
+                supervisor::State::StandingBy => "standing_by",
+            },
+            since: past(status.since),
+            passes: status.passes,
+            failures_in_a_row: status.failures_in_a_row,
+            last_pass_at: status.last_pass.map(|(at, _)| past(at)),
+            last_pass_seconds: status.last_pass.map(|(_, took)| took.as_secs_f64()),
+            last_error: status.last_error.map(|(_, why)| why),
+            last_error_at,
+            next_pass_at: status.next_at.map(coming),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -119,7 +194,7 @@ impl Held {
 }
 
 impl Cluster {
-    fn new(view: &View, histories: Vec<HistoryNow>) -> Self {
+    fn new(view: &View, duties: Vec<DutyNow>, histories: Vec<HistoryNow>) -> Self {
         let slots_of = |node: i64| {
             let slots = view.assigned.iter();
             slots
@@ -156,6 +231,7 @@ impl Cluster {
                     held: Held::of(view, name),
                 })
                 .collect(),
+            duties,
             histories,
         }
     }
@@ -183,6 +259,9 @@ async fn describe(Extract(state): Extract<State>, query: Query) -> Result<Respon
             .map(|(stream, offset)| (stream.clone(), offset.0))
             .collect(),
     });
-    let cluster = Cluster::new(&view, histories.collect());
+    let now = (state.parts.cluster.now(), Instant::now());
+    let duties = state.supervisor.statuses().into_iter();
+    let duties = duties.map(|status| DutyNow::new(status, now));
+    let cluster = Cluster::new(&view, duties.collect(), histories.collect());
     Ok(wire::json(StatusCode::OK, &cluster))
 }
