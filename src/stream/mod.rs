@@ -268,6 +268,7 @@ fn start_scheduled(
     supervisor: &Supervisor,
     (tail, acceptance): (mpsc::Sender<(StreamId, Offset)>, Acceptance),
 ) -> mpsc::Sender<scheduled::Job> {
+    let lease = cluster.lease(scheduled::LEASE);
     let duty = scheduled::Duty {
         link: Link::of_duty(db),
         cluster: cluster.clone(),
@@ -282,10 +283,9 @@ fn start_scheduled(
         link: Link::of_duty(db),
         state: Arc::clone(state),
         supervisor: supervisor.clone(),
-        lease: duty.lease.clone(),
     };
+    upkeep.start(lease.beside());
     supervisor.spawn("stream schedule", OnEnd::StopProcess, duty.run());
-    supervisor.spawn("stream schedule upkeep", OnEnd::StopProcess, upkeep.run());
     let (desk, jobs) = mpsc::channel(JOBS_MAX);
     let task = scheduled::Desk {
         link: Link::of_reader(db),

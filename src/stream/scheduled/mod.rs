@@ -17,7 +17,7 @@ mod upkeep;
 mod wire;
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, Utc};
 use tokio::sync::Notify;
@@ -39,9 +39,9 @@ use super::metrics::Metrics;
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
     /// Wakes the duty: something is due before it meant to look again.
-    wake: Notify,
+    wake: Arc<Notify>,
     /// Wakes the upkeep: a stream has its first.
-    count: Notify,
+    count: Arc<Notify>,
     known: Mutex<Known>,
 }
 

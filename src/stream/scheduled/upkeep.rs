@@ -4,19 +4,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
-
 use super::OfStream;
-use crate::domain::id::Fence;
 use crate::store::stream as sql;
 use crate::store::{self, Connection, Link};
 use crate::stream::handle::State;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Duty, Lease, Next, Routine, Supervisor};
 
 /// How often leaves are made and emptied, and messages counted.
 const UPKEEP: Duration = Duration::from_secs(60);
 /// How long published messages are remembered, so that a late cancel learns where they went.
 const KEEP: Duration = Duration::from_secs(86_400);
+/// The pause after a failure.
+const AGAIN: Backoff = Backoff::new(Duration::from_secs(1), UPKEEP);
 /// Rows of no leaf that one statement deletes of a stream.
 const FORGET_ROWS: i32 = 5_000;
 
@@ -24,32 +23,13 @@ pub(in crate::stream) struct Upkeep {
     pub(in crate::stream) link: Link,
     pub(in crate::stream) state: Arc<State>,
     pub(in crate::stream) supervisor: Supervisor,
-    pub(in crate::stream) lease: watch::Receiver<Option<Fence>>,
 }
 
-impl Upkeep {
-    pub(in crate::stream) async fn run(mut self) {
-        while !self.supervisor.is_stopping() {
-            if self.lease.borrow_and_update().is_some()
-                && let Err(error) = self.pass().await
-            {
-                self.state.metrics.scheduled_failures.inc();
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "the upkeep of scheduled messages failed"
-                );
-            }
-            tokio::select! {
-                () = tokio::time::sleep(UPKEEP) => {}
-                () = self.state.schedule.count.notified() => {}
-                Ok(()) = self.lease.changed() => {}
-                () = self.supervisor.stopping() => {}
-            }
-        }
-    }
+impl Duty for Upkeep {
+    type Error = store::Error;
 
     /// Counts, makes the leaves that are missing, and empties those that are over. Each statement is a transaction of few locks.
-    async fn pass(&mut self) -> Result<(), store::Error> {
+    async fn pass(&mut self) -> Result<Next, store::Error> {
         let mut connection = self.link.lend().await?;
         self.count(&mut connection).await?;
         let clock = sql::read_clock(&mut connection).await?;
@@ -75,7 +55,25 @@ impl Upkeep {
             && sql::forget_scheduled(&mut connection, FORGET_ROWS).await? >= FORGET_ROWS
         {}
         self.link.keep(connection);
-        Ok(())
+        Ok(Next::Tick)
+    }
+
+    fn failed(&mut self, error: &store::Error) {
+        self.state.metrics.scheduled_failures.inc();
+        tracing::warn!(
+            error = error as &dyn std::error::Error,
+            "the upkeep of scheduled messages failed"
+        );
+    }
+}
+
+impl Upkeep {
+    pub(in crate::stream) fn start(self, lease: Lease) {
+        let routine = Routine::every(UPKEEP, "stream schedule upkeep")
+            .woken_by(&self.state.schedule.count)
+            .under(lease)
+            .backing_off(AGAIN);
+        self.supervisor.clone().start(routine, self);
     }
 
     async fn count(&self, connection: &mut Connection) -> Result<(), store::Error> {
