@@ -117,9 +117,9 @@ pub struct Duty {
     pub last_pass_at: Option<DateTime<Utc>>,
     /// How long the last pass took.
     pub last_pass_seconds: Option<f64>,
-    /// Why the last pass that failed did so. Kept after passes that succeed.
+    /// Why the last pass that failed did so, or a part of a pass, such as one stream. Kept after passes that succeed.
     pub last_error: Option<String>,
-    /// When that pass failed.
+    /// When that failed.
     pub last_error_at: Option<DateTime<Utc>>,
     /// When the next pass begins at the latest.
     pub next_pass_at: Option<DateTime<Utc>>,

@@ -269,15 +269,15 @@ fn start_scheduled(
     (tail, acceptance): (mpsc::Sender<(StreamId, Offset)>, Acceptance),
 ) -> mpsc::Sender<scheduled::Job> {
     let lease = cluster.lease(scheduled::LEASE);
-    let duty = scheduled::Duty {
+    let publisher = scheduled::Publisher {
         link: Link::of_duty(db),
         cluster: cluster.clone(),
         state: Arc::clone(state),
         supervisor: supervisor.clone(),
-        lease: cluster.hold(scheduled::LEASE.to_owned()),
         tail,
         acceptance,
-        known: scheduled::DutyKnows::default(),
+        known: scheduled::Knows::default(),
+        trouble: None,
     };
     let upkeep = scheduled::Upkeep {
         link: Link::of_duty(db),
@@ -285,7 +285,7 @@ fn start_scheduled(
         supervisor: supervisor.clone(),
     };
     upkeep.start(lease.beside());
-    supervisor.spawn("stream schedule", OnEnd::StopProcess, duty.run());
+    publisher.start(lease);
     let (desk, jobs) = mpsc::channel(JOBS_MAX);
     let task = scheduled::Desk {
         link: Link::of_reader(db),

@@ -30,6 +30,11 @@ pub trait Duty: Send + 'static {
     /// A pass failed: drops what may be stale, counts, and tells the log.
     fn failed(&mut self, error: &Self::Error);
 
+    /// Trouble of a part of the last pass that ended nothing else, such as that of one stream: for the status.
+    fn trouble(&mut self) -> Option<String> {
+        None
+    }
+
     /// Another node has the lease, looked at each tick.
     fn stands_by(&mut self) {}
 }
@@ -230,7 +235,7 @@ impl Routine {
                     Ok(next) => {
                         self.backoff.reset();
                         let pause = Pause::new(next, self.tick);
-                        report.passed(pause.longest());
+                        report.passed(pause.longest(), duty.trouble());
                         pause
                     }
                     Err(error) => {

@@ -37,7 +37,7 @@ pub struct Status {
     pub failures_in_a_row: u32,
     /// When the last pass ended, and how long it took.
     pub last_pass: Option<(Instant, Duration)>,
-    /// When a pass failed last, and why, with its causes.
+    /// When a pass or a part of one failed last, and why, with its causes.
     pub last_error: Option<(Instant, String)>,
     /// When the next pass is due at the latest. None while one is under way, and where only a wake-up brings one.
     pub next_at: Option<Instant>,
@@ -67,11 +67,14 @@ impl Report {
         status.next_at = None;
     }
 
-    /// The pass came through. The next is due after `pause` at the latest.
-    pub fn passed(&self, pause: Option<Duration>) {
+    /// The pass came through, with trouble of a part perhaps. The next is due after `pause` at the latest.
+    pub fn passed(&self, pause: Option<Duration>, trouble: Option<String>) {
         let mut status = lock(&self.status);
         status.end_pass(pause);
         status.failures_in_a_row = 0;
+        if let Some(trouble) = trouble {
+            status.last_error = Some((Instant::now(), trouble));
+        }
         status.turn(State::Waiting);
     }
 

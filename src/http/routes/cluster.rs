@@ -84,9 +84,9 @@ struct DutyNow {
     last_pass_at: Option<String>,
     /// How long the last pass took.
     last_pass_seconds: Option<f64>,
-    /// Why the last pass that failed did so. Kept after passes that succeed.
+    /// Why the last pass that failed did so, or a part of a pass, such as one stream. Kept after passes that succeed.
     last_error: Option<String>,
-    /// When that pass failed.
+    /// When that failed.
     #[schema(format = DateTime)]
     last_error_at: Option<String>,
     /// When the next pass begins at the latest; an event can bring it earlier. Null while a pass is under way, and if only an

@@ -8,9 +8,9 @@
 //! the next message that it knows of is due, and looks every half second for messages that other nodes accepted.
 
 mod desk;
-mod duty;
 mod handle;
 mod metrics;
+mod publisher;
 mod recurring;
 mod schedules;
 mod upkeep;
@@ -26,9 +26,9 @@ use crate::domain::id::{ScheduledId, StreamId};
 use crate::domain::name::StreamName;
 
 pub(super) use desk::{Desk, Job};
-pub(super) use duty::{Duty, DutyKnows, LEASE};
 pub use handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
 pub(super) use metrics::register;
+pub(super) use publisher::{Knows, LEASE, Publisher};
 pub use recurring::Acceptance;
 pub use schedules::{ScheduleDescription, ScheduleFailure, check_event};
 pub(super) use upkeep::Upkeep;

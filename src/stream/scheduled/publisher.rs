@@ -5,16 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use super::recurring::{Acceptance, Recurring};
 use crate::cluster;
-use crate::domain::id::{Fence, Offset, StreamId};
+use crate::domain::chain;
+use crate::domain::id::{Offset, StreamId};
 use crate::failpoint;
 use crate::store::stream::{self as sql, NextScheduled, PublishedScheduled};
 use crate::store::{self, Connection, Link, Retry};
 use crate::stream::handle::State;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Duty, Lease, Next, Routine, Supervisor};
 
 /// The lease of the node that publishes.
 pub(in crate::stream) const LEASE: &str = "duty/scheduled";
@@ -29,21 +30,22 @@ const BATCH_BYTES: i64 = 4 << 20;
 /// How far ahead of a publication its leaf is made.
 const FILE_AHEAD: TimeDelta = TimeDelta::minutes(10);
 
-pub(in crate::stream) struct Duty {
+pub(in crate::stream) struct Publisher {
     pub(in crate::stream) link: Link,
     pub(in crate::stream) cluster: cluster::Handle,
     pub(in crate::stream) state: Arc<State>,
     pub(in crate::stream) supervisor: Supervisor,
-    pub(in crate::stream) lease: watch::Receiver<Option<Fence>>,
-    /// The tail passes on published messages, from the log.
+    /// The tail passes on what was published, from the log.
     pub(in crate::stream) tail: mpsc::Sender<(StreamId, Offset)>,
     pub(in crate::stream) acceptance: Acceptance,
-    pub(in crate::stream) known: DutyKnows,
+    pub(in crate::stream) known: Knows,
+    /// Of one stream.
+    pub(in crate::stream) trouble: Option<String>,
 }
 
 /// The duty's memory between passes. All of it can be forgotten at any time.
 #[derive(Debug, Default)]
-pub(in crate::stream) struct DutyKnows {
+pub(in crate::stream) struct Knows {
     /// Until when publications can be filed, as far as known, and since when.
     filed: Option<(DateTime<Utc>, DateTime<Utc>)>,
     /// By stream: the last offset known, and up to where its log has leaves.
@@ -51,44 +53,11 @@ pub(in crate::stream) struct DutyKnows {
     recurring: Recurring,
 }
 
-impl Duty {
-    pub(in crate::stream) async fn run(mut self) {
-        while !self.supervisor.is_stopping() {
-            let mut pause = POLL;
-            if self.lease.borrow_and_update().is_some() {
-                match self.pass().await {
-                    Ok(until_next) => pause = until_next,
-                    Err(error) => {
-                        self.note_failure(&error);
-                        self.known = DutyKnows::default();
-                    }
-                }
-            } else {
-                self.state.schedule.forget();
-                self.cluster.yielded(LEASE);
-            }
-            if pause.is_zero() {
-                continue;
-            }
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.state.schedule.wake.notified() => {}
-                Ok(()) = self.lease.changed() => {}
-                () = self.supervisor.stopping() => {}
-            }
-        }
-    }
+impl Duty for Publisher {
+    type Error = store::Error;
 
-    fn note_failure(&self, error: &store::Error) {
-        self.state.metrics.scheduled_failures.inc();
-        tracing::warn!(
-            error = error as &dyn std::error::Error,
-            "publishing scheduled messages failed"
-        );
-    }
-
-    /// Publishes one batch of each stream that has something due. Returns how long there is nothing more to do.
-    async fn pass(&mut self) -> Result<Duration, store::Error> {
+    /// Publishes one batch of each stream that has something due.
+    async fn pass(&mut self) -> Result<Next, store::Error> {
         let mut connection = self.link.lend().await?;
         // What is accepted from here on says so itself.
         let has_changed = {
@@ -130,7 +99,39 @@ impl Duty {
             let at = self.cluster.now() + pause;
             self.state.schedule.known().next = Some(at);
         }
-        Ok(pause)
+        Ok(Next::Within(pause))
+    }
+
+    fn failed(&mut self, error: &store::Error) {
+        self.note_failure(error);
+        self.known = Knows::default();
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        self.trouble.take()
+    }
+
+    fn stands_by(&mut self) {
+        self.state.schedule.forget();
+    }
+}
+
+impl Publisher {
+    pub(in crate::stream) fn start(self, lease: Lease) {
+        let routine = Routine::every(POLL, "stream schedule")
+            .woken_by(&self.state.schedule.wake)
+            .under(lease)
+            .backing_off(Backoff::constant(POLL));
+        self.supervisor.clone().start(routine, self);
+    }
+
+    fn note_failure(&mut self, error: &store::Error) {
+        self.trouble = Some(chain(error));
+        self.state.metrics.scheduled_failures.inc();
+        tracing::warn!(
+            error = error as &dyn std::error::Error,
+            "publishing scheduled messages failed"
+        );
     }
 
     /// Publishes a batch. Whether there may be more.
