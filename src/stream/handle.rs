@@ -60,9 +60,9 @@ pub(super) struct State {
     pub(super) limits: Limits,
     pub(super) leaf_sizes: LeafSizes,
     /// Wakes the maintenance before its tick: a log's end comes near.
-    pub(super) maintain: Notify,
+    pub(super) maintain: Arc<Notify>,
     /// For other nodes to hear.
-    pub(super) appended_here: Notify,
+    pub(super) appended_here: Arc<Notify>,
     /// As was heard from them.
     pub(super) appended_elsewhere: Notify,
     pub(super) schedule: scheduled::Schedule,

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use tokio::sync::watch;
 
 use super::Options;
 use super::handle::State;
 use super::leaf_sizes::{next_size, size_for_kept, size_within};
 use super::limits::Unsettled;
 use crate::cluster;
-use crate::domain::id::{Fence, Offset};
+use crate::domain::chain;
+use crate::domain::id::Offset;
 use crate::failpoint;
 use crate::store::stream::{self as sql, Emptied, EmptyLeaf, Leaf, StreamRow};
 use crate::store::{self, Connection, Link};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Duty, Lease, Next, Routine, Supervisor};
 
 /// Without appends, the pause between passes grows to this many times the usual one.
 const QUIET_FACTOR: u32 = 4;
@@ -37,43 +37,62 @@ pub(super) struct Maintenance {
     pub(super) cluster: cluster::Handle,
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
-    pub(super) lease: watch::Receiver<Option<Fence>>,
     pub(super) drop_at: Instant,
     pub(super) rotate_at: Instant,
     /// The streams' ends at the last pass, all added up.
     pub(super) ends: Option<i64>,
     /// The node's clock and the database's were apart at the last look.
     pub(super) is_apart: bool,
+    /// The pause after passes between which nothing was appended.
+    pub(super) quiet: Backoff,
+    /// Of one stream, or of one part of a pass.
+    pub(super) trouble: Option<String>,
+}
+
+impl Duty for Maintenance {
+    type Error = store::Error;
+
+    async fn pass(&mut self) -> Result<Next, store::Error> {
+        self.watch_clocks();
+        let ends = self.ends;
+        self.keep_all().await?;
+        if ends.is_none() || self.ends != ends {
+            self.quiet.reset();
+        }
+        Ok(Next::Within(self.quiet.next_pause()))
+    }
+
+    fn failed(&mut self, error: &store::Error) {
+        self.ends = None;
+        self.state.metrics.maintenance_failures.inc();
+        tracing::warn!(
+            error = error as &dyn std::error::Error,
+            "maintenance of the streams failed"
+        );
+    }
+
+    fn trouble(&mut self) -> Option<String> {
+        self.trouble.take()
+    }
+
+    fn stands_by(&mut self) {
+        self.watch_clocks();
+    }
 }
 
 impl Maintenance {
-    pub(super) async fn run(mut self) {
-        let mut pause = self.options.maintenance;
-        while !self.supervisor.is_stopping() {
-            self.watch_clocks();
-            let ends = self.ends;
-            let is_held = self.lease.borrow_and_update().is_some();
-            if !is_held {
-                self.cluster.yielded(LEASE);
-            } else if let Err(error) = self.pass().await {
-                self.state.metrics.maintenance_failures.inc();
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "maintenance of the streams failed"
-                );
-                self.ends = None;
-            }
-            pause = match ends.is_some() && self.ends == ends {
-                true => (pause * 2).min(self.options.maintenance * QUIET_FACTOR),
-                false => self.options.maintenance,
-            };
-            tokio::select! {
-                Ok(()) = self.lease.changed() => {}
-                () = tokio::time::sleep(pause) => {}
-                () = self.state.maintain.notified() => {}
-                () = self.supervisor.stopping() => {}
-            }
-        }
+    pub(super) fn start(self, lease: Lease) {
+        let every = self.options.maintenance;
+        let routine = Routine::every(every, "stream maintenance")
+            .woken_by(&self.state.maintain)
+            .under(lease)
+            .backing_off(Self::quiet(every));
+        self.supervisor.clone().start(routine, self);
+    }
+
+    /// The pauses while nothing is appended, where passes are this far apart otherwise.
+    pub(super) fn quiet(every: Duration) -> Backoff {
+        Backoff::new(every, every * QUIET_FACTOR)
     }
 
     /// Logs when the two clocks disagree, and when they agree again.
@@ -96,7 +115,7 @@ impl Maintenance {
         }
     }
 
-    async fn pass(&mut self) -> Result<(), store::Error> {
+    async fn keep_all(&mut self) -> Result<(), store::Error> {
         let mut connection = self.link.lend().await?;
         let streams = sql::load_catalogue(&mut connection).await?.streams;
         let leaves = sql::list_leaves(&mut connection).await?;
@@ -133,7 +152,7 @@ impl Maintenance {
 
     /// One duty of the pass that fails does not end it, unless the connection is lost.
     fn go_on<T>(
-        &self,
+        &mut self,
         what: &dyn std::fmt::Display,
         done: Result<T, store::Error>,
     ) -> Result<Option<T>, store::Error> {
@@ -143,6 +162,7 @@ impl Maintenance {
             // The next pass tries again.
             Err(error) if error.is_held() => Ok(None),
             Err(error) => {
+                self.trouble = Some(format!("{what}: {}", chain(&error)));
                 self.state.metrics.maintenance_failures.inc();
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
@@ -161,7 +181,7 @@ impl Maintenance {
 
     /// All duties of one stream. Returns how many leaves could not be emptied.
     async fn keep(
-        &self,
+        &mut self,
         connection: &mut Connection,
         stream: &StreamRow,
         own: &[&Leaf],

@@ -143,8 +143,8 @@ pub async fn start(
         topics: topics::Topics::default(),
         limits: limits::Limits::default(),
         leaf_sizes: leaf_sizes::LeafSizes::new(options.leaf_offsets),
-        maintain: Notify::new(),
-        appended_here: Notify::new(),
+        maintain: Arc::default(),
+        appended_here: Arc::default(),
         appended_elsewhere: Notify::new(),
         schedule: scheduled::Schedule::default(),
         witness: witness::Witness::new(options.clock_lead),
@@ -217,8 +217,9 @@ pub async fn start(
     supervisor.spawn("stream catalogue", OnEnd::StopProcess, task.run());
     let duty = (published_tail, options.acceptance.clone());
     let desk = start_scheduled(&db, &cluster, &state, supervisor, duty);
+    let lease = cluster.lease(leaves::LEASE);
     let maintenance = leaves::Maintenance {
-        lease: cluster.hold(leaves::LEASE.to_owned()),
+        quiet: leaves::Maintenance::quiet(options.maintenance),
         options,
         link: Link::of_duty(&db),
         cluster,
@@ -228,8 +229,9 @@ pub async fn start(
         rotate_at: Instant::now(),
         ends: None,
         is_apart: false,
+        trouble: None,
     };
-    supervisor.spawn("stream maintenance", OnEnd::StopProcess, maintenance.run());
+    maintenance.start(lease);
     let shared = Shared {
         db,
         appends,
