@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use super::handle::State;
 use crate::cluster;
+use crate::domain::chain;
 use crate::store::hint::{Hints, tell_appended};
-use crate::store::{Database, Link};
-use crate::supervisor::Supervisor;
+use crate::store::{self, Database, Link};
+use crate::supervisor::{Backoff, Duty, Next, Routine, Supervisor};
 
 /// The least time between two notices.
 const BETWEEN: Duration = Duration::from_millis(5);
@@ -20,40 +21,38 @@ pub(super) struct Teller {
     pub(super) link: Link,
     pub(super) cluster: cluster::Handle,
     pub(super) state: Arc<State>,
-    pub(super) supervisor: Supervisor,
 }
 
 impl Teller {
-    pub(super) async fn run(mut self) {
-        loop {
-            tokio::select! {
-                () = self.state.appended_here.notified() => {}
-                () = self.supervisor.stopping() => return,
-            }
-            if !self.cluster.view().has_peers() {
-                continue;
-            }
-            let told = async {
-                let connection = self.link.get().await?;
-                tell_appended(connection, self.cluster.incarnation()).await
-            };
-            let pause = match told.await {
-                Ok(()) => BETWEEN,
-                Err(error) => {
-                    tracing::debug!(
-                        error = &error as &dyn std::error::Error,
-                        "sending a notice to other nodes failed"
-                    );
-                    self.link.cut();
-                    AGAIN
-                }
-            };
-            tokio::time::sleep(pause).await;
-        }
+    pub(super) fn start(self, supervisor: &Supervisor) {
+        let routine = Routine::every(BETWEEN, "stream teller")
+            .woken_by(&self.state.appended_here)
+            .backing_off(Backoff::constant(AGAIN));
+        supervisor.start(routine, self);
     }
 }
 
-/// Hears of other nodes' appends.
+impl Duty for Teller {
+    type Error = store::Error;
+
+    async fn pass(&mut self) -> Result<Next, store::Error> {
+        if self.cluster.view().has_peers() {
+            let incarnation = self.cluster.incarnation();
+            tell_appended(self.link.get().await?, incarnation).await?;
+        }
+        Ok(Next::Woken(BETWEEN))
+    }
+
+    fn failed(&mut self, error: &store::Error) {
+        self.link.cut();
+        tracing::debug!(
+            error = error as &dyn std::error::Error,
+            "sending a notice to other nodes failed"
+        );
+    }
+}
+
+/// Hears of other nodes' appends. A loop of its own: it waits on a connection for what others say, as long as that lasts.
 pub(super) struct Listener {
     pub(super) db: Database,
     pub(super) cluster: cluster::Handle,
@@ -69,8 +68,11 @@ impl Listener {
             () = self.supervisor.stopping() => return,
         }
         drop(views);
+        let report = self.supervisor.report("stream listener", None);
         while !self.supervisor.is_stopping() {
+            report.begins();
             if let Err(error) = self.listen().await {
+                report.failed(chain(&error), AGAIN);
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
                     "listening for notices of other nodes failed"
@@ -83,7 +85,7 @@ impl Listener {
         }
     }
 
-    async fn listen(&self) -> Result<(), crate::store::Error> {
+    async fn listen(&self) -> Result<(), store::Error> {
         let mut hints = Hints::listen(&self.db).await?;
         loop {
             // Dropped at the end only, with its connection.

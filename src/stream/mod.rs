@@ -191,9 +191,8 @@ pub async fn start(
         link: Link::plain(&db),
         cluster: cluster.clone(),
         state: Arc::clone(&state),
-        supervisor: supervisor.clone(),
     };
-    supervisor.spawn("stream teller", OnEnd::StopProcess, teller.run());
+    teller.start(supervisor);
     let listener = hints::Listener {
         db: db.clone(),
         cluster: cluster.clone(),
