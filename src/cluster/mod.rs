@@ -34,7 +34,7 @@ use crate::domain::id::Fence;
 use crate::store::cluster::BrokerIdentity;
 use crate::store::history::History;
 use crate::store::{self, Database};
-use crate::supervisor::{Lease, OnEnd, Supervisor};
+use crate::supervisor::{Lease, Supervisor};
 use metrics::Metrics;
 use tenure::{State, Wanted};
 pub use view::{Member, Owner, Standing, View};
@@ -119,7 +119,7 @@ struct Shared {
     pulse: Mutex<Pulse>,
     state: Mutex<State>,
     view: watch::Sender<Arc<View>>,
-    wake: Notify,
+    wake: Arc<Notify>,
     metrics: Metrics,
     /// The time when the leader last looked at the loads.
     evened_at: Mutex<Instant>,
@@ -227,7 +227,7 @@ pub async fn start(
             }),
             state: Mutex::new(State::new(inherited, asked + options.ttl)),
             view: watch::Sender::new(Arc::new(view)),
-            wake: Notify::new(),
+            wake: Arc::default(),
             metrics,
             evened_at: Mutex::new(asked),
         }),
@@ -237,9 +237,8 @@ pub async fn start(
         db,
         (connection, observer),
         Arc::clone(&handle.shared),
-        supervisor.clone(),
     );
-    supervisor.spawn("cluster heartbeat", OnEnd::StopProcess, task.run());
+    task.start(supervisor);
     Ok(handle)
 }
 

@@ -12,7 +12,7 @@ use crate::domain::id::Fence;
 use crate::failpoint;
 use crate::store::cluster::Sign;
 use crate::store::{self, Connection, Database, Link};
-use crate::supervisor::{Backoff, Supervisor};
+use crate::supervisor::{Backoff, Duty, Next, Routine, Supervisor};
 
 /// The pause before connecting again.
 const RECONNECT: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(1));
@@ -29,12 +29,33 @@ pub(super) struct Heartbeat {
     /// The view of the last heartbeat, and when the next one is due.
     last: Option<(Arc<View>, Instant)>,
     shared: Arc<Shared>,
-    supervisor: Supervisor,
 }
 
 /// Whole milliseconds.
 pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Duty for Heartbeat {
+    type Error = store::Error;
+
+    async fn pass(&mut self) -> Result<Next, store::Error> {
+        let pause = self.renew().await?;
+        self.show_trust();
+        Ok(Next::Within(pause))
+    }
+
+    fn failed(&mut self, error: &store::Error) {
+        self.shared.metrics.heartbeat_failures.inc();
+        tracing::warn!(error = error as &dyn std::error::Error, "heartbeat failed");
+        self.explain(error);
+        self.link.heed(error);
+        self.show_trust();
+    }
+
+    async fn end(&mut self) {
+        self.retire().await;
+    }
 }
 
 impl Heartbeat {
@@ -43,7 +64,6 @@ impl Heartbeat {
         db: Database,
         (connection, observer): (Connection, Observer),
         shared: Arc<Shared>,
-        supervisor: Supervisor,
     ) -> Self {
         Self {
             options,
@@ -52,43 +72,19 @@ impl Heartbeat {
             observer,
             last: None,
             shared,
-            supervisor,
         }
     }
 
-    pub(super) async fn run(mut self) {
-        let mut backoff = RECONNECT;
-        while !self.supervisor.is_stopping() {
-            let wait = match self.pass().await {
-                Ok(wait) => {
-                    backoff.reset();
-                    wait
-                }
-                Err(error) => {
-                    self.shared.metrics.heartbeat_failures.inc();
-                    tracing::warn!(error = &error as &dyn std::error::Error, "heartbeat failed");
-                    self.explain(&error);
-                    self.link.heed(&error);
-                    backoff.next_pause()
-                }
-            };
-            let is_trusted = Instant::now() < self.shared.state().trusted_until;
-            self.shared.metrics.trusted.set(i64::from(is_trusted));
-            if self.link.is_up() {
-                tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
-                    () = self.shared.wake.notified() => {}
-                    () = self.supervisor.stopping() => {}
-                }
-            } else {
-                // A wake-up must not shorten the pause between attempts to connect.
-                tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
-                    () = self.supervisor.stopping() => {}
-                }
-            }
-        }
-        self.retire().await;
+    pub(super) fn start(self, supervisor: &Supervisor) {
+        let routine = Routine::every(self.options.heartbeat, "cluster heartbeat")
+            .woken_by(&self.shared.wake)
+            .backing_off(RECONNECT);
+        supervisor.start(routine, self);
+    }
+
+    fn show_trust(&self) {
+        let is_trusted = Instant::now() < self.shared.state().trusted_until;
+        self.shared.metrics.trusted.set(i64::from(is_trusted));
     }
 
     /// Keeps the reason why the heartbeat failed, for callers that ask whether writes come through.
@@ -113,7 +109,7 @@ impl Heartbeat {
     }
 
     /// Gives how long there is nothing more to do.
-    async fn pass(&mut self) -> Result<Duration, store::Error> {
+    async fn renew(&mut self) -> Result<Duration, store::Error> {
         if let Some(view) = self.still_good()
             && let Some(pause) = self.make_do(&view).await?
         {

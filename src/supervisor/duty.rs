@@ -37,6 +37,11 @@ pub trait Duty: Send + 'static {
 
     /// Another node has the lease, looked at each tick.
     fn stands_by(&mut self) {}
+
+    /// The stop, after the last pass.
+    fn end(&mut self) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
 }
 
 /// When the next pass is due.
@@ -255,6 +260,7 @@ impl Routine {
             };
             self.wait(pause, &supervisor).await;
         }
+        duty.end().await;
     }
 }
 
