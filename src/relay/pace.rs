@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use super::Options;
+use crate::supervisor::Backoff;
 
 /// Rows count for about so long.
 const MEMORY: Duration = Duration::from_millis(50);
@@ -23,7 +24,7 @@ pub(super) struct Pace {
     recent: f64,
     stepped_at: Instant,
     /// The pause after the next step that finds nothing.
-    idle: Duration,
+    idle: Backoff,
 }
 
 impl Pace {
@@ -31,7 +32,7 @@ impl Pace {
         Self {
             recent: 0.0,
             stepped_at: now,
-            idle: options.poll_min,
+            idle: Backoff::new(options.poll_min, options.poll_max),
         }
     }
 
@@ -46,11 +47,9 @@ impl Pace {
         self.stepped_at = now;
         self.recent *= (-since.as_secs_f64() / MEMORY.as_secs_f64()).exp();
         if rows == 0 {
-            let pause = self.idle;
-            self.idle = (pause * 2).min(options.poll_max);
-            return Some(pause);
+            return Some(self.idle.next_pause());
         }
-        self.idle = options.poll_min;
+        self.idle.reset();
         self.recent += f64::from(u32::try_from(rows).unwrap_or(u32::MAX));
         let is_shared = self.recent > MANY && rows * PAGE_PART < options.page_rows;
         is_shared.then_some(SHARED)

@@ -180,6 +180,7 @@ pub async fn start(
     let tail = tail::TailTask {
         options: options.clone(),
         link: Link::of_reader(&db).with(connection),
+        report: supervisor.report("stream tail", None),
         cluster: cluster.clone(),
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),

@@ -13,11 +13,12 @@ use super::handle::State;
 use super::request::{Batch, key_hash};
 use super::topics::Topics;
 use crate::cluster;
+use crate::domain::chain;
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::{Entry, Message};
 use crate::store::stream as sql;
 use crate::store::{self, Connection, Link};
-use crate::supervisor::{Backoff, Supervisor};
+use crate::supervisor::{Backoff, Report, Supervisor};
 
 /// Batches that wait for the slowest receiver of a stream; one further behind has lagged and reads the log.
 const TAIL_MAX_BATCHES: usize = 256;
@@ -156,7 +157,8 @@ pub(super) struct Appended {
     pub(super) messages: Vec<Message>,
 }
 
-/// The task that passes batches on. The only one that does, so order holds.
+/// The task that passes batches on. The only one that does, so order holds; that is why it is a loop of its own and not a duty beside
+/// another.
 pub(super) struct TailTask {
     pub(super) options: Options,
     pub(super) cluster: cluster::Handle,
@@ -166,6 +168,7 @@ pub(super) struct TailTask {
     /// How far scheduled messages were published: they are passed on from the log.
     pub(super) published: mpsc::Receiver<(StreamId, Offset)>,
     pub(super) link: Link,
+    pub(super) report: Report,
 }
 
 impl TailTask {
@@ -254,7 +257,9 @@ impl TailTask {
                     if self.supervisor.is_stopping() {
                         return;
                     }
-                    backoff.wait().await;
+                    let pause = backoff.next_pause();
+                    self.report.failed(chain(&error), pause);
+                    tokio::time::sleep(pause).await;
                 }
             }
         }
@@ -278,11 +283,16 @@ impl TailTask {
     }
 
     async fn look(&mut self) {
-        if let Err(error) = self.poll().await {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "looking for other nodes' appends failed"
-            );
+        self.report.begins();
+        match self.poll().await {
+            Ok(()) => self.report.passed(Some(self.options.poll), None),
+            Err(error) => {
+                self.report.failed(chain(&error), self.options.poll);
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "looking for other nodes' appends failed"
+                );
+            }
         }
     }
 

@@ -19,11 +19,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::domain::chain;
 use crate::domain::message::Message;
 use crate::domain::name::TopicPattern;
 use crate::store::topic::{self as sql, Declared as Stored, SettingsRow};
 use crate::store::{self, Database};
-use crate::supervisor::{OnEnd, Supervisor};
+use crate::supervisor::{OnEnd, Report, Supervisor};
 
 use asking::{Asking, Most, Question, Stopped};
 
@@ -34,6 +35,7 @@ pub use schema::{MISMATCHES_MAX, Mismatch, SCHEMA_MAX_BYTES, Schema};
 pub const SETTINGS_MAX_COUNT: usize = 1_000;
 /// How often a node looks for what others changed.
 const POLL: Duration = Duration::from_secs(1);
+const NAME: &str = "topic settings";
 /// Jobs that wait.
 const JOBS_MAX: usize = 256;
 /// The bound on payloads that are checked where they come in: steps and bytes in all.
@@ -321,7 +323,7 @@ pub async fn start(db: Database, supervisor: &Supervisor) -> Result<Handle, Erro
         rules,
         asking: asking.clone(),
     };
-    supervisor.spawn("topic settings", OnEnd::StopProcess, task.run(inbox));
+    supervisor.spawn(NAME, OnEnd::StopProcess, task.run(inbox));
     Ok(Handle {
         rules: watched,
         jobs,
@@ -329,6 +331,7 @@ pub async fn start(db: Database, supervisor: &Supervisor) -> Result<Handle, Erro
     })
 }
 
+/// A loop of its own, not a duty: jobs and looks at the table change one thing, in turn.
 struct Task {
     db: Database,
     supervisor: Supervisor,
@@ -338,12 +341,13 @@ struct Task {
 
 impl Task {
     async fn run(self, mut inbox: mpsc::Receiver<Job>) {
+        let report = self.supervisor.report(NAME, None);
         loop {
             let job = tokio::select! {
                 job = inbox.recv() => job,
                 () = self.supervisor.stopping() => return,
                 () = tokio::time::sleep(POLL) => {
-                    self.poll().await;
+                    self.poll(&report).await;
                     continue;
                 }
             };
@@ -364,15 +368,20 @@ impl Task {
         }
     }
 
-    async fn poll(&self) {
+    async fn poll(&self, report: &Report) {
+        report.begins();
         let version = self.rules.borrow().version;
         let looked = match sql::read_version(&self.db).await {
-            Ok(found) if found == version => return,
+            Ok(found) if found == version => Ok(()),
             Ok(_) => self.reload().await.map(|_| ()),
             Err(error) => Err(error.into()),
         };
-        if let Err(error) = looked {
-            tracing::debug!(error = %error, "reading the topic settings failed; the current ones stay");
+        match looked {
+            Ok(()) => report.passed(Some(POLL), None),
+            Err(error) => {
+                report.failed(chain(&error), POLL);
+                tracing::debug!(error = %error, "reading the topic settings failed; the current ones stay");
+            }
         }
     }
 
