@@ -238,11 +238,7 @@ pub async fn start(
             status,
             session: Mutex::default(),
         };
-        supervisor.spawn(
-            format!("relay/{}", origin.name),
-            OnEnd::StopProcess,
-            relay.run(),
-        );
+        supervisor.spawn(relay.task_name(), OnEnd::StopProcess, relay.run());
     }
     let (jobs, inbox) = mpsc::channel(64);
     let desk = rejected::Desk {

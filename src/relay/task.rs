@@ -2,6 +2,7 @@
 //! amiss. Whatever it is, the session is dropped and the loop begins again from the stored position: nothing that was only
 //! in memory outlives a session, since a snapshot without a mark behind it says nothing about a server that restarted.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use crate::domain::name::OriginName;
 use crate::store::origin::{Backend, Session};
 use crate::store::relay::Recovered;
 use crate::store::{self, Database};
-use crate::supervisor::Backoff;
+use crate::supervisor::{Backoff, Report};
 use crate::{cluster, stream, supervisor, topic};
 
 /// How often folds, history and rotation are looked at.
@@ -90,12 +91,14 @@ impl Relay {
         let mut lease = self.cluster.hold(self.id.lease_name());
         let mut retry = Backoff::new(RETRY_MIN, self.options.retry_max);
         let mut caution = Caution::new(self.options.manifest_rows);
+        let report = self.report();
         loop {
             let fence = lease.borrow_and_update().clone();
             let trouble = match fence {
                 Some(fence) => {
-                    let held = self.hold_session(&fence, &lease, &mut retry, &mut caution);
-                    held.await
+                    report.begins();
+                    let told = (&mut retry, &report);
+                    self.hold_session(&fence, &lease, told, &mut caution).await
                 }
                 None => Trouble::LeaseLost,
             };
@@ -105,6 +108,7 @@ impl Relay {
                 Trouble::LeaseLost if lease.borrow().is_none() => {
                     // Nothing is under way: if the lease is assigned to another node, it can go.
                     self.cluster.yielded(&self.id.lease_name());
+                    report.stands_by();
                     tokio::select! {
                         changed = lease.changed() => if changed.is_err() {
                             self.supervisor.stopping().await;
@@ -116,15 +120,27 @@ impl Relay {
                         break;
                     }
                 }
-                _ => {
+                trouble => {
+                    let pause = jittered(retry.next_pause());
+                    report.failed(trouble.describe(), pause);
                     tokio::select! {
-                        () = tokio::time::sleep(jittered(retry.next_pause())) => {}
+                        () = tokio::time::sleep(pause) => {}
                         () = self.supervisor.stopping() => {}
                     }
                 }
             }
         }
         self.cluster.release(&self.id.lease_name());
+    }
+
+    /// Where its sessions say how they are doing, as duties do. (The states of a relay say more: `GET /v1/origins`.)
+    fn report(&self) -> Report {
+        let lease = Cow::from(self.id.lease_name());
+        self.supervisor.report(self.task_name(), Some(lease))
+    }
+
+    pub(super) fn task_name(&self) -> String {
+        format!("relay/{}", self.name)
     }
 
     fn note(&self, trouble: &Trouble) {
@@ -177,14 +193,14 @@ impl Relay {
         &self,
         fence: &Fence,
         lease: &watch::Receiver<Option<Fence>>,
-        retry: &mut Backoff,
+        told: (&mut Backoff, &Report),
         caution: &mut Caution,
     ) -> Trouble {
         let mut run = match self.begin(fence, caution).await {
             Ok(run) => run,
             Err(trouble) => return self.told(trouble, fence),
         };
-        let trouble = run.steps(lease.clone(), retry).await;
+        let trouble = run.steps(lease.clone(), told).await;
         self.told(trouble, fence)
     }
 
@@ -261,11 +277,12 @@ impl Run<'_> {
     async fn steps(
         &mut self,
         mut lease: watch::Receiver<Option<Fence>>,
-        retry: &mut Backoff,
+        (retry, report): (&mut Backoff, &Report),
     ) -> Trouble {
         let options = &self.relay.options;
         let mut pace = Pace::new(options, Instant::now());
         let mut upkeep_at = Instant::now();
+        let mut has_stepped = false;
         loop {
             if self.relay.supervisor.is_stopping() {
                 return Trouble::Stopping;
@@ -283,6 +300,9 @@ impl Run<'_> {
                 Err(trouble) => return trouble,
             };
             retry.reset();
+            if !std::mem::replace(&mut has_stepped, true) {
+                report.recovered();
+            }
             self.relay.set_state(State::Running, None);
             if Instant::now() >= upkeep_at {
                 if let Err(trouble) = self.upkeep().await {

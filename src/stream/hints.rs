@@ -9,7 +9,7 @@ use crate::cluster;
 use crate::domain::chain;
 use crate::store::hint::{Hints, tell_appended};
 use crate::store::{self, Database, Link};
-use crate::supervisor::{Backoff, Duty, Next, Routine, Supervisor};
+use crate::supervisor::{Backoff, Duty, Next, Report, Routine, Supervisor};
 
 /// The least time between two notices.
 const BETWEEN: Duration = Duration::from_millis(5);
@@ -71,7 +71,7 @@ impl Listener {
         let report = self.supervisor.report("stream listener", None);
         while !self.supervisor.is_stopping() {
             report.begins();
-            if let Err(error) = self.listen().await {
+            if let Err(error) = self.listen(&report).await {
                 report.failed(chain(&error), AGAIN);
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
@@ -85,8 +85,9 @@ impl Listener {
         }
     }
 
-    async fn listen(&self) -> Result<(), store::Error> {
+    async fn listen(&self, report: &Report) -> Result<(), store::Error> {
         let mut hints = Hints::listen(&self.db).await?;
+        report.recovered();
         loop {
             // Dropped at the end only, with its connection.
             let from = tokio::select! {

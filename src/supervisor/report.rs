@@ -78,6 +78,11 @@ impl Report {
         status.turn(State::Waiting);
     }
 
+    /// A pass that lasts has got to where those before it failed.
+    pub fn recovered(&self) {
+        lock(&self.status).failures_in_a_row = 0;
+    }
+
     /// The pass failed. The next is due after `pause`.
     pub fn failed(&self, why: String, pause: Duration) {
         let mut status = lock(&self.status);

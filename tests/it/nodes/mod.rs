@@ -2,6 +2,7 @@
 //! every node answers every request, and what one node has handed out another one settles.
 
 mod api;
+mod duties;
 mod hand_over;
 mod load;
 mod many;
