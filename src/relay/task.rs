@@ -97,8 +97,8 @@ impl Relay {
             let trouble = match fence {
                 Some(fence) => {
                     report.begins();
-                    let told = (&mut retry, &report);
-                    self.hold_session(&fence, &lease, told, &mut caution).await
+                    let held = self.hold_session(&fence, &lease, &mut retry, &report, &mut caution);
+                    held.await
                 }
                 None => Trouble::LeaseLost,
             };
@@ -193,14 +193,15 @@ impl Relay {
         &self,
         fence: &Fence,
         lease: &watch::Receiver<Option<Fence>>,
-        told: (&mut Backoff, &Report),
+        retry: &mut Backoff,
+        report: &Report,
         caution: &mut Caution,
     ) -> Trouble {
         let mut run = match self.begin(fence, caution).await {
             Ok(run) => run,
             Err(trouble) => return self.told(trouble, fence),
         };
-        let trouble = run.steps(lease.clone(), told).await;
+        let trouble = run.steps(lease.clone(), retry, report).await;
         self.told(trouble, fence)
     }
 
@@ -277,7 +278,8 @@ impl Run<'_> {
     async fn steps(
         &mut self,
         mut lease: watch::Receiver<Option<Fence>>,
-        (retry, report): (&mut Backoff, &Report),
+        retry: &mut Backoff,
+        report: &Report,
     ) -> Trouble {
         let options = &self.relay.options;
         let mut pace = Pace::new(options, Instant::now());
