@@ -2,6 +2,7 @@
 //! missing part would look healthy and deliver nothing.
 
 mod backoff;
+mod desk;
 mod duty;
 mod report;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use backoff::Backoff;
+pub use desk::{Closed, Desk, Work};
 pub use duty::{Duty, Lease, Next, Routine};
 use report::Statuses;
 pub use report::{Report, State, Status};

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::{Backoff, Duty, Lease, Next, Routine, State, Status, Supervisor};
+use super::{Backoff, Closed, Desk, Duty, Lease, Next, Routine, State, Status, Supervisor};
 use crate::domain::id::{Epoch, Fence};
 
 const LONG: Duration = Duration::from_secs(600);
@@ -203,4 +203,35 @@ async fn the_stop_waits_for_the_pass_and_ends_the_status() {
     assert_eq!(ended, Ok(()));
     assert_eq!(told.ended.load(Ordering::Acquire), 1, "and no other");
     assert!(told.supervisor.statuses().is_empty());
+}
+
+#[tokio::test]
+async fn a_desk_goes_on_with_work_whose_caller_went_away() {
+    let supervisor = Supervisor::new();
+    let desk = Desk::open(&supervisor, "a desk", 4, Vec::new());
+    let (go, gone) = oneshot::channel::<()>();
+    let (begun, begins) = oneshot::channel::<()>();
+    let slow = desk.ask(move |done: &mut Vec<u8>| {
+        Box::pin(async move {
+            let _ = begun.send(());
+            let _ = gone.await;
+            done.push(1);
+        })
+    });
+    tokio::select! {
+        _ = slow => panic!("it was not told to go on"),
+        begun = begins => begun.expect("the work begins"),
+    }
+    go.send(()).expect("the work goes on without its caller");
+    let asked = desk.ask(|done| {
+        Box::pin(async move {
+            done.push(2);
+            done.clone()
+        })
+    });
+    assert_eq!(asked.await, Ok(vec![1, 2]));
+    let stopped = supervisor.stop(Duration::from_secs(10)).await;
+    assert_eq!(stopped, Ok(()));
+    let late = desk.ask(|done| Box::pin(async move { done.len() })).await;
+    assert_eq!(late, Err(Closed));
 }
