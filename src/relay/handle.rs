@@ -3,20 +3,21 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::watch;
 
-use super::rejected::{Job, RejectedPage};
+use super::rejected::{Rejected, RejectedPage};
 use super::status::Status;
 use crate::domain::id::OriginId;
 use crate::domain::name::{OriginName, Topic};
 use crate::store;
 use crate::stream::{AppendError, Placed};
+use crate::supervisor::{Closed, Desk, Work};
 
 /// The relays of this process. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Handle {
     statuses: Arc<[watch::Receiver<Status>]>,
-    jobs: mpsc::Sender<Job>,
+    rejected: Desk<Rejected>,
 }
 
 /// A person's corrections to a rejected row before it is resent. A field that is `None` stays as it was.
@@ -75,10 +76,10 @@ pub enum RejectedError {
 }
 
 impl Handle {
-    pub(super) fn new(statuses: Vec<watch::Receiver<Status>>, jobs: mpsc::Sender<Job>) -> Self {
+    pub(super) fn new(statuses: Vec<watch::Receiver<Status>>, rejected: Desk<Rejected>) -> Self {
         Self {
             statuses: statuses.into(),
-            jobs,
+            rejected,
         }
     }
 
@@ -110,13 +111,8 @@ impl Handle {
         limit: u32,
     ) -> Result<RejectedPage, RejectedError> {
         let origin = self.find(name)?;
-        self.ask(|reply| Job::List {
-            origin,
-            after,
-            limit,
-            reply,
-        })
-        .await
+        self.ask(move |rejected| Box::pin(rejected.list(origin, after, limit)))
+            .await
     }
 
     /// Sends a rejected row on, corrected or as it is. Safe to repeat within the deduplication window: its id is looked up.
@@ -130,13 +126,8 @@ impl Handle {
         correction: Correction,
     ) -> Result<Placed, RejectedError> {
         let origin = self.find(name)?;
-        self.ask(|reply| Job::Resend {
-            origin,
-            id,
-            correction,
-            reply,
-        })
-        .await
+        self.ask(move |rejected| Box::pin(rejected.resend(origin, id, correction)))
+            .await
     }
 
     /// Deletes rejected rows of an origin, those with numbers in a range. Returns how many were there. Safe to repeat.
@@ -149,7 +140,8 @@ impl Handle {
         ids: RangeInclusive<i64>,
     ) -> Result<u64, RejectedError> {
         let origin = self.find(name)?;
-        self.ask(|reply| Job::Delete { origin, ids, reply }).await
+        self.ask(move |rejected| Box::pin(rejected.delete(origin, ids)))
+            .await
     }
 
     fn find(&self, name: &OriginName) -> Result<OriginId, RejectedError> {
@@ -159,13 +151,13 @@ impl Handle {
         }
     }
 
-    async fn ask<T>(
+    async fn ask<T: Send + 'static>(
         &self,
-        job: impl FnOnce(oneshot::Sender<Result<T, RejectedError>>) -> Job,
+        work: impl for<'a> FnOnce(&'a mut Rejected) -> Work<'a, Result<T, RejectedError>>
+        + Send
+        + 'static,
     ) -> Result<T, RejectedError> {
-        let (reply, answer) = oneshot::channel();
-        let sent = self.jobs.send(job(reply)).await;
-        sent.map_err(|_| RejectedError::Stopping)?;
-        answer.await.map_err(|_| RejectedError::Stopping)?
+        let answer = self.rejected.ask(work).await;
+        answer.map_err(|Closed| RejectedError::Stopping)?
     }
 }

@@ -36,14 +36,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::domain::mapping::Mapping;
 use crate::domain::name::OriginName;
 use crate::store::origin::{LEAF_COUNT, LEAF_PERIOD};
 use crate::store::relay::RejectedBounds;
 use crate::store::{self, Database};
-use crate::supervisor::{OnEnd, Supervisor};
+use crate::supervisor::{Desk, OnEnd, Supervisor};
 use crate::{cluster, stream, topic};
 
 pub use handle::{Correction, Handle, RejectedError};
@@ -240,16 +240,15 @@ pub async fn start(
         };
         supervisor.spawn(relay.task_name(), OnEnd::StopProcess, relay.run());
     }
-    let (jobs, inbox) = mpsc::channel(64);
-    let desk = rejected::Desk {
+    let rejected = rejected::Rejected {
         broker: db,
         stream,
         cluster: cluster.clone(),
         topics,
         supervisor: supervisor.clone(),
     };
-    supervisor.spawn("relay/rejected", OnEnd::StopProcess, desk.run(inbox));
-    let handle = Handle::new(statuses, jobs);
+    let rejected = Desk::open(supervisor, "relay/rejected", 64, rejected);
+    let handle = Handle::new(statuses, rejected);
     metrics::register(registry, &handle, cluster);
     Ok(handle)
 }

@@ -3,8 +3,6 @@
 
 use std::ops::RangeInclusive;
 
-use tokio::sync::{mpsc, oneshot};
-
 use super::handle::{Correction, RejectedError};
 use super::row;
 use crate::cluster;
@@ -27,28 +25,8 @@ pub struct RejectedPage {
     pub next_after: Option<i64>,
 }
 
-#[derive(Debug)]
-pub(super) enum Job {
-    List {
-        origin: OriginId,
-        after: i64,
-        limit: u32,
-        reply: oneshot::Sender<Result<RejectedPage, RejectedError>>,
-    },
-    Delete {
-        origin: OriginId,
-        ids: RangeInclusive<i64>,
-        reply: oneshot::Sender<Result<u64, RejectedError>>,
-    },
-    Resend {
-        origin: OriginId,
-        id: i64,
-        correction: Correction,
-        reply: oneshot::Sender<Result<Placed, RejectedError>>,
-    },
-}
-
-pub(super) struct Desk {
+/// What sees to rejected rows, at a desk.
+pub(super) struct Rejected {
     pub(super) broker: Database,
     pub(super) stream: stream::Handle,
     pub(super) cluster: cluster::Handle,
@@ -56,41 +34,8 @@ pub(super) struct Desk {
     pub(super) supervisor: Supervisor,
 }
 
-impl Desk {
-    pub(super) async fn run(self, mut inbox: mpsc::Receiver<Job>) {
-        loop {
-            let job = tokio::select! {
-                job = inbox.recv() => job,
-                () = self.supervisor.stopping() => None,
-            };
-            // Without a job: told to stop, or every handle is gone, and then there is nothing to do until then.
-            match job {
-                // A caller that went away does not read the answer.
-                Some(Job::List {
-                    origin,
-                    after,
-                    limit,
-                    reply,
-                }) => {
-                    let _ = reply.send(self.list(origin, after, limit).await);
-                }
-                Some(Job::Delete { origin, ids, reply }) => {
-                    let _ = reply.send(self.delete(origin, ids).await);
-                }
-                Some(Job::Resend {
-                    origin,
-                    id,
-                    correction,
-                    reply,
-                }) => {
-                    let _ = reply.send(self.resend(origin, id, correction).await);
-                }
-                None => return self.supervisor.stopping().await,
-            }
-        }
-    }
-
-    async fn list(
+impl Rejected {
+    pub(super) async fn list(
         &self,
         origin: OriginId,
         after: i64,
@@ -104,7 +49,7 @@ impl Desk {
     }
 
     /// A chunk at a time: a repeat after a failure goes on.
-    async fn delete(
+    pub(super) async fn delete(
         &self,
         origin: OriginId,
         ids: RangeInclusive<i64>,
@@ -122,7 +67,7 @@ impl Desk {
     }
 
     /// Appends first and marks then: if the process dies in between, the repeat finds the id and appends nothing.
-    async fn resend(
+    pub(super) async fn resend(
         &self,
         origin: OriginId,
         id: i64,

@@ -4,48 +4,17 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use tokio::sync::{mpsc, oneshot};
-
-use super::handle::State;
+use super::Error;
+use super::handle::{Handle, State};
 use super::settings::{Declared, Description, Found, SCHEDULED_AHEAD, ScheduledState, Settings};
-use super::{Error, next_job};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
 use crate::store::stream::{self as sql, DeclareOutcome, DeleteOutcome, NextScheduled};
 use crate::store::{Link, Patience};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Closed, Work};
 
 /// The most scheduled messages of a stream that are counted for its description.
 const WAITING_COUNTED_MAX: i64 = 100_000;
-
-type Reply<T> = oneshot::Sender<Result<T, Error>>;
-
-/// The requests to the catalogue's task.
-#[derive(Debug)]
-pub(super) enum Job {
-    Declare {
-        name: StreamName,
-        settings: Settings,
-        reply: Reply<(Description, Declared)>,
-    },
-    Describe {
-        name: StreamName,
-        reply: Reply<Description>,
-    },
-    Find {
-        name: StreamName,
-        reply: Reply<Found>,
-    },
-    List {
-        reply: Reply<Vec<Description>>,
-    },
-    Delete {
-        name: StreamName,
-        /// Whether to delete its scheduled messages, too.
-        is_forced: bool,
-        reply: Reply<()>,
-    },
-}
 
 /// Up to where every queue of a stream has settled, as the queue engine tells it.
 #[derive(Debug, Default)]
@@ -66,61 +35,90 @@ impl Watermarks {
     }
 }
 
-/// The task that changes and describes.
-pub(super) struct CatalogueTask {
+/// What changes and describes, at a desk.
+#[derive(Debug)]
+pub(super) struct Catalogue {
     pub(super) link: Link,
     pub(super) state: Arc<State>,
-    pub(super) supervisor: Supervisor,
-    pub(super) jobs: mpsc::Receiver<Job>,
 }
 
-impl CatalogueTask {
-    pub(super) async fn run(mut self) {
-        while let Some(job) = next_job(&mut self.jobs, &self.supervisor).await {
-            self.serve(job).await;
-        }
+impl Handle {
+    /// Has something done by the catalogue. What fails in the database costs it its connection.
+    async fn catalogue<T: Send + 'static>(
+        &self,
+        work: impl for<'a> FnOnce(&'a mut Catalogue) -> Work<'a, Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let asked = self.shared.catalogue.ask(move |catalogue| {
+            Box::pin(async move {
+                let answer = work(&mut *catalogue).await;
+                if let Err(Error::Store(_)) = &answer {
+                    catalogue.link.cut();
+                }
+                answer
+            })
+        });
+        asked.await.map_err(|Closed| Error::Stopping)?
     }
 
-    async fn serve(&mut self, job: Job) {
-        match job {
-            Job::Declare {
-                name,
-                settings,
-                reply,
-            } => {
-                let answer = self.declare(&name, &settings).await;
-                self.answer(reply, answer);
-            }
-            Job::Describe { name, reply } => {
-                let answer = self.describe(&name).await;
-                self.answer(reply, answer);
-            }
-            Job::Find { name, reply } => {
-                let answer = self.find(&name).await;
-                self.answer(reply, answer);
-            }
-            Job::List { reply } => {
-                let answer = self.list().await;
-                self.answer(reply, answer);
-            }
-            Job::Delete {
-                name,
-                is_forced,
-                reply,
-            } => {
-                let answer = self.delete(&name, is_forced).await;
-                self.answer(reply, answer);
-            }
-        }
+    /// Declares a stream: creates it, or changes its settings. A message published after the answer goes where the patterns
+    /// say.
+    ///
+    /// # Errors
+    /// [`Error::Settings`], [`Error::Overlap`], or the database's.
+    pub async fn declare(
+        &self,
+        name: StreamName,
+        settings: Settings,
+    ) -> Result<(Description, Declared), Error> {
+        settings.validate(&name).map_err(Error::Settings)?;
+        self.catalogue(move |catalogue| {
+            Box::pin(async move { catalogue.declare(&name, &settings).await })
+        })
+        .await
     }
 
-    fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
-        if let Err(Error::Store(_)) = &answer {
-            self.link.cut();
-        }
-        let _ = reply.send(answer);
+    /// Describes a stream.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database's.
+    pub async fn describe(&self, name: &StreamName) -> Result<Description, Error> {
+        let name = name.clone();
+        self.catalogue(move |catalogue| Box::pin(async move { catalogue.describe(&name).await }))
+            .await
     }
 
+    /// Finds a stream by name: what a reader needs, and cheaper than [`Handle::describe`].
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or the database's.
+    pub async fn find(&self, name: &StreamName) -> Result<Found, Error> {
+        let name = name.clone();
+        self.catalogue(move |catalogue| Box::pin(async move { catalogue.find(&name).await }))
+            .await
+    }
+
+    /// Describes all streams, by name.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn list(&self) -> Result<Vec<Description>, Error> {
+        self.catalogue(|catalogue| Box::pin(catalogue.list())).await
+    }
+
+    /// Deletes a stream with its messages; with those that are to come later only if `is_forced`. Its topics fall to `main` from then on.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::HasQueues`], [`Error::HasScheduled`], [`Error::MainIsKept`], or the database's.
+    pub async fn delete(&self, name: &StreamName, is_forced: bool) -> Result<(), Error> {
+        let name = name.clone();
+        self.catalogue(move |catalogue| {
+            Box::pin(async move { catalogue.delete(&name, is_forced).await })
+        })
+        .await
+    }
+}
+
+impl Catalogue {
     async fn declare(
         &mut self,
         name: &StreamName,

@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
 
 use super::cache::Cache;
-use super::catalogue::{self, Watermarks};
+use super::catalogue::{Catalogue, Watermarks};
 use super::inbox::{Inbox, Pending};
 use super::keys::Keys;
 use super::leaf_sizes::LeafSizes;
@@ -19,15 +19,15 @@ use super::request::{
     Attributes, Batch, KeyPage, KeyRead, KeysPage, KeysRead, Member, Page, Placed, Read, Scan,
     Scanned, Search, SearchPage,
 };
-use super::settings::{Declared, Description, Found, Settings};
+use super::scheduled::Scheduling;
 use super::tail::Tails;
 use super::topics::Topics;
 use super::witness::Witness;
 use super::{AppendError, Error, reader, scheduled};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::message::Entry;
-use crate::domain::name::StreamName;
 use crate::store::Database;
+use crate::supervisor::Desk;
 
 /// The stream engine of this process. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -44,8 +44,8 @@ pub(super) struct Shared {
     pub(super) reads: mpsc::Sender<reader::Job>,
     /// Replays that may ask the log at a time: one reader is left for the queues.
     pub(super) replays: Semaphore,
-    pub(super) catalogue: mpsc::Sender<catalogue::Job>,
-    pub(super) desk: mpsc::Sender<scheduled::Job>,
+    pub(super) catalogue: Desk<Catalogue>,
+    pub(super) scheduled: Desk<Scheduling>,
     pub(super) state: Arc<State>,
 }
 
@@ -81,67 +81,6 @@ impl State {
 }
 
 impl Handle {
-    /// Declares a stream: creates it, or changes its settings. A message published after the answer goes where the patterns
-    /// say.
-    ///
-    /// # Errors
-    /// [`Error::Settings`], [`Error::Overlap`], or the database's.
-    pub async fn declare(
-        &self,
-        name: StreamName,
-        settings: Settings,
-    ) -> Result<(Description, Declared), Error> {
-        settings.validate(&name).map_err(Error::Settings)?;
-        self.catalogue(|reply| catalogue::Job::Declare {
-            name,
-            settings,
-            reply,
-        })
-        .await
-    }
-
-    /// Describes a stream.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`], or the database's.
-    pub async fn describe(&self, name: &StreamName) -> Result<Description, Error> {
-        let name = name.clone();
-        self.catalogue(|reply| catalogue::Job::Describe { name, reply })
-            .await
-    }
-
-    /// Finds a stream by name: what a reader needs, and cheaper than [`Handle::describe`].
-    ///
-    /// # Errors
-    /// [`Error::NotFound`], or the database's.
-    pub async fn find(&self, name: &StreamName) -> Result<Found, Error> {
-        let name = name.clone();
-        self.catalogue(|reply| catalogue::Job::Find { name, reply })
-            .await
-    }
-
-    /// Describes all streams, by name.
-    ///
-    /// # Errors
-    /// The database's.
-    pub async fn list(&self) -> Result<Vec<Description>, Error> {
-        self.catalogue(|reply| catalogue::Job::List { reply }).await
-    }
-
-    /// Deletes a stream with its messages; with those that are to come later only if `is_forced`. Its topics fall to `main` from then on.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`], [`Error::HasQueues`], [`Error::HasScheduled`], [`Error::MainIsKept`], or the database's.
-    pub async fn delete(&self, name: &StreamName, is_forced: bool) -> Result<(), Error> {
-        let name = name.clone();
-        self.catalogue(|reply| catalogue::Job::Delete {
-            name,
-            is_forced,
-            reply,
-        })
-        .await
-    }
-
     /// Appends a member with the next group commit. Queued at the first poll; resolves after the commit, after the wait
     /// bound of the options at the latest. Dropping the future does not undo it.
     ///
@@ -308,16 +247,6 @@ impl Handle {
     ) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
         let sent = self.shared.reads.send(job(reply)).await;
-        sent.map_err(|_| Error::Stopping)?;
-        answer.await.map_err(|_| Error::Stopping)?
-    }
-
-    async fn catalogue<T>(
-        &self,
-        job: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> catalogue::Job,
-    ) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        let sent = self.shared.catalogue.send(job(reply)).await;
         sent.map_err(|_| Error::Stopping)?;
         answer.await.map_err(|_| Error::Stopping)?
     }

@@ -46,7 +46,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use crate::cluster;
 use crate::domain::id::{Offset, StreamId};
 use crate::store::{self, Connection, Database, Link};
-use crate::supervisor::{OnEnd, Supervisor};
+use crate::supervisor::{Desk, OnEnd, Supervisor};
 
 pub use crate::domain::retention::{DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Retention};
 pub use error::{AppendError, ConflictItem, Error, VersionConflict};
@@ -207,16 +207,13 @@ pub async fn start(
         // Without it, the first who asks waits.
         let _ = reads.try_send(reader::Job::CountKeys { stream });
     }
-    let (catalogue, jobs) = mpsc::channel(JOBS_MAX);
-    let task = catalogue::CatalogueTask {
+    let catalogue = catalogue::Catalogue {
         link: Link::of_reader(&db),
         state: Arc::clone(&state),
-        supervisor: supervisor.clone(),
-        jobs,
     };
-    supervisor.spawn("stream catalogue", OnEnd::StopProcess, task.run());
-    let duty = (published_tail, options.acceptance.clone());
-    let desk = start_scheduled(&db, &cluster, &state, supervisor, duty);
+    let catalogue = Desk::open(supervisor, "stream catalogue", JOBS_MAX, catalogue);
+    let publishing = (published_tail, options.acceptance.clone());
+    let scheduled = start_scheduled(&db, &cluster, &state, supervisor, publishing);
     let lease = cluster.lease(leaves::LEASE);
     let maintenance = leaves::Maintenance {
         quiet: leaves::Maintenance::quiet(options.maintenance),
@@ -238,7 +235,7 @@ pub async fn start(
         reads,
         replays: Semaphore::new(read_count.saturating_sub(1).max(1)),
         catalogue,
-        desk,
+        scheduled,
         state,
     };
     Ok(Handle {
@@ -269,7 +266,7 @@ fn start_scheduled(
     state: &Arc<State>,
     supervisor: &Supervisor,
     (tail, acceptance): (mpsc::Sender<(StreamId, Offset)>, Acceptance),
-) -> mpsc::Sender<scheduled::Job> {
+) -> Desk<scheduled::Scheduling> {
     let lease = cluster.lease(scheduled::LEASE);
     let publisher = scheduled::Publisher {
         link: Link::of_duty(db),
@@ -288,15 +285,11 @@ fn start_scheduled(
     };
     upkeep.start(lease.beside());
     publisher.start(lease);
-    let (desk, jobs) = mpsc::channel(JOBS_MAX);
-    let task = scheduled::Desk {
+    let scheduling = scheduled::Scheduling {
         link: Link::of_reader(db),
         state: Arc::clone(state),
-        supervisor: supervisor.clone(),
-        jobs,
     };
-    supervisor.spawn("stream schedule desk", OnEnd::StopProcess, task.run());
-    desk
+    Desk::open(supervisor, "stream schedule desk", JOBS_MAX, scheduling)
 }
 
 fn start_readers(
@@ -318,12 +311,4 @@ fn start_readers(
         supervisor.spawn(name, OnEnd::StopProcess, reader.run());
     }
     sender
-}
-
-/// A task's next job; none when it is to end.
-async fn next_job<J>(jobs: &mut mpsc::Receiver<J>, supervisor: &Supervisor) -> Option<J> {
-    tokio::select! {
-        job = jobs.recv() => job,
-        () = supervisor.stopping() => None,
-    }
 }

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use tokio::sync::{mpsc, oneshot};
 
 use super::handle::{
     Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting,
@@ -17,8 +16,8 @@ use crate::store::stream::{self as sql, CancelledScheduled, ScheduledSlice};
 use crate::store::{Link, Patience};
 use crate::stream::handle::State;
 use crate::stream::tail::entry;
-use crate::stream::{Declared, Error, next_job};
-use crate::supervisor::Supervisor;
+use crate::stream::{Declared, Error, Handle};
+use crate::supervisor::{Closed, Work};
 
 /// Rows that one listing looks at before it answers with what it has.
 const LOOKED_AT_MAX: usize = 20_000;
@@ -27,93 +26,34 @@ const SLICE_ROWS: u32 = 2_000;
 /// After whatever can be scheduled: the year 9999.
 const FOR_EVER: DateTime<Utc> = DateTime::from_timestamp(253_402_300_799, 0).expect("in range");
 
-type Reply<T> = oneshot::Sender<Result<T, Error>>;
-
-/// The requests to the desk.
+/// What people ask for, at a desk.
 #[derive(Debug)]
-pub(in crate::stream) enum Job {
-    List {
-        query: ScheduledQuery,
-        reply: Reply<ScheduledPage>,
-    },
-    Find {
-        id: ScheduledId,
-        reply: Reply<Option<Scheduled>>,
-    },
-    Cancel {
-        id: ScheduledId,
-        reply: Reply<Cancelled>,
-    },
-    DeclareSchedule {
-        name: ScheduleName,
-        declaration: Box<Declaration>,
-        reply: Reply<(ScheduleDescription, Declared)>,
-    },
-    FindSchedule {
-        name: ScheduleName,
-        reply: Reply<ScheduleDescription>,
-    },
-    ListSchedules {
-        reply: Reply<Vec<ScheduleDescription>>,
-    },
-    DeleteSchedule {
-        name: ScheduleName,
-        reply: Reply<()>,
-    },
-}
-
-pub(in crate::stream) struct Desk {
+pub(in crate::stream) struct Scheduling {
     pub(in crate::stream) link: Link,
     pub(in crate::stream) state: Arc<State>,
-    pub(in crate::stream) supervisor: Supervisor,
-    pub(in crate::stream) jobs: mpsc::Receiver<Job>,
 }
 
-impl Desk {
-    pub(in crate::stream) async fn run(mut self) {
-        while let Some(job) = next_job(&mut self.jobs, &self.supervisor).await {
-            self.serve(job).await;
-        }
+impl Handle {
+    /// Has something done at the desk. What fails in the database costs it its connection.
+    pub(super) async fn scheduling<T: Send + 'static>(
+        &self,
+        work: impl for<'a> FnOnce(&'a mut Scheduling) -> Work<'a, Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let asked = self.shared.scheduled.ask(move |scheduling| {
+            Box::pin(async move {
+                let answer = work(&mut *scheduling).await;
+                if let Err(Error::Store(_)) = &answer {
+                    scheduling.link.cut();
+                }
+                answer
+            })
+        });
+        asked.await.map_err(|Closed| Error::Stopping)?
     }
+}
 
-    async fn serve(&mut self, job: Job) {
-        match job {
-            Job::List { query, reply } => {
-                let answer = self.list(&query).await;
-                self.answer(reply, answer);
-            }
-            Job::Find { id, reply } => {
-                let answer = self.find(id).await;
-                self.answer(reply, answer);
-            }
-            Job::Cancel { id, reply } => {
-                let answer = self.cancel(id).await;
-                self.answer(reply, answer);
-            }
-            Job::DeclareSchedule {
-                name,
-                declaration,
-                reply,
-            } => {
-                let answer = self.declare(&name, &declaration).await;
-                self.answer(reply, answer);
-            }
-            Job::FindSchedule { name, reply } => {
-                let answer = self.schedule(&name).await;
-                self.answer(reply, answer);
-            }
-            Job::ListSchedules { reply } => {
-                let answer = self.schedules().await;
-                self.answer(reply, answer);
-            }
-            Job::DeleteSchedule { name, reply } => {
-                let answer = self.delete(&name).await;
-                self.answer(reply, answer);
-            }
-        }
-    }
-
-    async fn declare(
+impl Scheduling {
+    pub(super) async fn declare(
         &mut self,
         name: &ScheduleName,
         declaration: &Declaration,
@@ -140,17 +80,20 @@ impl Desk {
         }
     }
 
-    async fn schedule(&mut self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
+    pub(super) async fn schedule(
+        &mut self,
+        name: &ScheduleName,
+    ) -> Result<ScheduleDescription, Error> {
         let witness = self.state.witness.now();
         schedules::find(self.link.get().await?, name, witness).await
     }
 
-    async fn schedules(&mut self) -> Result<Vec<ScheduleDescription>, Error> {
+    pub(super) async fn schedules(&mut self) -> Result<Vec<ScheduleDescription>, Error> {
         let witness = self.state.witness.now();
         schedules::list(self.link.get().await?, witness).await
     }
 
-    async fn delete(&mut self, name: &ScheduleName) -> Result<(), Error> {
+    pub(super) async fn delete(&mut self, name: &ScheduleName) -> Result<(), Error> {
         let mut patience = Patience::default();
         loop {
             let deleted = match self.link.get().await {
@@ -175,15 +118,8 @@ impl Desk {
         Ok(())
     }
 
-    fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
-        if let Err(Error::Store(_)) = &answer {
-            self.link.cut();
-        }
-        let _ = reply.send(answer);
-    }
-
     /// Walks over what waits from the query's place on, as far as the bounds allow.
-    async fn list(&mut self, query: &ScheduledQuery) -> Result<ScheduledPage, Error> {
+    pub(super) async fn list(&mut self, query: &ScheduledQuery) -> Result<ScheduledPage, Error> {
         let state = Arc::clone(&self.state);
         let connection = self.link.get().await?;
         state.topics.refresh(connection).await?;
@@ -225,7 +161,7 @@ impl Desk {
         }
     }
 
-    async fn find(&mut self, id: ScheduledId) -> Result<Option<Scheduled>, Error> {
+    pub(super) async fn find(&mut self, id: ScheduledId) -> Result<Option<Scheduled>, Error> {
         let state = Arc::clone(&self.state);
         let connection = self.link.get().await?;
         state.topics.refresh(connection).await?;
@@ -247,7 +183,7 @@ impl Desk {
         }))
     }
 
-    async fn cancel(&mut self, id: ScheduledId) -> Result<Cancelled, Error> {
+    pub(super) async fn cancel(&mut self, id: ScheduledId) -> Result<Cancelled, Error> {
         let mut patience = Patience::default();
         let cancelled = loop {
             let cancelled = match self.link.get().await {

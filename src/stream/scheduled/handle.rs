@@ -1,9 +1,7 @@
 //! The handle to scheduled messages.
 
 use chrono::{DateTime, Utc};
-use tokio::sync::oneshot;
 
-use super::Job;
 use crate::domain::id::{Offset, ScheduledId, StreamId};
 use crate::domain::message::Entry;
 use crate::domain::name::{Topic, TopicPattern};
@@ -97,7 +95,8 @@ impl Handle {
     /// # Errors
     /// The database's.
     pub async fn list_scheduled(&self, query: ScheduledQuery) -> Result<ScheduledPage, Error> {
-        self.ask_desk(|reply| Job::List { query, reply }).await
+        self.scheduling(move |desk| Box::pin(async move { desk.list(&query).await }))
+            .await
     }
 
     /// Finds a scheduled message in any state; `None` when there is none with this id, or it was forgotten.
@@ -105,7 +104,7 @@ impl Handle {
     /// # Errors
     /// The database's.
     pub async fn find_scheduled(&self, id: ScheduledId) -> Result<Option<Scheduled>, Error> {
-        self.ask_desk(|reply| Job::Find { id, reply }).await
+        self.scheduling(move |desk| Box::pin(desk.find(id))).await
     }
 
     /// Cancels a message that is not in its stream yet: it is either cancelled or published, never both. Safe to repeat.
@@ -113,16 +112,6 @@ impl Handle {
     /// # Errors
     /// The database's; with a lost connection it may have happened.
     pub async fn cancel_scheduled(&self, id: ScheduledId) -> Result<Cancelled, Error> {
-        self.ask_desk(|reply| Job::Cancel { id, reply }).await
-    }
-
-    pub(in crate::stream) async fn ask_desk<T>(
-        &self,
-        job: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Job,
-    ) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        let sent = self.shared.desk.send(job(reply)).await;
-        sent.map_err(|_| Error::Stopping)?;
-        answer.await.map_err(|_| Error::Stopping)?
+        self.scheduling(move |desk| Box::pin(desk.cancel(id))).await
     }
 }

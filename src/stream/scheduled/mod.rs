@@ -25,7 +25,7 @@ use tokio::sync::Notify;
 use crate::domain::id::{ScheduledId, StreamId};
 use crate::domain::name::StreamName;
 
-pub(super) use desk::{Desk, Job};
+pub(super) use desk::Scheduling;
 pub use handle::{Cancelled, Scheduled, ScheduledPage, ScheduledQuery, ScheduledStatus, Waiting};
 pub(super) use metrics::register;
 pub(super) use publisher::{Knows, LEASE, Publisher};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use super::{Job, recurring, wire};
+use super::{recurring, wire};
 use crate::domain::cloudevents;
 use crate::domain::message::Message;
 use crate::domain::name::ScheduleName;
@@ -67,10 +67,8 @@ impl Handle {
         name: ScheduleName,
         declaration: Declaration,
     ) -> Result<(ScheduleDescription, Declared), Error> {
-        self.ask_desk(|reply| Job::DeclareSchedule {
-            name,
-            declaration: Box::new(declaration),
-            reply,
+        self.scheduling(move |desk| {
+            Box::pin(async move { desk.declare(&name, &declaration).await })
         })
         .await
     }
@@ -81,7 +79,7 @@ impl Handle {
     /// # Errors
     /// The database's.
     pub async fn schedules(&self) -> Result<Vec<ScheduleDescription>, Error> {
-        self.ask_desk(|reply| Job::ListSchedules { reply }).await
+        self.scheduling(|desk| Box::pin(desk.schedules())).await
     }
 
     /// Finds a schedule.
@@ -90,7 +88,7 @@ impl Handle {
     /// [`Error::ScheduleNotFound`], or the database's.
     pub async fn schedule(&self, name: &ScheduleName) -> Result<ScheduleDescription, Error> {
         let name = name.clone();
-        self.ask_desk(|reply| Job::FindSchedule { name, reply })
+        self.scheduling(move |desk| Box::pin(async move { desk.schedule(&name).await }))
             .await
     }
 
@@ -100,7 +98,7 @@ impl Handle {
     /// [`Error::ScheduleNotFound`], or the database's.
     pub async fn delete_schedule(&self, name: &ScheduleName) -> Result<(), Error> {
         let name = name.clone();
-        self.ask_desk(|reply| Job::DeleteSchedule { name, reply })
+        self.scheduling(move |desk| Box::pin(async move { desk.delete(&name).await }))
             .await
     }
 }
