@@ -381,7 +381,8 @@ impl Handle {
         })
     }
 
-    /// Nothing is under way any more under the last fence that the lease's watchers saw: if it is to be another's, it can go.
+    /// Reports that no work is under way under the last fence that the lease's watchers saw: if the lease is assigned to another
+    /// node, it can go.
     pub fn yielded(&self, lease: &str) {
         let is_yielded = self.shared.state().yielded(lease);
         if is_yielded {

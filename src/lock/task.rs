@@ -284,8 +284,8 @@ impl Task {
         }
     }
 
-    /// What is told of a statement that failed. None to repeat it at once: the connection was lost, which may have been long ago,
-    /// and every statement here may be repeated.
+    /// The error to report for a failed statement. None to repeat it at once: the connection was lost, perhaps long ago, and every
+    /// statement here may be repeated.
     fn told(&mut self, error: store::Error, is_repeat: &mut bool) -> Option<Error> {
         let is_spent = error.is_connection_spent();
         self.link.heed(&error);

@@ -25,7 +25,7 @@ pub struct RejectedPage {
     pub next_after: Option<i64>,
 }
 
-/// What sees to rejected rows, at a desk.
+/// Lists, deletes and resends rejected rows, at a desk.
 pub(super) struct Rejected {
     pub(super) broker: Database,
     pub(super) stream: stream::Handle,

@@ -29,9 +29,10 @@ use crate::store::stream::{AppendOutcome, Appended, GroupKey, Previous};
 use crate::store::{self, Database, Link, Retry};
 use crate::supervisor::{Backoff, OnEnd, Supervisor};
 
-/// The pause before a call is repeated or a group is laid out anew.
+/// The pause before a call is repeated or a group is laid out again.
 const REPEAT: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
-/// After so many parts of a group in a row whose locks were not to be had, the others are not tried here: it is not a stream that is held.
+/// After this many parts of a group in a row that did not get their locks, the others are not tried here: it is not a single
+/// stream that is held.
 const HELD_IN_A_ROW: usize = 3;
 /// The share of one lane in the bound on waiting members.
 const LANE_FRACTION: usize = 8;

@@ -35,7 +35,7 @@ impl Watermarks {
     }
 }
 
-/// What changes and describes, at a desk.
+/// Declares, describes and deletes streams, at a desk.
 #[derive(Debug)]
 pub(super) struct Catalogue {
     pub(super) link: Link,

@@ -26,7 +26,7 @@ const SLICE_ROWS: u32 = 2_000;
 /// After whatever can be scheduled: the year 9999.
 const FOR_EVER: DateTime<Utc> = DateTime::from_timestamp(253_402_300_799, 0).expect("in range");
 
-/// What people ask for, at a desk.
+/// Serves people who ask for scheduled messages and schedules, at a desk.
 #[derive(Debug)]
 pub(in crate::stream) struct Scheduling {
     pub(in crate::stream) link: Link,

@@ -35,7 +35,7 @@ pub(in crate::stream) struct Publisher {
     pub(in crate::stream) cluster: cluster::Handle,
     pub(in crate::stream) state: Arc<State>,
     pub(in crate::stream) supervisor: Supervisor,
-    /// The tail passes on what was published, from the log.
+    /// The tail passes on published messages, from the log.
     pub(in crate::stream) tail: mpsc::Sender<(StreamId, Offset)>,
     pub(in crate::stream) acceptance: Acceptance,
     pub(in crate::stream) known: Knows,
@@ -46,7 +46,7 @@ pub(in crate::stream) struct Publisher {
 /// The duty's memory between passes. All of it can be forgotten at any time.
 #[derive(Debug, Default)]
 pub(in crate::stream) struct Knows {
-    /// Until when publications can be filed, as far as known, and since when.
+    /// The time until when publications can be filed, as far as known, and since when.
     filed: Option<(DateTime<Utc>, DateTime<Utc>)>,
     /// By stream: the last offset known, and up to where its log has leaves.
     ends: HashMap<StreamId, (Offset, Offset)>,
