@@ -6,7 +6,6 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::domain::id::QueueId;
@@ -16,7 +15,7 @@ use crate::queue::shared::Shared;
 use crate::store::letter::Unforwarded;
 use crate::store::{self, Database};
 use crate::stream::{self, AppendError, Member};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Duty, Next, Routine, Supervisor};
 
 /// Copies of one append.
 const BATCH: i64 = 100;
@@ -33,7 +32,6 @@ pub(super) struct Forwarder {
     pub(super) database: Database,
     pub(super) stream: stream::Handle,
     pub(super) shared: Arc<Shared>,
-    pub(super) supervisor: Supervisor,
 }
 
 /// The outcome of copies.
@@ -46,54 +44,20 @@ enum Forwarded {
     Refused(AppendError),
 }
 
-impl Forwarder {
-    pub(super) async fn run(self) {
-        let mut next_at = Instant::now();
-        while !self.supervisor.is_stopping() {
-            tokio::select! {
-                () = self.shared.forward.notified() => {}
-                () = tokio::time::sleep_until(next_at) => {}
-                () = self.supervisor.stopping() => return,
-            }
-            // A pass may bring a batch, and another is waiting.
-            let pause = loop {
-                match self.pass().await {
-                    Ok(true) if !self.supervisor.is_stopping() => {}
-                    Ok(_) => break EVERY,
-                    Err(error) => {
-                        tracing::debug!(
-                            error = &error as &dyn std::error::Error,
-                            "forwarding dead letters failed; trying again"
-                        );
-                        break RETRY;
-                    }
-                }
-            };
-            next_at = Instant::now() + pause;
-        }
-    }
+impl Duty for Forwarder {
+    type Error = store::Error;
 
-    /// The queues whose tasks run here.
-    fn owned(&self) -> HashMap<QueueId, QueueName> {
-        let queues = self.shared.queues.read();
-        let queues = queues.unwrap_or_else(PoisonError::into_inner);
-        let owned = queues.values().filter(|known| known.mailbox.is_some());
-        owned
-            .map(|known| (known.description.id, known.description.name.clone()))
-            .collect()
-    }
-
-    /// Publishes copies of the next letters. Gives whether there may be more to do at once.
-    async fn pass(&self) -> Result<bool, store::Error> {
+    /// Publishes copies of the next letters.
+    async fn pass(&mut self) -> Result<Next, store::Error> {
         let owned = self.owned();
         if owned.is_empty() {
-            return Ok(false);
+            return Ok(Next::Tick);
         }
         let queues: Vec<QueueId> = owned.keys().copied().collect();
         let letters =
             store::letter::find_unforwarded(&self.database, &queues, BATCH, BATCH_BYTES).await?;
         if letters.is_empty() {
-            return Ok(false);
+            return Ok(Next::Tick);
         }
         let copies: Vec<Option<Message>> = letters
             .iter()
@@ -104,16 +68,13 @@ impl Forwarder {
             .await
         {
             Forwarded::Done => self.mark(&letters).await?,
-            Forwarded::Later => {
-                tokio::time::sleep(RETRY).await;
-                return Ok(false);
-            }
+            Forwarded::Later => return Ok(Next::Within(RETRY)),
             // One of them is at fault: each alone.
             Forwarded::Refused(_) => {
                 for (letter, copy) in letters.iter().zip(copies) {
                     match self.publish(copy.into_iter().collect()).await {
                         Forwarded::Done => {}
-                        Forwarded::Later => return Ok(false),
+                        Forwarded::Later => return Ok(Next::Within(RETRY)),
                         Forwarded::Refused(error) => {
                             self.shared.metrics.forwards_refused.inc();
                             tracing::error!(
@@ -127,7 +88,34 @@ impl Forwarder {
                 }
             }
         }
-        Ok(true)
+        // Another batch may wait.
+        Ok(Next::AtOnce)
+    }
+
+    fn failed(&mut self, error: &store::Error) {
+        tracing::debug!(
+            error = error as &dyn std::error::Error,
+            "forwarding dead letters failed; trying again"
+        );
+    }
+}
+
+impl Forwarder {
+    pub(super) fn start(self, supervisor: &Supervisor) {
+        let routine = Routine::every(EVERY, "queue forwarder")
+            .woken_by(&self.shared.forward)
+            .backing_off(Backoff::constant(RETRY));
+        supervisor.start(routine, self);
+    }
+
+    /// The queues whose tasks run here.
+    fn owned(&self) -> HashMap<QueueId, QueueName> {
+        let queues = self.shared.queues.read();
+        let queues = queues.unwrap_or_else(PoisonError::into_inner);
+        let owned = queues.values().filter(|known| known.mailbox.is_some());
+        owned
+            .map(|known| (known.description.id, known.description.name.clone()))
+            .collect()
     }
 
     async fn publish(&self, messages: Vec<Message>) -> Forwarded {

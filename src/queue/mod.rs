@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, RwLock};
 
 use prometheus_client::registry::Registry;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use crate::domain::queue::At;
 use crate::domain::receipt::Keys;
@@ -87,7 +87,7 @@ pub async fn start(
     let shared = Arc::new(shared::Shared {
         letters,
         task_letters,
-        forward: Notify::new(),
+        forward: Arc::default(),
         queues: RwLock::new(HashMap::new()),
         jobs: jobs_in,
         cluster: cluster.clone(),
@@ -115,9 +115,8 @@ pub async fn start(
         database: database.clone(),
         stream: stream.clone(),
         shared: Arc::clone(&shared),
-        supervisor: supervisor.clone(),
     };
-    supervisor.spawn("queue forwarder", OnEnd::StopProcess, forwarder.run());
+    forwarder.start(supervisor);
     let mut engine = owner::Engine::new(owner::Given {
         options,
         database,

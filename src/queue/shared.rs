@@ -42,7 +42,7 @@ pub(super) struct Shared {
     /// Reads for the queues' tasks, which somebody's long read must not hold up.
     pub(super) task_letters: Letters,
     /// Notifies that dead letters are committed whose copies must be published.
-    pub(super) forward: Notify,
+    pub(super) forward: Arc<Notify>,
 }
 
 impl Shared {

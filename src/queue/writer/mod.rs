@@ -19,7 +19,7 @@ use crate::domain::queue::At;
 use crate::queue::metrics::Metrics;
 use crate::store::journal::{Group, GroupFate, GroupWritten};
 use crate::store::{self, Connection, Database, Retry};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Backoff, Supervisor};
 use crate::{cluster, failpoint};
 use gather::{Gathered, Gathering, Held, Numbers, number};
 pub(super) use submission::{Contact, Outage, Submission, Written};
@@ -29,7 +29,7 @@ const STALL: Duration = Duration::from_secs(1);
 /// With nothing to write, Postgres is asked for a sign of life this often, so that an outage's beginning is known.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Pauses between attempts while Postgres is away.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+const PAUSE: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
 
 pub(super) struct Writer {
     pub(super) database: Database,
@@ -246,7 +246,7 @@ impl Writer {
         session: &mut Session,
         group: &Group,
     ) -> Option<Result<GroupWritten, store::Error>> {
-        let mut pause = PAUSE.0;
+        let mut backoff = PAUSE;
         let mut repeats = 0u32;
         loop {
             let began = (At::from(self.cluster.now()), Instant::now());
@@ -278,8 +278,7 @@ impl Writer {
             if self.supervisor.is_stopping() && repeats > 20 {
                 return None;
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE.1);
+            backoff.wait().await;
         }
     }
 
