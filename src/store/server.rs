@@ -87,7 +87,10 @@ mod tests {
         assert_eq!(good.refusal(), None);
         let mut old = good.clone();
         old.version_number = 140_009;
-        assert!(old.refusal().is_some_and(|why| why.contains("version 14")));
+        assert!(
+            old.refusal()
+                .is_some_and(|why| why.contains("version is 14"))
+        );
         let mut standby = good;
         standby.is_in_recovery = true;
         assert!(standby.refusal().is_some_and(|why| why.contains("standby")));

@@ -205,6 +205,6 @@ mod tests {
         assert!(check("orders", &[], 60, None).contains("at least one pattern"));
         assert!(check("orders", &["a.*", "a.b"], 60, None).contains("`a.b` overlaps `a.*`"));
         assert!(check("orders", &["a"], 60, Some(59)).contains("shorter"));
-        assert!(check("orders", &["a"], 0, None).contains("at least 1 second"));
+        assert!(check("orders", &["a"], 0, None).contains("from 1 second"));
     }
 }
