@@ -68,11 +68,9 @@ pub async fn start(
     registry: &mut Registry,
 ) -> Result<Handle, Error> {
     // The version first: the rows are of that one at least.
-    let catalogue = owner::Catalogue {
-        as_of: std::time::Instant::now(),
-        version: store::queue::read_version(&database).await?,
-        had_peers: cluster.view().has_peers(),
-    };
+    let as_of = std::time::Instant::now();
+    let version = store::queue::read_version(&database).await?;
+    let catalogue = owner::Catalogue::new(as_of, version, cluster.view().has_peers());
     let rows = store::queue::find_queues(&database).await?;
     let keys = receipt_keys(&database, &cluster).await?;
     let (jobs_in, jobs) = mpsc::channel(256);

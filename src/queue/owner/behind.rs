@@ -10,11 +10,9 @@ use super::Engine;
 use super::rebuild::Recovered;
 use crate::domain::id::{Offset, QueueId, Slot};
 use crate::domain::queue::At;
-use crate::queue::api::{Error, LogBehind, RECOVERING, Renewal, Renewed};
+use crate::queue::api::LogBehind;
 use crate::store;
 use crate::store::journal::Position;
-use crate::store::queue::QueueRow;
-use crate::store::renewal::{Renew, RenewOutcome};
 
 /// Most places that are noted at a time.
 const MARKS_MAX: usize = 1_000;
@@ -24,7 +22,7 @@ const MARKS_MAX: usize = 1_000;
 pub(super) struct Behind {
     slot: Slot,
     /// The state that its next generation begins with: its dead letters stay.
-    carried: Vec<u8>,
+    pub(super) carried: Vec<u8>,
 }
 
 impl Engine {
@@ -76,38 +74,12 @@ impl Engine {
         self.shared.metrics.behind.set(self.behind.len() as i64);
     }
 
-    /// Begins the next generation of a queue that nothing runs for.
-    pub(super) async fn renew_behind(
-        &mut self,
-        row: &QueueRow,
-        renewal: Renewal,
-        before_start: Offset,
-    ) -> Result<Renewed, Error> {
-        let state = self.slots.get(&row.slot);
-        let fence = state.and_then(|state| state.fence.clone());
-        let behind = self.behind.get(&row.id);
-        let (Some(behind), Some(fence)) = (behind, fence) else {
-            return Err(RECOVERING);
-        };
-        let renew = Renew {
-            queue: row.id,
-            fence: &fence,
-            incarnation: self.cluster.incarnation(),
-            from_generation: row.generation,
-            renewal,
-            before_start,
-            state: &behind.carried,
-        };
-        let outcome = store::renewal::renew_queue(&self.database, renew).await;
-        if let Ok(RenewOutcome::Renewed { .. }) = outcome {
-            self.forget_behind(row.id);
-            self.alone.insert(row.id, tokio::time::Instant::now());
-        }
-        self.conclude(row, renewal, None, outcome).await
-    }
-
     /// Notes which messages stand where queues have settled everything up to.
-    pub(super) async fn write_marks(&mut self) {
+    pub(super) fn write_marks(&mut self) {
+        const DUTY: &str = "queue marks";
+        if self.errands.is_busy(DUTY) {
+            return;
+        }
         let mut places = Vec::new();
         for owned in self.queues.values_mut() {
             let place = (owned.row.generation, owned.settled_through());
@@ -124,11 +96,13 @@ impl Engine {
         if places.is_empty() {
             return;
         }
-        if let Err(error) = store::mark::write_marks(&self.database, &places).await {
-            tracing::debug!(
-                error = &error as &dyn std::error::Error,
-                "storing the places of queues failed; trying again when they have moved"
-            );
-        }
+        self.beside(DUTY, move |errand| async move {
+            if let Err(error) = store::mark::write_marks(&errand.database, &places).await {
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "storing the places of queues failed; trying again when they have moved"
+                );
+            }
+        });
     }
 }

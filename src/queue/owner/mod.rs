@@ -1,10 +1,12 @@
 //! The engine's own task: the existing queues, the slots that this process holds, and a task for each queue of those.
 //!
-//! `slots` handles a slot when its lease comes and goes.
+//! Its loop waits for nothing but the next event. Whatever takes time, a statement or a queue's task, is an errand beside it
+//! (`errand`). `slots` handles a slot when its lease comes and goes.
 
 mod behind;
 mod catalogue;
 mod declare;
+mod errand;
 mod positions;
 mod rebuild;
 mod recover;
@@ -21,12 +23,14 @@ use std::collections::hash_map::Entry;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
 use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
-use crate::domain::name::{QueueName, StreamName};
+use crate::domain::name::QueueName;
 use crate::domain::policy::DEAD_LETTER_RETENTION;
+use crate::queue::api::Declaration;
 use crate::queue::ask::{Command, Ended, Job};
 use crate::queue::log::feed::{self, Dispatch, Feed};
 use crate::queue::log::scans::Scans;
@@ -41,6 +45,7 @@ use crate::{cluster, stream};
 use behind::Behind;
 pub(super) use catalogue::Catalogue;
 use declare::describe;
+use errand::Errands;
 use rebuild::Recovered;
 use recover::{RECOVERIES, Recovery};
 use tenancy::SlotState;
@@ -74,6 +79,8 @@ struct Owned {
     mailbox: Option<mpsc::Sender<Command>>,
     /// Its state is being read, alone.
     is_recovering: bool,
+    /// Its next generation is being begun: nothing but the task that is held knows its state, and no other is started.
+    is_renewing: bool,
 }
 
 pub(super) struct Engine {
@@ -90,8 +97,9 @@ pub(super) struct Engine {
     queues: HashMap<QueueId, Owned>,
     slots: HashMap<Slot, SlotState>,
     dispatches: HashMap<StreamId, Arc<Dispatch>>,
-    /// Streams that queues were declared on.
-    stream_ids: HashMap<StreamName, StreamId>,
+    errands: Errands,
+    /// What queues are being declared to be.
+    declaring: HashMap<QueueName, Declaration>,
     reads: Arc<Semaphore>,
     scans: Scans,
     /// Queues to be recovered alone, and when.
@@ -134,6 +142,12 @@ pub(super) struct Given {
 
 impl Engine {
     pub(super) fn new(given: Given) -> Self {
+        let errands = Errands::new(
+            given.database.clone(),
+            given.stream.clone(),
+            Arc::clone(&given.shared),
+            Arc::clone(&given.contact),
+        );
         Self {
             options: given.options,
             database: given.database,
@@ -148,7 +162,8 @@ impl Engine {
             queues: HashMap::new(),
             slots: HashMap::new(),
             dispatches: HashMap::new(),
-            stream_ids: HashMap::new(),
+            errands,
+            declaring: HashMap::new(),
             reads: Arc::new(Semaphore::new(READS)),
             scans: given.scans,
             alone: HashMap::new(),
@@ -186,32 +201,35 @@ impl Engine {
             let recover_at = slots.chain(self.alone.values().copied()).min();
             tokio::select! {
                 job = self.jobs.recv() => match job {
-                    Some(job) => self.carry_out(job).await,
+                    Some(job) => self.carry_out(job),
                     None => return,
                 },
-                Some((slot, fence)) = self.fences.1.recv() => self.change_fence(slot, fence).await,
-                Some(ended) = self.ended.1.recv() => self.note_end(ended).await,
-                Some(recovery) = self.recoveries.1.recv() => self.note_recovery(recovery).await,
+                Some(visit) = self.errands.visits.recv() => visit(&mut self),
+                Some((slot, fence)) = self.fences.1.recv() => self.change_fence(slot, fence),
+                Some(ended) = self.ended.1.recv() => self.note_end(&ended),
+                Some(recovery) = self.recoveries.1.recv() => self.note_recovery(recovery),
                 () = sleep_until(recover_at) => self.recover_due(),
                 Ok(()) = views.changed() => {
                     let view = Arc::clone(&views.borrow_and_update());
-                    self.follow_catalogue(&view).await;
+                    self.follow_catalogue(&view);
                 }
-                _ = watermarks.tick() => self.tell_watermarks().await,
-                _ = turn.tick() => self.turn_journal().await,
-                _ = trim.tick() => self.trim_letters().await,
+                _ = watermarks.tick() => self.tell_watermarks(),
+                _ = turn.tick() => self.turn_journal(),
+                _ = trim.tick() => self.trim_letters(),
                 _ = positions.tick() => {
-                    self.write_positions().await;
-                    self.write_marks().await;
+                    self.write_positions();
+                    self.write_marks();
                 }
                 () = supervisor.stopping() => {}
             }
         }
-        // The queues' tasks flush by themselves; their leases go back when they have.
-        while self.slots.values().any(|slot| slot.running > 0) {
-            match self.ended.1.recv().await {
-                Some(ended) => self.forget_task(&ended),
-                None => break,
+        // The queues' tasks flush by themselves; their leases go back when they have. A task that is held is told by its errand
+        // how to go on.
+        while self.errands.are_under_way() || self.slots.values().any(|slot| slot.running > 0) {
+            tokio::select! {
+                Some(visit) = self.errands.visits.recv() => visit(&mut self),
+                Some(ended) = self.ended.1.recv() => self.forget_task(&ended),
+                else => break,
             }
         }
         for slot in self.slots.keys() {
@@ -243,6 +261,7 @@ impl Engine {
                 marked: None,
                 mailbox: None,
                 is_recovering: false,
+                is_renewing: false,
             },
         );
         self.shared.metrics.queues.set(self.queues.len() as i64);
@@ -296,6 +315,11 @@ impl Engine {
     }
 
     fn start_task(&mut self, recovered: Recovered, fence: &Fence) {
+        let owned = self.queues.get(&recovered.machine.id());
+        if owned.is_none_or(|owned| owned.is_renewing) {
+            // What was read may be of the generation that ends. It is read again when the next one has begun.
+            return;
+        }
         if let Some(end) = recovered.log_end {
             return self.note_behind(recovered, end);
         }
@@ -352,58 +376,39 @@ impl Engine {
         }
     }
 
-    async fn carry_out(&mut self, job: Job) {
-        match job {
-            Job::Declare {
-                name,
-                declaration,
-                reply,
-            } => {
-                let _ = reply.send(self.declare(name, *declaration).await);
-            }
-            Job::Delete { name, reply } => {
-                let _ = reply.send(self.delete(&name).await);
-            }
-            Job::Renew {
-                name,
-                renewal,
-                expected_generation,
-                on_loss,
-                reply,
-            } => {
-                let renewed = self.renew(&name, renewal, expected_generation, on_loss);
-                let _ = reply.send(renewed.await);
-            }
-            Job::Pause {
-                name,
-                is_paused,
-                reply,
-            } => {
-                let _ = reply.send(self.set_paused(&name, is_paused).await);
-            }
-            Job::Find { name, reply } => {
-                let _ = reply.send(self.look_up(&name).await);
-            }
+    /// Sends a task something without waiting: its mailbox may be full while it does not answer.
+    fn post(&self, mailbox: &mpsc::Sender<Command>, command: Command) {
+        if let Err(TrySendError::Full(command)) = mailbox.try_send(command) {
+            let mailbox = mailbox.clone();
+            self.supervisor
+                .spawn("queue post", OnEnd::Ordinary, async move {
+                    let _ = mailbox.send(command).await;
+                });
         }
     }
 
     /// Has queues remove dead letters that were kept long enough: a bounded number each time.
-    async fn trim_letters(&self) {
+    fn trim_letters(&mut self) {
         // This process' own count since its start, and its machine's clock: no clock that jumps ahead deletes anything by itself.
         let witness = self.cluster.now().min(chrono::Utc::now());
-        let seconds = REDRIVE_RETENTION.as_secs_f64();
-        let _ = store::redrive::delete_old_redrives(&self.database, seconds, witness).await;
-        let seconds = DEAD_LETTER_RETENTION.as_secs_f64();
-        let old = match store::letter::find_old_letters(&self.database, seconds, witness).await {
-            Ok(old) => old,
-            Err(error) => {
-                tracing::debug!(
+        self.beside("queue trim", move |errand| async move {
+            let database = &errand.database;
+            let seconds = REDRIVE_RETENTION.as_secs_f64();
+            let _ = store::redrive::delete_old_redrives(database, seconds, witness).await;
+            let seconds = DEAD_LETTER_RETENTION.as_secs_f64();
+            match store::letter::find_old_letters(database, seconds, witness).await {
+                Ok(old) => {
+                    let _ = errand.visit(|engine| engine.post_trims(old)).await;
+                }
+                Err(error) => tracing::debug!(
                     error = &error as &dyn std::error::Error,
                     "looking for old dead letters failed; trying again"
-                );
-                return;
+                ),
             }
-        };
+        });
+    }
+
+    fn post_trims(&self, old: Vec<(QueueId, Vec<Offset>)>) {
         for (queue, letters) in old {
             let owned = self.queues.get(&queue);
             if let Some(mailbox) = owned.and_then(|owned| owned.mailbox.as_ref()) {
@@ -413,7 +418,7 @@ impl Engine {
     }
 
     /// Turns the journal when its segment is full, and asks queues for checkpoints that keep an old one from going.
-    async fn turn_journal(&mut self) {
+    fn turn_journal(&mut self) {
         let groups = self.shared.metrics.groups.get();
         let is_as_it_was =
             |&(then, at): &(u64, Instant)| then == groups && at.elapsed() < TURN_AGAIN;
@@ -421,32 +426,37 @@ impl Engine {
             return;
         }
         self.turned = None;
+        let full_bytes = self.options.journal_full_bytes;
         let full_after = self.options.journal_full_after.as_secs_f64();
-        let turned = store::journal::turn_journal(
-            &self.database,
-            self.options.journal_full_bytes,
-            full_after,
-        )
-        .await;
-        match turned {
-            Ok((turn, 0)) => {
-                // A turn leaves a segment to truncate at the next look.
-                let is_still = self.turn.replace(turn) == Some(turn);
-                self.turned = is_still.then(|| (groups, Instant::now()));
-            }
-            Ok((turn, _)) => {
-                self.turn = Some(turn);
-                for owned in self.queues.values() {
-                    if let Some(mailbox) = &owned.mailbox {
-                        let _ = mailbox.try_send(Command::Fold { before_turn: turn });
-                    }
+        self.beside("queue journal", move |errand| async move {
+            let turned = store::journal::turn_journal(&errand.database, full_bytes, full_after);
+            match turned.await {
+                Ok((turn, left)) => {
+                    let _ = errand
+                        .visit(move |engine| engine.note_turn(groups, turn, left))
+                        .await;
                 }
-            }
-            Err(error) => {
-                tracing::debug!(
+                Err(error) => tracing::debug!(
                     error = &error as &dyn std::error::Error,
                     "turning the journal failed; trying again"
-                );
+                ),
+            }
+        });
+    }
+
+    /// The journal is at this turn, and so many queues keep an old segment from going. `groups`: how many this process had
+    /// written before the look.
+    fn note_turn(&mut self, groups: u64, turn: i64, left: i32) {
+        let former = self.turn.replace(turn);
+        if left == 0 {
+            // A turn leaves a segment to truncate at the next look.
+            let is_still = former == Some(turn);
+            self.turned = is_still.then(|| (groups, Instant::now()));
+            return;
+        }
+        for owned in self.queues.values() {
+            if let Some(mailbox) = &owned.mailbox {
+                let _ = mailbox.try_send(Command::Fold { before_turn: turn });
             }
         }
     }

@@ -23,7 +23,11 @@ impl Owned {
 
 impl Engine {
     /// Writes the slots' rows in which some queue has moved far enough. What fails is written the next time.
-    pub(super) async fn write_positions(&mut self) {
+    pub(super) fn write_positions(&mut self) {
+        const DUTY: &str = "queue positions";
+        if self.errands.is_busy(DUTY) {
+            return;
+        }
         let worth = self.options.position_worth;
         let mut moved: BTreeSet<Slot> = BTreeSet::new();
         for owned in self.queues.values_mut() {
@@ -52,15 +56,16 @@ impl Engine {
         });
         let rows: Vec<SlotPositions> = rows.collect();
         let incarnation = self.cluster.incarnation();
-        if let Err(error) =
-            store::journal::write_positions(&self.database, incarnation, &rows).await
-        {
-            tracing::debug!(
-                error = &error as &dyn std::error::Error,
-                "writing the positions of queues failed; trying again"
-            );
-            // Known to nobody but this process: after a restart the scan begins earlier. Nothing is lost by it.
-        }
+        self.beside(DUTY, move |errand| async move {
+            let written = store::journal::write_positions(&errand.database, incarnation, &rows);
+            if let Err(error) = written.await {
+                // Known to nobody but this process: after a restart the scan begins earlier. Nothing is lost by it.
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "writing the positions of queues failed; trying again"
+                );
+            }
+        });
     }
 
     /// All that is known of the slot's queues: one that has something to do at the moment keeps the position that it had.

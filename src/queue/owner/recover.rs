@@ -138,9 +138,9 @@ impl Engine {
     }
 
     /// Starts the tasks of the queues that were read, if nothing has changed since.
-    pub(super) async fn note_recovery(&mut self, recovery: Recovery) {
+    pub(super) fn note_recovery(&mut self, recovery: Recovery) {
         if let Some(queue) = recovery.asked.one {
-            return self.note_recovery_alone(queue, recovery).await;
+            return self.note_recovery_alone(queue, recovery);
         }
         let (slot, fence) = (recovery.asked.slot, recovery.asked.fence);
         let Some(state) = self.slots.get_mut(&slot) else {
@@ -152,7 +152,7 @@ impl Engine {
         match recovery.outcome {
             Ok(machines) => {
                 if let Some(rows) = recovery.rows {
-                    self.take_rows(slot, rows).await;
+                    self.take_rows(slot, rows);
                 }
                 if let Some(state) = self.slots.get_mut(&slot) {
                     state.recovered();
@@ -163,7 +163,7 @@ impl Engine {
             }
             Err(rebuild::Error::Fenced) => {
                 self.cluster.fenced(&fence);
-                self.forget_fence(&fence, slot).await;
+                self.forget_fence(&fence, slot);
             }
             Err(error) => {
                 tracing::error!(%slot, error = &error as &dyn std::error::Error, "recovering queues failed; trying again");
@@ -174,7 +174,7 @@ impl Engine {
         }
     }
 
-    async fn note_recovery_alone(&mut self, queue: QueueId, recovery: Recovery) {
+    fn note_recovery_alone(&mut self, queue: QueueId, recovery: Recovery) {
         let (slot, fence) = (recovery.asked.slot, recovery.asked.fence);
         let Some(owned) = self.queues.get_mut(&queue) else {
             return;
@@ -196,20 +196,20 @@ impl Engine {
             }
             Err(error) => {
                 tracing::warn!(queue = %owned.row.name, error = &error as &dyn std::error::Error, "recovering a queue failed; its slot is read again");
-                self.read_again(slot).await;
+                self.read_again(slot);
             }
         }
     }
 
     /// The rows of the slot's queues as they are, after a change of one without a known outcome.
-    async fn take_rows(&mut self, slot: Slot, rows: Vec<QueueRow>) {
+    fn take_rows(&mut self, slot: Slot, rows: Vec<QueueRow>) {
         let known = self.queues.values().map(|owned| &owned.row);
         let known = known.filter(|row| row.slot == slot).map(|row| row.id);
         let gone: Vec<QueueId> = known
             .filter(|id| rows.iter().all(|row| row.id != *id))
             .collect();
         for id in gone {
-            self.forget(id).await;
+            self.forget(id);
         }
         for row in rows {
             match self.queues.get_mut(&row.id) {

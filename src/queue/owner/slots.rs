@@ -25,19 +25,19 @@ impl Engine {
         );
     }
 
-    pub(super) async fn change_fence(&mut self, slot: Slot, fence: Option<Fence>) {
+    pub(super) fn change_fence(&mut self, slot: Slot, fence: Option<Fence>) {
         let Some(state) = self.slots.get_mut(&slot) else {
             return;
         };
         match state.change(fence) {
             // Or it came and is to go before it was heard of here.
             Change::Nothing => self.note_yielded(slot),
-            Change::Yield => self.yield_slot(slot).await,
+            Change::Yield => self.yield_slot(slot),
             Change::Recover { is_next } => {
                 // Whoever had it in between may have changed its queues.
                 state.are_rows_stale |= !is_next && self.catalogue.had_peers;
                 failpoint::reach("recovery.epoch_taken");
-                self.drop_slot(slot).await;
+                self.drop_slot(slot);
                 self.recover(slot);
             }
         }
@@ -45,9 +45,9 @@ impl Engine {
 
     /// Has the slot's tasks finish: what they have decided is written, and their state is journaled, as at the process's end,
     /// while the lease is still held. If it is lost already, their writes are refused, and nothing is the worse for it.
-    async fn yield_slot(&mut self, slot: Slot) {
+    fn yield_slot(&mut self, slot: Slot) {
         for mailbox in self.take_mailboxes(slot) {
-            let _ = mailbox.send(Command::Yield).await;
+            self.post(&mailbox, Command::Yield);
         }
         self.note_yielded(slot);
     }
@@ -62,9 +62,9 @@ impl Engine {
     }
 
     /// Ends the slot's tasks; what they have in memory is void.
-    async fn drop_slot(&mut self, slot: Slot) {
+    fn drop_slot(&mut self, slot: Slot) {
         for mailbox in self.take_mailboxes(slot) {
-            let _ = mailbox.send(Command::End).await;
+            self.post(&mailbox, Command::End);
         }
     }
 
@@ -88,37 +88,37 @@ impl Engine {
         mailboxes
     }
 
-    pub(super) async fn note_end(&mut self, ended: Ended) {
-        self.forget_task(&ended);
+    pub(super) fn note_end(&mut self, ended: &Ended) {
+        self.forget_task(ended);
         self.note_yielded(ended.slot);
         if ended.why == Why::Fenced {
             self.shared.metrics.fenced.inc();
             tracing::warn!(queue = %ended.queue, slot = %ended.slot, epoch = %ended.fence.epoch, "the slot was taken over: its queues are dropped");
         }
-        if ended.why == Why::Refused && self.recover_alone_later(&ended) {
+        if ended.why == Why::Refused && self.recover_alone_later(ended) {
             return;
         }
         if ended.why != Why::Told {
             // Also when the writer ended: what was sent before may still be under way on a connection that was lost, and
             // must not be written behind the recovery's read. A new epoch shuts it out.
             self.cluster.fenced(&ended.fence);
-            self.forget_fence(&ended.fence, ended.slot).await;
+            self.forget_fence(&ended.fence, ended.slot);
         }
         self.recover(ended.slot);
     }
 
-    pub(super) async fn forget_fence(&mut self, fence: &Fence, slot: Slot) {
+    pub(super) fn forget_fence(&mut self, fence: &Fence, slot: Slot) {
         let Some(state) = self.slots.get_mut(&slot) else {
             return;
         };
         if state.forget(fence) {
-            self.drop_slot(slot).await;
+            self.drop_slot(slot);
         }
     }
 
     /// Has the slot's queues read again, their rows included.
-    pub(super) async fn read_again(&mut self, slot: Slot) {
-        self.drop_slot(slot).await;
+    pub(super) fn read_again(&mut self, slot: Slot) {
+        self.drop_slot(slot);
         if let Some(state) = self.slots.get_mut(&slot) {
             state.are_rows_stale = true;
             state.recover_at = Some(Instant::now());

@@ -58,6 +58,10 @@ impl Loads {
 impl Owned {
     /// Up to where the queue has settled all that it matches, as far as this process knows.
     pub(super) fn settled_through(&self) -> Offset {
+        // About to go back, maybe: nothing is settled until it is known how far.
+        if self.is_renewing {
+            return Offset(0);
+        }
         // Not recovered: nothing is known of it but where it began.
         if self.mailbox.is_none() {
             return Offset(self.row.start_offset.0 - 1);
@@ -70,23 +74,8 @@ impl Owned {
 
 impl Engine {
     /// Tells each stream how far all its queues have settled. One with no queues is told that nothing is needed.
-    pub(super) async fn tell_watermarks(&mut self) {
-        let now = Instant::now();
-        if self.catalogue.had_peers
-            && self
-                .told
-                .shared_at
-                .is_none_or(|at| now.duration_since(at) >= SHARE_EVERY)
-        {
-            let last = self.told.shared_at.replace(now);
-            let over = last.map_or(SHARE_EVERY, |last| now.duration_since(last));
-            if let Err(error) = self.share_watermarks(over).await {
-                tracing::debug!(
-                    error = &error as &dyn std::error::Error,
-                    "telling other nodes the queues' watermarks failed; trying again"
-                );
-            }
-        }
+    pub(super) fn tell_watermarks(&mut self) {
+        self.share_watermarks();
         let mut lowest: HashMap<StreamId, (Offset, Instant)> = HashMap::new();
         for owned in self.queues.values() {
             let stream = owned.row.stream_id;
@@ -103,19 +92,30 @@ impl Engine {
         for (&stream, &(watermark, as_of)) in &lowest {
             self.stream.set_watermark_as_of(stream, watermark, as_of);
         }
+        self.release_unread();
+    }
+
+    /// Tells streams that no queue reads that nothing is needed.
+    fn release_unread(&mut self) {
         let asked = Instant::now();
         let is_known = |at: Instant| asked.duration_since(at) < UNREAD_EVERY;
         if self.told.unread_at.is_some_and(is_known) {
             return;
         }
         self.told.unread_at = Some(asked);
-        let unread = store::queue::find_streams_without_queues(&self.database).await;
-        for stream in unread.unwrap_or_default() {
-            if !lowest.contains_key(&stream) {
-                let all = Offset(i64::MAX);
-                self.stream.set_watermark_as_of(stream, all, asked);
-            }
-        }
+        self.beside("queue streams", move |errand| async move {
+            let unread = store::queue::find_streams_without_queues(&errand.database).await;
+            let release = move |engine: &mut Self| {
+                for stream in unread.unwrap_or_default() {
+                    let mut rows = engine.queues.values().map(|owned| &owned.row);
+                    if rows.all(|row| row.stream_id != stream) {
+                        let all = Offset(i64::MAX);
+                        engine.stream.set_watermark_as_of(stream, all, asked);
+                    }
+                }
+            };
+            let _ = errand.visit(release).await;
+        });
     }
 
     fn is_held(&self, slot: Slot) -> bool {
@@ -124,7 +124,54 @@ impl Engine {
             .is_some_and(|state| state.fence.is_some())
     }
 
-    async fn share_watermarks(&mut self, over: Duration) -> Result<(), store::Error> {
+    /// Writes down how far the queues of this process's slots are, and reads what others say of theirs, while there are
+    /// others.
+    fn share_watermarks(&mut self) {
+        const DUTY: &str = "queue watermarks";
+        let now = Instant::now();
+        let is_time = |at: Instant| now.duration_since(at) >= SHARE_EVERY;
+        if !self.catalogue.had_peers
+            || !self.told.shared_at.is_none_or(is_time)
+            || self.errands.is_busy(DUTY)
+        {
+            return;
+        }
+        let last = self.told.shared_at.replace(now);
+        let over = last.map_or(SHARE_EVERY, |last| now.duration_since(last));
+        let incarnation = self.cluster.incarnation();
+        self.beside(DUTY, move |errand| async move {
+            let database = &errand.database;
+            let telling = errand.telling.lock().await;
+            let Ok((as_of, own, loads)) = errand.visit(move |engine| engine.count(over)).await
+            else {
+                return;
+            };
+            let shared = async {
+                // What is told was so then.
+                let age = as_of.elapsed();
+                store::queue::write_watermarks(database, incarnation, age, &own).await?;
+                drop(telling);
+                store::cluster::note_loads(database, incarnation, &loads).await?;
+                let asked = Instant::now();
+                let told = store::queue::find_watermarks(database, incarnation).await?;
+                Ok::<_, store::Error>((asked, told))
+            };
+            match shared.await {
+                Ok((asked, told)) => {
+                    let _ = errand
+                        .visit(move |engine| engine.note_watermarks(asked, told))
+                        .await;
+                }
+                Err(error) => tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "telling other nodes the queues' watermarks failed; trying again"
+                ),
+            }
+        });
+    }
+
+    /// How far the queues of this process's slots are, as of when that holds, and the load of each slot.
+    fn count(&mut self, over: Duration) -> (Instant, Vec<store::queue::Told>, Vec<i32>) {
         let mut delivered: BTreeMap<Slot, u64> = BTreeMap::new();
         let mut own: BTreeMap<(Slot, StreamId), Offset> = BTreeMap::new();
         for owned in self.queues.values() {
@@ -138,16 +185,13 @@ impl Engine {
             }
         }
         let own = own.into_iter();
-        let own: Vec<store::queue::Told> = own
-            .map(|((slot, stream), through)| (slot, stream, through))
-            .collect();
-        let incarnation = self.cluster.incarnation();
-        let age = self.catalogue.as_of.elapsed();
+        let own = own.map(|((slot, stream), through)| (slot, stream, through));
         let loads = self.told.loads.count(delivered, over);
-        store::cluster::note_loads(&self.database, incarnation, &loads).await?;
-        store::queue::write_watermarks(&self.database, incarnation, age, &own).await?;
-        let asked = Instant::now();
-        let told = store::queue::find_watermarks(&self.database, incarnation).await?;
+        (self.catalogue.as_of, own.collect(), loads)
+    }
+
+    /// Takes note of what other nodes say of the slots that they hold.
+    fn note_watermarks(&mut self, asked: Instant, told: Vec<(i64, store::queue::Told, Duration)>) {
         let view = self.cluster.view();
         self.told.told.clear();
         for (node, (slot, stream, through), age) in told {
@@ -157,7 +201,6 @@ impl Engine {
                 self.told.told.insert((slot, stream), (as_of, through));
             }
         }
-        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use super::{Broker, HOUR, at_once, declaration, items, name};
 use crate::support::{self, TestDatabase};
 
 /// Nothing is journaled until it ends.
-async fn hold_journal(database: &TestDatabase) -> PgConnection {
+pub(super) async fn hold_journal(database: &TestDatabase) -> PgConnection {
     let mut holder = database.connect().await;
     run(
         &mut holder,
@@ -18,7 +18,7 @@ async fn hold_journal(database: &TestDatabase) -> PgConnection {
     holder
 }
 
-async fn run(connection: &mut PgConnection, text: &str) {
+pub(super) async fn run(connection: &mut PgConnection, text: &str) {
     let text = AssertSqlSafe(text.to_owned());
     sqlx::raw_sql(text).execute(connection).await.unwrap();
 }
@@ -36,7 +36,7 @@ async fn waiting(database: &TestDatabase, function: &str) -> Vec<i32> {
 }
 
 /// Waits until a group is in the database and cannot be written.
-async fn held_up(database: &TestDatabase) -> i32 {
+pub(super) async fn held_up(database: &TestDatabase) -> i32 {
     support::eventually("a group to be held up", || async {
         waiting(database, "write_queue_").await.first().copied()
     })

@@ -3,6 +3,7 @@
 
 mod apart;
 mod behind;
+mod beside;
 mod fence;
 mod letters;
 mod life;
