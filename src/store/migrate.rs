@@ -89,14 +89,32 @@ const MAPPED_GRANTS: &str = concat!(
     include_str!("../../migrations/mapped/grants.sql")
 );
 
-/// Before the first statement of an install. A schema that somebody made before, to have us put our tables into what is his, is not taken.
+/// A schema that somebody made before, to have us put our tables into what is his, is not taken.
 const FIRST: &str = include_str!("../../migrations/first.sql");
+
+/// The schema of everything that stands beside a service's own tables.
+const ORIGIN_SCHEMA: &str = "postroad";
 
 /// The schema of the broker's own tables.
 const BROKER_SCHEMA: &str = "postroad_broker";
 
 /// Held while rights are granted: `grants` in ASCII.
 const GRANT_LOCK: i64 = 0x6772_616e_7473;
+
+/// Refuses a schema that has code of somebody else in it: before anything is done with it.
+fn look_at(schema: &str) -> String {
+    FIRST.replace("/*schema*/", &format!("'{schema}'"))
+}
+
+/// The same of the schema beside a service's own tables, for whatever is done with it after an install.
+pub(in crate::store) fn look() -> String {
+    look_at(ORIGIN_SCHEMA)
+}
+
+/// Makes the schema, unless it is there, and looks at it. Looked at before, it could be made meanwhile.
+fn first(schema: &str) -> String {
+    format!("create schema if not exists {schema};\n{}", look_at(schema))
+}
 
 fn migrator(files: &[File], schema: &'static str) -> Migrator {
     let migrations = files
@@ -128,7 +146,7 @@ async fn migrate(
     longest_wait: Duration,
 ) -> Result<(), Error> {
     let mut turn = Turn::take(database, longest_wait).await?;
-    sqlx::raw_sql(FIRST)
+    sqlx::raw_sql(sqlx::AssertSqlSafe(first(schema)))
         .execute(&mut turn.0)
         .await
         .map_err(Error::query("looking whose schema it is"))?;
@@ -249,7 +267,7 @@ async fn install(
     grants: &'static str,
     roles: &[&str],
 ) -> Result<Grants, Error> {
-    migrate(database, (files, "postroad"), turn::LONGEST).await?;
+    migrate(database, (files, ORIGIN_SCHEMA), turn::LONGEST).await?;
     let mut connection = database.connect().await?;
     // Sent as one message, it is one transaction. One at a time: two that grant at once update the same rows of the catalogue, which
     // Postgres refuses.
@@ -306,9 +324,10 @@ pub fn inbox_sql() -> String {
 
 fn script(what: &str, files: &[File], grants: &str) -> String {
     use std::fmt::Write as _;
+    let first = first(ORIGIN_SCHEMA);
     let mut script = format!(
         "-- Postroad's {what}: schema, functions and grants. Run it as the owner of the database, in psql or by any migration tool.\n\
-         begin;\n\
+         begin isolation level read committed;\n\
          -- Whatever the path of whoever runs it: what others made in other schemas is not called.\n\
          set local search_path = pg_catalog, pg_temp;\n\
          do $postroad_look$ begin\n    \
@@ -316,8 +335,7 @@ fn script(what: &str, files: &[File], grants: &str) -> String {
                  raise exception 'the encoding of this database is %, and Postroad needs UTF8', getdatabaseencoding();\n    \
              end if;\n\
          end $postroad_look$;\n\
-         {FIRST}\
-         create schema if not exists postroad;\n\
+         {first}\
          create table if not exists postroad.migration (\n    \
              version bigint primary key,\n    \
              description text not null,\n    \
@@ -327,7 +345,7 @@ fn script(what: &str, files: &[File], grants: &str) -> String {
              execution_time bigint not null\n\
          );\n",
     );
-    for migration in migrator(files, "postroad").iter() {
+    for migration in migrator(files, ORIGIN_SCHEMA).iter() {
         let mut checksum = String::with_capacity(2 * migration.checksum.len());
         for byte in migration.checksum.iter() {
             write!(checksum, "{byte:02x}").expect("writing to a String cannot fail");

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::{Session, statement};
 use crate::domain::id::OriginId;
-use crate::store::{Database, Error};
+use crate::store::{Database, Error, migrate};
 
 /// The reader of an outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -235,6 +235,14 @@ pub struct Released {
 /// The script that releases claims: of one mapped table, or of the outbox. Gives who had it.
 #[must_use]
 pub fn release_sql(table: Option<&str>) -> String {
+    format!(
+        "begin;\nset local search_path = pg_catalog, pg_temp;\n{}{}commit;\n",
+        migrate::look(),
+        releasing(table)
+    )
+}
+
+fn releasing(table: Option<&str>) -> String {
     let (claims, name) = match table {
         None => ("postroad.relay_claim", OWN),
         Some(table) => ("postroad.mapped_claim", table),
@@ -253,7 +261,11 @@ pub fn release_sql(table: Option<&str>) -> String {
 /// The statement failed.
 pub async fn release(database: &Database, table: Option<&str>) -> Result<Option<Released>, Error> {
     let mut connection = database.connect().await?;
-    let text = release_sql(table);
+    sqlx::raw_sql(sqlx::AssertSqlSafe(migrate::look()))
+        .execute(&mut connection)
+        .await
+        .map_err(Error::query("looking whose schema it is"))?;
+    let text = releasing(table);
     let releasing = sqlx::query_as::<_, (String, Uuid, String, DateTime<Utc>)>(
         sqlx::AssertSqlSafe(text.trim_end().trim_end_matches(';').to_owned()),
     )
