@@ -1,6 +1,8 @@
 -- The outbox.
 do $postroad$
 declare
+    takes_rows constant boolean := /*takes_rows*/;
+    held bigint;
     found_claim record;
     called regprocedure;
 begin
@@ -12,6 +14,14 @@ begin
         raise exception 'the outbox is relayed as the origin % of the broker %', found_claim.origin, found_claim.broker
             using errcode = 'object_in_use',
                 hint = 'Once all is relayed, take the origin out of the broker''s configuration, and run `postroad release` on this database.';
+    end if;
+    -- Until the transaction ends nobody adds one.
+    lock table postroad.outbox in access exclusive mode;
+    select count(*) into held from postroad.outbox;
+    if held > 0 and not takes_rows then
+        raise exception 'the outbox holds % rows, and only the broker knows which of them it has relayed', held
+            using errcode = 'object_in_use',
+                hint = 'Once `relayed_through` of the origin is past the last of them, or if they may be lost, run `postroad uninstall --force`.';
     end if;
     drop table postroad.outbox, postroad.relay_mark, postroad.relay_emptied, postroad.relay_claim, postroad.outbox_leaf;
     drop sequence postroad.outbox_seq;

@@ -86,6 +86,9 @@ pub(super) struct Uninstall {
     /// The configuration file that has the origin; postroad.toml by default
     #[arg(long, value_name = "FILE", requires = "map")]
     config: Option<PathBuf>,
+    /// Remove the outbox though it holds rows: those that no broker has relayed are lost
+    #[arg(long, conflicts_with_all = ["inbox", "fence", "map"])]
+    force: bool,
     /// Print the SQL instead of running it, for teams that run their own migrations
     #[arg(long)]
     print: bool,
@@ -118,14 +121,19 @@ impl Uninstall {
             ),
             (None, true, _) => (Side::Inbox, "the inbox"),
             (None, false, true) => (Side::Fence, "the fence"),
-            (None, false, false) => (Side::Outbox, "the outbox"),
+            (None, false, false) => {
+                let takes_rows = self.force;
+                (Side::Outbox { takes_rows }, "the outbox")
+            }
         };
         if self.print {
             return super::print(&uninstall::script(side));
         }
         let url = database_url(self.database_url.as_ref(), "DATABASE_URL")?;
         let database = Database::new(&url, 1)?;
-        uninstall::run(&database, side).await?;
+        if let Err(error) = uninstall::run(&database, side).await {
+            anyhow::bail!("{name} cannot be removed: {}", error.explained());
+        }
         say!("removed {name} from {}", database.place());
         database.close().await;
         Ok(())

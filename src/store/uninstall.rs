@@ -3,7 +3,7 @@
 
 use sqlx::{AssertSqlSafe, SqlSafeStr as _};
 
-use super::{Database, Error};
+use super::{Database, Error, migrate};
 use crate::domain::id::OriginId;
 use crate::domain::mapping::{Field, Mapping};
 use crate::domain::name::OriginName;
@@ -12,7 +12,10 @@ use crate::domain::name::OriginName;
 #[derive(Debug, Clone, Copy)]
 pub enum Side<'a> {
     /// The outbox.
-    Outbox,
+    Outbox {
+        /// Also while it holds rows, which are gone then. Which of them were relayed is not known there.
+        takes_rows: bool,
+    },
     /// The inbox of consumers.
     Inbox,
     /// The fence that checks tokens of locks.
@@ -34,7 +37,9 @@ const LAST: &str = include_str!("../../migrations/last.sql");
 #[must_use]
 pub fn script(side: Side<'_>) -> String {
     let text = match side {
-        Side::Outbox => OUTBOX.to_owned(),
+        Side::Outbox { takes_rows } => {
+            OUTBOX.replace("/*takes_rows*/", if takes_rows { "true" } else { "false" })
+        }
         Side::Inbox => INBOX.to_owned(),
         Side::Fence => FENCE.to_owned(),
         Side::Mapped(mapping) => {
@@ -54,13 +59,13 @@ pub fn script(side: Side<'_>) -> String {
                 .replace("/*seq*/", &added(Field::Seq, "postroad_seq"))
         }
     };
-    format!("{BEFORE}{text}{LAST}commit;\n")
+    format!("{BEFORE}{}{text}{LAST}commit;\n", migrate::look())
 }
 
 /// Takes a side out.
 ///
 /// # Errors
-/// A statement failed, or a broker still has the claim; nothing was changed then.
+/// A statement failed, a broker still has the claim, or the outbox holds rows; nothing was changed then.
 pub async fn run(database: &Database, side: Side<'_>) -> Result<(), Error> {
     let mut connection = database.connect().await?;
     sqlx::raw_sql(AssertSqlSafe(script(side)).into_sql_str())

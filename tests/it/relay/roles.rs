@@ -1,11 +1,14 @@
 //! Who may do what: the roles of one database give nothing in another, and a producer reads back what it inserts.
 
 use postroad::store::migrate::{self, Grants};
+use postroad::store::origin::claim;
 use postroad::store::{Database, uninstall};
 use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::{Origin, as_user, connect, execute};
 use crate::support;
+
+const OUTBOX: uninstall::Side<'static> = uninstall::Side::Outbox { takes_rows: false };
 
 async fn refusal(connection: &mut PgConnection, text: &str) -> String {
     let refused = sqlx::query(AssertSqlSafe(text.to_owned()))
@@ -78,13 +81,22 @@ async fn the_roles_of_one_database_give_nothing_in_another() {
         );
     }
     drop(service);
-    // The original keeps them, also when it is installed again.
+    // The original keeps them, also when it is installed again. And so does a person's own role, whatever its name begins with.
+    execute(
+        &mut connect(&shop).await,
+        "create role postroad_relay_login login; grant usage on schema postroad to postroad_relay_login;
+        grant select on postroad.outbox to postroad_relay_login",
+    )
+    .await;
     let database = Database::new(&shop, 1).unwrap();
     assert_eq!(migrate::origin(&database).await.unwrap(), Grants::Given);
     database.close().await;
     let mut service = connect(&as_user(&shop, "service")).await;
     execute(&mut service, own[0]).await;
     drop(service);
+    let mut person = connect(&as_user(&shop, "postroad_relay_login")).await;
+    execute(&mut person, "select * from postroad.outbox").await;
+    drop(person);
 
     // A database that takes the name of another one does not take its services.
     execute(
@@ -202,15 +214,97 @@ async fn a_schema_that_somebody_made_before_is_not_taken_and_another_encoding_ne
     assert!(refused.to_string().contains("SQL_ASCII"), "{refused}");
 }
 
+/// The owner of a database is no superuser, and has made what a superuser's install would use.
+#[tokio::test]
+async fn an_install_by_a_superuser_runs_no_code_of_the_databases_owner() {
+    const TRAP: &str = "
+        create table postroad.migration (
+            version bigint primary key, description text not null, installed_on timestamptz not null default now(),
+            success boolean not null, checksum bytea not null, execution_time bigint not null
+        );
+        create function public.spring() returns trigger language plpgsql as $$ begin
+            alter role tenant superuser;
+            return new;
+        end $$;
+        create trigger trap before insert or delete on postroad.migration for each row execute function public.spring()";
+    let cluster = support::cluster().await;
+    let url = cluster.create_database("shop").await;
+    let mut owner = connect(&url).await;
+    execute(
+        &mut owner,
+        "create role tenant login; alter database shop owner to tenant; alter schema public owner to tenant",
+    )
+    .await;
+    let mut tenant = connect(&as_user(&url, "tenant")).await;
+    execute(&mut tenant, "create schema postroad").await;
+    execute(&mut tenant, TRAP).await;
+    let is_refused = async |url: &str, what: &str| {
+        let database = Database::new(url, 1).unwrap();
+        for install in [
+            migrate::origin(&database).await.map(|_| ()),
+            migrate::inbox(&database).await.map(|_| ()),
+            migrate::fence(&database).await.map(|_| ()),
+            uninstall::run(&database, uninstall::Side::Inbox).await,
+            claim::release(&database, None).await.map(|_| ()),
+        ] {
+            let refused = format!("{:?}", install.unwrap_err());
+            assert!(refused.contains(what), "{refused}");
+        }
+        database.close().await;
+        let mut owner = connect(url).await;
+        for script in [migrate::origin_sql(), uninstall::script(OUTBOX)] {
+            let refused = sqlx::raw_sql(AssertSqlSafe(script)).execute(&mut owner);
+            let refused = refused.await.unwrap_err().to_string();
+            assert!(refused.contains(what), "{refused}");
+            execute(&mut owner, "rollback").await;
+        }
+    };
+    is_refused(
+        &url,
+        "the schema postroad is there and belongs to the role tenant",
+    )
+    .await;
+    // Given away, it still has the table.
+    execute(&mut owner, "alter schema postroad owner to current_user").await;
+    is_refused(&url, "belongs to the role tenant").await;
+    execute(
+        &mut owner,
+        "drop table postroad.migration; create function postroad.role_name(kind text) returns text language sql as 'select kind';
+        alter function postroad.role_name(text) owner to tenant",
+    )
+    .await;
+    is_refused(
+        &url,
+        "postroad.role_name(text) in the schema postroad belongs",
+    )
+    .await;
+    execute(
+        &mut owner,
+        "drop schema postroad cascade; create schema postroad_broker; alter schema postroad_broker owner to tenant",
+    )
+    .await;
+    let database = Database::new(&url, 1).unwrap();
+    assert!(migrate::broker(&database).await.is_err());
+    database.close().await;
+    let is_superuser: bool =
+        sqlx::query_scalar("select rolsuper from pg_roles where rolname = 'tenant'")
+            .fetch_one(&mut owner)
+            .await
+            .unwrap();
+    assert!(!is_superuser);
+    // He installs himself what is his.
+    let database = Database::new(&as_user(&url, "tenant"), 1).unwrap();
+    migrate::origin(&database).await.unwrap();
+    migrate::broker(&database).await.unwrap();
+    uninstall::run(&database, OUTBOX).await.unwrap();
+    database.close().await;
+}
+
 #[tokio::test]
 async fn what_is_installed_is_taken_out_again_with_its_roles() {
     let database = support::empty_database().await;
     let mut owner = database.connect().await;
-    let sides = [
-        uninstall::Side::Outbox,
-        uninstall::Side::Inbox,
-        uninstall::Side::Fence,
-    ];
+    let sides = [OUTBOX, uninstall::Side::Inbox, uninstall::Side::Fence];
     for takes_by_script in [false, true] {
         migrate::origin(&database.database).await.unwrap();
         migrate::inbox(&database.database).await.unwrap();
@@ -230,9 +324,24 @@ async fn what_is_installed_is_taken_out_again_with_its_roles() {
         );
         execute(
             &mut owner,
-            "update postroad.relay_claim set released_at = now()",
+            "update postroad.relay_claim set released_at = now(); insert into postroad.outbox (topic) values ('a'), ('b')",
         )
         .await;
+        // Nobody has relayed them, as far as this database knows.
+        let refused = uninstall::run(&database.database, OUTBOX)
+            .await
+            .unwrap_err();
+        assert!(
+            refused.explained().to_string().contains("holds 2 rows"),
+            "{refused:?}"
+        );
+        match takes_by_script {
+            true => execute(&mut owner, "truncate postroad.outbox").await,
+            false => {
+                let with_rows = uninstall::Side::Outbox { takes_rows: true };
+                uninstall::run(&database.database, with_rows).await.unwrap();
+            }
+        }
         for side in sides {
             for _ in 0..2 {
                 match takes_by_script {
