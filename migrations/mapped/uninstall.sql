@@ -6,6 +6,7 @@ declare
     added text;
     found_claim record;
     relay text;
+    numbers text;
 begin
     if to_regclass('postroad.mapped_outbox') is null then
         return;
@@ -19,6 +20,13 @@ begin
                 hint = 'Once all is relayed, take the origin out of the broker''s configuration, and run `postroad release --table` on this database.';
     end if;
     if to_regclass(mapped_table) is not null then
+        select pg_get_serial_sequence(mapped_table, m.seq_column) into numbers
+        from postroad.mapped_outbox m
+        join pg_attribute a on a.attrelid = to_regclass(mapped_table) and a.attname = m.seq_column and not a.attisdropped
+        where m.table_name = mapped_table;
+        if numbers is not null and exists (select from pg_roles where rolname = relay) then
+            execute format('revoke all on sequence %s from %I', numbers, relay);
+        end if;
         foreach added in array array_remove(array[/*xid*/, /*seq*/]::text[], null) loop
             execute format('alter table %s drop column if exists %I', mapped_table, added);
         end loop;

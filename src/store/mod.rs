@@ -81,12 +81,15 @@ const SESSION: [(&str, &str); 15] = [
 ];
 
 /// Settings that not every server has, which would refuse a session that asks for them. A session whose statement was given up waits
-/// for a lock, or for a standby, and would not notice that its client is gone: it would stay for as long, one more each time.
+/// for a lock, or for a standby, and would not notice that its client is gone: it would stay for as long, one more each time. Postroad reads
+/// tables alone: in place of one, between a look at it and its reading, its owner could put a view that has code of his. (From Postgres
+/// 15.8, 16.4 on.)
 pub(in crate::store) async fn settle(connection: &mut Connection) -> Result<(), sqlx::Error> {
     const SETTLE: &str = "select set_config(s.name, s.value, false)
         from (values
             ('client_connection_check_interval', '5s', version() like '%linux%'),
-            ('transaction_timeout', '0', true)
+            ('transaction_timeout', '0', true),
+            ('restrict_nonsystem_relation_kind', 'view', true)
         ) as s (name, value, fits)
         where s.fits and current_setting(s.name, true) is not null";
     sqlx::query(SETTLE)

@@ -126,14 +126,32 @@ fn write(mapping: &Mapping, shape: &Shape) -> String {
         text_or_null(column(Field::Seq)),
     );
     let deletes = mapping.pickup == Pickup::Delete || mapping.deletes_relayed;
-    let rights = if deletes { "select, delete" } else { "select" };
+    // Ids and numbers of rows that a restore brought are put right by the relay.
+    let rights = match (snapshot, deletes) {
+        (true, true) => "select, update, delete",
+        (true, false) => "select, update",
+        (false, _) => "select, delete",
+    };
+    let numbers = match column(Field::Seq) {
+        Some(seq) => format!(
+            "pg_get_serial_sequence({}, {})",
+            literal(table),
+            literal(seq)
+        ),
+        None => "null".to_owned(),
+    };
     let _ = write!(
         text,
         "do $postroad$\n\
+         declare\n    \
+             numbers constant text := {numbers};\n\
          begin\n    \
              if exists (select from pg_catalog.pg_roles where rolname = postroad.role_name('relay')) then\n        \
                  execute format('grant usage on schema %s to %I', {}, postroad.role_name('relay'));\n        \
-                 execute format('grant {rights} on %s to %I', {}, postroad.role_name('relay'));\n    \
+                 execute format('grant {rights} on %s to %I', {}, postroad.role_name('relay'));\n        \
+                 if numbers is not null then\n            \
+                     execute format('grant usage, select, update on sequence %s to %I', numbers, postroad.role_name('relay'));\n        \
+                 end if;\n    \
              end if;\n\
          end\n\
          $postroad$;\n",

@@ -27,10 +27,14 @@ left join pg_catalog.pg_type as b on b.oid = t.typbasetype
 left join pg_catalog.pg_attrdef as d on d.adrelid = c.oid and d.adnum = a.attnum
 left join lateral (
     select array_agg(p.attname::text order by u.place) as names,
-        array_agg(format_type(p.atttypid, p.atttypmod) order by u.place) as types
+        -- What a key is compared as. A domain's checks are its owner's.
+        array_agg(
+            case y.typtype when 'd' then format_type(y.typbasetype, y.typtypmod) else format_type(p.atttypid, p.atttypmod) end
+            order by u.place) as types
     from pg_catalog.pg_index as i
     cross join unnest(i.indkey::smallint[]) with ordinality as u (number, place)
     join pg_catalog.pg_attribute as p on p.attrelid = i.indrelid and p.attnum = u.number
+    join pg_catalog.pg_type as y on y.oid = p.atttypid
     where i.indrelid = c.oid and i.indisprimary and u.place <= i.indnkeyatts
 ) as k on true
 where c.oid = to_regclass($1)
