@@ -16,6 +16,7 @@ declare
     elsewhere text;
     foreigner record;
     mapped text;
+    numbers text;
 begin
     if not exists (select from pg_roles where rolname = made) then
         begin
@@ -44,7 +45,8 @@ begin
         raise exception 'the role % has rights in the database %, and whom it was granted to would have them here too', made, elsewhere
             using errcode = 'duplicate_object', hint = format('Give it the name of that database, by `alter role %I rename to …`, and install again.', made);
     end if;
-    -- Roles of another database, which a dump, a template or a new name of the database brought.
+    -- Roles of another database, which a dump, a template or a new name of the database brought. A person's own can have such a name too: it
+    -- logs in, and no install has made it.
     for foreigner in
         select distinct r.rolname as name
         from pg_shdepend d
@@ -52,6 +54,7 @@ begin
         where d.refclassid = 'pg_authid'::regclass and d.deptype = 'a'
             and d.dbid = (select b.oid from pg_database b where b.datname = current_database())
             and r.rolname ~ ('^postroad_' || kind || '(_|$)') and r.rolname <> made
+            and (not r.rolcanlogin or shobj_description(r.oid, 'pg_authid') like 'made by postroad install in the database %')
     loop
         execute format('revoke all on all tables in schema postroad from %I', foreigner.name);
         execute format('revoke all on all sequences in schema postroad from %I', foreigner.name);
@@ -61,6 +64,12 @@ begin
             for mapped in execute 'select m.table_name from postroad.mapped_outbox m where to_regclass(m.table_name) is not null' loop
                 begin
                     execute format('revoke all on table %s from %I', mapped, foreigner.name);
+                    for numbers in
+                        select d.objid::regclass::text from pg_depend d join pg_class c on c.oid = d.objid and c.relkind = 'S'
+                        where d.classid = 'pg_class'::regclass and d.refclassid = d.classid and d.refobjid = to_regclass(mapped)
+                    loop
+                        execute format('revoke all on sequence %s from %I', numbers, foreigner.name);
+                    end loop;
                 exception
                     when insufficient_privilege then
                         raise notice 'postroad: % may not take from the role % what it may do with %', current_user, foreigner.name, mapped;
