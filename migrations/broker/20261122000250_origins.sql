@@ -70,7 +70,13 @@ begin
                 select from pg_stat_activity a
                 where a.datname = current_database() and a.pid <> pg_backend_pid()
                     and a.backend_type is distinct from 'autovacuum worker'
-                    and (age(a.backend_xmin) >= age(v_turn.turned_by::xid) or a.query = '<insufficient privilege>'))
+                    and (age(a.backend_xmin) >= age(v_turn.turned_by::xid) or a.query = '<insufficient privilege>')
+                -- A dump of a standby, which tells its primary of it by hot_standby_feedback.
+                union all
+                select from pg_stat_activity a
+                where a.backend_type = 'walsender' and age(a.backend_xmin) >= age(v_turn.turned_by::xid)
+                union all
+                select from pg_replication_slots s where age(s.xmin) >= age(v_turn.turned_by::xid))
             and v_age between interval '0' and interval '1 hour'
             and not (v_age > interval '10 minutes'
                 and pg_total_relation_size(format('postroad_broker.relay_journal_%s', v_turn.segment)::regclass) > 64000000)
