@@ -50,6 +50,8 @@ pub(super) struct Rotation {
     noted: Option<(i64, Instant)>,
     rotated_at: Option<Instant>,
     rejected_at: Option<Instant>,
+    /// Rejected rows that are gone since they were last told.
+    rejected_dropped: u64,
     retention_at: Option<Instant>,
     /// Streams that were warned of.
     short: BTreeSet<StreamName>,
@@ -67,6 +69,7 @@ impl Rotation {
             noted: None,
             rotated_at: None,
             rejected_at: None,
+            rejected_dropped: 0,
             retention_at: None,
             short: BTreeSet::new(),
             blocked: BTreeMap::new(),
@@ -115,20 +118,18 @@ impl Run<'_> {
         let (broker, origin) = (&relay.broker, relay.id);
         let finding = store::relay::find_rejected_beyond(broker, origin, relay.options.rejected);
         if let Some(through) = finding.await.map_err(Trouble::Broker)? {
-            let mut dropped = 0;
-            loop {
-                let deleting = store::relay::delete_rejected(
-                    broker,
-                    origin,
-                    0..=through,
-                    REJECTED_DELETE_ROWS,
-                );
-                let deleted = deleting.await.map_err(Trouble::Broker)?;
-                dropped += deleted;
-                if deleted < u64::from(REJECTED_DELETE_ROWS) || relay.supervisor.is_stopping() {
-                    break;
-                }
+            // One statement a turn: rows that came meanwhile do not wait for hundreds of them.
+            let deleting =
+                store::relay::delete_rejected(broker, origin, 0..=through, REJECTED_DELETE_ROWS);
+            let deleted = deleting.await.map_err(Trouble::Broker)?;
+            self.rotation.rejected_dropped += deleted;
+            if deleted == u64::from(REJECTED_DELETE_ROWS) {
+                self.rotation.rejected_at = None;
+                return Ok(());
             }
+        }
+        let dropped = std::mem::take(&mut self.rotation.rejected_dropped);
+        if dropped > 0 {
             tracing::warn!(origin = %relay.name, dropped, "the oldest rejected rows were dropped: their list is bounded");
         }
         let rejected = store::relay::count_rejected(broker, origin).await;
