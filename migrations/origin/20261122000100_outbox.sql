@@ -29,8 +29,10 @@ begin
             then 'outbox_id_is_1_to_1024_bytes'
         when pg_catalog.octet_length(source) operator(pg_catalog.<) 1 or pg_catalog.octet_length(source) operator(pg_catalog.>) 1024
             then 'outbox_source_is_1_to_1024_bytes'
-        -- As over HTTP: CloudEvents has neither control characters nor noncharacters.
-        when pg_catalog.concat(key, id, source) operator(pg_catalog.~) '[\u0001-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffe\uffff]'
+        -- As over HTTP: CloudEvents has neither control characters nor noncharacters. One look at all three, put together by operators: by
+        -- concat, which calls the types' output functions, it took 1.3 us in place of 0.5.
+        when (id operator(pg_catalog.||) coalesce(key, '') operator(pg_catalog.||) coalesce(source, ''))
+                operator(pg_catalog.~) '[\u0001-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffe\uffff]'
             then 'outbox_attributes_have_no_control_characters'
         when "time" operator(pg_catalog.<) pg_catalog.timestamptz '0001-01-01 00:00:00+00'
             or "time" operator(pg_catalog.>=) pg_catalog.timestamptz '10000-01-01 00:00:00+00'
@@ -51,7 +53,8 @@ begin
                 or pg_catalog.octet_length(content_type) operator(pg_catalog.>) 255
                 or content_type collate pg_catalog."C" operator(pg_catalog.!~) '^[!-~]([ -~]*[!-~])?$'
                 then 'outbox_content_type_is_valid'
-            when pg_catalog.concat(type, subject, data_schema) operator(pg_catalog.~) '[\u0001-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffe\uffff]'
+            when (coalesce(type, '') operator(pg_catalog.||) coalesce(subject, '') operator(pg_catalog.||) coalesce(data_schema, ''))
+                    operator(pg_catalog.~) '[\u0001-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffe\uffff]'
                 then 'outbox_attributes_have_no_control_characters'
             when pg_catalog.octet_length(data_schema) operator(pg_catalog.<) 1
                 or pg_catalog.octet_length(data_schema) operator(pg_catalog.>) 1024
