@@ -78,8 +78,8 @@ async fn what_does_not_fit_is_said() {
             "snapshot",
             &[("xid", "{nullable}"), ("seq", "{seq}")],
             &[
-                "the column `nullable` can be null",
-                "the column `seq` can be null",
+                "the column `nullable` is nullable",
+                "the column `seq` is nullable",
             ],
         ),
         (
@@ -229,7 +229,7 @@ async fn rows_that_cannot_be_taken_out_stop_the_relay_and_are_relayed_once() {
         status
             .detail
             .unwrap()
-            .contains("1 rows that were relayed cannot be taken out")
+            .contains("1 relayed rows cannot be deleted")
     );
     execute(
         &mut owner,
