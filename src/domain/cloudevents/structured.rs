@@ -124,28 +124,30 @@ pub(super) fn finish(messages: Vec<Message>, faults: Faults) -> Result<Vec<Messa
     }
 }
 
-/// The body as JSON text. Its nesting is checked per payload, since the limit counts from there; faults outside payloads are found
-/// again, with all others, when the attributes are read.
+/// The body as JSON text. The scan ends at the first fault, so what stands behind it is not known to be fit for an answer. Two kinds of fault
+/// outside payloads pass, and only since each refuses its event for certain when the attributes are read: a name twice, and nesting, which no
+/// attribute may have. There they are named with all other faults; the nesting of payloads is checked per payload, since its limit counts from
+/// there.
 pub(super) fn checked(body: &Bytes) -> Result<&str, Error> {
     match json::check_envelope(body) {
-        Err(error) if error.pointer().is_none() || is_in_payload(&error) => {
-            Err(refused(error, "the body", ""))
-        }
+        Err(error) if !is_found_again(&error) => Err(refused(error, "the body", "")),
         _ => Ok(std::str::from_utf8(body).expect("checked first of all")),
     }
 }
 
-/// Whether a fault of a request is inside some payload.
-fn is_in_payload(error: &json::Error) -> bool {
-    let mut steps = error.pointer().unwrap_or_default().split('/');
+/// Whether a fault refuses its event when that is read, too.
+fn is_found_again(error: &json::Error) -> bool {
     match error {
-        json::Error::TooDeep { .. } => false,
-        // `data` twice is a fault of the event.
-        json::Error::Duplicate { .. } => {
+        json::Error::TooDeep { .. } => true,
+        // `data` twice is a fault of the event, a name twice within it is the payload's.
+        json::Error::Duplicate { pointer, .. } => {
+            let mut steps = pointer.split('/');
             steps.next_back();
-            steps.any(|step| step == "data")
+            !steps.any(|step| step == "data")
         }
-        _ => steps.any(|step| step == "data"),
+        json::Error::NotUtf8 { .. }
+        | json::Error::Syntax { .. }
+        | json::Error::Unreadable { .. } => false,
     }
 }
 

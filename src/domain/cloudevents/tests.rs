@@ -186,7 +186,7 @@ fn faults_of_an_event_are_named() {
         ),
         (
             "\"specversion\":\"1.0\",\"id\":\"a\\u0000\"",
-            "/id: `id` has the character U+0000",
+            "/id: the body has the character U+0000",
         ),
         (
             "\"specversion\":\"1.0\",\"id\":\"a\",\"id\":\"b\"",

@@ -113,6 +113,44 @@ async fn what_parsers_refuse_is_refused_with_its_place_by_every_way_in() {
     api.stop().await;
 }
 
+#[tokio::test]
+async fn no_fault_before_a_payload_hides_what_is_in_it() {
+    let api = Api::start().await;
+    let deep = format!("{}1{}", "[".repeat(70), "]".repeat(70));
+    for before in [
+        r#""\u0000": null"#.to_owned(),
+        r#""a\u0000": 1"#.to_owned(),
+        r#""\ud83d": null"#.to_owned(),
+        r#""subject": null, "subject": null"#.to_owned(),
+        r#""ext": {"a": 1, "a": 2}"#.to_owned(),
+        format!(r#""ext": {deep}"#),
+        format!(r#""data_base64": {deep}"#),
+    ] {
+        // Also before what would be fine.
+        for (text, _) in unreadable().into_iter().chain([("1".to_owned(), "")]) {
+            let event = format!(r#"{{"specversion": "1.0", {before}, "data": {text}}}"#);
+            for (path, content_type, body) in [
+                ("/v1/topics/a/messages", STRUCTURED, event.clone()),
+                (
+                    "/v1/topics/a/messages",
+                    BATCH,
+                    format!(r#"[{{"specversion": "1.0"}}, {event}]"#),
+                ),
+                (
+                    "/v1/messages",
+                    "application/json",
+                    format!(r#"{{"messages": [{{"topic": "a", "event": {event}}}]}}"#),
+                ),
+            ] {
+                let refused = send(&api, "POST", path, content_type, body).await;
+                assert_eq!(refused.status, 422, "{before:.30} {text:.30}: {refused:?}");
+            }
+        }
+    }
+    assert_eq!(api.get("/v1/streams/main").await.body["last_offset"], 0);
+    api.stop().await;
+}
+
 /// Reads JSON as strict parsers do: a name twice, a constant that JSON has not, half a pair are faults.
 const STRICT: &str = "
 import json, sys
