@@ -12,7 +12,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::budget::Share;
+use super::unread::{Held, PATIENCE, Standing, Unread};
 use crate::failpoint;
 
 /// Something that must know whether an answer was written. Dropped without [`OnWritten::written`], it was not.
@@ -31,21 +31,23 @@ pub(in crate::http) trait OnWritten: Send + fmt::Debug {
 }
 
 /// All that a connection and those who answer on it know of each other. Cheap to clone.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(in crate::http) struct Outgoing {
     has_windows: bool,
     shared: Arc<Shared>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     /// These wait for the connection's next flush.
     waiting: Mutex<Vec<Box<dyn OnWritten>>>,
-    /// Large answers that were made, each with the time by which the kernel must have it.
-    due: Mutex<Vec<(Weak<Share>, Instant)>>,
+    /// Answers that the client must take in time.
+    unread: Unread,
     /// Makes the connection look at itself again.
     attention: Notify,
     is_to_end: AtomicBool,
+    /// A request came that is the last.
+    has_last: AtomicBool,
     /// Bytes wait to be written.
     is_writing: AtomicBool,
     /// Answers without a known end are under way.
@@ -81,17 +83,44 @@ impl Drop for Endless {
     }
 }
 
-/// How long a client may take for an answer: so long, and what it takes at this rate.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
-const ANSWER_BYTES_PER_SECOND: f64 = 65_536.0;
+impl Default for Outgoing {
+    fn default() -> Self {
+        Self::new(PATIENCE)
+    }
+}
 
 impl Outgoing {
+    /// Of a connection whose client has such a patience to take an answer, and longer for a large one: see [`Unread`].
+    pub(in crate::http) fn new(patience: Duration) -> Self {
+        let shared = Shared {
+            waiting: Mutex::default(),
+            unread: Unread::new(patience),
+            attention: Notify::new(),
+            is_to_end: AtomicBool::new(false),
+            has_last: AtomicBool::new(false),
+            is_writing: AtomicBool::new(false),
+            endless: AtomicUsize::new(0),
+            phase: AtomicU8::new(Phase::Open as u8),
+            hidden_end: Mutex::default(),
+            end_seen: Notify::new(),
+        };
+        Self {
+            has_windows: false,
+            shared: Arc::new(shared),
+        }
+    }
+
     /// The same, for a request whose answer is subject to the client's window: one of HTTP/2.
     pub(in crate::http) fn with_windows(&self) -> Self {
         Self {
             has_windows: true,
             shared: Arc::clone(&self.shared),
         }
+    }
+
+    /// Whether answers are subject to the client's window.
+    pub(in crate::http) const fn has_windows(&self) -> bool {
+        self.has_windows
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Box<dyn OnWritten>>> {
@@ -116,27 +145,21 @@ impl Outgoing {
         }
     }
 
-    /// Notes a large answer: its share must be given back in time, or the connection ends.
-    pub(in crate::http) fn is_due(&self, share: &Arc<Share>, bytes: usize) {
-        let time = Duration::from_secs_f64(bytes as f64 / ANSWER_BYTES_PER_SECOND);
-        let due = (
-            Arc::downgrade(share),
-            Instant::now() + ANSWER_PATIENCE + time,
-        );
-        self.due().push(due);
-        self.shared.attention.notify_one();
+    /// Notes an answer: its client must take it in time, or the connection ends.
+    pub(in crate::http) fn is_due(&self, held: &Arc<Held>, bytes: usize) {
+        if self.shared.unread.add(held, bytes, Instant::now()) {
+            self.shared.attention.notify_one();
+        }
     }
 
-    fn due(&self) -> MutexGuard<'_, Vec<(Weak<Share>, Instant)>> {
-        let due = self.shared.due.lock();
-        due.unwrap_or_else(PoisonError::into_inner)
+    /// The client took something of an answer.
+    pub(in crate::http) fn moved(&self) {
+        self.shared.unread.moved();
     }
 
-    /// The time by which the next unwritten answer must be written; with HTTP/2 the client may take others first.
-    pub(in crate::http) fn next_due(&self) -> Option<Instant> {
-        let mut due = self.due();
-        due.retain(|(share, _)| share.strong_count() > 0);
-        due.iter().map(|(_, at)| *at).min()
+    /// How far the client is with its answers.
+    pub(in crate::http) fn standing(&self) -> Standing {
+        self.shared.unread.standing(Instant::now())
     }
 
     /// Resolves when the connection must look at itself again. Cancel-safe.
@@ -148,6 +171,16 @@ impl Outgoing {
     pub(in crate::http) fn end(&self) {
         self.shared.is_to_end.store(true, Ordering::Relaxed);
         self.shared.attention.notify_one();
+    }
+
+    /// A request is the connection's last.
+    pub(in crate::http) fn is_last(&self) {
+        self.shared.has_last.store(true, Ordering::Relaxed);
+        self.shared.attention.notify_one();
+    }
+
+    pub(in crate::http) fn has_last(&self) -> bool {
+        self.shared.has_last.load(Ordering::Relaxed)
     }
 
     pub(in crate::http) fn is_to_end(&self) -> bool {
@@ -249,7 +282,7 @@ impl Outgoing {
 }
 
 /// The most bytes given out at once under HTTP/2, one frame by default.
-const PIECE_BYTES: usize = 16 << 10;
+pub(in crate::http) const PIECE_BYTES: usize = 16 << 10;
 
 /// Bytes, and what wants to know that they were written.
 #[derive(Debug)]

@@ -10,6 +10,7 @@
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -20,8 +21,9 @@ use hyper::body::{Body as _, Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use super::body::Outgoing;
+use super::body::{Outgoing, PIECE_BYTES};
 use super::problem::{Kind, Problem};
+use super::unread::Held;
 
 /// Counted at a time, since permits are 32 bits.
 const UNIT_BYTES: usize = 1 << 10;
@@ -34,11 +36,32 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Some memory for bodies, or for answers.
 #[derive(Debug, Clone)]
-pub(in crate::http) struct Budget {
+pub(in crate::http) struct Budget(Arc<Room>);
+
+#[derive(Debug)]
+struct Room {
     small: Arc<Semaphore>,
     large: Arc<Semaphore>,
     large_units: u32,
+    /// Answers that wait for some.
+    waiting: AtomicUsize,
     what: &'static str,
+}
+
+/// An answer that waits for room, until it is dropped.
+struct Waiting<'b>(&'b Room);
+
+impl<'b> Waiting<'b> {
+    fn new(room: &'b Room) -> Self {
+        room.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(room)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A share of it, until it is dropped.
@@ -69,12 +92,13 @@ impl Budget {
     pub(in crate::http) fn new(bytes: usize, what: &'static str) -> Self {
         let small = units(bytes / SMALL_PART).max(1);
         let large = units(bytes).saturating_sub(small).max(1);
-        Self {
+        Self(Arc::new(Room {
             small: Arc::new(Semaphore::new(small as usize)),
             large: Arc::new(Semaphore::new(large as usize)),
             large_units: large,
+            waiting: AtomicUsize::new(0),
             what,
-        }
+        }))
     }
 
     /// Nothing yet, to grow.
@@ -87,13 +111,13 @@ impl Budget {
     }
 
     /// The refusal where there is no room.
-    pub(in crate::http) const fn full(&self) -> Full {
-        Full(self.what)
+    pub(in crate::http) fn full(&self) -> Full {
+        Full(self.0.what)
     }
 
     /// Whether there is room for this many more bytes now.
     pub(in crate::http) fn has_room(&self, bytes: usize) -> bool {
-        let free = self.large.available_permits() + self.small.available_permits();
+        let free = self.0.large.available_permits() + self.0.small.available_permits();
         bytes <= SMALL_BYTES || units(bytes) as usize <= free
     }
 
@@ -103,8 +127,9 @@ impl Budget {
         if bytes <= SMALL_BYTES && share.grow(bytes).is_ok() {
             return Ok(share);
         }
-        let wanted = units(bytes).min(self.large_units);
-        let taking = Arc::clone(&self.large).acquire_many_owned(wanted);
+        let wanted = units(bytes).min(self.0.large_units);
+        let taking = Arc::clone(&self.0.large).acquire_many_owned(wanted);
+        let _waiting = Waiting::new(&self.0);
         match timeout(PATIENCE, taking).await {
             Ok(Ok(permit)) => {
                 share.large = Some(permit);
@@ -125,12 +150,17 @@ impl Budget {
     }
 
     #[cfg(test)]
-    fn free(&self) -> usize {
-        (self.large.available_permits() + self.small.available_permits()) * UNIT_BYTES
+    pub(in crate::http) fn free(&self) -> usize {
+        (self.0.large.available_permits() + self.0.small.available_permits()) * UNIT_BYTES
     }
 }
 
 impl Share {
+    /// Whether others wait for room.
+    pub(in crate::http) fn is_wanted(&self) -> bool {
+        self.budget.0.waiting.load(Ordering::Relaxed) > 0
+    }
+
     fn units(&self) -> u32 {
         let of = |permit: &Option<OwnedSemaphorePermit>| {
             permit.as_ref().map_or(0, |permit| permit.num_permits())
@@ -158,8 +188,8 @@ impl Share {
             }
             true
         };
-        let is_small = bytes <= SMALL_BYTES && take(&self.budget.small, Place::Small);
-        match is_small || take(&self.budget.large, Place::Large) {
+        let is_small = bytes <= SMALL_BYTES && take(&self.budget.0.small, Place::Small);
+        match is_small || take(&self.budget.0.large, Place::Large) {
             true => Ok(()),
             false => Err(self.budget.full()),
         }
@@ -209,17 +239,24 @@ impl Counted {
     }
 }
 
-/// Counts an answer until the kernel has its last byte, and gives its connection a time limit for that. Small answers and those
-/// without a known length (server-sent events have their own budget) are let through.
+/// In the extensions of an answer that [`carry`] has looked at.
+#[derive(Debug, Clone, Copy)]
+struct Looked;
+
+/// Counts an answer until the kernel has its last byte, and gives its connection a time limit for that. Small answers are let through over
+/// HTTP/1, where a client has one at a time; so are answers without a known length (server-sent events have their own budget).
 pub(in crate::http) async fn carry(
     budget: &Budget,
     outgoing: Option<&Outgoing>,
     mut response: Response,
 ) -> Response {
     let counted = response.extensions_mut().remove::<Counted>();
-    let bytes = response.body().size_hint().exact().unwrap_or_default();
-    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-    if bytes <= SMALL_BYTES {
+    let bytes = known_bytes(&response);
+    let most_free = match outgoing.is_some_and(Outgoing::has_windows) {
+        true => 0,
+        false => SMALL_BYTES,
+    };
+    if bytes <= most_free {
         return response;
     }
     let share = match counted {
@@ -230,27 +267,70 @@ pub(in crate::http) async fn carry(
             Err(full) => return Problem::from(full).into_response(),
         },
     };
-    if let Some(outgoing) = outgoing {
-        outgoing.is_due(&share, bytes);
+    response.extensions_mut().insert(Looked);
+    carried(Held(Some(share)), outgoing, response, bytes)
+}
+
+/// Gives a connection of HTTP/2 a time for an answer that is not counted: a problem, which is printed last of all.
+pub(in crate::http) fn bound(outgoing: &Outgoing, mut response: Response) -> Response {
+    let is_looked_at = response.extensions_mut().remove::<Looked>().is_some();
+    let bytes = known_bytes(&response);
+    if is_looked_at || bytes == 0 || !outgoing.has_windows() {
+        return response;
     }
-    response.map(|inner| Body::new(Carried { inner, share }))
+    carried(Held::default(), Some(outgoing), response, bytes)
+}
+
+/// The length of an answer's body; 0 where it is not known.
+fn known_bytes(response: &Response) -> usize {
+    let bytes = response.body().size_hint().exact().unwrap_or_default();
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+fn carried(held: Held, outgoing: Option<&Outgoing>, response: Response, bytes: usize) -> Response {
+    let held = Arc::new(held);
+    if let Some(outgoing) = outgoing {
+        outgoing.is_due(&held, bytes);
+    }
+    let windows = outgoing.filter(|outgoing| outgoing.has_windows()).cloned();
+    response.map(|inner| {
+        Body::new(Carried {
+            inner,
+            rest: None,
+            held,
+            windows,
+        })
+    })
 }
 
 /// A body whose bytes hold its share.
 struct Carried {
     inner: Body,
-    share: Arc<Share>,
+    /// What is left of a frame that is given out in pieces.
+    rest: Option<Bytes>,
+    held: Arc<Held>,
+    /// The connection, where what its client takes is seen by the pieces alone.
+    windows: Option<Outgoing>,
 }
 
 /// Some of its bytes.
 struct Piece {
     bytes: Bytes,
-    _share: Arc<Share>,
+    windows: Option<Outgoing>,
+    _held: Arc<Held>,
 }
 
 impl AsRef<[u8]> for Piece {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        if let Some(outgoing) = &self.windows {
+            outgoing.moved();
+        }
     }
 }
 
@@ -262,27 +342,40 @@ impl hyper::body::Body for Carried {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let frame = match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
-            Some(Ok(frame)) => frame,
-            // Bodies of a known length are in memory, and do not fail.
-            Some(Err(_)) | None => return Poll::Ready(None),
+        let frame = match self.rest.take() {
+            Some(rest) => Frame::data(rest),
+            None => match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+                Some(Ok(frame)) => frame,
+                // Bodies of a known length are in memory, and do not fail.
+                Some(Err(_)) | None => return Poll::Ready(None),
+            },
         };
-        let share = &self.share;
-        let frame = frame.map_data(|bytes| {
-            Bytes::from_owner(Piece {
-                bytes,
-                _share: Arc::clone(share),
-            })
-        });
+        let frame = match frame.into_data() {
+            Ok(mut bytes) => {
+                if self.windows.is_some() && bytes.len() > PIECE_BYTES {
+                    self.rest = Some(bytes.split_off(PIECE_BYTES));
+                }
+                Frame::data(Bytes::from_owner(Piece {
+                    bytes,
+                    windows: self.windows.clone(),
+                    _held: Arc::clone(&self.held),
+                }))
+            }
+            Err(frame) => frame,
+        };
         Poll::Ready(Some(Ok(frame)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.rest.is_none() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        let rest = self.rest.as_ref().map_or(0, |rest| rest.len() as u64);
+        match self.inner.size_hint().exact() {
+            Some(inner) => SizeHint::with_exact(inner + rest),
+            None => self.inner.size_hint(),
+        }
     }
 }
 
@@ -342,8 +435,23 @@ mod tests {
         assert!(budget.free() < (1 << 20) - 190_000);
         drop(bytes);
         assert_eq!(budget.free(), 1 << 20);
-        let small = Response::new(Body::from("x"));
-        let _small = carry(&budget, None, small).await;
+        let small = || Response::new(Body::from("x"));
+        let outgoing = Outgoing::new(Duration::from_secs(30));
+        let _small = carry(&budget, None, small()).await;
+        let _small = carry(&budget, Some(&outgoing), small()).await;
         assert_eq!(budget.free(), 1 << 20);
+        // A client that shuts its windows can leave many of them unread at a time.
+        let small = carry(&budget, Some(&outgoing.with_windows()), small()).await;
+        assert_eq!(budget.free(), (1 << 20) - UNIT_BYTES);
+        drop(small);
+        assert_eq!(budget.free(), 1 << 20);
+        let large = Response::new(Body::from(vec![1; 40_000]));
+        let large = carry(&budget, Some(&outgoing.with_windows()), large).await;
+        let mut body = large.into_body();
+        let mut pieces = Vec::new();
+        while let Some(frame) = body.frame().await {
+            pieces.push(frame.unwrap().into_data().unwrap().len());
+        }
+        assert_eq!(pieces, [16_384, 16_384, 7_232]);
     }
 }

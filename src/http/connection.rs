@@ -39,6 +39,7 @@ impl Activity {
 pub(in crate::http) struct Watched {
     stream: TcpStream,
     activity: Activity,
+    /// Of HTTP/2 with windows: what is written there need not be of an answer.
     outgoing: Outgoing,
 }
 
@@ -54,6 +55,9 @@ impl Watched {
     fn wrote(&self, written: &io::Result<usize>) {
         if matches!(written, Ok(count) if *count > 0) {
             self.activity.touch();
+            if !self.outgoing.has_windows() {
+                self.outgoing.moved();
+            }
         } else {
             self.outgoing.broken();
         }

@@ -24,6 +24,7 @@ mod readiness;
 mod routes;
 mod server;
 mod state;
+mod unread;
 mod whole;
 
 use axum::Router;

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{Request, Response, Version};
+use axum::http::{Request, Response};
 use futures_util::FutureExt as _;
 use futures_util::future::Either;
 use http_body_util::BodyExt as _;
@@ -31,10 +31,12 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
 use super::body::Outgoing;
+use super::budget;
 use super::connection::{Activity, Watched};
 use super::connections::{Connections, Place, SPARE_TIME, Spare};
 use super::front::{Early, Front};
 use super::state::{Options, Parts, State};
+use super::unread::Standing;
 use crate::supervisor::{Backoff, OnEnd, Supervisor};
 
 /// Largest head of an HTTP/1.1 request, and the largest list of headers of HTTP/2.
@@ -224,30 +226,35 @@ impl Connection {
     }
 
     async fn serve(&self, stream: TcpStream) {
-        let (outgoing, activity) = (Outgoing::default(), Activity::new());
+        let outgoing = Outgoing::new(self.front.options.answer_patience);
+        let activity = Activity::new();
         let busy = Arc::new(AtomicUsize::new(0));
         let entry = (!self.is_spare).then(|| self.connections.enter(&activity, &busy, &outgoing));
         let Some(is_http2) = self.speaks_http2(&stream, &outgoing).await else {
             return;
         };
+        let outgoing = match is_http2 {
+            true => outgoing.with_windows(),
+            false => outgoing,
+        };
         let io = Watched::new(stream, activity.clone(), outgoing.clone());
+        let on_connection = outgoing.clone();
         let (front, requests) = (Arc::clone(&self.front), Arc::clone(&busy));
         let (connections, is_spare) = (Arc::clone(&self.connections), self.is_spare);
-        let on_connection = outgoing.clone();
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
             let busy = Busy::new(&requests);
             let mut request = request.map(Body::new);
-            let outgoing = if request.version() == Version::HTTP_2 {
-                on_connection.with_windows()
-            } else {
-                on_connection.clone()
-            };
+            let outgoing = on_connection.clone();
             outgoing.begins(!request.body().is_end_stream());
             request.extensions_mut().insert(outgoing.clone());
             let place = match is_spare {
                 true => connections.try_place(),
                 false => None,
             };
+            if is_spare {
+                // Over HTTP/1 the connection ends after one anyway.
+                outgoing.is_last();
+            }
             if is_spare && place.is_none() {
                 request.extensions_mut().insert(Spare);
             }
@@ -264,7 +271,7 @@ impl Connection {
                 drop(busy);
                 outgoing.answered();
                 answer.map(|answer| match answer.body().size_hint().exact() {
-                    Some(_) => answer,
+                    Some(_) => budget::bound(&outgoing, answer),
                     None => {
                         let endless = outgoing.endless();
                         answer.map(|body| {
@@ -338,12 +345,20 @@ impl Connection {
         C: GracefulConnection,
         C::Error: Display,
     {
-        let idle_timeout = self.idle_timeout;
         let mut is_closing = false;
+        // Over HTTP/1 a spare place ends with its request. Over HTTP/2 a client could keep it by pings.
+        let mut spare_since = (self.is_spare && outgoing.has_windows()).then(Instant::now);
         loop {
-            let idle_at = activity.last() + idle_timeout;
-            let due_at = outgoing.next_due();
-            let wake_at = due_at.map_or(idle_at, |due_at| due_at.min(idle_at));
+            let standing = outgoing.standing();
+            let idle_at = self.idle_at(activity, outgoing, standing, spare_since);
+            let wake_at = match standing {
+                Standing::Over => {
+                    tracing::debug!("a client did not take its answer in time");
+                    return;
+                }
+                Standing::LookAt(at) => at.min(idle_at),
+                Standing::Taken => idle_at,
+            };
             tokio::select! {
                 ended = connection.as_mut() => {
                     if let Err(error) = ended {
@@ -357,6 +372,10 @@ impl Connection {
                 }
                 () = self.cut.cancelled() => return,
                 () = outgoing.attention() => {
+                    if outgoing.has_last() && !is_closing {
+                        is_closing = true;
+                        connection.as_mut().graceful_shutdown();
+                    }
                     if outgoing.is_to_end() {
                         if is_idle(busy, outgoing) {
                             tracing::debug!("closed an idle connection for a new one");
@@ -368,20 +387,39 @@ impl Connection {
                     }
                 }
                 () = sleep_until(wake_at) => {
-                    if outgoing.next_due().is_some_and(|due_at| due_at <= Instant::now()) {
-                        tracing::debug!("a client did not read its answer in time");
-                        return;
+                    let standing = outgoing.standing();
+                    let idle_at = self.idle_at(activity, outgoing, standing, spare_since);
+                    if Instant::now() < idle_at {
+                        continue;
                     }
                     // A long poll is silent and not idle. It ends by itself; look again a while later.
                     if busy.load(Ordering::Relaxed) > 0 {
                         activity.touch();
-                    } else if activity.last() + idle_timeout <= Instant::now() {
+                        spare_since = spare_since.map(|_| Instant::now());
+                    } else {
                         tracing::debug!("a connection was idle for too long");
                         return;
                     }
                 }
             }
         }
+    }
+
+    /// When the connection has been idle for too long. A client that is to take something has its patience for that, however short the
+    /// time between requests is; at a spare place nothing lengthens the time.
+    fn idle_at(
+        &self,
+        activity: &Activity,
+        outgoing: &Outgoing,
+        standing: Standing,
+        spare_since: Option<Instant>,
+    ) -> Instant {
+        let is_taking = standing != Standing::Taken || outgoing.is_busy();
+        let time = match is_taking && !self.is_spare {
+            true => self.idle_timeout.max(self.front.options.answer_patience),
+            false => self.idle_timeout,
+        };
+        spare_since.unwrap_or_else(|| activity.last()) + time
     }
 }
 

@@ -14,6 +14,7 @@ use super::budget::Budget;
 use super::door::Hosts;
 use super::follow::Readers;
 use super::forward::{Gaps, Lines, Peers, Secret};
+use super::unread::PATIENCE;
 use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
@@ -35,6 +36,8 @@ pub struct Options {
     pub memory_bytes: usize,
     /// How long a body may take to arrive.
     pub body_timeout: Duration,
+    /// How long a client may take nothing of its answer, and how long an answer may take besides its time at 64 KiB a second.
+    pub answer_patience: Duration,
     /// How long a connection may be without a request, and how long a request's head may take to arrive.
     pub idle_timeout: Duration,
     /// The time that answers announce; below it, so that no client counts on a connection that is about to end.
@@ -82,6 +85,7 @@ impl Default for Options {
             body_max_bytes: 16 * 1024 * 1024 + 64 * 1024,
             memory_bytes: 256 << 20,
             body_timeout: Duration::from_secs(30),
+            answer_patience: PATIENCE,
             idle_timeout: Duration::from_secs(75) + KEEP_ALIVE_GRACE,
             keep_alive: Duration::from_secs(75),
             allowed_hosts: Vec::new(),

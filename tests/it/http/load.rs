@@ -161,6 +161,54 @@ async fn unread_answers_are_bounded_together() {
     api.stop().await;
 }
 
+#[tokio::test]
+async fn a_client_that_takes_nothing_makes_room_for_those_that_wait() {
+    let api = Api::with(Options {
+        memory_bytes: 32 * MIB,
+        answer_patience: Duration::from_secs(6),
+        ..Options::default()
+    })
+    .await;
+    for _ in 0..12 {
+        let large = "x".repeat(MIB - 10_000);
+        assert_eq!(api.publish("a", "text/plain", &[], large).await.status, 200);
+    }
+    let path = "/v1/streams/main/messages?max_messages=1000&max_bytes=12582912";
+    let mut first = unread(&api, path).await;
+    let mut head = [0; 12];
+    first.read_exact(&mut head).await.unwrap();
+    assert_eq!(&head, b"HTTP/1.1 200");
+    assert_eq!(
+        api.get(path).await.status,
+        200,
+        "although the first is there"
+    );
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn a_short_keep_alive_is_no_short_time_for_an_answer() {
+    let api = Api::with(Options {
+        idle_timeout: Duration::from_millis(300),
+        ..Options::default()
+    })
+    .await;
+    for _ in 0..12 {
+        let large = "x".repeat(MIB - 10_000);
+        assert_eq!(api.publish("a", "text/plain", &[], large).await.status, 200);
+    }
+    let path = "/v1/streams/main/messages?max_messages=1000&max_bytes=12582912";
+    let mut slow = unread(&api, path).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut found = Vec::new();
+    let reading = slow.read_to_end(&mut found);
+    let read = tokio::time::timeout(Duration::from_secs(30), reading).await;
+    read.expect("idle once it is taken").unwrap();
+    assert!(found.len() > 12 * (MIB - 10_000), "{}", found.len());
+    assert!(found.ends_with(b"}"));
+    api.stop().await;
+}
+
 async fn probe(api: &Api, path: &str) -> Answer {
     // A connection of its own, as probes have.
     let client = reqwest::Client::builder().timeout(Duration::from_secs(10));

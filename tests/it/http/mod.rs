@@ -21,6 +21,7 @@ mod schedules;
 mod schemas;
 mod topics;
 mod vectors;
+mod windows;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
