@@ -23,7 +23,9 @@ use crate::config::Config;
 use crate::store::Database;
 use crate::supervisor::Supervisor;
 use crate::{cluster, http, local_postgres, lock, queue, relay, stream, telemetry, topic};
-use options::{http_options, node_address, node_url, queue_options, relay_options, stream_options};
+use options::{
+    http_options, node_address, queue_options, relay_options, stream_options, url_for_others,
+};
 
 pub use error::{Error, NotStopped};
 
@@ -278,14 +280,14 @@ async fn assemble(
         metrics: metrics.clone(),
         registry: early_registry(),
     };
-    let server = http::serve(listener, early, http_options(config), &steps.http)?;
+    let server = http::serve(listener, early, http_options(config, address), &steps.http)?;
     let database = open_database(config, steps).await?;
     void.extend(database::prepare(&database, &void, &readiness).await?);
     readiness.not_ready(START, "starting the engines");
     let cluster = cluster::start(
         cluster::Options {
             address: (config.advertise_url.clone()).unwrap_or_else(|| node_address(address)),
-            url: (config.advertise_url.clone()).or_else(|| Some(node_url(address))),
+            url: Some(url_for_others(config, address)),
             ttl: config.node_ttl,
             heartbeat: config.node_heartbeat,
             allow_unsafe_postgres: config.allow_unsafe_postgres,

@@ -22,8 +22,14 @@ pub(super) fn node_address(listening: SocketAddr) -> String {
     }
 }
 
+/// The URL at which other nodes reach this one.
+pub(super) fn url_for_others(config: &Config, listening: SocketAddr) -> String {
+    let advertised = config.advertise_url.clone();
+    advertised.unwrap_or_else(|| node_url(listening))
+}
+
 /// The URL at which other nodes reach this one when nothing is advertised: nodes on the same machine by its loopback address.
-pub(super) fn node_url(listening: SocketAddr) -> String {
+fn node_url(listening: SocketAddr) -> String {
     match listening.ip().is_unspecified() {
         true => node_address(listening),
         false => format!("http://{listening}"),
@@ -84,7 +90,8 @@ pub(super) fn relay_options(config: &Config) -> relay::Options {
     }
 }
 
-pub(super) fn http_options(config: &Config) -> http::Options {
+/// `listening`: where the server does.
+pub(super) fn http_options(config: &Config, listening: SocketAddr) -> http::Options {
     let defaults = http::Options::default();
     // No balancer stands before a loopback address.
     let lame_duck = if config.bind.ip().is_loopback() {
@@ -102,7 +109,8 @@ pub(super) fn http_options(config: &Config) -> http::Options {
         lame_duck,
         node_secret: config.node_secret.clone(),
         allowed_hosts: config.allowed_hosts.clone(),
-        advertise_url: config.advertise_url.clone(),
+        // As other nodes know it, or what they pass on would not be for this broker.
+        advertise_url: Some(url_for_others(config, listening)),
         // Half of the time is left for what the engines have to finish.
         drain: defaults
             .drain

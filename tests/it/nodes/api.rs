@@ -14,6 +14,32 @@ use crate::support::process::{raise_open_files, resident_bytes};
 use crate::support::{self, Consumer, Events, Http, Program};
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_name_by_which_other_nodes_ask_is_a_nodes_own() {
+    let db = support::database().await;
+    let variables = [
+        ("POSTROAD_BIND", "0.0.0.0:0"),
+        ("POSTROAD_ALLOWED_HOSTS", "postroad.example.com"),
+    ];
+    let program = support::program(&db.url, &variables).await;
+    let (_, cluster) = program.http.get("/v1/cluster").await;
+    let url = cluster["nodes"][0]["url"].as_str().unwrap();
+    let registered = url.strip_prefix("http://").unwrap();
+    assert!(!registered.starts_with("0.0.0.0"), "{registered}");
+    for (host, status) in [
+        (registered, 200),
+        ("postroad.example.com", 200),
+        ("another.example.com", 403),
+    ] {
+        let asked = program
+            .http
+            .client
+            .get(format!("{}/v1/streams", program.http.base))
+            .header("host", host);
+        assert_eq!(asked.send().await.unwrap().status(), status, "{host}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn any_node_answers_any_request() {
     let db = support::database().await;
     let (one, two) = (node(&db.url).await, node(&db.url).await);
