@@ -34,6 +34,8 @@ impl Healthcheck {
         let url = format!("{}/{path}", base.trim_end_matches('/'));
         let client = reqwest::Client::builder()
             .timeout(Duration::from_secs(5))
+            // Docker gives containers the proxy of its machine, which does not reach what listens here.
+            .no_proxy()
             .build()
             .context("making the HTTP client failed")?;
         let answer = client

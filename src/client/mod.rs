@@ -59,6 +59,7 @@ pub use self::event::{Event, NewEvent, Published};
 pub use self::queue::{Declaration, Delivery, Description, Queue, Receive, Received, Status};
 pub use self::verbs::{Item, Outcomes, Refusal, Refused, Settled, Verb};
 pub use self::worker::{Done, Ended, Failure, Job, Report, Worker};
+use crate::domain::authority::Authority;
 use crate::domain::name::{QueueName, StreamName, Topic};
 
 /// How calls are made.
@@ -115,11 +116,12 @@ impl Client {
     /// # Errors
     /// [`Error::Client`].
     pub fn with(base_url: impl Into<String>, options: Options) -> Result<Self, Error> {
-        let http = reqwest::Client::builder()
-            .connect_timeout(options.connect_timeout)
-            .build()
-            .map_err(Error::Client)?;
         let mut base_url = base_url.into();
+        let mut http = reqwest::Client::builder().connect_timeout(options.connect_timeout);
+        if is_of_this_machine(&base_url) {
+            http = http.no_proxy();
+        }
+        let http = http.build().map_err(Error::Client)?;
         base_url.truncate(base_url.trim_end_matches('/').len());
         Ok(Self {
             inner: Arc::new(Inner {
@@ -215,9 +217,39 @@ impl Client {
     }
 }
 
+/// Whether a URL leads to this machine, where no proxy of the environment (`HTTP_PROXY`) leads.
+fn is_of_this_machine(base_url: &str) -> bool {
+    let rest = base_url
+        .split_once("://")
+        .map_or(base_url, |(_, rest)| rest);
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    Authority::parse(&rest[..end]).is_some_and(|authority| authority.host.is_loopback())
+}
+
 fn publishing(topic: &str) -> Result<(Call, String), Error> {
     let topic = Topic::parse(topic)?;
     let path = format!("/v1/topics/{topic}/messages");
     let name = format!("POST {path}");
     Ok((Call::new(Method::POST, path), name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of_this_machine;
+
+    #[test]
+    fn a_url_is_of_this_machine_or_not() {
+        for (url, is) in [
+            ("http://127.0.0.1:8080", true),
+            ("http://localhost:8080/prefix", true),
+            ("http://[::1]:8080", true),
+            ("http://broker.localhost", true),
+            ("http://postroad:8080", false),
+            ("https://localhost.example.com", false),
+            ("http://10.0.0.1/localhost", false),
+            ("", false),
+        ] {
+            assert_eq!(is_of_this_machine(url), is, "{url}");
+        }
+    }
 }

@@ -20,6 +20,26 @@ fn free_address() -> String {
 }
 
 #[tokio::test]
+async fn a_health_check_asks_no_proxy() {
+    let database = support::database().await;
+    let program = support::program(&database.url, &[]).await;
+    let proxy = format!("http://{}", free_address());
+    for (ask, told) in [
+        (&["healthcheck"][..], "ready\n"),
+        (&["healthcheck", "--live"], "alive\n"),
+    ] {
+        let mut command = postroad(ask);
+        command
+            .args(["--url", &program.http.base])
+            .env("HTTP_PROXY", &proxy)
+            .env("http_proxy", &proxy)
+            .env("ALL_PROXY", &proxy);
+        let (status, out, error) = output(command).await;
+        assert_eq!((status, out.as_str()), (0, told), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn while_it_waits_for_the_database_it_lives_says_so_and_can_be_stopped() {
     let (nobody, address) = (free_address(), free_address());
     let mut variables = variables(&format!("postgres://u:s3cret@{nobody}/d"));
