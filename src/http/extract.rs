@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 
 use super::budget::SMALL_BYTES;
 use super::problem::{FieldError, Kind, Place, Problem};
-use super::state::State;
+use super::state::{LARGE_BYTES, State};
 pub(in crate::http) use super::whole::{Whole, discard, too_large};
 use crate::domain::objects::Objects;
 
@@ -26,14 +26,22 @@ pub(in crate::http) const PAYLOAD_MAX_BYTES: usize = usize::MAX;
 #[derive(Debug)]
 pub(in crate::http) struct Json<T, const MAX_BYTES: usize = SMALL_BYTES>(pub(in crate::http) T);
 
-impl<T: DeserializeOwned + Send, const MAX_BYTES: usize> FromRequest<State> for Json<T, MAX_BYTES> {
+impl<T: DeserializeOwned + Send + 'static, const MAX_BYTES: usize> FromRequest<State>
+    for Json<T, MAX_BYTES>
+{
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &State) -> Result<Self, Problem> {
         require_json(request.headers())?;
         // Boxed: what reads the body is larger than what waits for messages afterwards, and has no place beside it.
         let Whole(bytes) = Box::pin(Whole::within(request, state, MAX_BYTES)).await?;
-        parse_json(if bytes.is_empty() { b"{}" } else { &bytes }).map(Self)
+        let length = bytes.len();
+        let parse = move || parse_json(if bytes.is_empty() { b"{}" } else { &bytes });
+        match length <= LARGE_BYTES {
+            true => parse(),
+            false => Box::pin(state.beside(parse)).await,
+        }
+        .map(Self)
     }
 }
 

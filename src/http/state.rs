@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 use prometheus_client::registry::Registry;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
@@ -19,11 +20,16 @@ use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
 use crate::domain::id::StreamId;
 use crate::domain::name::StreamName;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Supervisor, beside};
 use crate::{cluster, lock, queue, relay, stream, topic};
 
 /// By how much a connection stays longer than answers say.
 const KEEP_ALIVE_GRACE: Duration = Duration::from_secs(2);
+
+/// A body above this size is read beside the requests: what it takes would hold up all that share a thread.
+pub(in crate::http) const LARGE_BYTES: usize = 256 << 10;
+/// Such bodies at a time. They compete with the requests for the processors, and each can take some times its size while it is read.
+const READERS: usize = 2;
 
 /// The limits of the server.
 #[derive(Debug, Clone)]
@@ -44,7 +50,7 @@ pub struct Options {
     pub keep_alive: Duration,
     /// The names that requests may ask for besides the usual ones.
     pub allowed_hosts: Vec<String>,
-    /// The URL at which others reach this node; its name is a usual one.
+    /// The URL at which others reach this node, other nodes above all; its name is a usual one.
     pub advertise_url: Option<String>,
     /// The most connections at a time; further ones wait in the socket's backlog.
     pub connections_max: usize,
@@ -135,6 +141,8 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) options: Options,
     /// The bytes that bodies may hold together.
     pub(in crate::http) bodies: Budget,
+    /// Places for bodies whose reading takes its time.
+    reading: Arc<Semaphore>,
     /// The bytes that answers may hold together.
     pub(in crate::http) answers: Budget,
     /// The names that requests may ask for.
@@ -174,6 +182,7 @@ impl State {
         Self(Arc::new(Inner {
             keep_alive: keep_alive(options.keep_alive),
             bodies: Budget::new(options.memory_bytes / 2, "bodies"),
+            reading: Arc::new(Semaphore::new(READERS)),
             answers: Budget::new(options.memory_bytes / 2, "answers"),
             hosts: Hosts::new(address, &options),
             supervisor: supervisor.clone(),
@@ -188,6 +197,20 @@ impl State {
             stopping,
             names: RwLock::default(),
         }))
+    }
+
+    /// Reads a large body beside the requests.
+    pub(in crate::http) async fn beside<T: Send + 'static>(
+        &self,
+        read: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
+        let place = Arc::clone(&self.reading).acquire_owned().await;
+        beside(move || {
+            // For as long as it takes, also when the client goes away.
+            let _place = place;
+            read()
+        })
+        .await
     }
 
     /// The names of streams; one that was deleted in the meantime is absent.

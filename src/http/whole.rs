@@ -9,7 +9,7 @@ use http_body_util::BodyExt as _;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::body::Outgoing;
-use super::budget::SMALL_BYTES;
+use super::budget::{Full, SMALL_BYTES, Share};
 use super::door;
 use super::problem::{Kind, Problem};
 use super::state::State;
@@ -20,7 +20,7 @@ const DISCARD_MAX_BYTES: usize = 64 * 1024 * 1024;
 const DISCARD_TIME: Duration = Duration::from_secs(3);
 
 /// The whole body, within the server's limits of size and time.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::http) struct Whole(pub(in crate::http) Bytes);
 
 impl FromRequest<State> for Whole {
@@ -49,6 +49,16 @@ impl Whole {
         let announced = door::announced(request.headers());
         let is_expected = door::expects(request.headers());
         let outgoing = request.extensions().get::<Outgoing>().cloned();
+        if let Some(whole) = request.extensions().get::<Self>() {
+            // It was read already, to be passed on if need be.
+            if whole.0.len() > limit {
+                return Err(too_large(limit));
+            }
+            if let Some(outgoing) = outgoing {
+                outgoing.was_read();
+            }
+            return Ok(whole.clone());
+        }
         let mut body = request.into_body();
         let stop = match announced.map(|length| usize::try_from(length).unwrap_or(usize::MAX)) {
             Some(length) if length > limit => Stop::TooLarge,
@@ -93,8 +103,7 @@ async fn read(
     outgoing: Option<&Outgoing>,
 ) -> Result<Bytes, Stop> {
     let deadline = Instant::now() + state.options.body_timeout;
-    let mut share = state.bodies.share();
-    let mut whole = Vec::with_capacity(announced.min(SMALL_BYTES));
+    let mut whole = Growing::new(state.bodies.share(), announced);
     loop {
         let frame = async {
             let Some(outgoing) = outgoing else {
@@ -116,10 +125,7 @@ async fn read(
                 return Err(Stop::Failed(Problem::new(Kind::RequestTimeout, detail)));
             }
             Ok(None) => {
-                return Ok(match whole.is_empty() {
-                    true => Bytes::new(),
-                    false => share.keep(whole),
-                });
+                return Ok(whole.done());
             }
             Ok(Some(Err(error))) => {
                 let detail = format!("the body could not be read: {error}");
@@ -130,17 +136,54 @@ async fn read(
         let Ok(data) = frame.into_data() else {
             continue;
         };
-        let length = whole.len() + data.len();
-        if length > limit {
+        if whole.bytes.len() + data.len() > limit {
             return Err(Stop::TooLarge);
         }
-        share
-            .grow(length)
+        whole
+            .push(&data)
             .map_err(|full| Stop::NoRoom(full.into()))?;
-        if length > whole.capacity() && announced > length {
-            whole.reserve_exact(announced - whole.len());
+    }
+}
+
+/// A body as far as it came, with its share of the memory for bodies.
+struct Growing {
+    bytes: Vec<u8>,
+    share: Share,
+    announced: usize,
+}
+
+impl Growing {
+    fn new(share: Share, announced: usize) -> Self {
+        Self {
+            bytes: Vec::with_capacity(announced.min(SMALL_BYTES)),
+            share,
+            announced,
         }
-        whole.extend_from_slice(&data);
+    }
+
+    fn push(&mut self, data: &[u8]) -> Result<(), Full> {
+        let length = self.bytes.len() + data.len();
+        if length <= self.bytes.capacity() {
+            // Of what was announced, only what came is touched.
+            self.share.grow(length)?;
+        } else if self.announced >= length {
+            self.share.grow(length)?;
+            self.bytes.reserve_exact(self.announced - self.bytes.len());
+        } else {
+            // It grows by half each time, and all of that counts: the allocator gives out memory that was in use before.
+            let capacity = length.max(self.bytes.capacity() / 2 * 3);
+            self.share.grow(capacity)?;
+            self.bytes.reserve_exact(capacity - self.bytes.len());
+        }
+        self.bytes.extend_from_slice(data);
+        Ok(())
+    }
+
+    fn done(self) -> Bytes {
+        match self.bytes.is_empty() {
+            true => Bytes::new(),
+            false => self.share.keep(self.bytes),
+        }
     }
 }
 
@@ -161,4 +204,42 @@ pub(in crate::http) async fn discard(mut body: Body) {
 pub(in crate::http) fn too_large(limit: usize) -> Problem {
     let detail = format!("the body is larger than {limit} bytes");
     Problem::new(Kind::PayloadTooLarge, detail).with("limit_bytes", limit)
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::http::budget::Budget;
+
+    #[test]
+    fn a_body_counts_as_what_it_takes() {
+        let budget = Budget::new(16 << 20, "bodies");
+        let all = budget.free();
+        // In pieces, as chunks come: what is reserved for more counts.
+        let mut growing = Growing::new(budget.share(), 0);
+        let mut most_moved = 0;
+        for _ in 0..100 {
+            let before = growing.bytes.capacity();
+            growing.push(&[7; 10_000]).unwrap();
+            let held = all - budget.free();
+            assert!(held >= growing.bytes.capacity(), "{held}");
+            most_moved += usize::from(before != growing.bytes.capacity());
+        }
+        assert!(most_moved < 20, "moved {most_moved} times");
+        let body = growing.done();
+        assert_eq!(body.len(), 1_000_000);
+        assert!(all - budget.free() < 1_600_000);
+        drop(body);
+        assert_eq!(budget.free(), all);
+        // What is announced counts as it comes.
+        let mut growing = Growing::new(budget.share(), 8 << 20);
+        growing.push(&[7; 100_000]).unwrap();
+        assert!(all - budget.free() < 110_000);
+        // Without room it is as it was.
+        assert!(growing.push(&vec![7; 15 << 20]).is_err());
+        assert_eq!(growing.done().len(), 100_000);
+        assert_eq!(budget.free(), all);
+        assert!(Growing::new(budget.share(), 0).done().is_empty());
+    }
 }

@@ -219,6 +219,20 @@ pub fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Resu
     builder.spawn(work).map(|_| ())
 }
 
+/// Does work that would hold up the tasks of a thread, on a thread for what blocks. What it begins it ends, also when nobody waits for it
+/// any more. A panic is the caller's.
+pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work)
+        .await
+        .map_err(tokio::task::JoinError::try_into_panic)
+    {
+        Ok(done) => done,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // The runtime ends, and this with it.
+        Err(Err(_)) => std::future::pending().await,
+    }
+}
+
 /// Waits. Tokio's timer counts whole milliseconds and rounds up, so a time below one is slept on a thread for what blocks: nothing is
 /// lost with it at the stop.
 pub async fn pause(time: Duration) {

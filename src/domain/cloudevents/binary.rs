@@ -45,7 +45,11 @@ pub(super) fn parse(request: &Request<'_>, context: &Context<'_>) -> Result<Vec<
     let place = || Place::Header("content-type".to_owned());
     attributes.set("datacontenttype", content_type.into(), place(), &mut faults);
     attributes.check_together(Place::Header("ce-expectedversion".to_owned()), &mut faults);
-    let data = data(content_type, request, &mut faults);
+    // What is too large is refused for that, and costs no look at it.
+    let data = match request.body.len() > context.limits.message_bytes {
+        true => Data::Binary(request.body.clone()),
+        false => data(content_type, request, &mut faults),
+    };
     if !faults.0.is_empty() {
         return Err(Error::Invalid(faults.0));
     }

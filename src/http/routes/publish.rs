@@ -21,7 +21,7 @@ use crate::domain::name::Topic;
 use crate::http::extract::{Named, Query, Whole, require_json};
 use crate::http::openapi::Publishes;
 use crate::http::problem::{FieldError, Kind, Place, Problem};
-use crate::http::state::State;
+use crate::http::state::{LARGE_BYTES, State};
 use crate::stream::{self, Member};
 
 /// The namespace of ids that `Idempotency-Key` derives.
@@ -271,7 +271,14 @@ async fn publish(
     let headers = request.headers().clone();
     let key = idempotency_key(&headers)?;
     let Whole(body) = Whole::from_request(request, &state).await?;
-    let (messages, as_one) = parse_to(&state, &topic, &headers, key.as_deref(), body)?;
+    let (messages, as_one) = match body.len() <= LARGE_BYTES {
+        true => parse_to(&state, &topic, &headers, key.as_deref(), body)?,
+        false => {
+            let (known, headers) = (state.clone(), headers.clone());
+            let parse = move || parse_to(&known, &topic, &headers, key.as_deref(), body);
+            Box::pin(state.beside(parse)).await?
+        }
+    };
     let is_batch = content_type(&headers)?.is_some_and(|text| text.contains("batch"));
     check_due(&state, &messages, |index| {
         match (is_batch, headers.contains_key("ce-deliverat")) {
@@ -315,7 +322,14 @@ async fn publish_together(
     let key = idempotency_key(&headers)?;
     require_json(&headers)?;
     let Whole(body) = Whole::from_request(request, &state).await?;
-    let (messages, as_one) = parse_items(&state, &headers, key.as_deref(), body)?;
+    let (messages, as_one) = match body.len() <= LARGE_BYTES {
+        true => parse_items(&state, &headers, key.as_deref(), body)?,
+        false => {
+            let known = state.clone();
+            let parse = move || parse_items(&known, &headers, key.as_deref(), body);
+            Box::pin(state.beside(parse)).await?
+        }
+    };
     check_due(&state, &messages, |index| {
         Place::Pointer(format!("/messages/{index}"))
     })?;

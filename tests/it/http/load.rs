@@ -209,6 +209,54 @@ async fn a_short_keep_alive_is_no_short_time_for_an_answer() {
     api.stop().await;
 }
 
+/// On one thread: a body that is read on it stops everything else.
+#[tokio::test]
+async fn a_body_that_takes_long_to_read_stops_nobody_else() {
+    let api = Api::start().await;
+    let members: Vec<String> = (0..150_000)
+        .map(|number| format!("\"{number:x}\":1"))
+        .collect();
+    let object = format!("{{{}}}", members.join(","));
+    let batch = format!("[{{\"specversion\":\"1.0\",\"data\":{object}}}]");
+    let messages = format!("{{\"messages\":[{{\"topic\":\"a\",\"data\":{object}}}]}}");
+    let acks = format!(
+        "{{\"deliveries\":[{}]}}",
+        "{\"receipt\":\"x\"},".repeat(200_000)
+    );
+    for (path, content_type, body) in [
+        (
+            "/v1/topics/a/messages",
+            "application/cloudevents-batch+json",
+            batch,
+        ),
+        ("/v1/messages", "application/json", messages),
+        ("/v1/queues/q/ack", "application/json", acks),
+    ] {
+        let began = Instant::now();
+        let request = api
+            .client
+            .post(api.url(path))
+            .header("content-type", content_type);
+        let mut asked = Box::pin(request.body(body).send());
+        let (mut longest, mut last) = (Duration::ZERO, Instant::now());
+        let status = loop {
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep(Duration::from_millis(1)) => {
+                    longest = longest.max(last.elapsed());
+                    last = Instant::now();
+                }
+                answer = &mut asked => break answer.unwrap().status(),
+            }
+        };
+        longest = longest.max(last.elapsed());
+        assert!(status.is_client_error(), "{path}: {status}");
+        let took = began.elapsed();
+        assert!(longest * 2 < took, "{path}: {longest:?} of {took:?}");
+    }
+    api.stop().await;
+}
+
 async fn probe(api: &Api, path: &str) -> Answer {
     // A connection of its own, as probes have.
     let client = reqwest::Client::builder().timeout(Duration::from_secs(10));
