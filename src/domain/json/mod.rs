@@ -10,6 +10,7 @@
 //! | half a surrogate pair, as in `"\ud83d"` | jq, Perl, serde_json, jsonb of Postgres |
 //! | a number that is not finite as a double | serde_json, Go; jsonb by its exponent |
 //! | a number of more than 300 characters | Python (4,300 digits), and others by their time |
+//! | a name of more than 50,000 bytes | Jackson (50,000 characters), and what is built on it |
 //! | a name that an object has twice | JSON-java, Gson, json/v2 of Go, Ruby's json from 3.0 on |
 //! | the character U+0000 | jansson, jsonb of Postgres, PHP in a name |
 //! | a byte order mark, what is not UTF-8 | most |

@@ -7,6 +7,8 @@ use super::step;
 
 /// The longest number, in characters.
 pub(super) const NUMBER_MAX_CHARS: usize = 300;
+/// The longest name, in bytes, which are not fewer than its characters.
+pub(super) const NAME_MAX_BYTES: usize = 50_000;
 /// The largest exponent, either way. A double ends at 308 and at -324; `0e999999999` is finite, and still not read everywhere.
 const EXPONENT_MAX: u32 = 400;
 /// Names of one object that are compared one by one as they come. More are sorted once the object ends.
@@ -179,6 +181,9 @@ impl<'t> Scan<'t> {
                 Err(_) => return Err(Fault::Syntax),
             },
         };
+        if name.len() > NAME_MAX_BYTES {
+            return Err(Fault::Name("a name of more than 50,000 bytes"));
+        }
         let names_from = self.levels.last().map_or(0, |level| level.names_from);
         let earlier = &self.names[names_from..];
         if earlier.len() <= COMPARED_MAX && earlier.contains(&name) {

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use serde_json::Value;
 
-use super::scan::NUMBER_MAX_CHARS;
+use super::scan::{NAME_MAX_BYTES, NUMBER_MAX_CHARS};
 use super::*;
 
 fn pointer_of(text: &str) -> Option<String> {
@@ -102,6 +102,15 @@ fn what_parsers_refuse_is_refused_with_its_place() {
         // U+0000, in a string and in a name.
         ("{\"a\": \"\\u0000\"}".to_owned(), "/a"),
         ("{\"a\": {\"\\u0000\": 1}}".to_owned(), "/a"),
+        // A name that is too long, in bytes as it is read.
+        (
+            format!("[{{\"{}\": 1}}]", "x".repeat(NAME_MAX_BYTES + 1)),
+            "/0",
+        ),
+        (
+            format!("{{\"{}\": 1}}", "\\u00e9".repeat(NAME_MAX_BYTES / 2 + 1)),
+            "",
+        ),
         // A name twice, next to each other, far from each other, written in two ways.
         ("{\"a\": 1, \"b\": {\"c\": 1, \"c\": 2}}".to_owned(), "/b/c"),
         ("{\"a\": 1, \"b\": 2, \"\\u0061\": 3}".to_owned(), "/a"),
@@ -119,6 +128,8 @@ fn what_parsers_refuse_is_refused_with_its_place() {
         "\"\\ud83d\\ude00 \\u0041 \\uFFFF \\ufdd0\"".to_owned(),
         digits(NUMBER_MAX_CHARS),
         "[1.7976931348623157e308, 5e-324, -1e308, 1e-400]".to_owned(),
+        format!("{{\"{}\": 1}}", "x".repeat(NAME_MAX_BYTES)),
+        format!("{{\"{}\": 1}}", "\\u00e9".repeat(NAME_MAX_BYTES / 2)),
         "[{\"a\": 1}, {\"a\": {\"a\": 2}}]".to_owned(),
         "{\"a\": {\"b\": 1}, \"b\": {\"a\": 1}}".to_owned(),
     ] {

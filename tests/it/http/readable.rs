@@ -23,6 +23,7 @@ fn unreadable() -> Vec<(String, &'static str)> {
         ("9".repeat(5_000), ""),
         ("[1e400]".to_owned(), "/0"),
         (r#"{"a": {"b": 1, "b": 2}}"#.to_owned(), "/a/b"),
+        (format!(r#"[{{"{}": 1}}]"#, "x".repeat(50_001)), "/0"),
         (deep(61), ""),
         (deep(3_000), ""),
     ]
