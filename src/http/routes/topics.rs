@@ -12,6 +12,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
+use crate::domain::json;
 use crate::domain::message::Message;
 use crate::domain::name::TopicPattern;
 use crate::http::extract::{Check, Json, Named, Query, parse_json};
@@ -43,7 +44,7 @@ struct Declaration {
     /// A JSON Schema for payloads, at most 64 KiB, an object or a boolean. References may only point into the schema itself. HTTP requests
     /// with payloads that do not match are refused; such rows of an outbox are listed as rejected.
     #[schema(value_type = Option<serde_json::Value>)]
-    schema: Option<serde_json::Value>,
+    schema: Option<Box<RawValue>>,
     /// The largest payload over HTTP, in bytes.
     #[schema(minimum = 1, maximum = 16_777_216)]
     max_bytes: Option<i64>,
@@ -149,14 +150,30 @@ impl Declaration {
         if burst.is_some() && self.rate_per_second.is_none() {
             check.fault("/burst", "needs a `rate_per_second`".to_owned());
         }
+        let schema = self.schema.and_then(|schema| match read_schema(&schema) {
+            Ok(schema) => Some(schema),
+            Err(error) => {
+                let place = format!("/schema{}", error.pointer().unwrap_or_default());
+                check.fault(&place, error.to_string());
+                None
+            }
+        });
         check.finish()?;
         Ok(Settings {
-            schema: self.schema.map(|schema| schema.to_string()),
+            schema,
             max_bytes,
             rate_per_second: self.rate_per_second,
             burst,
         })
     }
+}
+
+/// A schema's text, without white space. It goes out inside an answer, so it is as readable as a payload must be: as a value of the parser
+/// that stands here, a name twice would be gone without a word.
+fn read_schema(schema: &RawValue) -> Result<String, json::Error> {
+    let text = json::check(schema.get().as_bytes())?;
+    let value: serde_json::Value = serde_json::from_str(text).expect("it was just checked");
+    Ok(value.to_string())
 }
 
 /// List the settings of topics.

@@ -78,6 +78,47 @@ async fn a_schema_that_costs_too_much_is_refused_when_it_is_declared() {
     api.stop().await;
 }
 
+#[tokio::test]
+async fn a_schema_that_parsers_refuse_is_refused_as_a_payload_is() {
+    let api = Api::start().await;
+    let deep = r#"{"not":"#.repeat(61) + "{}" + &"}".repeat(61);
+    for (schema, place) in [
+        (r#"{"type": "string", "type": "integer"}"#, "/schema/type"),
+        (
+            r#"{"properties": {"a": {"const": "\ud83d"}}}"#,
+            "/schema/properties/a/const",
+        ),
+        (r#"{"maximum": 1e400}"#, "/schema/maximum"),
+        (&deep, "/schema/not/not/"),
+    ] {
+        let asked = api
+            .client
+            .put(api.url("/v1/topics/a"))
+            .header("content-type", "application/json")
+            .body(format!(r#"{{"max_bytes": 10, "schema": {schema}}}"#));
+        let refused = super::answer(asked.send().await.unwrap()).await;
+        assert_problem(&refused, 422, "invalid-request");
+        let found = refused.body["errors"][0]["pointer"].as_str().unwrap();
+        assert!(found.starts_with(place), "{schema:.50}: {found}");
+    }
+    assert_eq!(api.get("/v1/topics/a").await.status, 404);
+    // White space and the order of names are not of the schema.
+    for (schema, status) in [
+        (r#"{"type": "string", "minLength": 1}"#, 201),
+        (r#"{ "type":"string","minLength":1 }"#, 200),
+        ("null", 200),
+    ] {
+        let asked = api
+            .client
+            .put(api.url("/v1/topics/a"))
+            .header("content-type", "application/json")
+            .body(format!(r#"{{"schema": {schema}}}"#));
+        assert_eq!(asked.send().await.unwrap().status(), status, "{schema}");
+    }
+    assert_eq!(api.get("/v1/topics/a").await.body["schema"], json!(null));
+    api.stop().await;
+}
+
 /// Schemas and payloads at their worst, by HTTP and from an outbox, on a program of its own: another topic is watched, the health, the
 /// memory, the stop, and the start after it.
 #[tokio::test(flavor = "multi_thread")]
