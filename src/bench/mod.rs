@@ -42,7 +42,7 @@ use crate::local_postgres;
 use crate::store::bench::{Server, Tables};
 use crate::store::{self, Connection};
 use crate::supervisor::{OnEnd, Supervisor};
-use crate::telemetry::{self, tell};
+use crate::telemetry::{self, Hangup, tell};
 
 /// How long the private Postgres may take to stop.
 const POSTGRES_STOP: Duration = Duration::from_secs(30);
@@ -163,16 +163,16 @@ struct Interrupt(CancellationToken);
 impl Interrupt {
     fn listen(supervisor: &Supervisor) -> Result<Self, Error> {
         use tokio::signal::unix::{SignalKind, signal};
+        let mut hangup = Hangup::listen().map_err(Error::Signal)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
-        let mut hangup = signal(SignalKind::hangup()).map_err(Error::Signal)?;
         let token = CancellationToken::new();
         let (heard, stop) = (token.clone(), supervisor.clone());
         supervisor.spawn("interrupt", OnEnd::Ordinary, async move {
             tokio::select! {
                 _ = interrupt.recv() => heard.cancel(),
                 _ = terminate.recv() => heard.cancel(),
-                _ = hangup.recv() => heard.cancel(),
+                () = hangup.received() => heard.cancel(),
                 () = stop.stopping() => {}
             }
         });

@@ -12,6 +12,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
 use crate::supervisor::thread;
+use crate::telemetry::Hangup;
 use crate::{app, telemetry};
 
 /// How long the process has to end by itself after a second signal.
@@ -42,9 +43,8 @@ impl Signals {
         let (heard, receiver) = watch::channel(Heard::default());
         let (deadline, deadlines) = watch::channel(None);
         let (started, has_started) = oneshot::channel();
-        let hangs_up = !is_hangup_ignored();
         let work = move || {
-            let begun = begin(hangs_up);
+            let begun = begin();
             let (runtime, ears) = match begun {
                 Ok(begun) => {
                     let _ = started.send(Ok(()));
@@ -93,9 +93,9 @@ impl Signals {
     }
 }
 
-type Ears = (Signal, Signal, Option<Signal>);
+type Ears = (Signal, Signal, Hangup);
 
-fn begin(hangs_up: bool) -> anyhow::Result<(Runtime, Ears)> {
+fn begin() -> anyhow::Result<(Runtime, Ears)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -105,7 +105,7 @@ fn begin(hangs_up: bool) -> anyhow::Result<(Runtime, Ears)> {
     let ears = (
         listen(SignalKind::terminate())?,
         listen(SignalKind::interrupt())?,
-        hangs_up.then(|| listen(SignalKind::hangup())).transpose()?,
+        Hangup::listen().context("listening for signals failed")?,
     );
     drop(entered);
     Ok((runtime, ears))
@@ -121,12 +121,6 @@ async fn hear(
     loop {
         let asked = *deadlines.borrow_and_update();
         let until = signalled.into_iter().chain(asked).min();
-        let hung_up = async {
-            match &mut hangup {
-                Some(hangup) => hangup.recv().await,
-                None => std::future::pending().await,
-            }
-        };
         let over = async {
             match until {
                 Some(until) => tokio::time::sleep_until(until).await,
@@ -136,7 +130,7 @@ async fn hear(
         let name = tokio::select! {
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
-            _ = hung_up => "SIGHUP",
+            () = hangup.received() => "SIGHUP",
             changed = deadlines.changed() => match changed {
                 Ok(()) => continue,
                 // The program is at its end: nobody is told any more.
@@ -166,28 +160,4 @@ fn end() -> ! {
     app::let_postgres_go();
     telemetry::flush(LAST_WORDS);
     std::process::exit(STATUS);
-}
-
-/// Whether the process was started so that it survives the terminal's close, as with `nohup`. Listening would undo that.
-fn is_hangup_ignored() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    is_ignored(&status, SignalKind::hangup().as_raw_value())
-}
-
-fn is_ignored(status: &str, signal: i32) -> bool {
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_ignored;
-
-    #[test]
-    fn ignored_signals_are_read_from_the_mask() {
-        let status = "Name:\tpostroad\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n";
-        assert!(is_ignored(status, 1) && is_ignored(status, 13));
-        assert!(!is_ignored(status, 2) && !is_ignored("", 1));
-    }
 }

@@ -34,7 +34,7 @@ use crate::local_postgres;
 use crate::store::shop::{self, End};
 use crate::store::{self, Database};
 use crate::supervisor::{OnEnd, Supervisor};
-use crate::telemetry::{self, say, tell};
+use crate::telemetry::{self, Hangup, say, tell};
 
 const DEFAULT_ORDERS: u64 = 2_000;
 const STREAM: &str = "shop";
@@ -547,16 +547,16 @@ fn print_next_steps(
 struct Interrupt {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
-    hangup: tokio::signal::unix::Signal,
+    hangup: Hangup,
 }
 
 impl Interrupt {
     fn new() -> Result<Self, Error> {
         use tokio::signal::unix::{SignalKind, signal};
         Ok(Self {
+            hangup: Hangup::listen().map_err(Error::Signal)?,
             interrupt: signal(SignalKind::interrupt()).map_err(Error::Signal)?,
             terminate: signal(SignalKind::terminate()).map_err(Error::Signal)?,
-            hangup: signal(SignalKind::hangup()).map_err(Error::Signal)?,
         })
     }
 
@@ -565,7 +565,7 @@ impl Interrupt {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
-            _ = self.hangup.recv() => {}
+            () = self.hangup.received() => {}
         }
     }
 }

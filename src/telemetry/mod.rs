@@ -1,6 +1,7 @@
 //! Logs: lines to standard error, as text or JSON. No payload, key, password or URL with a password is ever logged. The
 //! output of commands to their users. And the process's use of the machine, for the metrics.
 
+mod hangup;
 mod process;
 mod sink;
 mod terminal;
@@ -17,6 +18,7 @@ use crate::config::{Config, LogFormat};
 use crate::supervisor;
 use sink::Sink;
 
+pub use hangup::Hangup;
 pub use process::register;
 pub use terminal::{print, to_stderr, to_stdout};
 pub(crate) use terminal::{say, tell};

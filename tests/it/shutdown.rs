@@ -189,6 +189,43 @@ async fn a_terminal_that_closes_stops_it_in_order_unless_it_is_to_live_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_demo_and_a_bench_live_on_as_well_when_they_are_to() {
+    let database = support::database().await;
+    for command in ["demo", "bench publish"] {
+        let mut child = tokio::process::Command::new("sh");
+        child
+            .args([
+                "-c",
+                "trap '' HUP; exec \"$0\" $1",
+                env!("CARGO_BIN_EXE_postroad"),
+                command,
+            ])
+            .envs(support::broker::variables(&database.url))
+            .env_remove("DATABASE_URL")
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .kill_on_drop(true);
+        let mut child = child.spawn().unwrap();
+        let pid = i32::try_from(child.id().unwrap()).unwrap();
+        let caught = |status: &str, signal: Signal| {
+            let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+            let mask = u64::from_str_radix(mask.unwrap().trim(), 16).unwrap();
+            mask >> (signal.as_raw() - 1) & 1 == 1
+        };
+        // It listens to SIGTERM last of all.
+        let status = support::eventually("its signals", || async {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            caught(&status, Signal::TERM).then_some(status)
+        })
+        .await;
+        assert!(!caught(&status, Signal::HUP), "{command}: {status}");
+        support::send_signal(pid, Signal::TERM);
+        let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await;
+        ended.expect("it ends in time").unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_ends_in_time_even_when_no_thread_of_the_runtime_is_free() {
     let database = support::database().await;
     // One thread, which the first answer keeps for good.
