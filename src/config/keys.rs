@@ -130,6 +130,10 @@ fn http_url(text: &str) -> Option<String> {
 }
 
 fn allowed_hosts(text: &str) -> Option<Vec<String>> {
+    if text.trim().is_empty() {
+        // An empty list of the file.
+        return Some(Vec::new());
+    }
     let names = text.split(',').map(str::trim);
     let is_fit = |name: &str| {
         name == "*" || Authority::parse(name).is_some_and(|authority| authority.port.is_none())
@@ -175,8 +179,9 @@ pub const KEYS: &[Key] = &[
         "",
         "names or addresses separated by commas, without ports, or * for any",
         "Host names that requests may use (`Host`), besides loopback names, the bound address and the host of `advertise_url`. \
-         The check keeps web pages from reaching the broker under a name of their own (DNS rebinding). It applies while `bind` is \
-         a loopback address, and at every address once this key is set; requests to an IP address then pass.",
+         The check keeps web pages from reaching the broker under a name of their own (DNS rebinding). It applies to \
+         every request while `bind` is a loopback address or once this key is set, and otherwise to requests with a browser's headers \
+         (`Sec-Fetch-Site`, `Sec-Fetch-Dest`, `Origin`); requests to an IP address pass unless `bind` is a loopback address.",
         |c, t| allowed_hosts(t).map(|v| c.allowed_hosts = v),
     ),
     Key {

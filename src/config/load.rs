@@ -255,9 +255,15 @@ impl Loader<'_> {
     fn note_bind(&mut self) {
         let bind = self.config.bind;
         if !bind.ip().is_loopback() {
+            let pages = match self.config.allowed_hosts.is_empty() {
+                true => {
+                    ". Set allowed_hosts as well, so that no web page under a name of its own can read from it (DNS rebinding)"
+                }
+                false => "",
+            };
             self.config.warnings.push(format!(
                 "other machines can reach the API at {bind}, which has no login: anyone who reaches it may publish, receive, seek, \
-                 purge and delete. Restrict access with a private network, a firewall, or a proxy with authentication"
+                 purge and delete. Restrict access with a private network, a firewall, or a proxy with authentication{pages}"
             ));
         }
     }
@@ -470,6 +476,11 @@ mod tests {
         assert_eq!(config.origins[0].url, "postgres://u:p@h/d");
         assert!(!format!("{config:?}").contains("u:p"));
         assert_eq!(config.streams[0].1["topics"][0], "orders.>");
+        for (list, hosts) in [("[]", &[][..]), ("['a', '10.0.0.1']", &["a", "10.0.0.1"])] {
+            let text = format!("allowed_hosts = {list}");
+            let config = with_file(&text, &environment).unwrap();
+            assert_eq!(config.allowed_hosts, hosts, "{list}");
+        }
         assert_eq!(config.queues[0].1["max_attempts"], 3);
         assert!(config.warnings[0].contains("POSTROAD_BIND"));
     }

@@ -80,16 +80,16 @@ impl Front {
         let path = request.uri().path();
         let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
         let is_probe = is_read && PROBES.contains(&path);
-        let answer = if !is_probe {
+        // The door is the same as that before the routes, for whatever is said of the start as well.
+        let answer = if let Err(problem) = door::check(&self.hosts, &request) {
+            problem.into_response()
+        } else if !is_probe {
             let opened = timeout(PATIENCE, self.opened.cancelled()).await;
             if let (Ok(()), Some(routes)) = (opened, self.routes()) {
                 let answer = routes.clone().oneshot(request).await;
                 return answer.unwrap_or_else(|never| match never {});
             }
             self.refuse(&request).into_response()
-        } else if let Err(problem) = door::check(&self.hosts, &request) {
-            // The door is the same as that before the routes.
-            problem.into_response()
         } else {
             match path {
                 "/healthz" => system::health(),

@@ -113,7 +113,7 @@ fn admit(
         return Err(Problem::new(Kind::CrossSite, detail));
     }
     match authority {
-        Some(authority) if !hosts.has(&authority.host) => {
+        Some(authority) if !hosts.has(&authority.host, || is_of_page(headers)) => {
             let name: String = authority
                 .host
                 .to_string()
@@ -138,6 +138,13 @@ fn is_page_opened(request: &Request) -> bool {
         && (path == "/docs" || path.starts_with("/problems/"))
         && is(FETCH_MODE, "navigate")
         && (is(FETCH_DEST, "document") || !headers.contains_key(FETCH_DEST))
+}
+
+/// Whether a page of a browser asks, as far as it says so. `Sec-Fetch-Mode` alone is no sign of one: the `fetch` of Node.js sends it.
+fn is_of_page(headers: &HeaderMap) -> bool {
+    headers.contains_key(FETCH_SITE)
+        || headers.contains_key(FETCH_DEST)
+        || headers.contains_key(ORIGIN)
 }
 
 fn shown(value: &HeaderValue) -> String {
@@ -307,10 +314,11 @@ mod tests {
 
     #[test]
     fn a_name_is_the_brokers_or_not() {
-        let advertised = Options {
-            advertise_url: Some("https://Postroad.internal:8443/x".to_owned()),
+        let advertised = |url: &str| Options {
+            advertise_url: Some(url.to_owned()),
             ..Options::default()
         };
+        let internal = "https://Postroad.internal:8443/x";
         let allowed = |names: &[&str]| Options {
             allowed_hosts: names.iter().map(|name| (*name).to_owned()).collect(),
             ..Options::default()
@@ -354,11 +362,16 @@ mod tests {
             (local, Options::default(), "", "malformed"),
             (
                 local,
-                advertised.clone(),
+                advertised(internal),
                 "postroad.internal:8443",
                 "passes",
             ),
-            (local, advertised, "evil.example:8443", "host-not-allowed"),
+            (
+                local,
+                advertised(internal),
+                "evil.example:8443",
+                "host-not-allowed",
+            ),
             (
                 local,
                 allowed(&["a.example", "10.0.0.1"]),
@@ -388,9 +401,73 @@ mod tests {
             ),
             (any, allowed(&["a.example"]), "a.example", "passes"),
             (any, allowed(&["a.example"]), "10.0.0.1:8080", "passes"),
+            (any, allowed(&["*"]), "evil.example", "passes"),
         ] {
             let found = passes(address, &options, &[("host", host)], "/x");
             assert_eq!(found, outcome, "{address} {host}");
+        }
+        // A page is let through by fewer names than a program, whatever it says of itself.
+        let any_name = Options::default();
+        for (options, host, mark, outcome) in [
+            (
+                &any_name,
+                "evil.example",
+                ("sec-fetch-site", "same-origin"),
+                "host-not-allowed",
+            ),
+            (
+                &any_name,
+                "evil.example",
+                ("sec-fetch-site", "none"),
+                "host-not-allowed",
+            ),
+            (
+                &any_name,
+                "evil.example",
+                ("sec-fetch-dest", "empty"),
+                "host-not-allowed",
+            ),
+            (
+                &any_name,
+                "evil.example",
+                ("origin", "http://evil.example"),
+                "host-not-allowed",
+            ),
+            // Node.js.
+            (&any_name, "postroad", ("sec-fetch-mode", "cors"), "passes"),
+            (
+                &any_name,
+                "10.0.0.1",
+                ("origin", "http://10.0.0.1"),
+                "passes",
+            ),
+            (
+                &any_name,
+                "localhost",
+                ("sec-fetch-site", "same-origin"),
+                "passes",
+            ),
+            (
+                &allowed(&["a.example"]),
+                "a.example",
+                ("origin", "https://a.example"),
+                "passes",
+            ),
+            (
+                &allowed(&["*"]),
+                "evil.example",
+                ("origin", "http://evil.example"),
+                "passes",
+            ),
+            (
+                &advertised("http://b.example:80"),
+                "b.example",
+                ("origin", "http://b.example"),
+                "passes",
+            ),
+        ] {
+            let found = passes(any, options, &[("host", host), mark], "/x");
+            assert_eq!(found, outcome, "{host} {mark:?}");
         }
         // The target goes before `Host`.
         let head = [("host", "localhost:8080")];

@@ -67,6 +67,17 @@ async fn while_it_waits_for_the_database_it_lives_says_so_and_can_be_stopped() {
         body.contains("/problems/unavailable") && body.contains("starting"),
         "{body}"
     );
+    // What it waits for is not for pages of other sites.
+    for (name, value) in [("host", "evil.example"), ("origin", "https://evil.example")] {
+        for path in ["/v1/queues", "/readyz"] {
+            let url = format!("{}{path}", http.base);
+            let refused = http.client.get(url).header(name, value).send();
+            let refused = refused.await.unwrap();
+            assert_eq!(refused.status(), StatusCode::FORBIDDEN, "{name} {path}");
+            let body = refused.text().await.unwrap();
+            assert!(!body.contains("database"), "{body}");
+        }
+    }
     // Another node that takes it for a queue's owner is to look again.
     let url = format!("{}/v1/queues/q", http.base);
     let passed_on = http.client.get(url).header("x-postroad-node", "x").send();
