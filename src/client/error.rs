@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::verbs::Refused;
 use crate::domain::name;
+use crate::domain::problem::problem_kinds;
 
 /// The reasons why a call fails. Calls are repeated automatically where a repeat can help, so an error here means that the
 /// call was tried for as long as [`super::Options::deadline`] says.
@@ -82,15 +83,12 @@ impl Error {
 }
 
 macro_rules! kinds {
-    ($($name:ident = $slug:literal,)*) => {
+    ($($(#[$doc:meta])* $name:ident = $slug:literal, $status:literal, $title:literal;)*) => {
         /// The kinds of problem. Each has a page in `docs/problems`.
         #[derive(Debug, Clone, PartialEq, Eq)]
         #[non_exhaustive]
         pub enum ProblemKind {
-            $(
-                #[doc = concat!("`", $slug, "`")]
-                $name,
-            )*
+            $($(#[$doc])* $name,)*
             /// One that this client does not know, or an answer that is no problem document: what stands in its `type`.
             Other(String),
         }
@@ -106,34 +104,7 @@ macro_rules! kinds {
     };
 }
 
-kinds! {
-    MalformedRequest = "malformed-request",
-    NotFound = "not-found",
-    StreamNotFound = "stream-not-found",
-    QueueNotFound = "queue-not-found",
-    MethodNotAllowed = "method-not-allowed",
-    RequestTimeout = "request-timeout",
-    IdConflict = "id-conflict",
-    VersionConflict = "version-conflict",
-    StreamNotKeyed = "stream-not-keyed",
-    StreamKeyedFixed = "stream-keyed-fixed",
-    StreamOverlap = "stream-overlap",
-    StreamHasQueues = "stream-has-queues",
-    QueueStreamFixed = "queue-stream-fixed",
-    TooManyQueues = "too-many-queues",
-    LogBehindQueue = "log-behind-queue",
-    PayloadTooLarge = "payload-too-large",
-    MessageTooLarge = "message-too-large",
-    UnsupportedMediaType = "unsupported-media-type",
-    InvalidRequest = "invalid-request",
-    InvalidMessage = "invalid-message",
-    TooManyRequests = "too-many-requests",
-    Internal = "internal",
-    Unavailable = "unavailable",
-    OutcomeUnknown = "outcome-unknown",
-    NoOwner = "no-owner",
-    Stopping = "stopping",
-}
+problem_kinds!(kinds);
 
 /// A refusal's problem document (RFC 9457).
 #[derive(Debug, Clone)]
@@ -220,5 +191,22 @@ impl fmt::Display for Problem {
             Some(id) => write!(f, " (request {id})"),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::problem::Kind;
+
+    #[test]
+    fn every_kind_that_the_broker_answers_has_a_name_here() {
+        for kind in Kind::ALL {
+            let found = ProblemKind::of(&kind.uri());
+            let name = format!("{kind:?}");
+            assert_eq!(format!("{found:?}"), name, "{}", kind.slug());
+        }
+        let other = ProblemKind::of("/problems/teapot");
+        assert_eq!(other, ProblemKind::Other("/problems/teapot".to_owned()));
     }
 }

@@ -15,6 +15,7 @@ pub mod message;
 pub mod name;
 pub mod objects;
 pub mod policy;
+pub mod problem;
 pub mod queue;
 pub mod receipt;
 pub mod retention;

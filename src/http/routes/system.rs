@@ -17,7 +17,7 @@ use crate::http::Readiness;
 use crate::http::exposition::Format;
 use crate::http::extract::{Named, PathPart, Query};
 use crate::http::openapi::{Fails, NoPage, Reads, openapi_yaml};
-use crate::http::problem::{Kind, Problem};
+use crate::http::problem::{Kind, Problem, page};
 use crate::http::state::State;
 
 /// The readiness of the process.
@@ -169,5 +169,5 @@ async fn problem(slug: Result<Named<Slug>, Problem>, query: Query) -> Result<Res
     query.finish()?;
     let Named(Slug(kind)) =
         slug.map_err(|_| Problem::new(Kind::NotFound, "there is no problem with this name"))?;
-    Ok(text("text/markdown; charset=utf-8", kind.page().to_owned()))
+    Ok(text("text/markdown; charset=utf-8", page(kind).to_owned()))
 }
