@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::id::{Generation, Offset};
 use super::name::TopicPattern;
+use super::word::words;
 
 /// Most dead letters named one by one in a redrive.
 pub const LETTER_IDS_MAX: usize = 1_000;
@@ -69,35 +70,35 @@ impl<'de> Deserialize<'de> for LetterId {
     }
 }
 
-/// The reasons why a message dies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Cause {
-    /// A consumer or a person rejected it.
-    Rejected,
-    /// It failed as often as the queue allows.
-    OutOfAttempts,
+words! {
+    /// The reasons why a message dies.
+    pub enum Cause {
+        /// A consumer or a person rejected it.
+        Rejected = "rejected",
+        /// It failed as often as the queue allows.
+        OutOfAttempts = "out_of_attempts",
+    }
 }
 
 impl Cause {
-    /// The word on the wire and in the row.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Rejected => "rejected",
-            Self::OutOfAttempts => "out_of_attempts",
-        }
-    }
-
     /// Parses the word; the error completes "`text` …".
     ///
     /// # Errors
     /// Anything else.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
-        [Self::Rejected, Self::OutOfAttempts]
-            .into_iter()
-            .find(|cause| cause.as_str() == text)
-            .ok_or("is neither `rejected` nor `out_of_attempts`")
+        Self::of(text).ok_or("is neither `rejected` nor `out_of_attempts`")
+    }
+}
+
+words! {
+    /// How far a redrive is.
+    pub enum RedriveStatus {
+        /// It brings letters back.
+        Running = "running",
+        /// All of its letters were looked at.
+        Done = "done",
+        /// A person ended it.
+        Cancelled = "cancelled",
     }
 }
 

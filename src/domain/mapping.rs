@@ -9,28 +9,19 @@ use std::fmt;
 use super::name::{OriginName, Topic};
 use super::template::check_identifier;
 pub use super::template::{Part, Value};
+use super::word::words;
 
 /// Columns that `postroad install --map` may add, and what they are called unless the mapping says otherwise.
 const XID_COLUMN: &str = "postroad_xid";
 const SEQ_COLUMN: &str = "postroad_seq";
 
-/// How rows are picked up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pickup {
-    /// By the difference of two snapshots, as the relay's own outbox: the table has a column with the transaction's id.
-    Snapshot,
-    /// By deletion: a row that was relayed leaves the table.
-    Delete,
-}
-
-impl Pickup {
-    /// Its name in the configuration and the API.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Snapshot => "snapshot",
-            Self::Delete => "delete",
-        }
+words! {
+    /// How rows are picked up.
+    pub enum Pickup {
+        /// By the difference of two snapshots, as the relay's own outbox: the table has a column with the transaction's id.
+        Snapshot = "snapshot",
+        /// By deletion: a row that was relayed leaves the table.
+        Delete = "delete",
     }
 }
 
@@ -260,12 +251,12 @@ fn fault(key: &str, what: impl Into<String>) -> Fault {
 
 fn pickup(text: Option<&str>) -> Result<Pickup, Fault> {
     match text {
-        Some("snapshot") => Ok(Pickup::Snapshot),
-        Some("delete") => Ok(Pickup::Delete),
-        Some(other) => Err(fault(
-            "pickup",
-            format!("is `{other}`, and must be snapshot or delete"),
-        )),
+        Some(text) => Pickup::of(text).ok_or_else(|| {
+            fault(
+                "pickup",
+                format!("is `{text}`, and must be snapshot or delete"),
+            )
+        }),
         None => Err(fault(
             "pickup",
             "is needed: `snapshot` reads the table by a column with the transaction's id, which `postroad install --map` \

@@ -22,5 +22,6 @@ pub mod retention;
 pub mod schedule;
 mod template;
 pub mod topic_index;
+pub mod word;
 
 pub use chain::chain;

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 pub use super::cadence::{Cadence, CadenceError};
 use super::name::{ScheduleName, Topic};
+use super::word::words;
 
 /// An occurrence that could not be published for so long is missed: the misfire policy decides.
 pub const MISFIRE_AFTER: TimeDelta = TimeDelta::seconds(60);
@@ -96,16 +97,18 @@ pub struct Due {
     pub has_skipped: bool,
 }
 
-/// The treatment of occurrences that were missed by more than [`MISFIRE_AFTER`], because no broker ran.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Misfire {
-    /// They are left out.
-    Skip,
-    /// The latest of them is published, the others are left out.
-    #[default]
-    One,
-    /// All are published, [`CATCH_UP_MAX`] at most, the latest.
-    All,
+words! {
+    /// The treatment of occurrences that were missed by more than [`MISFIRE_AFTER`], because no broker ran.
+    #[derive(Default)]
+    pub enum Misfire {
+        /// They are left out.
+        Skip = "skip",
+        /// The latest of them is published, the others are left out.
+        #[default]
+        One = "one",
+        /// All are published, [`CATCH_UP_MAX`] at most, the latest.
+        All = "all",
+    }
 }
 
 impl Misfire {
@@ -114,22 +117,7 @@ impl Misfire {
     /// # Errors
     /// Any other text.
     pub fn parse(text: &str) -> Result<Self, &'static str> {
-        match text {
-            "skip" => Ok(Self::Skip),
-            "one" => Ok(Self::One),
-            "all" => Ok(Self::All),
-            _ => Err("must be `skip`, `one` or `all`"),
-        }
-    }
-
-    /// The text that [`Misfire::parse`] reads.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Skip => "skip",
-            Self::One => "one",
-            Self::All => "all",
-        }
+        Self::of(text).ok_or("must be `skip`, `one` or `all`")
     }
 }
 

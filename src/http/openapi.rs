@@ -322,6 +322,48 @@ mod tests {
         }
     }
 
+    /// Whether a property that is a text is one of a list of words.
+    fn is_of_a_list(description: &Value, property: &Value) -> bool {
+        if let Some(reference) = property["$ref"].as_str() {
+            let found = description.pointer(reference.trim_start_matches('#'));
+            return found.is_some_and(|found| is_of_a_list(description, found));
+        }
+        if let Some(forms) = property["oneOf"].as_array() {
+            return forms.iter().all(|form| is_of_a_list(description, form));
+        }
+        let is_text = match &property["type"] {
+            Value::Array(types) => types.iter().any(|found| found == "string"),
+            found => found == "string",
+        };
+        !is_text || property["enum"].is_array()
+    }
+
+    #[test]
+    fn words_that_say_how_something_is_are_listed() {
+        let description = description();
+        let schemas = description["components"]["schemas"].as_object().unwrap();
+        let mut found = 0;
+        for (name, schema) in schemas {
+            let properties = schema["properties"].as_object();
+            for (field, property) in properties.into_iter().flatten() {
+                let is_word = [
+                    "state", "status", "result", "cause", "misfire", "pickup", "ordering",
+                ]
+                .contains(&field.as_str());
+                if is_word || (name == "Received" && field == "reason") {
+                    found += 1;
+                    assert!(is_of_a_list(&description, property), "{name}.{field}");
+                }
+            }
+        }
+        assert!(found >= 16, "{found}");
+        let text = serde_json::json!({"oneOf": [{"type": "null"}, {"type": "string"}]});
+        assert!(!is_of_a_list(&description, &text));
+        let results = &description["components"]["schemas"]["OutcomeResult"]["enum"];
+        let results = results.as_array().unwrap();
+        assert!(results.len() == 11 && results.contains(&Value::from("blocked")));
+    }
+
     #[test]
     fn every_operation_says_what_the_layers_around_it_answer() {
         let description = description();

@@ -151,7 +151,7 @@ impl Collector for Metrics {
         for status in &statuses {
             for state in State::ALL {
                 let labels = [("origin", status.name.as_str()), ("state", state.as_str())];
-                let value = i64::from(status.state == state);
+                let value = i64::from(status.state == *state);
                 ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
             }
         }

@@ -7,68 +7,35 @@ use chrono::{DateTime, Utc};
 use crate::domain::id::OriginId;
 use crate::domain::mapping::Pickup;
 use crate::domain::name::OriginName;
+use crate::domain::word::words;
 
-/// The states of a relay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum State {
-    /// Another node relays this origin, or this one is about to.
-    Waiting,
-    /// Finding its origin.
-    Connecting,
-    /// Moving what producers commit.
-    Running,
-    /// The origin went back in time (or is new): all that its outbox holds is read again, and what streams have is dropped.
-    Rerelaying,
-    /// The URL points at a standby. It is asked again until it is promoted.
-    Standby,
-    /// The origin does not answer. It is tried again.
-    Unreachable,
-    /// The origin has no outbox: somebody must run `postroad install` there. The relay keeps asking.
-    NotInstalled,
-    /// The origin refuses what a relay needs (rights, a wrong password), or a mapped table is not as its mapping says. It is
-    /// asked again.
-    Refused,
-    /// The streams do not take some row of the outbox, for what it holds. Fewer rows at a time are tried until it is found and listed
-    /// as rejected; then it goes on.
-    RowsRefused,
-    /// The broker's own database is away, or refuses what the broker does. It is tried again.
-    BrokerUnavailable,
-    /// The process is ending.
-    Stopped,
-}
-
-impl State {
-    /// All of them, for the metrics.
-    pub const ALL: [Self; 11] = [
-        Self::Waiting,
-        Self::Connecting,
-        Self::Running,
-        Self::Rerelaying,
-        Self::Standby,
-        Self::Unreachable,
-        Self::NotInstalled,
-        Self::Refused,
-        Self::RowsRefused,
-        Self::BrokerUnavailable,
-        Self::Stopped,
-    ];
-
-    /// Its name in the API and the metrics.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Waiting => "waiting",
-            Self::Connecting => "connecting",
-            Self::Running => "running",
-            Self::Rerelaying => "re-relaying",
-            Self::Standby => "standby",
-            Self::Unreachable => "unreachable",
-            Self::NotInstalled => "not_installed",
-            Self::Refused => "refused",
-            Self::RowsRefused => "rows_refused",
-            Self::BrokerUnavailable => "broker_unavailable",
-            Self::Stopped => "stopped",
-        }
+words! {
+    /// The states of a relay.
+    pub enum State {
+        /// Another node relays this origin, or this one is about to.
+        Waiting = "waiting",
+        /// Finding its origin.
+        Connecting = "connecting",
+        /// Moving what producers commit.
+        Running = "running",
+        /// The origin went back in time (or is new): all that its outbox holds is read again, and what streams have is dropped.
+        Rerelaying = "re-relaying",
+        /// The URL points at a standby. It is asked again until it is promoted.
+        Standby = "standby",
+        /// The origin does not answer. It is tried again.
+        Unreachable = "unreachable",
+        /// The origin has no outbox: somebody must run `postroad install` there. The relay keeps asking.
+        NotInstalled = "not_installed",
+        /// The origin refuses what a relay needs (rights, a wrong password), or a mapped table is not as its mapping says. It is
+        /// asked again.
+        Refused = "refused",
+        /// The streams do not take some row of the outbox, for what it holds. Fewer rows at a time are tried until it is found and listed
+        /// as rejected; then it goes on.
+        RowsRefused = "rows_refused",
+        /// The broker's own database is away, or refuses what the broker does. It is tried again.
+        BrokerUnavailable = "broker_unavailable",
+        /// The process is ending.
+        Stopped = "stopped",
     }
 }
 

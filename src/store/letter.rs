@@ -6,7 +6,7 @@ use sqlx::postgres::PgRow;
 
 use super::{Database, Error};
 use crate::domain::id::{Generation, Offset, QueueId};
-use crate::domain::letter::{LetterId, Selection};
+use crate::domain::letter::{Cause, LetterId, Selection};
 use crate::domain::message::{Data, Message};
 use crate::domain::name::Topic;
 use crate::domain::queue::Failure;
@@ -23,8 +23,8 @@ pub struct Summary {
     pub delivery: u32,
     /// Attempts made.
     pub attempts: u32,
-    /// `rejected` or `out_of_attempts`.
-    pub cause: String,
+    /// Why it died.
+    pub cause: Cause,
     /// How the last attempt failed.
     pub reason: Option<String>,
     /// The time when it died.
@@ -153,6 +153,9 @@ fn read_summary(row: &PgRow) -> Result<Summary, sqlx::Error> {
     let redrive: Option<String> = redrive;
     let forward: Option<String> = row.try_get("forward_topic")?;
     let forwarded_at = row.try_get("forwarded_at")?;
+    let cause: String = row.try_get("cause")?;
+    let cause = Cause::of(&cause)
+        .ok_or_else(|| sqlx::Error::Decode(format!("`{cause}` is no known cause").into()))?;
     Ok(Summary {
         id: LetterId {
             generation: Generation(row.try_get("generation")?),
@@ -160,7 +163,7 @@ fn read_summary(row: &PgRow) -> Result<Summary, sqlx::Error> {
         },
         delivery: count("delivery")?,
         attempts: count("attempts")?,
-        cause: row.try_get("cause")?,
+        cause,
         reason: row.try_get("reason")?,
         died_at: row.try_get("died_at")?,
         topic: row.try_get("topic")?,

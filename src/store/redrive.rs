@@ -8,7 +8,7 @@ use sqlx::postgres::PgRow;
 use super::letter::{EXAMINED_MAX, Part, bounds};
 use super::{Database, Error};
 use crate::domain::id::{Offset, QueueId, Slot};
-use crate::domain::letter::Selection;
+use crate::domain::letter::{RedriveStatus, Selection};
 use crate::domain::queue::Reborn;
 
 /// The progress of a redrive since its last step. The schema's `write_redrives` reads these names.
@@ -43,7 +43,7 @@ pub struct RedriveStep {
     pub at: Option<DateTime<Utc>>,
     /// Its end.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub status: Option<&'static str>,
+    pub status: Option<RedriveStatus>,
 }
 
 /// A redrive's row.
@@ -57,8 +57,8 @@ pub struct RedriveRow {
     pub selection: Selection,
     /// Letters per second; None for as fast as it goes.
     pub rate_per_second: Option<u32>,
-    /// `running`, `done` or `cancelled`.
-    pub status: String,
+    /// How far it is.
+    pub status: RedriveStatus,
     /// The time when it ended.
     pub finished_at: Option<DateTime<Utc>>,
     /// Letters that fit; None until they are counted.
@@ -85,12 +85,13 @@ fn read(row: &PgRow) -> Result<RedriveRow, Error> {
         let total: Option<i64> = row.try_get("total")?;
         let rate: Option<i32> = row.try_get("rate_per_second")?;
         let selection: String = row.try_get("selection")?;
+        let status: String = row.try_get("status")?;
         let redrive = RedriveRow {
             id: row.try_get("id")?,
             created_at: row.try_get("created_at")?,
             selection: Selection::default(),
             rate_per_second: rate.and_then(|rate| u32::try_from(rate).ok()),
-            status: row.try_get("status")?,
+            status: RedriveStatus::Running,
             finished_at: row.try_get("finished_at")?,
             total: total.and_then(|total| u64::try_from(total).ok()),
             redriven: count("redriven")?,
@@ -98,9 +99,11 @@ fn read(row: &PgRow) -> Result<RedriveRow, Error> {
             late: count("late")?,
             through: Offset(row.try_get("through_offset")?),
         };
-        Ok((redrive, selection))
+        Ok((redrive, selection, status))
     };
-    let (mut redrive, selection) = read().map_err(Error::query(DOING))?;
+    let (mut redrive, selection, status) = read().map_err(Error::query(DOING))?;
+    redrive.status =
+        RedriveStatus::of(&status).ok_or_else(|| Error::unknown_status(DOING, &status))?;
     redrive.selection = serde_json::from_str(&selection).map_err(|error| Error::Corrupt {
         doing: DOING,
         what: format!("redrive {}: selection: {error}", redrive.id),

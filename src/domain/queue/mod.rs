@@ -40,6 +40,7 @@ use roaring::RoaringTreemap;
 use super::id::{Generation, Offset, QueueId};
 use super::message::Priority;
 use super::policy::Settings;
+use super::word::words;
 
 use offsets::Offsets;
 use order::Order;
@@ -86,20 +87,20 @@ impl From<At> for DateTime<Utc> {
     }
 }
 
-/// The reasons why a receive gets nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum EmptyReason {
-    /// Nothing is unsettled except live deliveries.
-    Empty,
-    /// A person paused the queue.
-    Paused,
-    /// As many deliveries are live as the queue allows.
-    InFlightFull,
-    /// All messages wait for an earlier message of their key.
-    WaitingForKeys,
-    /// All messages are held back by a delay.
-    Delayed,
+words! {
+    /// The reasons why a receive gets nothing.
+    pub enum EmptyReason {
+        /// Nothing is unsettled except live deliveries.
+        Empty = "empty",
+        /// A person paused the queue.
+        Paused = "paused",
+        /// As many deliveries are live as the queue allows.
+        InFlightFull = "in_flight_full",
+        /// All messages wait for an earlier message of their key.
+        WaitingForKeys = "waiting_for_keys",
+        /// All messages are held back by a delay.
+        Delayed = "delayed",
+    }
 }
 
 /// The consumer that received, and the id of its receive.

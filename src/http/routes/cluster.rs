@@ -71,7 +71,7 @@ struct DutyNow {
     lease: Option<String>,
     /// `running` while a pass is under way; `waiting` for the next pass; `failing` if the last pass failed and is about to be
     /// repeated; `standing_by` while another node holds the lease.
-    state: &'static str,
+    state: DutyState,
     /// When the duty came to this state.
     #[schema(format = DateTime)]
     since: String,
@@ -111,10 +111,10 @@ impl DutyNow {
             name: status.name.into_owned(),
             lease: status.lease.map(Cow::into_owned),
             state: match status.state {
-                supervisor::State::Running => "running",
-                supervisor::State::Waiting => "waiting",
-                supervisor::State::Failing => "failing",
-                supervisor::State::StandingBy => "standing_by",
+                supervisor::State::Running => DutyState::Running,
+                supervisor::State::Waiting => DutyState::Waiting,
+                supervisor::State::Failing => DutyState::Failing,
+                supervisor::State::StandingBy => DutyState::StandingBy,
             },
             since: past(status.since),
             passes: status.passes,
@@ -143,10 +143,29 @@ struct Node {
     /// The node counts as dead after this time, unless it sends another heartbeat.
     #[schema(format = DateTime)]
     expires_at: String,
-    /// `live`; `leaving` while it hands over what it holds; `expired` when others take over.
-    state: &'static str,
+    /// `leaving` while it hands over what it holds; `expired` when others take over.
+    state: NodeState,
     /// The number of slots that are assigned to it.
     slots: usize,
+}
+
+/// A duty's state.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum DutyState {
+    Running,
+    Waiting,
+    Failing,
+    StandingBy,
+}
+
+/// A node's state.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum NodeState {
+    Live,
+    Leaving,
+    Expired,
 }
 
 /// A slot. Each queue belongs to one slot.
@@ -208,9 +227,9 @@ impl Cluster {
             started_at: wire::time(member.row.started_at),
             expires_at: wire::time(member.row.expires_at),
             state: match member.standing {
-                Standing::Live => "live",
-                Standing::Leaving => "leaving",
-                Standing::Expired => "expired",
+                Standing::Live => NodeState::Live,
+                Standing::Leaving => NodeState::Leaving,
+                Standing::Expired => NodeState::Expired,
             },
             slots: slots_of(member.row.incarnation),
         });

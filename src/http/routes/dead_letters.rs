@@ -11,6 +11,7 @@ use utoipa_axum::routes;
 
 use super::streams::{OFFSET_MAX, parse_time};
 use super::wire;
+use super::words::DeathCause;
 use crate::domain::id::Offset;
 use crate::domain::letter::{Cause, LetterId, Selection};
 use crate::domain::name::{QueueName, TopicPattern};
@@ -37,8 +38,8 @@ struct Summary {
     delivery: u32,
     /// The number of attempts made.
     attempts: u32,
-    /// `rejected` or `out_of_attempts`.
-    cause: String,
+    /// The reason why the message died.
+    cause: DeathCause,
     /// The reason of the last failure.
     reason: Option<String>,
     #[schema(format = DateTime)]
@@ -118,7 +119,7 @@ impl From<LetterSummary> for Summary {
             offset: letter.id.offset.0,
             delivery: letter.delivery,
             attempts: letter.attempts,
-            cause: letter.cause,
+            cause: DeathCause(letter.cause),
             reason: letter.reason,
             died_at: wire::time(letter.died_at),
             topic: letter.topic,
@@ -163,8 +164,7 @@ fn selection(query: &mut Query) -> Selection {
         ("queue" = String, Path, min_length = 1, max_length = 100, pattern = "^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", example = "billing"),
         ("after" = Option<i64>, Query, description = "Only letters whose message comes after this offset", minimum = 0, maximum = 9_007_199_254_740_991_i64),
         ("limit" = Option<i64>, Query, description = "At most this many; 100 by default", minimum = 1, maximum = 1000),
-        ("cause" = Option<String>, Query, description = "Only letters with this cause: `rejected` or `out_of_attempts`",
-            pattern = "^(rejected|out_of_attempts)$"),
+        ("cause" = Option<DeathCause>, Query, description = "Only letters with this cause"),
         ("topic" = Option<String>, Query, description = "Only letters whose topic matches this pattern", min_length = 1, max_length = 255),
         ("key" = Option<String>, Query, description = "Only letters with this ordering key", min_length = 1, max_length = 512),
         ("reason" = Option<String>, Query, description = "Only letters with this text in the reason of one of their failures",

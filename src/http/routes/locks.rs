@@ -77,8 +77,7 @@ struct LockWaiter {
 #[derive(Debug, Serialize, ToSchema)]
 struct Lock {
     name: String,
-    /// `held` or `free`.
-    state: &'static str,
+    state: LockState,
     /// The holder's name.
     owner: Option<String>,
     /// The fencing token of the current or last holder; 0 before the first.
@@ -89,6 +88,14 @@ struct Lock {
     expires_at: Option<String>,
     /// The first hundred that wait, in order.
     waiting: Vec<LockWaiter>,
+}
+
+/// A lock's state.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum LockState {
+    Held,
+    Free,
 }
 
 /// Locks that are held, by name.
@@ -133,7 +140,10 @@ impl From<Described> for Lock {
         };
         Self {
             name: lock.name.to_string(),
-            state: if owner.is_some() { "held" } else { "free" },
+            state: match owner {
+                Some(_) => LockState::Held,
+                None => LockState::Free,
+            },
             owner,
             token: lock.token,
             acquired_at: acquired_at.map(wire::time),

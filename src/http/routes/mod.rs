@@ -20,6 +20,7 @@ pub(in crate::http) mod streams;
 pub(in crate::http) mod system;
 pub(in crate::http) mod topics;
 pub(in crate::http) mod wire;
+mod words;
 
 use utoipa_axum::router::OpenApiRouter;
 

@@ -12,6 +12,7 @@ use utoipa_axum::routes;
 
 use super::streams::OFFSET_MAX;
 use super::wire;
+use super::words::{self, RelayState};
 use crate::domain::name::{OriginName, Topic};
 use crate::http::extract::{Check, Json, Named, PAYLOAD_MAX_BYTES, Query, RejectedId};
 use crate::http::forward;
@@ -32,11 +33,10 @@ struct Origin {
     place: String,
     /// The table that the relay reads in place of the outbox; null where the outbox is Postroad's own.
     table: Option<String>,
-    /// How the table's rows are picked up, `snapshot` or `delete`; null where the outbox is Postroad's own.
-    pickup: Option<&'static str>,
-    /// The relay's state: `waiting`, `connecting`, `running`, `re-relaying`, `standby`, `unreachable`,
-    /// `not_installed`, `refused`, `rows_refused`, `broker_unavailable` or `stopped`.
-    state: &'static str,
+    /// How the table's rows are picked up; null where the outbox is Postroad's own.
+    pickup: Option<words::Pickup>,
+    /// The relay's state.
+    state: RelayState,
     #[schema(format = DateTime)]
     state_since: String,
     /// The reason, if something is wrong.
@@ -166,9 +166,12 @@ fn origin(status: Status, now: DateTime<Utc>) -> Origin {
         lag_seconds: status.lag(now).map(|lag| lag.as_secs_f64()),
         name: status.name.to_string(),
         place: status.place,
-        pickup: status.mapped.as_ref().map(|mapped| mapped.pickup.as_str()),
+        pickup: status
+            .mapped
+            .as_ref()
+            .map(|mapped| words::Pickup(mapped.pickup)),
         table: status.mapped.map(|mapped| mapped.table),
-        state: status.state.as_str(),
+        state: RelayState(status.state),
         state_since: wire::time(status.state_since),
         detail: status.detail,
         position: status.position,
@@ -237,7 +240,7 @@ async fn describe(
         .map(|status| status.borrow().clone());
     let status = status.ok_or(crate::relay::RejectedError::OriginNotFound { name })?;
     let own = origin(status, state.parts.cluster.now());
-    if own.state == WAITING && forward::has_others(&state, &headers) {
+    if own.state == RelayState(relay::State::Waiting) && forward::has_others(&state, &headers) {
         // The node that relays it knows more.
         let others = forward::ask_all(&state, "/v1/origins").await;
         let origins = forward::merge(Vec::new(), others, "origins", |origin| {

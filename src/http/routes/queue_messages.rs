@@ -6,6 +6,7 @@ use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -15,7 +16,7 @@ use super::wire::{self, Event};
 use crate::domain::cloudevents::{ID_MAX_BYTES, KEY_MAX_BYTES};
 use crate::domain::id::Offset;
 use crate::domain::message::Entry;
-use crate::domain::name::{QueueName, TopicPattern};
+use crate::domain::name::{QueueName, Topic, TopicPattern};
 use crate::domain::policy::REASON_MAX_BYTES;
 use crate::http::extract::{Check, Json, MessageOffset, Named, Query};
 use crate::http::openapi::{NoMessage, NoQueue, Reads, Writes};
@@ -28,37 +29,83 @@ use crate::stream::Search;
 const PAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
 
 /// A message and its state in this queue.
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[schema(as = QueueMessage)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct WireMessage {
-    offset: i64,
-    /// The topic; null when the stream no longer has the message.
-    topic: Option<String>,
+struct WireMessage<'a> {
     #[schema(format = DateTime)]
     appended_at: Option<String>,
-    /// `fresh`, `ready`, `waiting`, `live`, `delayed`, `dead`, `settled`, `lost`, `not_matching`, `before_start`.
-    state: String,
-    /// The number of its last delivery; 0 before the first.
-    delivery: u32,
     /// The number of attempts, a current one included.
     attempts: u32,
-    /// The failures of its last attempts, at most five, oldest first. For a dead letter, attempts before a redrive are included.
-    failures: Vec<WireFailure>,
+    /// The consumer that holds the message, or held it last.
+    consumer: Option<&'a str>,
     /// The id of its dead letter, also while the message has been redriven and is not settled; null if there is none.
     dead_letter: Option<String>,
-    /// The consumer that holds the message, or held it last.
-    consumer: Option<String>,
     /// The time when its last delivery began.
     #[schema(format = DateTime)]
     delivered_at: Option<String>,
-    /// With `live`: the consumer holds the delivery until then.
-    #[schema(format = DateTime)]
-    visible_until: Option<String>,
+    /// The number of its last delivery; 0 before the first.
+    delivery: u32,
     /// With `delayed`: the time when the message goes out.
     #[schema(format = DateTime)]
     due_at: Option<String>,
-    event: Option<Event>,
+    /// The failures of its last attempts, at most five, oldest first. For a dead letter, attempts before a redrive are included.
+    failures: Vec<WireFailure>,
+    offset: i64,
+    state: Standing,
+    /// The topic; null when the stream no longer has the message.
+    #[schema(value_type = Option<String>)]
+    topic: Option<&'a Topic>,
+    /// With `live`: the consumer holds the delivery until then.
+    #[schema(format = DateTime)]
+    visible_until: Option<String>,
+    #[schema(value_type = Option<Event>)]
+    event: Option<&'a RawValue>,
+}
+
+/// A message's state in a queue.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = MessageState)]
+enum Standing {
+    /// Never handed out, and may go out now or when the queue gets there.
+    Fresh,
+    /// Handed out before, and due again.
+    Ready,
+    /// Held back by an earlier message of its key.
+    Waiting,
+    /// Handed out, and held by a consumer.
+    Live,
+    /// Held back by time.
+    Delayed,
+    /// A dead letter.
+    Dead,
+    /// Acked, or deleted by a person.
+    Settled,
+    /// Retention's hard limit dropped it before it was settled.
+    Lost,
+    /// The queue does not take its topic.
+    NotMatching,
+    /// The queue began after it.
+    BeforeStart,
+}
+
+impl Standing {
+    /// None for a message that is not there.
+    const fn of(state: MessageState) -> Option<Self> {
+        Some(match state {
+            MessageState::Fresh => Self::Fresh,
+            MessageState::Ready => Self::Ready,
+            MessageState::Waiting => Self::Waiting,
+            MessageState::Live => Self::Live,
+            MessageState::Delayed => Self::Delayed,
+            MessageState::Dead => Self::Dead,
+            MessageState::Settled => Self::Settled,
+            MessageState::Lost => Self::Lost,
+            MessageState::NotMatching => Self::NotMatching,
+            MessageState::BeforeStart => Self::BeforeStart,
+            MessageState::NotFound => return None,
+        })
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -71,12 +118,11 @@ struct WireFailure {
 }
 
 /// A page of messages.
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[schema(as = QueueMessages)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct WirePage {
+struct WirePage<'a> {
     /// By offset. This can be empty before the end: a request looks at a bounded part of the stream.
-    messages: Vec<WireMessage>,
+    messages: Vec<WireMessage<'a>>,
     /// Pass this as `after` to continue the search; null at the end of the stream.
     next_after: Option<i64>,
 }
@@ -96,11 +142,22 @@ struct RejectBody {
 #[schema(as = MessageOutcome)]
 struct WireActed {
     offset: i64,
-    /// `deleted` or `rejected`; `already_settled` or `dead_lettered` when there was nothing left to do.
-    result: &'static str,
+    /// `already_settled` or `dead_lettered` when there was nothing left to do.
+    result: ActResult,
     /// With `rejected`: the dead letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     dead_letter: Option<String>,
+}
+
+/// The result for a message that a person settles.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = MessageResult)]
+enum ActResult {
+    Deleted,
+    Rejected,
+    AlreadySettled,
+    DeadLettered,
 }
 
 pub(super) fn routes() -> OpenApiRouter<State> {
@@ -174,18 +231,16 @@ async fn search(
     let asked = found.entries.iter();
     let asked = asked.map(|entry| (entry.offset, Some(entry.topic.clone())));
     let told = state.parts.queue.inspect(&name, asked.collect()).await?;
-    let mut out = b"{\"messages\":[".to_vec();
-    for (number, (entry, told)) in found.entries.iter().zip(&told).enumerate() {
-        if number > 0 {
-            out.push(b',');
-        }
-        print(&mut out, told, Some(entry));
-    }
-    out.extend_from_slice(b"],\"next_after\":");
-    wire::put(&mut out, &found.next.map(|next| next.0));
-    out.push(b'}');
-    share.shrink(out.len());
-    Ok(wire::json_counted(out, share))
+    let messages = found.entries.iter().zip(&told);
+    let answer = WirePage {
+        messages: messages
+            .filter_map(|(entry, told)| WireMessage::of(told, Some(entry)))
+            .collect(),
+        next_after: found.next.map(|next| next.0),
+    };
+    let body = wire::printed(&answer);
+    share.shrink(body.len());
+    Ok(wire::json_counted(body, share))
 }
 
 /// Describe one message and its state in this queue.
@@ -217,14 +272,10 @@ async fn find(
         .queue
         .inspect(&name, vec![(offset, topic)])
         .await?;
-    match told.first() {
-        Some(told) if told.state != MessageState::NotFound => {
-            let mut out = Vec::new();
-            print(&mut out, told, entry);
-            Ok(wire::json_bytes(StatusCode::OK, out.into()))
-        }
-        _ => Err(not_found(offset, MessageState::NotFound)),
-    }
+    let told = told.first();
+    let answer = told.and_then(|told| WireMessage::of(told, entry));
+    let answer = answer.ok_or_else(|| not_found(offset, MessageState::NotFound))?;
+    Ok(wire::json(StatusCode::OK, &answer))
 }
 
 /// Delete a message from this queue, even while a consumer holds it. Other queues of the stream keep it. Dead letters have their
@@ -281,10 +332,10 @@ async fn act(
     act: Act,
 ) -> Result<Response, Problem> {
     let (result, dead_letter) = match state.parts.queue.act(name, offset, act).await? {
-        Acted::Deleted => ("deleted", None),
-        Acted::Rejected { dead_letter } => ("rejected", Some(dead_letter)),
-        Acted::AlreadySettled => ("already_settled", None),
-        Acted::DeadLettered => ("dead_lettered", None),
+        Acted::Deleted => (ActResult::Deleted, None),
+        Acted::Rejected { dead_letter } => (ActResult::Rejected, Some(dead_letter)),
+        Acted::AlreadySettled => (ActResult::AlreadySettled, None),
+        Acted::DeadLettered => (ActResult::DeadLettered, None),
         Acted::Not(state) => return Err(not_found(offset, state)),
     };
     let answer = WireActed {
@@ -295,36 +346,27 @@ async fn act(
     Ok(wire::json(StatusCode::OK, &answer))
 }
 
-/// The event is spliced in as it is.
-fn print(out: &mut Vec<u8>, told: &MessageStatus, entry: Option<&Arc<Entry>>) {
-    let failures: Vec<WireFailure> = told
-        .failures
-        .iter()
-        .map(|failure| WireFailure {
+impl<'a> WireMessage<'a> {
+    /// None for a message that is not there.
+    fn of(told: &'a MessageStatus, entry: Option<&'a Arc<Entry>>) -> Option<Self> {
+        let failures = told.failures.iter().map(|failure| WireFailure {
             at: wire::time(failure.at.into()),
             reason: failure.reason.clone(),
+        });
+        Some(Self {
+            offset: told.offset.0,
+            topic: entry.map(|entry| &entry.topic),
+            appended_at: entry.map(|entry| wire::time(entry.appended_at)),
+            state: Standing::of(told.state)?,
+            delivery: told.delivery,
+            attempts: told.attempts,
+            failures: failures.collect(),
+            dead_letter: told.dead_letter.map(|id| id.to_string()),
+            consumer: told.consumer.as_deref(),
+            delivered_at: told.delivered_at.map(wire::time),
+            visible_until: told.visible_until.map(wire::time),
+            due_at: told.due_at.map(wire::time),
+            event: entry.map(|entry| wire::raw(entry)),
         })
-        .collect();
-    let head = serde_json::json!({
-        "offset": told.offset.0,
-        "topic": entry.map(|entry| entry.topic.as_str()),
-        "appended_at": entry.map(|entry| wire::time(entry.appended_at)),
-        "state": told.state,
-        "delivery": told.delivery,
-        "attempts": told.attempts,
-        "failures": failures,
-        "dead_letter": told.dead_letter.map(|id| id.to_string()),
-        "consumer": told.consumer,
-        "delivered_at": told.delivered_at.map(wire::time),
-        "visible_until": told.visible_until.map(wire::time),
-        "due_at": told.due_at.map(wire::time),
-    });
-    wire::put(out, &head);
-    out.pop();
-    out.extend_from_slice(b",\"event\":");
-    match entry {
-        Some(entry) => out.extend_from_slice(&entry.event),
-        None => out.extend_from_slice(b"null"),
     }
-    out.push(b'}');
 }

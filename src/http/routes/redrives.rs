@@ -11,6 +11,7 @@ use utoipa_axum::routes;
 use super::dead_letters::TEXT_MAX_BYTES;
 use super::streams::parse_time;
 use super::wire;
+use super::words::{DeathCause, RedriveStatus};
 use crate::domain::letter::{Cause, LETTER_IDS_MAX, LetterId, REDRIVE_RATE_MAX, Selection};
 use crate::domain::name::{QueueName, TopicPattern};
 use crate::http::extract::{Check, Json, Named, PathPart, Query};
@@ -49,9 +50,9 @@ struct Request {
 #[serde(deny_unknown_fields)]
 #[schema(as = RedriveFilter)]
 struct Filter {
-    /// Only letters with this cause: `rejected` or `out_of_attempts`.
+    /// Only letters with this cause.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(pattern = "^(rejected|out_of_attempts)$")]
+    #[schema(value_type = Option<DeathCause>)]
     cause: Option<String>,
     /// Only letters whose topic matches this pattern.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -80,8 +81,7 @@ struct Filter {
 #[schema(as = Redrive)]
 struct View {
     id: String,
-    /// `running`, `done` or `cancelled`.
-    status: String,
+    status: RedriveStatus,
     #[schema(format = DateTime)]
     created_at: String,
     #[schema(format = DateTime)]
@@ -154,7 +154,7 @@ impl From<Redrive> for View {
         let ids = selection.ids;
         Self {
             id: redrive.id,
-            status: redrive.status,
+            status: RedriveStatus(redrive.status),
             created_at: wire::time(redrive.created_at),
             finished_at: redrive.finished_at.map(wire::time),
             rate_per_second: redrive.rate_per_second,

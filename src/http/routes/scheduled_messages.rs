@@ -69,8 +69,7 @@ struct ScheduledMessage {
     due_at: String,
     #[schema(format = DateTime)]
     accepted_at: String,
-    /// `scheduled`, `published` or `cancelled`.
-    status: &'static str,
+    status: Status,
     /// Its offset in the stream, once it is published.
     #[schema(minimum = 1)]
     offset: Option<i64>,
@@ -79,6 +78,16 @@ struct ScheduledMessage {
     cancelled_at: Option<String>,
     #[schema(value_type = Event)]
     event: Box<RawValue>,
+}
+
+/// A scheduled message's status.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = ScheduledStatus)]
+enum Status {
+    Scheduled,
+    Published,
+    Cancelled,
 }
 
 /// A scheduled message's name. Any other text names none.
@@ -187,9 +196,9 @@ async fn describe(
     let found = found.ok_or_else(not_found)?;
     let names = state.stream_names(std::iter::once(id.stream)).await?;
     let (status, offset, cancelled_at) = match found.status {
-        ScheduledStatus::Scheduled => ("scheduled", None, None),
-        ScheduledStatus::Published { offset } => ("published", Some(offset.0), None),
-        ScheduledStatus::Cancelled { at } => ("cancelled", None, Some(wire::time(at))),
+        ScheduledStatus::Scheduled => (Status::Scheduled, None, None),
+        ScheduledStatus::Published { offset } => (Status::Published, Some(offset.0), None),
+        ScheduledStatus::Cancelled { at } => (Status::Cancelled, None, Some(wire::time(at))),
     };
     let event = String::from_utf8_lossy(&found.entry.event).into_owned();
     let answer = ScheduledMessage {

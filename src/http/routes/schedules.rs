@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::{topics, wire};
+use super::{topics, wire, words};
 use crate::domain::cloudevents;
 use crate::domain::name::{ScheduleName, Topic};
 use crate::domain::schedule::{Cadence, CadenceError, Declaration, Misfire};
@@ -55,7 +55,7 @@ struct Body {
     event: Option<Box<RawValue>>,
     /// What to do with occurrences that no broker published within 60 seconds: `skip`, `one` (the latest of them, the default) or
     /// `all` (the latest 1,000 at most).
-    #[schema(pattern = "^(skip|one|all)$")]
+    #[schema(value_type = Option<words::Misfire>)]
     misfire: Option<String>,
     /// A paused schedule publishes nothing, and does not make up for the pause later.
     #[serde(default)]
@@ -73,15 +73,14 @@ struct View {
     time_zone: &'static str,
     #[schema(value_type = Object)]
     event: Box<RawValue>,
-    /// `skip`, `one` or `all`.
-    misfire: &'static str,
+    misfire: words::Misfire,
     paused: bool,
     #[schema(format = DateTime)]
     created_at: String,
     #[schema(format = DateTime)]
     changed_at: String,
-    /// `active`; `paused`; or `failing` when its latest occurrence could not be published: `last_failure` says why.
-    state: &'static str,
+    /// `failing` when its latest occurrence could not be published: `last_failure` says why.
+    state: Condition,
     /// How long a due occurrence has been waiting to be published; 0 when none is due.
     #[schema(minimum = 0)]
     lag_seconds: f64,
@@ -96,6 +95,16 @@ struct View {
     last_at: Option<String>,
     /// The next occurrences; none while the schedule is paused.
     next_at: Vec<String>,
+}
+
+/// A schedule's state.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = ScheduleState)]
+enum Condition {
+    Active,
+    Paused,
+    Failing,
 }
 
 /// An occurrence that could not be published.
@@ -131,9 +140,9 @@ pub(super) fn routes() -> OpenApiRouter<State> {
 impl View {
     fn of(schedule: ScheduleDescription, now: DateTime<Utc>, next: usize) -> Self {
         let state = match (schedule.declaration.is_paused, schedule.is_failing()) {
-            (true, _) => "paused",
-            (false, true) => "failing",
-            (false, false) => "active",
+            (true, _) => Condition::Paused,
+            (false, true) => Condition::Failing,
+            (false, false) => Condition::Active,
         };
         let lag_seconds = schedule.lag(now).as_secs_f64();
         let declaration = schedule.declaration;
@@ -147,7 +156,7 @@ impl View {
             cron: declaration.cadence.expression().to_owned(),
             time_zone: declaration.cadence.zone(),
             event: RawValue::from_string(declaration.event).expect("checked when it was declared"),
-            misfire: declaration.misfire.as_str(),
+            misfire: words::Misfire(declaration.misfire),
             paused: declaration.is_paused,
             created_at: wire::time(schedule.created_at),
             changed_at: wire::time(schedule.changed_at),

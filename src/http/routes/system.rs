@@ -37,8 +37,14 @@ struct Reason {
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Health {
-    /// `ok`.
-    status: &'static str,
+    status: HealthStatus,
+}
+
+/// The process's health.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum HealthStatus {
+    Ok,
 }
 
 /// The last part of a problem's `type`.
@@ -83,7 +89,12 @@ async fn healthz() -> Response {
 
 /// The process lives.
 pub(in crate::http) fn health() -> Response {
-    wire::json(StatusCode::OK, &Health { status: "ok" })
+    wire::json(
+        StatusCode::OK,
+        &Health {
+            status: HealthStatus::Ok,
+        },
+    )
 }
 
 /// Tell whether the process takes traffic and, if not, why.

@@ -8,8 +8,10 @@ use axum::response::Response;
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
+use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
+use crate::domain::message::Entry;
 use crate::http::budget::{Counted, Share};
 use crate::http::problem::{FieldError, Kind, Place, Problem};
 use crate::{lock, queue, relay, store, stream, topic};
@@ -61,12 +63,17 @@ pub(in crate::http) fn time(at: DateTime<Utc>) -> String {
 
 /// A JSON answer.
 pub(super) fn json(status: StatusCode, body: &impl Serialize) -> Response {
-    json_bytes(
-        status,
-        serde_json::to_vec(body)
-            .expect("answers have string keys only")
-            .into(),
-    )
+    json_bytes(status, printed(body).into())
+}
+
+/// An answer as JSON text.
+pub(super) fn printed(body: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(body).expect("answers have string keys only")
+}
+
+/// The event of a message as it is: a part of an answer that is printed once more.
+pub(super) fn raw(entry: &Entry) -> &RawValue {
+    serde_json::from_slice(&entry.event).expect("an event is printed as JSON")
 }
 
 /// A JSON answer that is printed already.

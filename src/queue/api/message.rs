@@ -11,8 +11,7 @@ use crate::store::letter::History;
 pub const INSPECT_MAX: usize = 1_000;
 
 /// The state of a message in a queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MessageState {
     /// Never handed out, and may go out now or when the queue gets there.
     Fresh,

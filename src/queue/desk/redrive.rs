@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Handle;
+use crate::domain::letter::RedriveStatus;
 use crate::domain::name::QueueName;
 use crate::queue::api::{DryRun, Error, NewRedrive};
 use crate::queue::ask::Command;
@@ -79,7 +80,7 @@ impl Handle {
     /// [`Error::NotFound`], [`Error::RedriveNotFound`], [`Error::Unavailable`], [`Error::OutcomeUnknown`],
     /// [`Error::Stopping`], or the database's.
     pub async fn cancel_redrive(&self, queue: &QueueName, id: &str) -> Result<(), Error> {
-        if self.find_redrive(queue, id).await?.status != "running" {
+        if self.find_redrive(queue, id).await?.status != RedriveStatus::Running {
             return Ok(());
         }
         let id = id.to_owned();

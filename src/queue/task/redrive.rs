@@ -14,7 +14,7 @@ use super::ahead::{Ahead, Block};
 use super::part::Answer;
 use super::{Done, Task};
 use crate::domain::id::Offset;
-use crate::domain::letter::REDRIVES_MAX;
+use crate::domain::letter::{REDRIVES_MAX, RedriveStatus};
 use crate::domain::policy::Ordering;
 use crate::queue::api::{DryRun, Error, NewRedrive};
 use crate::queue::ask::Reply;
@@ -194,7 +194,7 @@ impl Task {
             created_at: self.now().into(),
             selection: new.selection.clone(),
             rate_per_second: new.rate_per_second,
-            status: "running".to_owned(),
+            status: RedriveStatus::Running,
             finished_at: None,
             total: None,
             redriven: 0,
@@ -227,20 +227,20 @@ impl Task {
 
     /// Ends a redrive where it stands. Answered after the commit.
     pub(super) fn cancel_redrive(&mut self, id: &str, reply: Reply<()>) {
-        self.finish_redrive(id, "cancelled");
+        self.finish_redrive(id, RedriveStatus::Cancelled);
         self.answer_later(Answer::Done { reply });
     }
 
-    fn finish_redrive(&mut self, id: &str, status: &'static str) {
+    fn finish_redrive(&mut self, id: &str, status: RedriveStatus) {
         let place = self.redrives.running.iter().position(|r| r.row.id == id);
         let Some(place) = place else {
             return;
         };
         let mut running = self.redrives.running.remove(place);
         let now = self.now().into();
-        running.row.status = status.to_owned();
+        running.row.status = status;
         running.row.finished_at = Some(now);
-        if status == "done" {
+        if status == RedriveStatus::Done {
             // Letters that were counted and were gone when their turn came.
             let left = running
                 .row
@@ -266,7 +266,7 @@ impl Task {
         let step = self.redrives.step(&running.row);
         step.status = Some(status);
         step.at = Some(now);
-        tracing::info!(queue = %self.parts.name, redrive = id, status, redriven = running.row.redriven, "a redrive ended");
+        tracing::info!(queue = %self.parts.name, redrive = id, status = status.as_str(), redriven = running.row.redriven, "a redrive ended");
     }
 
     /// The time of the next work for a redrive.
@@ -418,7 +418,7 @@ impl Task {
             step.offsets.extend(back);
         }
         if is_over {
-            self.finish_redrive(id, "done");
+            self.finish_redrive(id, RedriveStatus::Done);
         }
     }
 

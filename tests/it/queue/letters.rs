@@ -50,7 +50,7 @@ pub(super) async fn reject(broker: &Broker, deliveries: &[Delivery], reason: &st
 pub(super) async fn ended(broker: &Broker, id: &str) -> Redrive {
     support::eventually("the redrive to end", || async {
         let redrive = broker.queue.find_redrive(&name(), id).await.unwrap();
-        (redrive.status != "running").then_some(redrive)
+        (redrive.status.as_str() != "running").then_some(redrive)
     })
     .await
 }
@@ -306,7 +306,7 @@ async fn a_cancelled_redrive_brings_nothing_more_back() {
         broker.queue.cancel_redrive(&name(), "slow").await.unwrap();
     }
     let cancelled = ended(&broker, "slow").await;
-    assert_eq!(cancelled.status, "cancelled");
+    assert_eq!(cancelled.status.as_str(), "cancelled");
     let status = broker.status().await;
     assert_eq!(
         (cancelled.redriven, cancelled.total),

@@ -24,6 +24,7 @@ use crate::http::openapi::{NoQueue, QueueBounds, Writes};
 use crate::http::problem::Problem;
 use crate::http::routes::queues::TWELVE_HOURS;
 use crate::http::routes::wire::{self, Event};
+use crate::http::routes::words;
 use crate::http::state::State;
 use crate::queue::{BATCH_MAX, BATCH_WAIT_MAX, Handout, ReceiveRequest, Received, Verb, WAIT_MAX};
 
@@ -79,9 +80,9 @@ struct WireReceived {
     ack: Option<WireSettled>,
     /// By offset.
     deliveries: Vec<Delivery>,
-    /// The reason why there are no messages: `empty`, `paused`, `in_flight_full`, `waiting_for_keys` or `delayed`.
-    #[schema(required = false, nullable = false, value_type = String)]
-    reason: Option<String>,
+    /// The reason why there are no messages.
+    #[schema(required = false, nullable = false, value_type = words::EmptyReason)]
+    reason: Option<words::EmptyReason>,
     /// The next time when a delayed message falls due or a live delivery expires.
     #[schema(required = false, format = DateTime)]
     next_due_at: Option<String>,

@@ -147,13 +147,11 @@ pub(super) struct WireSettled {
 }
 
 /// The result for one delivery.
-#[derive(Debug, Default, Serialize, ToSchema)]
+#[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Outcome)]
 struct WireOutcome {
     receipt: String,
-    /// `acked`, `nacked`, `extended`, `released`, `rejected`, `already_settled`, `dead_lettered`, `stale`, `gone`,
-    /// `blocked` or `unknown`.
-    result: &'static str,
+    result: Word,
     /// With `nacked` and `released`: the time when the message goes out again.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime)]
@@ -168,6 +166,30 @@ struct WireOutcome {
     /// With `stale`: the current attempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     attempt: Option<u32>,
+}
+
+/// The result for a delivery, in a word.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = OutcomeResult)]
+enum Word {
+    Acked,
+    Nacked,
+    Extended,
+    Released,
+    Rejected,
+    /// It was settled before.
+    AlreadySettled,
+    /// It is a dead letter.
+    DeadLettered,
+    /// A later delivery exists.
+    Stale,
+    /// The message, or the queue's generation, is gone.
+    Gone,
+    /// An earlier message of its key is not settled.
+    Blocked,
+    /// The receipt is none of this queue's.
+    Unknown,
 }
 
 pub(super) fn routes() -> OpenApiRouter<State> {
@@ -236,49 +258,52 @@ impl WireSettled {
 }
 
 fn wire_outcome(receipt: String, outcome: &Outcome) -> WireOutcome {
-    let mut wire = WireOutcome {
-        receipt,
-        ..WireOutcome::default()
-    };
     let at = |at: crate::domain::queue::At| wire::time(at.into());
+    let said = |result| WireOutcome {
+        receipt,
+        result,
+        due_at: None,
+        visible_until: None,
+        dead_letter: None,
+        attempt: None,
+    };
     match outcome {
-        Outcome::Acked => wire.result = "acked",
+        Outcome::Acked => said(Word::Acked),
         Outcome::Nacked {
             due_at,
             dead_letter,
-        } => {
-            wire.result = "nacked";
-            wire.due_at = due_at.map(at);
-            wire.dead_letter.clone_from(dead_letter);
-        }
+        } => WireOutcome {
+            due_at: due_at.map(at),
+            dead_letter: dead_letter.clone(),
+            ..said(Word::Nacked)
+        },
         Outcome::Released {
             due_at,
             dead_letter,
-        } => {
-            wire.result = "released";
-            wire.due_at = due_at.map(at);
-            wire.dead_letter.clone_from(dead_letter);
-        }
-        Outcome::Extended { visible_until } => {
-            wire.result = "extended";
-            wire.visible_until = Some(at(*visible_until));
-        }
-        Outcome::Rejected { dead_letter } => {
-            wire.result = "rejected";
-            wire.dead_letter = Some(dead_letter.clone());
-        }
-        Outcome::AlreadySettled => wire.result = "already_settled",
-        Outcome::DeadLettered { dead_letter, .. } => {
-            wire.result = "dead_lettered";
-            wire.dead_letter = Some(dead_letter.clone());
-        }
-        Outcome::Stale { attempt } => {
-            wire.result = "stale";
-            wire.attempt = Some(*attempt);
-        }
-        Outcome::Gone { .. } => wire.result = "gone",
-        Outcome::Blocked => wire.result = "blocked",
-        Outcome::Unknown => wire.result = "unknown",
+        } => WireOutcome {
+            due_at: due_at.map(at),
+            dead_letter: dead_letter.clone(),
+            ..said(Word::Released)
+        },
+        Outcome::Extended { visible_until } => WireOutcome {
+            visible_until: Some(at(*visible_until)),
+            ..said(Word::Extended)
+        },
+        Outcome::Rejected { dead_letter } => WireOutcome {
+            dead_letter: Some(dead_letter.clone()),
+            ..said(Word::Rejected)
+        },
+        Outcome::AlreadySettled => said(Word::AlreadySettled),
+        Outcome::DeadLettered { dead_letter, .. } => WireOutcome {
+            dead_letter: Some(dead_letter.clone()),
+            ..said(Word::DeadLettered)
+        },
+        Outcome::Stale { attempt } => WireOutcome {
+            attempt: Some(*attempt),
+            ..said(Word::Stale)
+        },
+        Outcome::Gone { .. } => said(Word::Gone),
+        Outcome::Blocked => said(Word::Blocked),
+        Outcome::Unknown => said(Word::Unknown),
     }
-    wire
 }
