@@ -2,18 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use utoipa::openapi::path::Operation;
 use utoipa::openapi::security::SecurityRequirement;
 use utoipa::openapi::server::Server;
-use utoipa::openapi::{ContentBuilder, PathItem, Ref, RefOr, Required, Response, ResponseBuilder};
-use utoipa::{IntoResponses, OpenApi, ToSchema};
-use utoipa_axum::router::OpenApiRouter;
+use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder};
+use utoipa::{IntoResponses, ToSchema};
 
 use super::problem::Kind;
-use super::routes;
-use super::state::State;
+use super::route::operations;
 
-#[derive(OpenApi)]
+#[derive(utoipa::OpenApi)]
 #[openapi(
     info(
         title = "Postroad",
@@ -176,38 +173,19 @@ fn document(kinds: &[Kind]) -> BTreeMap<String, RefOr<Response>> {
         .collect()
 }
 
-/// The routes with their descriptions.
-pub(in crate::http) fn api() -> OpenApiRouter<State> {
-    let mut router = routes::all(OpenApiRouter::with_openapi(Base::openapi()));
-    // An empty body counts as `{}`, or when publishing to a topic as an empty payload: only the others need one.
-    for (path, item) in &mut router.get_openapi_mut().paths.paths {
-        let is_verb = path.starts_with("/v1/queues/{queue}/")
-            && ![
-                "/receive",
-                "/redrives",
-                "/purge",
-                "/messages/{offset}/reject",
-            ]
-            .iter()
-            .any(|end| path.ends_with(end));
-        let is_needed = is_verb || path == "/v1/messages";
-        for operation in [&mut item.put, &mut item.post].into_iter().flatten() {
-            if let Some(RefOr::T(body)) = &mut operation.request_body {
-                body.required = Some(if is_needed {
-                    Required::True
-                } else {
-                    Required::False
-                });
-            }
-        }
-    }
-    let description = router.get_openapi_mut();
+/// The description before any route is in it.
+pub(in crate::http) fn begin() -> OpenApi {
+    <Base as utoipa::OpenApi>::openapi()
+}
+
+/// Adds what holds for all routes.
+pub(in crate::http) fn finish(description: &mut OpenApi) {
     // Generated clients start from the broker that they got it from, and there is no sign-in.
     description.servers = Some(vec![Server::new("/")]);
     description.security = Some(vec![SecurityRequirement::default()]);
     let everywhere = document(EVERYWHERE);
-    for item in router.get_openapi_mut().paths.paths.values_mut() {
-        for operation in operations(item) {
+    for item in description.paths.paths.values_mut() {
+        for (_, operation) in operations(item) {
             for (status, response) in &everywhere {
                 let responses = &mut operation.responses.responses;
                 responses
@@ -216,7 +194,6 @@ pub(in crate::http) fn api() -> OpenApiRouter<State> {
             }
         }
     }
-    router
 }
 
 /// What the layers around all routes answer.
@@ -228,26 +205,6 @@ const EVERYWHERE: &[Kind] = &[
     Kind::Overloaded,
 ];
 
-fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
-    [
-        &mut item.get,
-        &mut item.put,
-        &mut item.post,
-        &mut item.delete,
-    ]
-    .into_iter()
-    .flatten()
-}
-
-/// The description of the API as YAML, OpenAPI 3.1. `make openapi` writes it to `openapi.yaml`.
-#[must_use]
-pub fn openapi_yaml() -> String {
-    api()
-        .into_openapi()
-        .to_yaml()
-        .expect("the description has string keys only")
-}
-
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -258,7 +215,7 @@ mod tests {
     use super::*;
 
     fn description() -> Value {
-        serde_json::to_value(api().into_openapi()).unwrap()
+        serde_json::to_value(crate::http::api().router.into_openapi()).unwrap()
     }
 
     /// Every operation with its path and method.
@@ -362,6 +319,34 @@ mod tests {
         let results = &description["components"]["schemas"]["OutcomeResult"]["enum"];
         let results = results.as_array().unwrap();
         assert!(results.len() == 11 && results.contains(&Value::from("blocked")));
+    }
+
+    /// An empty body counts as `{}`.
+    #[test]
+    fn a_body_that_must_say_something_is_needed() {
+        let description = description();
+        let mut found = 0;
+        for (name, operation) in each(&description) {
+            let body = &operation["requestBody"];
+            let types = body["content"].as_object();
+            let Some(json) = types.and_then(|types| types.get("application/json")) else {
+                continue;
+            };
+            if types.is_some_and(|types| types.len() > 1) {
+                // Publishing to a topic, where an empty body is an empty payload.
+                assert_eq!(body["required"], false, "{name}");
+                continue;
+            }
+            let reference = json["schema"]["$ref"].as_str().unwrap();
+            let schema = description.pointer(&reference[1..]).unwrap();
+            let must = schema["required"].as_array();
+            // Its members are optional, and one of two must be given.
+            let is_either = name == "post /v1/queues/{queue}/in-flight/expire";
+            let is_needed = is_either || must.is_some_and(|must| !must.is_empty());
+            assert_eq!(body["required"], is_needed, "{name}");
+            found += usize::from(is_needed);
+        }
+        assert!(found >= 10, "{found}");
     }
 
     #[test]

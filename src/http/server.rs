@@ -35,6 +35,7 @@ use super::budget;
 use super::connection::{Activity, Watched};
 use super::connections::{Connections, Place, SPARE_TIME, Spare};
 use super::front::{Early, Front};
+use super::route::Routes;
 use super::state::{Options, Parts, State};
 use super::unread::Standing;
 use crate::supervisor::{Backoff, OnEnd, Supervisor};
@@ -62,8 +63,10 @@ impl Server {
     /// The engines are there: the whole API is served from now on.
     pub fn open(&self, parts: Parts) {
         let ends = (self.supervisor.clone(), self.front.stopping.clone());
-        let state = State::new(parts, self.front.options.clone(), self.address, ends);
-        self.front.open(super::router(state));
+        let Routes { router, natures } = super::api();
+        let options = self.front.options.clone();
+        let state = State::new(parts, options, self.address, ends, natures);
+        self.front.open(super::router(router, state));
     }
 }
 

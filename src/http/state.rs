@@ -15,6 +15,7 @@ use super::budget::Budget;
 use super::door::Hosts;
 use super::follow::Readers;
 use super::forward::{Gaps, Lines, Peers, Secret};
+use super::route::Natures;
 use super::unread::PATIENCE;
 use super::{Metrics, Readiness};
 use crate::domain::cloudevents::Limits;
@@ -151,6 +152,8 @@ pub(in crate::http) struct Inner {
     pub(in crate::http) readers: Readers,
     /// For work after a request.
     pub(in crate::http) supervisor: Supervisor,
+    /// The natures of the routes.
+    pub(in crate::http) natures: Natures,
     /// The way to other nodes.
     pub(in crate::http) peers: Peers,
     pub(in crate::http) lines: Arc<Lines>,
@@ -173,6 +176,7 @@ impl State {
         options: Options,
         address: SocketAddr,
         (supervisor, stopping): (Supervisor, CancellationToken),
+        natures: Natures,
     ) -> Self {
         let secret = match &options.node_secret {
             Some(secret) => Secret::new(secret.as_bytes()),
@@ -191,6 +195,7 @@ impl State {
             gaps: Gaps::default(),
             secret,
             tag,
+            natures,
             readers: Readers::new(supervisor, options.readers_max),
             parts,
             options,

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{MatchedPath, Request};
-use axum::http::Method;
+use axum::extract::Request;
 use axum::http::header::{CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
 use axum::http::request::Parts;
 use bytes::Bytes;
@@ -12,14 +11,16 @@ use tokio::time::Instant;
 
 use super::{Acked, Passed, Waited};
 use crate::http::body::Outgoing;
-use crate::http::budget::SMALL_BYTES;
-use crate::http::extract::{VERB_MAX_BYTES, Whole};
+use crate::http::extract::Whole;
 use crate::http::problem::Problem;
+use crate::http::route::{Forward, Nature};
 use crate::http::state::State;
 
 /// A request that can be sent more than once.
 pub(super) struct Kept {
     pub(super) parts: Parts,
+    /// How its route goes to the owner.
+    pub(super) forward: Forward,
     pub(super) body: Bytes,
     pub(super) since: Instant,
     /// How long it asked to wait.
@@ -38,15 +39,14 @@ pub(super) struct Kept {
 
 impl Kept {
     /// Reads a request, to send it as often as need be.
-    pub(super) async fn read(state: &State, request: Request) -> Result<Self, Problem> {
+    pub(super) async fn read(
+        state: &State,
+        nature: Nature,
+        request: Request,
+    ) -> Result<Self, Problem> {
         let (mut parts, body) = request.into_parts();
-        let is_receive = is_receive(&parts);
-        let most = match is_receive || is_verb(&parts) {
-            true => VERB_MAX_BYTES,
-            false => SMALL_BYTES,
-        };
         let whole = Request::from_parts(parts.clone(), body);
-        let Whole(body) = Whole::within(whole, state, most).await?;
+        let Whole(body) = Whole::within(whole, state, nature.body_max_bytes).await?;
         // They are of the body as it was sent.
         for name in [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT] {
             parts.headers.remove(name);
@@ -54,6 +54,7 @@ impl Kept {
         let since = Instant::now();
         let mut kept = Self {
             parts,
+            forward: nature.forward,
             body,
             since,
             wait: Duration::ZERO,
@@ -63,7 +64,7 @@ impl Kept {
             has_asked: false,
             acked: None,
         };
-        if is_receive {
+        if nature.forward == Forward::Poll {
             if let Some(outgoing) = kept.parts.extensions.get::<Outgoing>() {
                 outgoing.waits();
             }
@@ -85,36 +86,11 @@ impl Kept {
         request
     }
 
-    /// Whether a repeat is safe when nobody knows what became of the first.
-    fn may_be_repeated(&self) -> bool {
-        let path = matched_path(&self.parts);
-        self.parts.method != Method::POST
-            || !["/redrives", "/seek", "/purge", "/in-flight/expire"]
-                .iter()
-                .any(|end| path.ends_with(end))
-    }
-}
-
-fn matched_path(parts: &Parts) -> &str {
-    let path = parts.extensions.get::<MatchedPath>();
-    path.map_or("", MatchedPath::as_str)
-}
-
-pub(super) fn is_receive(parts: &Parts) -> bool {
-    matched_path(parts).ends_with("/receive")
-}
-
-/// Whether it names deliveries.
-fn is_verb(parts: &Parts) -> bool {
-    let verbs = ["/ack", "/nack", "/extend", "/release", "/reject"];
-    verbs.iter().any(|verb| matched_path(parts).ends_with(verb))
-}
-
-impl Kept {
-    pub(super) fn unanswered(&self) -> Passed {
-        match self.may_be_repeated() {
-            true => Passed::Moved,
-            false => Passed::Unknown,
+    /// The owner may have it. A repeat is not safe with every route when nobody knows what became of the first.
+    pub(super) const fn unanswered(&self) -> Passed {
+        match self.forward {
+            Forward::Again | Forward::Poll => Passed::Moved,
+            Forward::Once => Passed::Unknown,
         }
     }
 }

@@ -35,6 +35,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::problem::{Kind, Problem};
+use super::route::{Forward, Nature};
 use super::state::State;
 use crate::cluster::{Owner, Standing, View};
 use crate::domain::id::{Epoch, Slot};
@@ -42,7 +43,7 @@ use crate::domain::name::QueueName;
 use crate::queue;
 
 use answer::{Received, end_to_end, read, target};
-use kept::{Kept, is_receive};
+use kept::Kept;
 
 pub(in crate::http) use gap::Gaps;
 pub(in crate::http) use line::Lines;
@@ -101,7 +102,12 @@ pub(in crate::http) async fn forward(state: &State, request: Request, next: Next
         Some(forwarded) => own(state, &queue, forwarded, request, next).await,
         None if !state.parts.cluster.view().has_peers() => next.run(request).await,
         // Boxed: a node without others has no need of its place.
-        None => Box::pin(route(state, &queue, request, next)).await,
+        None => {
+            let path = request.extensions().get::<MatchedPath>();
+            let path = path.map_or("", MatchedPath::as_str);
+            let nature = state.natures.of(path, request.method());
+            Box::pin(route(state, &queue, nature, request, next)).await
+        }
     }
 }
 
@@ -189,8 +195,14 @@ fn is_no_owner(answer: &Response) -> bool {
 }
 
 /// Answers a client's request: here, or on the node that owns the queue.
-async fn route(state: &State, queue: &QueueName, request: Request, next: Next) -> Response {
-    let mut kept = match Kept::read(state, request).await {
+async fn route(
+    state: &State,
+    queue: &QueueName,
+    nature: Nature,
+    request: Request,
+    next: Next,
+) -> Response {
+    let mut kept = match Kept::read(state, nature, request).await {
         Ok(kept) => kept,
         Err(problem) => return problem.into_response(),
     };
@@ -261,7 +273,7 @@ async fn pass_on(
     (queue, slot): (&QueueName, Slot),
     to: (i64, &str, Epoch),
 ) -> Passed {
-    if is_receive(&kept.parts) {
+    if kept.forward == Forward::Poll {
         return poll::pass_on(state, kept, (queue, slot), to).await;
     }
     let asking = async {

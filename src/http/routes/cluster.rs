@@ -10,7 +10,6 @@ use axum::response::Response;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
@@ -19,6 +18,7 @@ use crate::domain::id::{SLOT_COUNT, Slot};
 use crate::http::extract::Query;
 use crate::http::openapi::Reads;
 use crate::http::problem::Problem;
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::supervisor::{self, Status};
 
@@ -256,8 +256,8 @@ impl Cluster {
     }
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new().routes(routes!(describe))
+pub(super) fn routes() -> Routes {
+    Routes::new().routes(routes!(describe))
 }
 
 /// Describe the nodes and what each of them holds.

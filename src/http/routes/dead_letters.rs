@@ -6,7 +6,6 @@ use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::streams::{OFFSET_MAX, parse_time};
@@ -18,6 +17,7 @@ use crate::domain::name::{QueueName, TopicPattern};
 use crate::http::extract::{Named, PathPart, Query};
 use crate::http::openapi::{LetterStays, NoLetter, NoQueue, Reads};
 use crate::http::problem::Problem;
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::queue::{LetterFilter, LetterSummary};
 
@@ -96,8 +96,8 @@ struct Page {
     next_after: Option<i64>,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
         .routes(routes!(read, remove))
 }

@@ -3,13 +3,12 @@
 use axum::http::HeaderValue;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::response::{IntoResponse as _, Response};
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::http::extract::{Named, PathPart, Query};
 use crate::http::openapi::{Fails, NoPage, Reads};
 use crate::http::problem::{Kind, Problem};
-use crate::http::state::State;
+use crate::http::route::Routes;
 
 const PAGE: &str = include_str!("../viewer/page.html");
 
@@ -57,10 +56,8 @@ impl PathPart for &'static File {
     }
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
-        .routes(routes!(page))
-        .routes(routes!(file))
+pub(super) fn routes() -> Routes {
+    Routes::new().routes(routes!(page)).routes(routes!(file))
 }
 
 fn text(content_type: &'static str, text: &'static str) -> Response {

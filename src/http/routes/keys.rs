@@ -3,7 +3,6 @@
 use axum::extract::State as Extract;
 use axum::response::Response;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::replay::LoggedMessage;
@@ -15,6 +14,7 @@ use crate::http::extract::{Key, Named, PathPart as _, Query};
 use crate::http::follow;
 use crate::http::openapi::{NoStream, NotKeyed, Reads};
 use crate::http::problem::Problem;
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::stream::{self, KeyPage, KeyRead, KeysPage, KeysRead};
 
@@ -69,10 +69,8 @@ struct WireKey {
     message: Option<LoggedMessage>,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
-        .routes(routes!(list))
-        .routes(routes!(history))
+pub(super) fn routes() -> Routes {
+    Routes::new().routes(routes!(list)).routes(routes!(history))
 }
 
 /// List the keys of a keyed stream, each with its version and its last message.

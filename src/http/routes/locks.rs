@@ -8,7 +8,6 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
@@ -17,6 +16,7 @@ use crate::http::body::Outgoing;
 use crate::http::extract::{Check, Json, Named, Query};
 use crate::http::openapi::{LockConflicts, NoLock, Reads, Writes};
 use crate::http::problem::{Kind, Problem};
+use crate::http::route::{Routes, route};
 use crate::http::state::State;
 use crate::lock::{Described, Holder, Request, Waiter};
 
@@ -106,10 +106,11 @@ struct Locks {
     next_after: Option<String>,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
-        .routes(routes!(acquire, describe, release))
+        .routes(route(routes!(acquire)).needs_body())
+        .routes(routes!(describe, release))
 }
 
 impl HeldLock {

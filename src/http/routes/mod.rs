@@ -22,15 +22,13 @@ pub(in crate::http) mod topics;
 pub(in crate::http) mod wire;
 mod words;
 
-use utoipa_axum::router::OpenApiRouter;
-
-use super::state::State;
+use super::route::Routes;
 
 pub(in crate::http) use deliveries::Receive;
 
 /// Adds all routes.
-pub(in crate::http) fn all(router: OpenApiRouter<State>) -> OpenApiRouter<State> {
-    router
+pub(in crate::http) fn all(routes: Routes) -> Routes {
+    routes
         .merge(publish::routes())
         .merge(topics::routes())
         .merge(streams::routes())

@@ -7,7 +7,6 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::streams::OFFSET_MAX;
@@ -18,6 +17,7 @@ use crate::http::extract::{Check, Json, Named, PAYLOAD_MAX_BYTES, Query, Rejecte
 use crate::http::forward;
 use crate::http::openapi::{NoOrigin, NoRejected, Reads, Resends};
 use crate::http::problem::{Kind, Problem};
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::relay::{self, Correction, Status};
 
@@ -149,8 +149,8 @@ struct Resent {
     duplicate: bool,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
         .routes(routes!(describe))
         .routes(routes!(rejected, clear_rejected))

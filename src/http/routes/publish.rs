@@ -10,7 +10,6 @@ use axum::response::Response;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
@@ -21,6 +20,7 @@ use crate::domain::name::Topic;
 use crate::http::extract::{Named, Query, Whole, require_json};
 use crate::http::openapi::Publishes;
 use crate::http::problem::{FieldError, Kind, Place, Problem};
+use crate::http::route::{Routes, route};
 use crate::http::state::{LARGE_BYTES, State};
 use crate::stream::{self, Member};
 
@@ -233,10 +233,10 @@ struct ScheduledFor {
     due_at: String,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(publish))
-        .routes(routes!(publish_together))
+        .routes(route(routes!(publish_together)).needs_body())
 }
 
 /// Publish messages to a topic.

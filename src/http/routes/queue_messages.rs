@@ -8,7 +8,6 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::streams::OFFSET_MAX;
@@ -21,6 +20,7 @@ use crate::domain::policy::REASON_MAX_BYTES;
 use crate::http::extract::{Check, Json, MessageOffset, Named, Query};
 use crate::http::openapi::{NoMessage, NoQueue, Reads, Writes};
 use crate::http::problem::{Kind, Problem};
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::queue::{Act, Acted, MessageState, MessageStatus};
 use crate::stream::Search;
@@ -160,8 +160,8 @@ enum ActResult {
     DeadLettered,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(search))
         .routes(routes!(find, delete))
         .routes(routes!(reject))

@@ -5,7 +5,6 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::retry::{Retry, RetryNow, RetrySchedule, Seconds, seconds};
@@ -22,6 +21,7 @@ use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::forward;
 use crate::http::openapi::{NoQueue, QueueConflicts, Reads, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::queue::{self, BlockedBy, BlockedKey, Declared, Description, Status};
 
@@ -287,8 +287,8 @@ struct Queues {
     queues: Vec<Queue>,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
         .routes(routes!(declare, describe, delete))
 }

@@ -5,7 +5,6 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::dead_letters::TEXT_MAX_BYTES;
@@ -17,6 +16,7 @@ use crate::domain::name::{QueueName, TopicPattern};
 use crate::http::extract::{Check, Json, Named, PathPart, Query};
 use crate::http::openapi::{Cancels, NoQueue, NoRedrive, QueueBounds, Reads, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::{Routes, route};
 use crate::http::state::State;
 use crate::queue::{NewRedrive, Redrive};
 
@@ -134,9 +134,10 @@ impl PathPart for RedriveId {
     }
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
-        .routes(routes!(list, begin))
+pub(super) fn routes() -> Routes {
+    Routes::new()
+        .routes(routes!(list))
+        .routes(route(routes!(begin)).once())
         .routes(routes!(describe, cancel))
 }
 

@@ -5,7 +5,6 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::queues::StartAt;
@@ -16,6 +15,7 @@ use crate::domain::name::QueueName;
 use crate::http::extract::{Check, Json, Named, Query};
 use crate::http::openapi::{NoQueue, QueueMoved, Reads, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::{Routes, route};
 use crate::http::state::State;
 use crate::queue::{OnLoss, Renewal, Renewed};
 
@@ -67,10 +67,10 @@ struct WirePaused {
     paused: bool,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
-        .routes(routes!(seek))
-        .routes(routes!(purge))
+pub(super) fn routes() -> Routes {
+    Routes::new()
+        .routes(route(routes!(seek)).needs_body().once())
+        .routes(route(routes!(purge)).once())
         .routes(routes!(pause))
         .routes(routes!(resume))
 }

@@ -7,7 +7,6 @@ use axum::http::HeaderMap;
 use axum::response::Response;
 use chrono::{DateTime, Utc};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::streams::{OFFSET_MAX, parse_time};
@@ -19,6 +18,7 @@ use crate::http::extract::{Named, Query};
 use crate::http::follow::{self, Follow};
 use crate::http::openapi::{NoStream, OffsetsLost, Reads, TooManyReaders};
 use crate::http::problem::{FieldError, Kind, Place, Problem};
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::stream::{Page, Read};
 
@@ -49,8 +49,8 @@ pub(super) struct LoggedMessage {
     event: Event,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new().routes(routes!(replay))
+pub(super) fn routes() -> Routes {
+    Routes::new().routes(routes!(replay))
 }
 
 /// Where a replay starts, and what it keeps to.

@@ -6,7 +6,6 @@ use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::streams::parse_time;
@@ -16,6 +15,7 @@ use crate::domain::name::{StreamName, TopicPattern};
 use crate::http::extract::{Named, PathPart, Query};
 use crate::http::openapi::{CancelsScheduled, NoScheduled, NoStream, Reads};
 use crate::http::problem::{Kind, Problem};
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::stream::{Cancelled, ScheduledQuery, ScheduledStatus, Waiting};
 
@@ -102,8 +102,8 @@ impl PathPart for Id {
     }
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
         .routes(routes!(describe, cancel))
 }

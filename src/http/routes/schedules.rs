@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::{topics, wire, words};
@@ -18,6 +17,7 @@ use crate::domain::schedule::{Cadence, CadenceError, Declaration, Misfire};
 use crate::http::extract::{Check, Json, Named, PAYLOAD_MAX_BYTES, Query};
 use crate::http::openapi::{NoSchedule, Reads, SchedulesFull, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::{Routes, route};
 use crate::http::state::State;
 use crate::stream::{Declared, ScheduleDescription, check_event};
 use crate::topic;
@@ -131,10 +131,11 @@ struct Schedules {
     schedules: Vec<View>,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
-        .routes(routes!(declare, describe, delete))
+        .routes(route(routes!(declare)).needs_body())
+        .routes(routes!(describe, delete))
 }
 
 impl View {

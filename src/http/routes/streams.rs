@@ -8,7 +8,6 @@ use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
@@ -16,6 +15,7 @@ use crate::domain::name::{StreamName, TopicPattern};
 use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::openapi::{NoStream, Reads, StreamConflicts, StreamStays, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::stream::{
     DEFAULT_HARD_LIMIT, DEFAULT_RETENTION, Declared, Description, PATTERN_MAX_COUNT, Retention,
@@ -179,8 +179,8 @@ struct Streams {
     streams: Vec<Stream>,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
         .routes(routes!(declare, describe, delete))
 }

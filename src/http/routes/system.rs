@@ -9,15 +9,16 @@ use axum::response::{IntoResponse as _, Response};
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
 use crate::http::Readiness;
 use crate::http::exposition::Format;
 use crate::http::extract::{Named, PathPart, Query};
-use crate::http::openapi::{Fails, NoPage, Reads, openapi_yaml};
+use crate::http::openapi::{Fails, NoPage, Reads};
+use crate::http::openapi_yaml;
 use crate::http::problem::{Kind, Problem, page};
+use crate::http::route::Routes;
 use crate::http::state::State;
 
 /// The readiness of the process.
@@ -61,8 +62,8 @@ impl PathPart for Slug {
     }
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(healthz))
         .routes(routes!(readyz))
         .routes(routes!(metrics))

@@ -8,7 +8,6 @@ use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::wire;
@@ -18,6 +17,7 @@ use crate::domain::name::TopicPattern;
 use crate::http::extract::{Check, Json, Named, Query, parse_json};
 use crate::http::openapi::{NoTopicSettings, Reads, TopicSettingsBounds, Writes};
 use crate::http::problem::{FieldError, Kind, Place, Problem};
+use crate::http::route::Routes;
 use crate::http::state::State;
 use crate::topic::{self, Declared, Description, Settings};
 
@@ -102,8 +102,8 @@ struct Topics {
 /// A schema may have 64 KiB by itself.
 const DECLARATION_MAX_BYTES: usize = 4 * 64 * 1024;
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(list))
         .routes(routes!(declare, describe, delete))
 }

@@ -5,7 +5,6 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::domain::id::Offset;
@@ -14,6 +13,7 @@ use crate::domain::policy::CONSUMER_MAX_BYTES;
 use crate::http::extract::{Check, Json, Named, Query};
 use crate::http::openapi::{NoQueue, Reads, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::{Routes, route};
 use crate::http::routes::streams::{OFFSET_MAX, parse_time};
 use crate::http::routes::wire;
 use crate::http::state::State;
@@ -68,10 +68,10 @@ struct WireExpired {
     offsets: Vec<i64>,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .routes(routes!(in_flight))
-        .routes(routes!(expire))
+        .routes(route(routes!(expire)).needs_body().once())
 }
 
 /// List live deliveries.

@@ -6,12 +6,10 @@ mod verbs;
 
 pub(in crate::http) use receive::Receive;
 
-use utoipa_axum::router::OpenApiRouter;
+use crate::http::route::Routes;
 
-use crate::http::state::State;
-
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+pub(super) fn routes() -> Routes {
+    Routes::new()
         .merge(receive::routes())
         .merge(verbs::routes())
         .merge(in_flight::routes())

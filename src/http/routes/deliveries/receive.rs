@@ -9,7 +9,6 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::verbs::{AckItem, WireSettled};
@@ -22,6 +21,7 @@ use crate::http::extract::{Check, Json, Named, Query, VERB_MAX_BYTES};
 use crate::http::forward::{self, Acked, Waited};
 use crate::http::openapi::{NoQueue, QueueBounds, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::{Routes, route};
 use crate::http::routes::queues::TWELVE_HOURS;
 use crate::http::routes::wire::{self, Event};
 use crate::http::routes::words;
@@ -107,8 +107,8 @@ struct Delivery {
     event: Event,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new().routes(routes!(receive))
+pub(super) fn routes() -> Routes {
+    Routes::new().routes(route(routes!(receive)).polls().names_deliveries())
 }
 
 impl OnWritten for Handout {

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::router::UtoipaMethodRouter;
 use utoipa_axum::routes;
 
 use crate::domain::name::QueueName;
@@ -15,6 +15,7 @@ use crate::domain::policy::REASON_MAX_BYTES;
 use crate::http::extract::{Check, Json, Named, Query, VERB_MAX_BYTES};
 use crate::http::openapi::{NoQueue, Writes};
 use crate::http::problem::Problem;
+use crate::http::route::{Route, Routes, route};
 use crate::http::routes::queues::TWELVE_HOURS;
 use crate::http::routes::wire;
 use crate::http::state::State;
@@ -192,13 +193,18 @@ enum Word {
     Unknown,
 }
 
-pub(super) fn routes() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
-        .routes(routes!(ack))
-        .routes(routes!(nack))
-        .routes(routes!(extend))
-        .routes(routes!(release))
-        .routes(routes!(reject))
+pub(super) fn routes() -> Routes {
+    Routes::new()
+        .routes(verb(routes!(ack)))
+        .routes(verb(routes!(nack)))
+        .routes(verb(routes!(extend)))
+        .routes(verb(routes!(release)))
+        .routes(verb(routes!(reject)))
+}
+
+/// A verb's route. A repeat finds what the first did.
+fn verb(routes: UtoipaMethodRouter<State>) -> Route {
+    route(routes).needs_body().names_deliveries()
 }
 
 /// Gathers and checks the items of a verb.
