@@ -211,7 +211,10 @@ fn events(criterion: &mut Criterion) {
             bencher.iter(|| cloudevents::parse(black_box(request), &context).unwrap());
         });
     }
-    let message = cloudevents::parse(&structured, &context).unwrap().remove(0);
+    let message = cloudevents::parse(&structured, &context)
+        .unwrap()
+        .messages
+        .remove(0);
     group.bench_function("print one", |bencher| {
         bencher.iter(|| black_box(&message).to_event_json());
     });

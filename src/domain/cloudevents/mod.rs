@@ -153,20 +153,48 @@ impl Faults {
     }
 }
 
-/// Turns a request into messages, in the order in which they stand.
+/// In which form events come, which the content type says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// One event, the body.
+    Structured,
+    /// An array of events.
+    Batch,
+    /// The body is a payload, its attributes are headers.
+    Binary,
+}
+
+/// A request's messages.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parsed {
+    /// The form that they came in.
+    pub mode: Mode,
+    /// In the order in which they stand.
+    pub messages: Vec<Message>,
+}
+
+/// Turns a request into messages.
 ///
 /// # Errors
 /// Any rule that the request or one of its messages breaks.
-pub fn parse(request: &Request<'_>, context: &Context<'_>) -> Result<Vec<Message>, Error> {
+pub fn parse(request: &Request<'_>, context: &Context<'_>) -> Result<Parsed, Error> {
     let essence = essence(request.content_type.unwrap_or_default());
-    match essence.as_str() {
-        "application/cloudevents+json" => structured::parse_one(request, context),
-        "application/cloudevents-batch+json" => structured::parse_batch(request, context),
-        other if other.starts_with("application/cloudevents") => Err(Error::UnsupportedFormat {
-            found: other.to_owned(),
-        }),
-        _ => binary::parse(request, context),
-    }
+    let mode = match essence.as_str() {
+        "application/cloudevents+json" => Mode::Structured,
+        "application/cloudevents-batch+json" => Mode::Batch,
+        other if other.starts_with("application/cloudevents") => {
+            return Err(Error::UnsupportedFormat {
+                found: other.to_owned(),
+            });
+        }
+        _ => Mode::Binary,
+    };
+    let messages = match mode {
+        Mode::Structured => structured::parse_one(request, context)?,
+        Mode::Batch => structured::parse_batch(request, context)?,
+        Mode::Binary => binary::parse(request, context)?,
+    };
+    Ok(Parsed { mode, messages })
 }
 
 /// Turns one event in CloudEvents' JSON format into a message. `place` is the JSON pointer of the event in its request.

@@ -33,7 +33,7 @@ fn run_request(request: &Request<'_>) -> Result<Vec<Message>, Error> {
         },
         new_id: &|number| format!("new-{number}"),
     };
-    parse(request, &context)
+    parse(request, &context).map(|parsed| parsed.messages)
 }
 
 fn one(content_type: Option<&str>, headers: &[(&str, &str)], body: &[u8]) -> Message {
@@ -52,6 +52,36 @@ fn faults(content_type: Option<&str>, headers: &[(&str, &str)], body: &[u8]) -> 
             })
             .collect(),
         other => panic!("expected faults, got {other:?}"),
+    }
+}
+
+#[test]
+fn the_content_type_says_the_mode() {
+    let event = br#"{"specversion":"1.0","type":"t"}"#;
+    let batch = br#"[{"specversion":"1.0","type":"t"}]"#;
+    for (content_type, body, mode) in [
+        (Some(STRUCTURED), event.as_slice(), Mode::Structured),
+        (
+            Some("Application/CloudEvents+JSON"),
+            event,
+            Mode::Structured,
+        ),
+        (Some(BATCH), batch, Mode::Batch),
+        (Some("text/batch"), batch, Mode::Binary),
+        (None, event, Mode::Binary),
+    ] {
+        let request = Request {
+            content_type,
+            body: Bytes::copy_from_slice(body),
+            ..Request::default()
+        };
+        let context = Context {
+            topic: &Topic::parse("orders.created").unwrap(),
+            limits: Limits::default(),
+            new_id: &|number| format!("new-{number}"),
+        };
+        let parsed = parse(&request, &context).unwrap();
+        assert_eq!((parsed.mode, parsed.messages.len()), (mode, 1));
     }
 }
 

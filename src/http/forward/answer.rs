@@ -12,7 +12,7 @@ use percent_encoding::percent_decode_str;
 use tokio::time::timeout;
 
 use super::kept::Kept;
-use super::{EPOCH, NODE, Passed, SLOT, WAITED};
+use super::{DELIVERIES, EPOCH, NODE, Passed, SLOT, WAITED};
 use crate::http::budget::{Counted, SMALL_BYTES};
 use crate::http::door;
 use crate::http::problem::Problem;
@@ -27,6 +27,8 @@ pub(super) struct Received {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
+    /// How many deliveries it has; None where the node does not say: of another route, or of the previous build.
+    pub(super) deliveries: Option<usize>,
     /// Its share of the memory for answers; none for a small one.
     pub(super) share: Option<Counted>,
 }
@@ -54,6 +56,8 @@ pub(super) async fn read(
     answer: reqwest::Response,
 ) -> Result<Received, Passed> {
     let (status, headers) = (answer.status(), end_to_end(answer.headers()));
+    let deliveries = answer.headers().get(DELIVERIES);
+    let deliveries = deliveries.and_then(|count| count.to_str().ok()?.parse().ok());
     let length = answer.content_length().unwrap_or_default();
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     let share = match length > SMALL_BYTES {
@@ -68,6 +72,7 @@ pub(super) async fn read(
             status,
             headers,
             body,
+            deliveries,
             share,
         }),
         Ok(Err(_)) | Err(_) => Err(kept.unanswered()),
@@ -106,6 +111,7 @@ pub(super) fn end_to_end(headers: &HeaderMap) -> HeaderMap {
             EPOCH,
             NODE,
             WAITED,
+            DELIVERIES,
         ]
         .contains(name)
     };
@@ -165,6 +171,7 @@ mod tests {
             ("sec-fetch-site", "same-origin"),
             ("x-request-id", "r"),
             ("x-postroad-node", "forged"),
+            ("x-postroad-deliveries", "1"),
         ] {
             headers.append(
                 HeaderName::from_static(name),

@@ -48,7 +48,7 @@ use kept::Kept;
 pub(in crate::http) use gap::Gaps;
 pub(in crate::http) use line::Lines;
 pub(in crate::http) use peers::Peers;
-pub(in crate::http) use poll::Acked;
+pub(in crate::http) use poll::{Acked, Deliveries};
 pub(in crate::http) use secret::Secret;
 
 /// The slot that a node passes a request on for.
@@ -59,6 +59,8 @@ const EPOCH: HeaderName = HeaderName::from_static("x-postroad-epoch");
 const NODE: HeaderName = HeaderName::from_static("x-postroad-node");
 /// How long the request has waited already, in milliseconds.
 const WAITED: HeaderName = HeaderName::from_static("x-postroad-waited");
+/// What an owner adds to its answer to a receive that was passed on: how many deliveries it has.
+const DELIVERIES: HeaderName = HeaderName::from_static("x-postroad-deliveries");
 /// A look at the nodes is not repeated sooner.
 const LOOK: Duration = Duration::from_millis(40);
 
@@ -173,7 +175,10 @@ async fn own(
         }
     }
     request.extensions_mut().insert(Waited(forwarded.waited));
-    let answer = next.run(request).await;
+    let mut answer = next.run(request).await;
+    if let Some(&Deliveries(count)) = answer.extensions().get() {
+        answer.headers_mut().insert(DELIVERIES, count.into());
+    }
     match (is_no_owner(&answer), located) {
         (true, Ok((slot, _))) => misdirected(queue, slot, &Owner::Nobody).into_response(),
         _ => answer,

@@ -2,12 +2,16 @@
 //!
 //! A poll that wants its batch filled does not join the line, because polls behind it should take ready messages meanwhile.
 
+use std::borrow::Cow;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use prometheus_client::metrics::gauge::Gauge;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use super::line::Turn;
@@ -59,32 +63,71 @@ fn print(receive: &Receive) -> Vec<u8> {
 #[derive(Debug, Clone)]
 pub(in crate::http) struct Acked(pub(in crate::http) Arc<RawValue>);
 
-impl Received {
-    /// None with messages; else what became of what it brought along. Goes by how this broker prints it: an answer with messages is
-    /// long, and is not read.
-    fn nothing(&self) -> Option<Option<Acked>> {
-        let (acked, rest) = match self.body.strip_prefix(b"{\"ack\":") {
-            Some(body) => {
-                let mut values =
-                    serde_json::Deserializer::from_slice(body).into_iter::<Box<RawValue>>();
-                let acked = values.next()?.ok()?;
-                let rest = body[values.byte_offset()..].strip_prefix(b",")?;
-                (Some(Acked(acked.into())), rest)
+/// How many deliveries an answer has, for the node that passed the request on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::http) struct Deliveries(pub(in crate::http) usize);
+
+/// An answer without deliveries.
+#[derive(Deserialize)]
+struct Nothing {
+    ack: Option<Box<RawValue>>,
+    deliveries: Vec<IgnoredAny>,
+}
+
+/// The members of an answer as they are, in their order.
+struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+
+        impl<'de> Visitor<'de> for Read {
+            type Value = Members<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
             }
-            None => (None, self.body.strip_prefix(b"{")?),
-        };
-        let is_nothing = self.status.is_success() && rest.starts_with(b"\"deliveries\":[]");
-        is_nothing.then_some(acked)
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, _>()? {
+                    members.push((Cow::Owned(name), value));
+                }
+                Ok(Members(members))
+            }
+        }
+
+        deserializer.deserialize_map(Read)
+    }
+}
+
+impl Serialize for Members<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
+    }
+}
+
+impl Received {
+    /// None with messages; else what became of what it brought along. Most answers with messages are not read: the owner says how many
+    /// it has. A node of the previous build does not, and its answer is read to know.
+    fn nothing(&self) -> Option<Option<Acked>> {
+        if !self.status.is_success() || self.deliveries.is_some_and(|count| count > 0) {
+            return None;
+        }
+        let answer: Nothing = serde_json::from_slice(&self.body).ok()?;
+        let acked = answer.ack.map(|acked| Acked(acked.into()));
+        answer.deliveries.is_empty().then_some(acked)
     }
 
     /// Adds the earlier results of acknowledgements.
     fn with(mut self, acked: Option<&Acked>) -> Self {
         if let Some(Acked(acked)) = acked
             && self.status.is_success()
-            && let Some(rest) = self.body.strip_prefix(b"{")
+            && let Ok(Members(mut members)) = serde_json::from_slice(&self.body)
         {
-            let acked = acked.get().as_bytes();
-            self.body = [b"{\"ack\":", acked, b",", rest].concat().into();
+            members.insert(0, (Cow::Borrowed("ack"), acked));
+            let body = serde_json::to_vec(&Members(members)).expect("it has string keys only");
+            self.body = body.into();
         }
         self
     }
@@ -225,30 +268,47 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn what_was_acknowledged_is_in_the_answer() {
-        let received = |status, body: &'static str| Received {
+    fn received(status: StatusCode, body: &'static str, deliveries: Option<usize>) -> Received {
+        Received {
             status,
             headers: HeaderMap::new(),
             body: Bytes::from_static(body.as_bytes()),
+            deliveries,
             share: None,
-        };
-        let nothing = r#"{"ack":{"deliveries":[]},"deliveries":[],"reason":"empty"}"#;
-        let acked = received(StatusCode::OK, nothing).nothing().unwrap();
-        let acked = acked.unwrap();
-        assert_eq!(acked.0.get(), r#"{"deliveries":[]}"#);
-        let empty = received(StatusCode::OK, r#"{"deliveries":[],"reason":"empty"}"#);
-        assert!(empty.nothing().unwrap().is_none());
-        let some = r#"{"deliveries":[{"receipt":"r"}]}"#;
-        assert!(received(StatusCode::OK, some).nothing().is_none());
-        let some = received(StatusCode::OK, some).with(Some(&acked)).body;
-        assert_eq!(
-            some,
-            r#"{"ack":{"deliveries":[]},"deliveries":[{"receipt":"r"}]}"#
-        );
-        let with_both = r#"{"ack":{"deliveries":[]},"deliveries":[{"receipt":"r"}]}"#;
-        assert!(received(StatusCode::OK, with_both).nothing().is_none());
-        let refused = received(StatusCode::CONFLICT, "{}").with(Some(&acked)).body;
-        assert_eq!(refused, "{}");
+        }
+    }
+
+    const NOTHING: &str = r#"{"ack":{"deliveries":[]},"deliveries":[],"reason":"empty"}"#;
+    const BOTH: &str = r#"{"ack":{"deliveries":[]},"deliveries":[{"receipt":"r"}]}"#;
+
+    #[test]
+    fn an_answer_with_nothing_is_told_from_one_with_messages() {
+        // A node of the previous build does not say how many there are.
+        for said in [Some(0), None] {
+            let acked = received(StatusCode::OK, NOTHING, said).nothing().unwrap();
+            assert_eq!(acked.unwrap().0.get(), r#"{"deliveries":[]}"#);
+            let empty = r#"{ "reason": "empty", "deliveries": [ ] }"#;
+            let empty = received(StatusCode::OK, empty, said);
+            assert!(empty.nothing().unwrap().is_none());
+        }
+        assert!(received(StatusCode::OK, BOTH, None).nothing().is_none());
+        let unread = received(StatusCode::OK, NOTHING, Some(1));
+        assert!(unread.nothing().is_none(), "what the owner says counts");
+        let refused = received(StatusCode::CONFLICT, NOTHING, None);
+        assert!(refused.nothing().is_none());
+    }
+
+    #[test]
+    fn what_was_acknowledged_is_in_the_answer() {
+        let acked = received(StatusCode::OK, NOTHING, Some(0))
+            .nothing()
+            .unwrap();
+        let some =
+            r#"{"deliveries":[{"receipt":"r","event":{"data":1.50, "x":"\u0061"}}],"more":null}"#;
+        let with = received(StatusCode::OK, some, Some(1)).with(acked.as_ref());
+        let expected = some.replacen('{', r#"{"ack":{"deliveries":[]},"#, 1);
+        assert_eq!(with.body, expected, "the rest is as it was, byte for byte");
+        let refused = received(StatusCode::CONFLICT, "{}", None).with(acked.as_ref());
+        assert_eq!(refused.body, "{}");
     }
 }

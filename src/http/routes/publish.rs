@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::{topics, wire};
-use crate::domain::cloudevents::{self, Fault};
+use crate::domain::cloudevents::{self, Fault, Mode, Parsed};
 use crate::domain::message::{DELIVER_AHEAD_MAX, DELIVER_AT, Message};
 use crate::domain::name::Topic;
 use crate::http::extract::{Named, Query, Whole, require_json};
@@ -271,7 +271,7 @@ async fn publish(
     let headers = request.headers().clone();
     let key = idempotency_key(&headers)?;
     let Whole(body) = Whole::from_request(request, &state).await?;
-    let (messages, as_one) = match body.len() <= LARGE_BYTES {
+    let (parsed, as_one) = match body.len() <= LARGE_BYTES {
         true => parse_to(&state, &topic, &headers, key.as_deref(), body)?,
         false => {
             let (known, headers) = (state.clone(), headers.clone());
@@ -279,17 +279,15 @@ async fn publish(
             Box::pin(state.beside(parse)).await?
         }
     };
-    let is_batch = content_type(&headers)?.is_some_and(|text| text.contains("batch"));
-    check_due(&state, &messages, |index| {
-        match (is_batch, headers.contains_key("ce-deliverat")) {
-            (true, _) => Place::Pointer(format!("/{index}/{DELIVER_AT}")),
-            (false, true) => Place::Header("ce-deliverat".to_owned()),
-            (false, false) => Place::Pointer(format!("/{DELIVER_AT}")),
-        }
+    let Parsed { mode, messages } = parsed;
+    check_due(&state, &messages, |index| match mode {
+        Mode::Batch => Place::Pointer(format!("/{index}/{DELIVER_AT}")),
+        Mode::Structured => Place::Pointer(format!("/{DELIVER_AT}")),
+        Mode::Binary => Place::Header(format!("ce-{DELIVER_AT}")),
     })?;
-    let published = append(&state, messages, as_one, |index| match is_batch {
-        true => format!("/{index}"),
-        false => String::new(),
+    let published = append(&state, messages, as_one, |index| match mode {
+        Mode::Batch => format!("/{index}"),
+        Mode::Structured | Mode::Binary => String::new(),
     });
     Ok(wire::json(StatusCode::OK, &published.await?))
 }
@@ -346,15 +344,15 @@ fn parse_to(
     headers: &HeaderMap,
     key: Option<&str>,
     body: Bytes,
-) -> Result<(Vec<Message>, Vec<usize>), Problem> {
+) -> Result<(Parsed, Vec<usize>), Problem> {
     let ids = Ids::new(topic.as_str(), key);
     let context = cloudevents::Context {
         topic,
         limits: state.options.publish,
         new_id: &|number| ids.make(number),
     };
-    let messages = cloudevents::parse(&incoming(headers, body)?, &context).map_err(refused)?;
-    Ok((messages, ids.derived()))
+    let parsed = cloudevents::parse(&incoming(headers, body)?, &context).map_err(refused)?;
+    Ok((parsed, ids.derived()))
 }
 
 /// The same for messages that each name their topic.

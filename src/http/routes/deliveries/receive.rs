@@ -18,7 +18,7 @@ use crate::domain::queue::EmptyReason;
 use crate::http::body::{Handed, OnWritten, Outgoing};
 use crate::http::budget::{Counted, SMALL_BYTES};
 use crate::http::extract::{Check, Json, Named, Query, VERB_MAX_BYTES};
-use crate::http::forward::{self, Acked, Waited};
+use crate::http::forward::{self, Acked, Deliveries, Waited};
 use crate::http::openapi::{NoQueue, QueueBounds, Writes};
 use crate::http::problem::Problem;
 use crate::http::route::{Routes, route};
@@ -214,6 +214,8 @@ async fn receive(
     if let Some(Extension(outgoing)) = &outgoing {
         outgoing.waits();
     }
+    // Where another node waits for the answer, or this one did elsewhere.
+    let is_passed_on = waited.is_some();
     let mut request = receive.checked()?;
     if !request.wait.is_zero() {
         // Some of it may have passed with a former owner. Not all: no wait at all means another thing.
@@ -235,14 +237,20 @@ async fn receive(
         false => None,
     };
     let body = print(&received, &acks);
-    if received.deliveries.is_empty() {
-        return Ok(wire::json_bytes(StatusCode::OK, body.into()));
+    let count = received.deliveries.len();
+    let mut response = match count {
+        0 => wire::json_bytes(StatusCode::OK, body.into()),
+        _ => {
+            let outgoing = outgoing
+                .map(|Extension(outgoing)| outgoing)
+                .unwrap_or_default();
+            let handed = Handed::new(body.into(), Box::new(received.handout), outgoing);
+            wire::json_body(StatusCode::OK, Body::new(handed))
+        }
+    };
+    if is_passed_on {
+        response.extensions_mut().insert(Deliveries(count));
     }
-    let outgoing = outgoing
-        .map(|Extension(outgoing)| outgoing)
-        .unwrap_or_default();
-    let handed = Handed::new(body.into(), Box::new(received.handout), outgoing);
-    let mut response = wire::json_body(StatusCode::OK, Body::new(handed));
     if let Some(share) = share {
         response.extensions_mut().insert(share);
     }
@@ -338,7 +346,18 @@ fn print(received: &Received, acks: &Acks) -> Vec<u8> {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use chrono::DateTime;
+    use serde_json::Value;
+    use utoipa::PartialSchema;
+
     use super::*;
+    use crate::domain::id::{Offset, StreamId};
+    use crate::domain::message::{Data, Message};
+    use crate::domain::name::Topic;
+    use crate::queue::Outcome;
 
     #[test]
     fn a_receive_is_kept_as_it_was_understood() {
@@ -368,5 +387,83 @@ mod tests {
         receive.forget_acks();
         let printed = serde_json::to_string(&receive).unwrap();
         assert_eq!(printed, r#"{"wait_seconds":5.0,"receive_id":"i"}"#);
+    }
+
+    /// An answer with a delivery, and one without.
+    fn answers() -> (Received, Received) {
+        let message = Message {
+            id: "1".to_owned(),
+            source: "/s".to_owned(),
+            kind: None,
+            topic: Topic::parse("orders.created").unwrap(),
+            key: None,
+            subject: None,
+            time: None,
+            data_content_type: None,
+            data_schema: None,
+            data: Data::Json("{}".into()),
+            extensions: serde_json::Map::new(),
+            expected_version: None,
+        };
+        let at = DateTime::from_timestamp(1_700_000_000, 0).unwrap();
+        let entry = crate::stream::entry(StreamId(1), Offset(7), at, &message);
+        let delivery = crate::queue::Delivery {
+            receipt: "r".to_owned(),
+            delivery: 2,
+            attempt: 1,
+            entry: Arc::new(entry),
+            visible_until: at,
+        };
+        let nothing = Received::nothing(EmptyReason::Paused);
+        let some = Received {
+            deliveries: vec![delivery],
+            ..Received::nothing(EmptyReason::Empty)
+        };
+        (some, nothing)
+    }
+
+    fn settled() -> Acks {
+        let receipts = vec!["r".to_owned()];
+        Acks::Now(WireSettled::new(Verb::Ack, receipts, &[Outcome::Acked]))
+    }
+
+    /// The members that a schema describes, and those that it requires.
+    fn described<T: PartialSchema>() -> (BTreeSet<String>, BTreeSet<String>) {
+        let schema = serde_json::to_value(T::schema()).unwrap();
+        let members = schema["properties"].as_object().unwrap().keys();
+        let required = schema["required"].as_array().unwrap().iter();
+        let required = required.map(|name| name.as_str().unwrap().to_owned());
+        (members.cloned().collect(), required.collect())
+    }
+
+    fn members(printed: &Value) -> BTreeSet<String> {
+        printed.as_object().unwrap().keys().cloned().collect()
+    }
+
+    /// It is printed by hand: no event is copied or read again on its way to a consumer.
+    #[test]
+    fn the_answer_has_the_members_that_are_described() {
+        let (some, nothing) = answers();
+        let printed = [print(&some, &settled()), print(&nothing, &Acks::None)];
+        let printed = printed.map(|text| serde_json::from_slice::<Value>(&text).unwrap());
+        let (all, required) = described::<WireReceived>();
+        let found = printed.each_ref().map(members);
+        assert_eq!(&found[0] | &found[1], all);
+        assert!(found.iter().all(|found| found.is_superset(&required)));
+        let (all, required) = described::<Delivery>();
+        assert_eq!(all, required);
+        assert_eq!(members(&printed[0]["deliveries"][0]), all);
+        assert_eq!(printed[1]["reason"], "paused");
+    }
+
+    /// A node of the previous build knows an answer with nothing by its first bytes.
+    #[test]
+    fn an_answer_with_nothing_begins_as_the_previous_build_expects() {
+        let (_, nothing) = answers();
+        let plain = print(&nothing, &Acks::None);
+        assert!(plain.starts_with(br#"{"deliveries":[],"#));
+        let acked = String::from_utf8(print(&nothing, &settled())).unwrap();
+        let rest = acked.strip_prefix(r#"{"ack":"#).unwrap();
+        assert!(rest.contains(r#"},"deliveries":[],"reason""#), "{acked}");
     }
 }
