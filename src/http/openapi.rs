@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use utoipa::IntoResponses;
 use utoipa::openapi::security::SecurityRequirement;
 use utoipa::openapi::server::Server;
 use utoipa::openapi::{ContentBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder};
-use utoipa::{IntoResponses, ToSchema};
 
-use super::problem::Kind;
+use super::problem::{Document, Kind};
 use super::route::operations;
 
 #[derive(utoipa::OpenApi)]
@@ -17,7 +17,7 @@ use super::route::operations;
         description = "A transactional outbox message broker for Postgres. Every error is a problem document \
                        (RFC 9457); its `type` is the path of a page that explains it.",
     ),
-    components(schemas(ProblemDocument)),
+    components(schemas(Document)),
     tags(
         (name = "publish", description = "Publishing messages to streams"),
         (name = "topics", description = "Rules for publishing: schemas, sizes, rates"),
@@ -32,44 +32,6 @@ use super::route::operations;
     ),
 )]
 struct Base;
-
-/// An error (RFC 9457).
-#[derive(ToSchema)]
-#[schema(as = Problem)]
-#[expect(dead_code, reason = "describes what Problem renders")]
-struct ProblemDocument {
-    /// The kind of problem. It is also the path of the page that explains it.
-    #[schema(rename = "type", example = "/problems/queue-not-found")]
-    kind: String,
-    /// A title that is the same for all problems of this kind.
-    title: String,
-    /// The HTTP status.
-    status: u16,
-    /// What went wrong in this request.
-    detail: String,
-    /// The request's path.
-    instance: String,
-    /// The request's id, as in the header `x-request-id` and in the broker's log.
-    request_id: String,
-    /// The parts of the request that break rules.
-    errors: Option<Vec<ProblemField>>,
-}
-
-/// A part of the request that breaks a rule. Exactly one of `pointer`, `parameter` and `header` says which part.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "describes what Problem renders")]
-struct ProblemField {
-    /// A JSON pointer into the body.
-    pointer: Option<String>,
-    /// A parameter of the path or the query.
-    parameter: Option<String>,
-    /// A header.
-    header: Option<String>,
-    /// The fault.
-    detail: String,
-    /// The allowed values.
-    allowed: Option<String>,
-}
 
 macro_rules! problem_sets {
     ($($(#[$doc:meta])* $name:ident = $($kind:ident)*;)*) => {$(

@@ -9,6 +9,7 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use crate::domain::chain;
 pub use crate::domain::problem::Kind;
@@ -29,20 +30,18 @@ problem_kinds!(pages);
 
 /// One part of the request that breaks a rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(into = "ProblemField")]
 pub struct FieldError {
     /// The place: a JSON pointer into the body, a parameter or a header.
-    #[serde(flatten)]
     pub place: Place,
     /// The fault.
     pub detail: String,
     /// The allowed values, when the detail does not say them.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub allowed: Option<String>,
 }
 
 /// A place in a request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// A JSON pointer into the body.
     Pointer(String),
@@ -62,20 +61,68 @@ pub struct Problem {
     pub(in crate::http) members: Map<String, Value>,
 }
 
-/// The wire form.
-#[derive(Serialize)]
-struct Wire<'a> {
+/// An error (RFC 9457).
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub(in crate::http) struct Document<'a> {
+    /// The kind of problem. It is also the path of the page that explains it.
     #[serde(rename = "type")]
+    #[schema(example = "/problems/queue-not-found")]
     kind: String,
+    /// A title that is the same for all problems of this kind.
     title: &'static str,
+    /// The HTTP status.
     status: u16,
+    /// What went wrong in this request.
     detail: &'a str,
+    /// The request's path.
     instance: &'a str,
+    /// The request's id, as in the header `x-request-id` and in the broker's log.
     request_id: &'a str,
+    /// The parts of the request that break rules.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    #[schema(value_type = Option<Vec<ProblemField>>)]
     errors: &'a [FieldError],
     #[serde(flatten)]
+    #[schema(ignore)]
     members: &'a Map<String, Value>,
+}
+
+/// A part of the request that breaks a rule. Exactly one of `pointer`, `parameter` and `header` says which part.
+#[derive(Serialize, ToSchema)]
+struct ProblemField {
+    /// A JSON pointer into the body.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pointer: Option<String>,
+    /// A parameter of the path or the query.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parameter: Option<Cow<'static, str>>,
+    /// A header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    header: Option<String>,
+    /// The fault.
+    detail: String,
+    /// The allowed values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allowed: Option<String>,
+}
+
+impl From<FieldError> for ProblemField {
+    fn from(error: FieldError) -> Self {
+        let (mut pointer, mut parameter, mut header) = (None, None, None);
+        match error.place {
+            Place::Pointer(place) => pointer = Some(place),
+            Place::Parameter(place) => parameter = Some(place),
+            Place::Header(place) => header = Some(place),
+        }
+        Self {
+            pointer,
+            parameter,
+            header,
+            detail: error.detail,
+            allowed: error.allowed,
+        }
+    }
 }
 
 impl Problem {
@@ -152,7 +199,7 @@ impl Problem {
 
     /// The whole answer.
     pub(in crate::http) fn render(&self, instance: &str, request_id: &str) -> Response {
-        let wire = Wire {
+        let document = Document {
             kind: self.kind.uri(),
             title: self.kind.title(),
             status: self.kind.status(),
@@ -162,7 +209,7 @@ impl Problem {
             errors: &self.errors,
             members: &self.members,
         };
-        let body = serde_json::to_vec(&wire).expect("a problem has string keys only");
+        let body = serde_json::to_vec(&document).expect("a problem has string keys only");
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = self.status();
         let headers = response.headers_mut();

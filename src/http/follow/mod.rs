@@ -31,7 +31,6 @@ use crate::domain::name::TopicPattern;
 use crate::supervisor::{OnEnd, Supervisor};
 
 pub(in crate::http) use metrics::Metrics;
-pub(in crate::http) use print::put_message;
 use reader::Reader;
 use window::Windows;
 

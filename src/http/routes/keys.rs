@@ -2,6 +2,7 @@
 
 use axum::extract::State as Extract;
 use axum::response::Response;
+use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 
@@ -11,7 +12,6 @@ use super::wire;
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
 use crate::http::extract::{Key, Named, PathPart as _, Query};
-use crate::http::follow;
 use crate::http::openapi::{NoStream, NotKeyed, Reads};
 use crate::http::problem::Problem;
 use crate::http::route::Routes;
@@ -23,11 +23,10 @@ const PAGE_BYTES: i64 = 4 * 1024 * 1024;
 const PAGE_MAX_BYTES: i64 = 16 * 1024 * 1024;
 
 /// A key and its history.
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[schema(as = KeyHistory)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct WireHistory {
-    key: String,
+struct WireHistory<'a> {
+    key: &'a str,
     /// How many messages the key has had in the stream, dropped ones included: the version that the next message may expect. 0 if
     /// there was none.
     #[schema(minimum = 0)]
@@ -37,28 +36,26 @@ struct WireHistory {
     /// The first offset that the stream still has. Earlier messages of the key are missing here.
     first_offset: i64,
     /// By offset.
-    messages: Vec<LoggedMessage>,
+    messages: Vec<LoggedMessage<'a>>,
     /// Pass this as `after` to get the next page; null when this page reaches `last_offset`.
     next_after: Option<i64>,
 }
 
 /// Keys, each with its last message.
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[schema(as = KeysPage)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct WireKeys {
+struct WireKeys<'a> {
     /// By key, in byte order.
-    keys: Vec<WireKey>,
+    keys: Vec<WireKey<'a>>,
     /// Pass this as `after` to get the next page; null at the end.
-    next_after: Option<String>,
+    next_after: Option<&'a str>,
 }
 
 /// A key and its last message.
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[schema(as = StreamKey)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct WireKey {
-    key: String,
+struct WireKey<'a> {
+    key: &'a str,
     /// How many messages the key has had in the stream, dropped ones included.
     #[schema(minimum = 1)]
     version: i64,
@@ -66,7 +63,7 @@ struct WireKey {
     #[schema(minimum = 1)]
     last_offset: i64,
     /// Its last message; null when retention has dropped it.
-    message: Option<LoggedMessage>,
+    message: Option<LoggedMessage<'a>>,
 }
 
 pub(super) fn routes() -> Routes {
@@ -107,7 +104,7 @@ async fn list(
         max_bytes: most,
     };
     let page = stream.read_keys(read).await?;
-    let body = print_keys(&page);
+    let body = wire::printed(&WireKeys::from(&page));
     share.shrink(body.len());
     Ok(wire::json_counted(body, share))
 }
@@ -156,7 +153,7 @@ async fn history(
         max_bytes: most,
     };
     let page = stream.read_key(read.clone()).await?;
-    let body = print_history(&read.key, &page);
+    let body = wire::printed(&WireHistory::new(&read.key, &page));
     share.shrink(body.len());
     Ok(wire::json_counted(body, share))
 }
@@ -172,47 +169,31 @@ async fn find_keyed(state: &State, name: &StreamName) -> Result<StreamId, Proble
     }
 }
 
-fn print_keys(page: &KeysPage) -> Vec<u8> {
-    let mut out = Vec::with_capacity(1_024 * page.keys.len() + 64);
-    out.extend_from_slice(b"{\"keys\":[");
-    for (number, key) in page.keys.iter().enumerate() {
-        out.extend_from_slice(if number > 0 { b",{" } else { b"{" });
-        put_member(&mut out, "\"key\":", &key.key);
-        put_member(&mut out, ",\"version\":", &key.version);
-        put_member(&mut out, ",\"last_offset\":", &key.last_offset.0);
-        out.extend_from_slice(b",\"message\":");
-        match &key.entry {
-            Some(entry) => follow::put_message(&mut out, entry),
-            None => out.extend_from_slice(b"null"),
+impl<'a> From<&'a KeysPage> for WireKeys<'a> {
+    fn from(page: &'a KeysPage) -> Self {
+        let keys = page.keys.iter().map(|key| WireKey {
+            key: &key.key,
+            version: key.version,
+            last_offset: key.last_offset.0,
+            message: key.entry.as_deref().map(LoggedMessage::of),
+        });
+        Self {
+            keys: keys.collect(),
+            next_after: page.next_after.as_deref(),
         }
-        out.push(b'}');
     }
-    put_member(&mut out, "],\"next_after\":", &page.next_after);
-    out.push(b'}');
-    out
 }
 
-fn print_history(key: &str, page: &KeyPage) -> Vec<u8> {
-    let mut out = Vec::with_capacity(1_024 * page.entries.len() + 256);
-    put_member(&mut out, "{\"key\":", key);
-    put_member(&mut out, ",\"version\":", &page.version);
-    let last_offset = page.last_offset.map(|offset| offset.0);
-    put_member(&mut out, ",\"last_offset\":", &last_offset);
-    put_member(&mut out, ",\"first_offset\":", &page.first_offset.0);
-    out.extend_from_slice(b",\"messages\":[");
-    for (number, entry) in page.entries.iter().enumerate() {
-        if number > 0 {
-            out.push(b',');
+impl<'a> WireHistory<'a> {
+    fn new(key: &'a str, page: &'a KeyPage) -> Self {
+        let messages = page.entries.iter();
+        Self {
+            key,
+            version: page.version,
+            last_offset: page.last_offset.map(|offset| offset.0),
+            first_offset: page.first_offset.0,
+            messages: messages.map(|entry| LoggedMessage::of(entry)).collect(),
+            next_after: page.next_after.map(|offset| offset.0),
         }
-        follow::put_message(&mut out, entry);
     }
-    let next_after = page.next_after.map(|offset| offset.0);
-    put_member(&mut out, "],\"next_after\":", &next_after);
-    out.push(b'}');
-    out
-}
-
-fn put_member(out: &mut Vec<u8>, name: &str, value: &(impl serde::Serialize + ?Sized)) {
-    out.extend_from_slice(name.as_bytes());
-    wire::put(out, value);
 }

@@ -25,6 +25,8 @@ mod words;
 use super::route::Routes;
 
 pub(in crate::http) use deliveries::Receive;
+#[cfg(test)]
+pub(in crate::http) use replay::LoggedMessage;
 
 /// Adds all routes.
 pub(in crate::http) fn all(routes: Routes) -> Routes {

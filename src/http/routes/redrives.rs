@@ -284,28 +284,32 @@ async fn begin(
     query.finish()?;
     let is_dry = request.dry_run == Some(true);
     let new = request.checked()?;
-    if is_dry {
-        let found = state.parts.queue.dry_run(&name, new).await?;
-        let answer = DryRun {
-            dry_run: true,
-            matching: found.matching,
-            late: found.late,
-        };
-        return Ok(wire::json(StatusCode::OK, &answer));
-    }
-    let (redrive, is_new) = state.parts.queue.redrive(&name, new).await?;
-    let status = match is_new {
-        true => StatusCode::CREATED,
-        false => StatusCode::OK,
+    let (status, answer) = match is_dry {
+        true => {
+            let found = state.parts.queue.dry_run(&name, new).await?;
+            let counts = DryRun {
+                dry_run: true,
+                matching: found.matching,
+                late: found.late,
+            };
+            (StatusCode::OK, Answer::DryRun(counts))
+        }
+        false => {
+            let (redrive, is_new) = state.parts.queue.redrive(&name, new).await?;
+            let status = match is_new {
+                true => StatusCode::CREATED,
+                false => StatusCode::OK,
+            };
+            (status, Answer::Redrive(Box::new(redrive.into())))
+        }
     };
-    Ok(wire::json(status, &View::from(redrive)))
+    Ok(wire::json(status, &answer))
 }
 
 /// A redrive, or the counts of a dry run.
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[serde(untagged)]
 #[schema(as = RedriveAnswer)]
-#[expect(dead_code, reason = "describes what begin answers")]
 enum Answer {
     DryRun(DryRun),
     Redrive(Box<View>),

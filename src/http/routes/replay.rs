@@ -6,13 +6,16 @@ use axum::extract::State as Extract;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde_json::value::RawValue;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 
 use super::streams::{OFFSET_MAX, parse_time};
 use super::wire::{self, Event};
 use crate::domain::id::Offset;
-use crate::domain::name::{StreamName, TopicPattern};
+use crate::domain::message::Entry;
+use crate::domain::name::{StreamName, Topic, TopicPattern};
 use crate::http::accept::{self, wanted};
 use crate::http::extract::{Named, Query};
 use crate::http::follow::{self, Follow};
@@ -20,33 +23,44 @@ use crate::http::openapi::{NoStream, OffsetsLost, Reads, TooManyReaders};
 use crate::http::problem::{FieldError, Kind, Place, Problem};
 use crate::http::route::Routes;
 use crate::http::state::State;
-use crate::stream::{Page, Read};
+use crate::stream::Read;
 
 /// Most patterns of one replay.
 const REPLAY_PATTERNS_MAX: usize = 100;
 
 /// A page of a stream.
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[schema(as = MessagePage)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-struct WirePage {
+struct WirePage<'a> {
     /// By offset.
-    messages: Vec<LoggedMessage>,
+    messages: Vec<LoggedMessage<'a>>,
     /// Pass this as `after` to get the next page. It rises even when nothing matched.
     next_after: i64,
 }
 
 /// A message in the log.
-#[derive(ToSchema)]
-#[expect(dead_code, reason = "describes what is printed by hand")]
-pub(super) struct LoggedMessage {
+#[derive(Serialize, ToSchema)]
+pub(in crate::http) struct LoggedMessage<'a> {
     #[schema(minimum = 1)]
     offset: i64,
-    topic: String,
+    #[schema(value_type = String)]
+    topic: &'a Topic,
     #[schema(format = DateTime)]
     appended_at: String,
     #[schema(value_type = Event)]
-    event: Event,
+    event: &'a RawValue,
+}
+
+impl<'a> LoggedMessage<'a> {
+    /// A message of the log.
+    pub(in crate::http) fn of(entry: &'a Entry) -> Self {
+        Self {
+            offset: entry.offset.0,
+            topic: &entry.topic,
+            appended_at: wire::time(entry.appended_at),
+            event: wire::raw(entry),
+        }
+    }
 }
 
 pub(super) fn routes() -> Routes {
@@ -154,7 +168,12 @@ async fn replay(
     match page.lost_through {
         Some(floor) if is_resumed => Err(lost(floor.next())),
         _ => {
-            let body = print(&page, after);
+            let messages = page.entries.iter();
+            let answer = WirePage {
+                messages: messages.map(|entry| LoggedMessage::of(entry)).collect(),
+                next_after: page.through.max(after).0,
+            };
+            let body = wire::printed(&answer);
             share.shrink(body.len());
             Ok(wire::json_counted(body, share))
         }
@@ -242,24 +261,4 @@ fn topics(query: &mut Query) -> Option<Arc<[TopicPattern]>> {
         }
     }
     (!patterns.is_empty()).then(|| patterns.into())
-}
-
-fn print(page: &Page, after: Offset) -> Vec<u8> {
-    let bytes: usize = page
-        .entries
-        .iter()
-        .map(|entry| entry.event.len() + 400)
-        .sum();
-    let mut out = Vec::with_capacity(bytes + 64);
-    out.extend_from_slice(b"{\"messages\":[");
-    for (number, entry) in page.entries.iter().enumerate() {
-        if number > 0 {
-            out.push(b',');
-        }
-        follow::put_message(&mut out, entry);
-    }
-    out.extend_from_slice(b"],\"next_after\":");
-    wire::put(&mut out, &page.through.max(after));
-    out.push(b'}');
-    out
 }
