@@ -97,8 +97,10 @@ pub(in crate::http) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T
         let detail = format!("the body is not valid JSON: {error}");
         return Err(Problem::new(Kind::MalformedRequest, detail));
     }
+    // Where it is, the pointer says; serde_json says it in lines and columns, and always last.
     let text = error.to_string();
-    let detail = text.split(" at line ").next().unwrap_or_default();
+    let position = format!(" at line {} column {}", error.line(), error.column());
+    let detail = text.strip_suffix(&position).unwrap_or(&text);
     Err(Problem::invalid(vec![FieldError {
         place: Place::Pointer(pointer(&track.path(), detail)),
         detail: detail.to_owned(),
@@ -531,6 +533,8 @@ mod tests {
         ] {
             let problem = parse_json::<Outer>(body.as_bytes()).unwrap_err();
             assert_eq!(problem.kind, kind, "{body}");
+            let is_placed = problem.detail.contains(" column ");
+            assert_eq!(is_placed, kind == Kind::MalformedRequest, "{problem:?}");
             if kind == Kind::InvalidRequest && body != "[]" {
                 assert_eq!(
                     problem.errors[0].place,
@@ -539,6 +543,8 @@ mod tests {
                 );
             }
         }
+        let quoted = parse_json::<Outer>(br#"{"inner":[],"count":" at line 1"}"#).unwrap_err();
+        assert!(quoted.detail.ends_with("expected i64"), "{quoted:?}");
         let deep = "[".repeat(100_000);
         assert_eq!(
             parse_json::<Outer>(deep.as_bytes()).unwrap_err().kind,
