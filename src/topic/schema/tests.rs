@@ -264,3 +264,71 @@ fn what_would_cost_too_much_is_refused_before_it_is_compiled() {
         ordinary.bytes()
     );
 }
+
+/// Texts that a check of a format may be slow on.
+fn hostile(bytes: usize) -> Vec<String> {
+    let groups = (0..bytes / 12).map(|n| format!("(?<g{n}>)"));
+    let mut texts = vec![groups.collect::<String>()];
+    for part in [
+        "(", "[", "a", "{", "é", "1", "0", ":", "/0", "a.", "a-", "-", "%41", "~0", "a@", "1.",
+        "P1Y", "::", "xn--", "{a}", "\\\\",
+    ] {
+        texts.push(part.repeat(bytes / part.len()));
+    }
+    texts
+}
+
+#[test]
+fn no_format_takes_much_longer_than_its_text_is_long() {
+    let formats = [
+        "date",
+        "date-time",
+        "duration",
+        "email",
+        "hostname",
+        "idn-email",
+        "idn-hostname",
+        "ipv4",
+        "ipv6",
+        "iri",
+        "iri-reference",
+        "json-pointer",
+        "regex",
+        "relative-json-pointer",
+        "time",
+        "uri",
+        "uri-reference",
+        "uri-template",
+        "uuid",
+    ];
+    let texts = hostile(256 << 10).into_iter();
+    let payloads: Vec<Data> = texts.map(|text| json(&format!("\"{text}\""))).collect();
+    for format in formats {
+        let schema = format!(
+            r#"{{"$schema": "http://json-schema.org/draft-07/schema#", "format": "{format}"}}"#
+        );
+        let schema = Schema::compile(&schema).unwrap();
+        for (number, payload) in payloads.iter().enumerate() {
+            let began = std::time::Instant::now();
+            let _ = schema.check(payload, 1);
+            let took = began.elapsed();
+            assert!(took.as_secs() < 2, "{format}: text {number} took {took:?}");
+        }
+    }
+}
+
+#[test]
+fn a_pattern_in_a_payload_is_one_up_to_its_longest_length() {
+    let schema = r#"{"$schema": "http://json-schema.org/draft-07/schema#", "format": "regex"}"#;
+    let schema = Schema::compile(schema).unwrap();
+    let longest = "a".repeat(1_024);
+    for (text, is_pattern) in [
+        ("^(?=a)b$", true),
+        ("(", false),
+        (longest.as_str(), true),
+        (&format!("{longest}a"), false),
+    ] {
+        let found = schema.check(&json(&format!("\"{text}\"")), 1);
+        assert_eq!(found.is_ok(), is_pattern, "{text}");
+    }
+}
