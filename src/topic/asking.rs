@@ -18,6 +18,9 @@ use crate::supervisor::{OnEnd, Supervisor};
 
 /// Threads. They compete with those of the requests for the processors, so they are few.
 const THREADS: usize = 2;
+/// Payloads of so many bytes have a thread of their own beside: large ones with a costly schema keep the others busy for seconds, and no slice
+/// ends within a payload.
+const SMALL_BYTES: usize = 64 << 10;
 /// 60 levels of a payload times 64 schemas on the way to one place take 2 MiB; unused stack takes no memory.
 const STACK_BYTES: usize = 32 << 20;
 /// How long a piece of work goes on while others wait.
@@ -41,8 +44,19 @@ pub(super) struct Most {
     pub(super) of_all: usize,
 }
 
-/// A piece of work: does a slice of it, and says whether that was all.
-type Work = Box<dyn FnMut() -> bool + Send>;
+/// A piece of work.
+struct Work {
+    is_small: bool,
+    /// Does a slice of it, and says whether that was all.
+    slice: Box<dyn FnMut() -> bool + Send>,
+}
+
+/// The work that a thread takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Takes {
+    All,
+    Small,
+}
 
 /// The threads' line. Cheap to clone.
 #[derive(Clone)]
@@ -70,9 +84,13 @@ impl Asking {
     /// Starts the threads.
     pub(super) fn start(supervisor: &Supervisor) -> Self {
         let line = Arc::new(Line::default());
-        for _ in 0..THREADS {
+        for number in 0..=THREADS {
             let line = Arc::clone(&line);
-            supervisor.spawn_thread("schemas", STACK_BYTES, move || line.work());
+            let takes = match number < THREADS {
+                true => Takes::All,
+                false => Takes::Small,
+            };
+            supervisor.spawn_thread("schemas", STACK_BYTES, move || line.work(takes));
         }
         let (closing, stop) = (Arc::clone(&line), supervisor.clone());
         supervisor.spawn("stop of the schemas", OnEnd::StopProcess, async move {
@@ -89,13 +107,15 @@ impl Asking {
     ) -> Result<T, Stopped> {
         let (reply, answer) = oneshot::channel();
         let mut once = Some((work, reply));
-        self.0.push(Box::new(move || {
+        let slice = Box::new(move || {
             if let Some((work, reply)) = once.take() {
                 // Who asked may have gone away.
                 let _ = reply.send(work());
             }
             true
-        }));
+        });
+        let is_small = false;
+        self.0.push(Work { is_small, slice });
         answer.await.map_err(|_| Stopped)
     }
 
@@ -109,7 +129,9 @@ impl Asking {
         let mut reply = Some(reply);
         let mut answers: Vec<Answer> = Vec::with_capacity(questions.len());
         let mut faults = 0;
-        self.0.push(Box::new(move || {
+        let sizes = questions.iter().map(|question| question.data.bytes().len());
+        let is_small = sizes.max().unwrap_or(0) <= SMALL_BYTES;
+        let slice = Box::new(move || {
             let until = Instant::now() + SLICE;
             while let Some(question) = questions.get(answers.len()) {
                 if reply.as_ref().is_none_or(oneshot::Sender::is_closed) {
@@ -132,7 +154,8 @@ impl Asking {
                 let _ = reply.send(std::mem::take(&mut answers));
             }
             true
-        }));
+        });
+        self.0.push(Work { is_small, slice });
         answer.await.map_err(|_| Stopped)
     }
 }
@@ -147,7 +170,8 @@ impl Line {
         // Dropped, work tells who waits for it.
         if !state.is_stopped {
             state.waiting.push_back(work);
-            self.changed.notify_one();
+            // One alone may be a thread that does not take it.
+            self.changed.notify_all();
         }
     }
 
@@ -159,23 +183,25 @@ impl Line {
     }
 
     /// The loop of each thread until the stop.
-    fn work(&self) {
-        while let Some(mut work) = self.next() {
+    fn work(&self, takes: Takes) {
+        while let Some(mut work) = self.next(takes) {
             // A defect in one piece of work is its own: dropped, it tells who waits for it.
-            let is_done = catch_unwind(AssertUnwindSafe(&mut work)).unwrap_or(true);
+            let is_done = catch_unwind(AssertUnwindSafe(&mut work.slice)).unwrap_or(true);
             if !is_done {
                 self.push(work);
             }
         }
     }
 
-    fn next(&self) -> Option<Work> {
+    fn next(&self, takes: Takes) -> Option<Work> {
         let mut state = self.state();
         loop {
             if state.is_stopped {
                 return None;
             }
-            if let Some(work) = state.waiting.pop_front() {
+            let mut waiting = state.waiting.iter();
+            let taken = waiting.position(|work| takes == Takes::All || work.is_small);
+            if let Some(work) = taken.and_then(|index| state.waiting.remove(index)) {
                 return Some(work);
             }
             state = self
@@ -248,6 +274,39 @@ mod tests {
             assert_eq!(wait.await, Err(Stopped));
         }
         assert_eq!(asking.run(|| 1).await, Err(Stopped));
+    }
+
+    #[tokio::test]
+    async fn a_small_payload_passes_large_ones_that_keep_the_threads_busy() {
+        let supervisor = Supervisor::new();
+        let asking = Asking::start(&supervisor);
+        let (began, has_begun) = std::sync::mpsc::channel();
+        let (mut ends, mut busy) = (Vec::new(), Vec::new());
+        for _ in 0..THREADS {
+            let (end, is_over) = std::sync::mpsc::channel::<()>();
+            ends.push(end);
+            let (asking, began) = (asking.clone(), began.clone());
+            busy.push(tokio::spawn(async move {
+                let long = move || {
+                    began.send(()).unwrap();
+                    is_over.recv().is_err()
+                };
+                asking.run(long).await
+            }));
+        }
+        let all_begun = tokio::task::spawn_blocking(move || {
+            (0..THREADS).for_each(|_| has_begun.recv().unwrap());
+        });
+        all_begun.await.unwrap();
+        let schema = Arc::new(Schema::compile(r#"{"type": "integer"}"#).unwrap());
+        let asked = asking.ask(vec![question(&schema, "1")], ALL);
+        let answers = tokio::time::timeout(Duration::from_secs(20), asked).await;
+        assert_eq!(answers.unwrap().unwrap(), [Ok(())]);
+        drop(ends);
+        for one in busy {
+            assert_eq!(one.await.unwrap(), Ok(true));
+        }
+        supervisor.stop(Duration::from_secs(30)).await.unwrap();
     }
 
     #[tokio::test]
