@@ -95,6 +95,8 @@ as $$
 declare
     -- Neither a jump of the server's clock nor one of the node's makes anything old before its time.
     v_now timestamptz := least(p_now, clock_timestamp());
+    -- When the watermark was told, by the clock that queue.renewed_at is by: the age of the word is the same by every clock.
+    v_told_at timestamptz := least(p_watermark_at, clock_timestamp() - (p_now - p_watermark_at));
     v_name text;
     v_last bigint;
     v_top bigint;
@@ -108,6 +110,15 @@ begin
     from postroad_broker.message_leaf l where l.stream_id = p_stream and l.first_offset = p_first and l.emptied_at is null;
     if not found then
         return null;
+    end if;
+    -- A queue that was made or went back while the clock was far ahead did so by now at the latest. Its mark would keep everything until then.
+    if exists (
+        select from postroad_broker.queue q
+        where q.stream_id = p_stream and q.renewed_at > greatest(p_now, clock_timestamp()) + interval '1 minute')
+    then
+        perform from postroad_broker.stream_head h where h.stream_id = p_stream for no key update;
+        update postroad_broker.queue q set renewed_at = clock_timestamp()
+        where q.stream_id = p_stream and q.renewed_at > greatest(p_now, clock_timestamp()) + interval '1 minute';
     end if;
     -- Once without locks, since most leaves are too young; then again under them.
     for attempt in 1..2 loop
@@ -134,7 +145,7 @@ begin
                     -- A queue that has gone back since the watermark was told may want it. The margin is for the clocks.
                     and not exists (
                         select from postroad_broker.queue q
-                        where q.stream_id = p_stream and q.renewed_at > p_watermark_at - interval '5 seconds'))
+                        where q.stream_id = p_stream and q.renewed_at > v_told_at - interval '5 seconds'))
                 or p_is_over_unsettled
                 or coalesce(v_old_at < v_now - p_unsettled, false)
             )

@@ -283,22 +283,22 @@ impl Maintenance {
         let Some((watermark, told_at)) = self.state.watermarks.get(stream.id) else {
             return Ok(0);
         };
-        let watermark_at = self.cluster.now() - told_at.elapsed();
         let retention = &stream.retention;
         let mut behind = total(sizes);
         for leaf in leaves.iter().filter(|leaf| !leaf.is_emptied) {
             behind -= size_of(sizes, leaf);
             let is_over = |limit: Option<u64>| limit.is_some_and(|limit| behind >= limit);
+            let now = self.now();
             let old = EmptyLeaf {
                 stream: stream.id,
                 first: leaf.first,
-                now: self.now(),
+                now,
                 settled: retention.settled,
                 unsettled: retention.unsettled,
                 is_over_settled_bytes: is_over(retention.settled_bytes),
                 is_over_unsettled_bytes: is_over(retention.unsettled_bytes),
                 watermark,
-                watermark_at,
+                watermark_at: now - told_at.elapsed(),
             };
             failpoint::reach("log.before_empty");
             let mut emptied = sql::empty_leaf(connection, old).await;

@@ -447,3 +447,42 @@ async fn a_paused_queue_hands_nothing_out_and_everything_else_goes_on() {
     }
     assert_eq!(offsets(&poll.await.unwrap()), [1, 2, 3]);
 }
+
+/// Whether the first leaf would be emptied, of which all is settled: the word of that is 2 s old, by a node's clock that is so far ahead.
+async fn empties(session: &mut sqlx::PgConnection, ahead: &str) -> bool {
+    let emptied: Option<i64> = sqlx::query_scalar(
+        "select postroad_broker.empty_leaf(s.id, 1, c.at, '0', null, 3, c.at - interval '2 seconds', false, false)
+        from postroad_broker.stream s, (select clock_timestamp() + $1::text::interval as at) c where s.name = 'main'",
+    )
+    .bind(ahead)
+    .fetch_one(session)
+    .await
+    .unwrap();
+    emptied.is_some()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_generation_begun_by_a_wrong_clock_neither_stops_retention_nor_loses_what_it_wants() {
+    let (database, broker) = begin(3).await;
+    broker.stop().await;
+    let mut session = database.connect().await;
+    let renewed = async |session: &mut sqlx::PgConnection, ago: &str| {
+        let text =
+            "update postroad_broker.queue set renewed_at = clock_timestamp() - $1::text::interval";
+        sqlx::query(text).bind(ago).execute(session).await.unwrap();
+    };
+    // The server was set back by an hour: its clock says a second ago, and the node's word is of before.
+    renewed(&mut session, "1 second").await;
+    assert!(!empties(&mut session, "1 hour").await);
+    // It was 1,000 days ahead: that was now at the latest.
+    renewed(&mut session, "-1000 days").await;
+    assert!(!empties(&mut session, "0").await);
+    let noted = "select renewed_at <= clock_timestamp() from postroad_broker.queue";
+    let is_past: bool = sqlx::query_scalar(noted)
+        .fetch_one(&mut session)
+        .await
+        .unwrap();
+    assert!(is_past);
+    renewed(&mut session, "20 seconds").await;
+    assert!(empties(&mut session, "0").await);
+}
