@@ -61,6 +61,11 @@ impl Folds {
         self.is_wanted |= unfolded.is_some_and(|turn| turn < before_turn);
     }
 
+    /// Whether a checkpoint is wanted and could begin.
+    pub(super) fn waits(&self) -> bool {
+        self.is_wanted && self.now.is_none()
+    }
+
     /// Whether something is with the writer.
     pub(super) fn is_sent(&self) -> bool {
         self.now.as_ref().is_some_and(|now| now.sent.is_some())
@@ -70,7 +75,7 @@ impl Folds {
 impl Task {
     /// Whether a checkpoint begins with the next part. It holds the current state, so it goes with the last piece of the decisions.
     pub(super) fn may_fold(&self) -> bool {
-        self.folds.is_wanted && self.folds.now.is_none() && !self.machine.is_split()
+        self.folds.waits() && !self.machine.is_split()
     }
 
     /// The checkpoint of the state at hand, whose part is about to go.

@@ -6,6 +6,7 @@
 
 mod ahead;
 mod commands;
+mod drain;
 mod fold;
 mod hold;
 mod intake;
@@ -44,6 +45,7 @@ use crate::queue::writer::{Contact, Outage, Submission};
 use crate::store::redrive::RedriveRow;
 use crate::supervisor::Supervisor;
 use crate::{cluster, failpoint, store, stream};
+use drain::Drain;
 use fold::{Folds, folded};
 use hold::{Hold, told};
 use intake::{Intake, Loaded};
@@ -133,6 +135,7 @@ pub(super) struct Task {
     outage: watch::Receiver<Outage>,
     moved: i64,
     is_probing: bool,
+    drain: Drain,
     folds: Folds,
     /// The turn of the first journal row that no checkpoint holds yet.
     unfolded_turn: Option<i64>,
@@ -184,6 +187,7 @@ impl Task {
             outage,
             moved,
             is_probing: false,
+            drain: Drain::new(Instant::now()),
             folds: Folds::default(),
             unfolded_turn: unfolded.then_some(i64::MIN),
             position_at: Instant::now() + POSITION_EVERY,
@@ -201,7 +205,7 @@ impl Task {
             self.round();
             let wake_at = self.wake_at();
             tokio::select! {
-                command = self.parts.mailbox.recv(), if self.hold.is_none() => self.take_commands(command),
+                command = self.parts.mailbox.recv(), if self.hold.is_none() && !self.drain.is_on() => self.take_commands(command),
                 Some(first) = self.returned.1.recv() => self.take_back(first),
                 verdict = told(&mut self.hold) => self.go_on(verdict),
                 written = committed(&mut self.submitted) => self.finish_part(written),
@@ -271,6 +275,7 @@ impl Task {
         if !outage.standing {
             // A redrive's step is written with the piece that records it, which has to be the next one.
             if !self.machine.is_split() {
+                self.drain.turned(Instant::now());
                 self.redrive();
             }
             let now = self.now();
@@ -285,6 +290,7 @@ impl Task {
         self.journal_position();
         self.submit_unless_lingering();
         self.fold_on();
+        self.decide_drain();
         self.note_idle();
         self.note_counts();
     }
@@ -318,6 +324,17 @@ impl Task {
         }
     }
 
+    fn decide_drain(&mut self) {
+        let instant = Instant::now();
+        if self.is_standing() {
+            return self.drain.decide(instant, false, false);
+        }
+        let is_over = |deadline: At| deadline <= self.now();
+        let has_due = self.machine.next_deadline().is_some_and(is_over)
+            || self.redrive_at(instant).is_some_and(|at| at <= instant);
+        self.drain.decide(instant, has_due, self.folds.waits());
+    }
+
     /// The time when the next delivery expires; while there is much to write, expired ones wait for that.
     fn next_deadline(&self) -> Option<At> {
         let deadline = self.machine.next_deadline();
@@ -331,6 +348,9 @@ impl Task {
         let instant = Instant::now();
         let now = self.now();
         let mut wake_at = self.intake.retry_at(instant);
+        if let Some(until) = self.drain.until() {
+            wake_at = wake_at.min(until);
+        }
         // Nothing is journaled meanwhile, so its time may be over for long.
         let has_position = !self.is_quiet() || self.intake.has_loaded();
         if has_position && !self.is_standing() {

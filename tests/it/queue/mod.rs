@@ -4,6 +4,7 @@
 mod apart;
 mod behind;
 mod beside;
+mod drain;
 mod fence;
 mod letters;
 mod life;
