@@ -169,6 +169,39 @@ create index dead_letter_died_at on postroad_broker.dead_letter (queue_id, died_
 create index dead_letter_to_forward on postroad_broker.dead_letter (queue_id, "offset")
     where forward_topic is not null and forwarded_at is null;
 
+-- The last offset of a stream's log, null when there is nothing, for those who have locked what others wait for, or look at many streams:
+-- behind somebody else's lock of the log it fails at once, with lock_not_available.
+create function postroad_broker.log_end(of_stream integer) returns bigint
+language plpgsql stable set search_path = pg_catalog, pg_temp set lock_timeout = '50ms' as $$
+begin
+    return (select t.top from postroad_broker.stream_last(of_stream) t);
+end $$;
+
+-- Messages of a stream by their offsets, those that its log has. Each leaf is read by its name: a plan over the whole log locks all
+-- leaves of all streams, and is made anew with each leaf that comes. Behind somebody else's lock of a leaf it fails at once, with
+-- lock_not_available. Each message by itself, by the primary key, since leaves have no statistics.
+create function postroad_broker.messages_at(of_stream integer, offsets bigint[]) returns setof postroad_broker.message
+language plpgsql stable rows 32 set search_path = pg_catalog, pg_temp set lock_timeout = '50ms' set enable_seqscan = off as $$
+declare
+    leaf record;
+begin
+    for leaf in
+        select l.table_name, array_agg(w.place) as places
+        from unnest(offsets) w (place)
+        cross join lateral (
+            select k.table_name, k.last_offset, k.emptied_at from postroad_broker.message_leaf k
+            where k.stream_id = of_stream and k.first_offset <= w.place order by k.first_offset desc limit 1
+        ) l
+        where w.place <= l.last_offset and l.emptied_at is null
+        group by l.table_name
+    loop
+        return query execute format(
+            'select m.* from unnest($2) w (place) cross join lateral ('
+            'select l.* from postroad_broker.%I l where l.stream_id = $1 and l."offset" = w.place limit 1) m', leaf.table_name)
+        using of_stream, leaf.places;
+    end loop;
+end $$;
+
 -- Creates a queue. Holding the stream's head orders it with the appends: messages appended after the answer come after
 -- `start_offset`, and nothing is appended between the look at the log's end and the insert.
 create function postroad_broker.create_queue(
@@ -190,9 +223,7 @@ begin
         when 'earliest' then
             first_offset := head_floor + 1;
         when 'latest' then
-            select m."offset" + 1 into first_offset from postroad_broker.message m
-                where m.stream_id = of_stream order by m."offset" desc limit 1;
-            first_offset := greatest(coalesce(first_offset, 1), head_floor + 1);
+            first_offset := greatest(coalesce(postroad_broker.log_end(of_stream), 0), head_floor) + 1;
         else
             first_offset := greatest(start_at, head_floor + 1);
     end case;
@@ -281,9 +312,7 @@ begin
             (former.renewal ->> 'ahead')::boolean;
         return;
     end if;
-    select m."offset" into end_offset from postroad_broker.message m
-        where m.stream_id = of_stream order by m."offset" desc limit 1;
-    end_offset := greatest(end_offset, head.floor);
+    end_offset := greatest(postroad_broker.log_end(of_stream), head.floor);
     case start_kind
         when 'earliest' then
             first_offset := head.floor + 1;
@@ -318,6 +347,9 @@ end $$;
 -- The lease rows are locked `for no key update`, in the order of their names. A share lock would let a group whose
 -- connection was lost, and that still runs on the server, pass beside its own repetition; so would two rows of one number
 -- get into two segments. Nobody else waits for it: a slot has one writer, with one group in flight.
+--
+-- The log is read for dead letters alone. When somebody has locked the leaf of such a message, all of it fails after 50 ms with
+-- lock_not_available. Nothing else here does: who has it from a first try knows that nothing is written.
 create function postroad_broker.write_queue_group(
     holder_incarnation bigint,
     slots smallint[], slot_leases text[], slot_epochs bigint[], slot_numbers bigint[],
@@ -421,7 +453,7 @@ begin
     end if;
 
     if cardinality(letter_queues) > 0 then
-        -- One that died before, and was redriven, has its letter still, and perhaps no row in the log.
+        -- One that died before, and was redriven, has its letter still, and perhaps no row in the log, which is not looked at for it.
         with died as (
             select * from unnest(letter_slots, letter_queues, letter_generations, letter_offsets, letter_deliveries,
                 letter_attempts, letter_causes, letter_failures, letter_died_at, letter_forwards)
@@ -440,6 +472,16 @@ begin
             from died d
             where l.queue_id = d.queue_id and l."offset" = d."offset"
             returning l.queue_id, l."offset"
+        ),
+        fresh_died as materialized (
+            select d.*, q.stream_id from died d join postroad_broker.queue q on q.id = d.queue_id
+            where not exists (select from again a where a.queue_id = d.queue_id and a."offset" = d."offset")
+        ),
+        found as materialized (
+            select m.* from (
+                select f.stream_id, array_agg(distinct f."offset") as offsets from fresh_died f group by f.stream_id
+            ) s
+            cross join lateral postroad_broker.messages_at(s.stream_id, s.offsets) m
         )
         insert into postroad_broker.dead_letter
             (queue_id, generation, "offset", delivery, attempts, cause, failures, died_at, stream_id, topic, key, id,
@@ -448,19 +490,9 @@ begin
         select d.queue_id, d.generation, d."offset", d.delivery, d.attempts, d.cause, d.failures::jsonb, d.died_at,
             m.stream_id, t.name, m.key, m.id, m.source, m.type, m.subject, m.event_time, m.data_content_type,
             m.data_schema, m.extensions, m.data_kind, m.priority, m.data, m.origin_id, m.appended_at, d.forward_topic
-        from died d
-        join postroad_broker.queue q on q.id = d.queue_id
-        -- Each message by itself, by the primary key. The leaves of the log have no statistics: as a join the planner may find all messages
-        -- of the stream and keep those of the offset, and a plan that was kept while there were few of them reads the whole log for each letter.
-        cross join lateral (
-            select l.stream_id, l.topic_id, l.key, l.id, l.source, l.type, l.subject, l.event_time, l.data_content_type,
-                l.data_schema, l.extensions, l.data_kind, l.priority, l.data, l.origin_id, l.appended_at
-            from postroad_broker.message l
-            where l.stream_id = q.stream_id and l."offset" = d."offset"
-            limit 1
-        ) m
-        join postroad_broker.topic t on t.id = m.topic_id
-        where not exists (select from again a where a.queue_id = d.queue_id and a."offset" = d."offset");
+        from fresh_died d
+        join found m on m.stream_id = d.stream_id and m."offset" = d."offset"
+        join postroad_broker.topic t on t.id = m.topic_id;
     end if;
 
     if cardinality(removed_queues) > 0 then

@@ -2,9 +2,9 @@
 //! at that epoch before the read. So nobody else can write behind the read, and it waits for a group of this epoch that is
 //! still under way on a lost connection. A standby, where no row can be locked, is not trusted.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot};
+use crate::domain::id::{Fence, Generation, Offset, QueueId, Slot, StreamId};
 use crate::domain::queue::{ChunkId, Decode, Queue, Random, Record, decode};
 use crate::failpoint;
 use crate::store::mark::Place;
@@ -37,6 +37,8 @@ pub(super) struct Recovered {
     pub(super) redrives: Vec<RedriveRow>,
     /// The end of the log, if that lacks what the queue knows.
     pub(super) log_end: Option<Offset>,
+    /// Somebody has locked the log, so that nobody knows whether it has what the queue knows.
+    pub(super) is_log_locked: bool,
 }
 
 impl Recovered {
@@ -47,6 +49,7 @@ impl Recovered {
             unfolded: false,
             redrives: Vec::new(),
             log_end: None,
+            is_log_locked: false,
         }
     }
 }
@@ -109,6 +112,7 @@ pub(super) async fn recover(
             unfolded,
             redrives: redrives.remove(&row.id).unwrap_or_default(),
             log_end: None,
+            is_log_locked: false,
         });
     }
     compare_with_logs(database, rows, &mut machines).await?;
@@ -134,14 +138,41 @@ async fn compare_with_logs(
             });
         }
     }
-    let behind = store::mark::find_logs_behind(database, &places).await?;
-    for (queue, end) in behind {
-        let mut machines = machines.iter_mut();
-        if let Some(recovered) = machines.find(|recovered| recovered.machine.id() == queue) {
-            recovered.log_end = Some(end);
-        }
+    let (behind, locked) = find_logs_behind(database, &places).await?;
+    for recovered in machines.iter_mut() {
+        let id = recovered.machine.id();
+        let found = behind.iter().find(|(queue, _)| *queue == id);
+        recovered.log_end = found.map(|&(_, end)| end);
+        recovered.is_log_locked = locked.contains(&id);
     }
     Ok(())
+}
+
+/// The queues whose logs are behind them, and those whose logs nobody can look at for now. Those of other streams do not wait for that.
+async fn find_logs_behind(
+    database: &Database,
+    places: &[Place],
+) -> Result<(Vec<(QueueId, Offset)>, HashSet<QueueId>), store::Error> {
+    match store::mark::find_logs_behind(database, places).await {
+        Err(error) if error.is_held() => {}
+        behind => return behind.map(|behind| (behind, HashSet::new())),
+    }
+    let mut streams: BTreeMap<StreamId, Vec<Place>> = BTreeMap::new();
+    for place in places {
+        streams.entry(place.stream).or_default().push(*place);
+    }
+    let (mut behind, mut locked) = (Vec::new(), HashSet::new());
+    for (stream, places) in streams {
+        match store::mark::find_logs_behind(database, &places).await {
+            Ok(found) => behind.extend(found),
+            Err(error) if error.is_held() => {
+                tracing::warn!(%stream, "another session has locked a leaf of the stream's log: its queues are looked at again later");
+                locked.extend(places.iter().map(|place| place.queue));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((behind, locked))
 }
 
 /// A queue that is put together from its parts, as they come.

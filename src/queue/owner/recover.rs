@@ -16,7 +16,7 @@ use crate::supervisor::OnEnd;
 
 /// Slots that are read at a time: the pool is for others too.
 pub(super) const RECOVERIES: usize = 3;
-/// A slot that could not be recovered is tried again after this.
+/// What could not be recovered is tried again after this.
 const RECOVER_AGAIN: Duration = Duration::from_millis(500);
 
 /// The request to read.
@@ -158,7 +158,7 @@ impl Engine {
                     state.recovered();
                 }
                 for recovered in machines {
-                    self.start_task(recovered, &fence);
+                    self.start_recovered(recovered, &fence);
                 }
             }
             Err(rebuild::Error::Fenced) => {
@@ -171,6 +171,16 @@ impl Engine {
                     state.recover_at = Some(Instant::now() + RECOVER_AGAIN);
                 }
             }
+        }
+    }
+
+    /// Starts the queue's task; reads the queue again later where its log could not be looked at.
+    fn start_recovered(&mut self, recovered: Recovered, fence: &Fence) {
+        if recovered.is_log_locked {
+            let queue = recovered.machine.id();
+            self.alone.insert(queue, Instant::now() + RECOVER_AGAIN);
+        } else {
+            self.start_task(recovered, fence);
         }
     }
 
@@ -191,7 +201,7 @@ impl Engine {
         match recovery.outcome {
             Ok(machines) => {
                 for recovered in machines {
-                    self.start_task(recovered, &fence);
+                    self.start_recovered(recovered, &fence);
                 }
             }
             Err(error) => {

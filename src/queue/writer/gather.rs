@@ -34,6 +34,8 @@ pub(super) struct Gathered {
 pub(super) struct Held {
     pub(super) part: Option<Submission>,
     pub(super) fold: Option<Submission>,
+    /// The last job was a part that stood aside: what has come meanwhile is first.
+    pub(super) was_aside: bool,
 }
 
 impl Held {

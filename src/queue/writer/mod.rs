@@ -4,6 +4,7 @@
 //! written again until its outcome is known; nothing else is written meanwhile, and the queues stand still. When Postgres
 //! is back, live deadlines move by the length of the outage.
 
+mod aside;
 mod gather;
 mod submission;
 
@@ -21,6 +22,7 @@ use crate::store::journal::{Group, GroupFate, GroupWritten};
 use crate::store::{self, Connection, Database, Retry};
 use crate::supervisor::{Backoff, Supervisor};
 use crate::{cluster, failpoint};
+use aside::{Aside, alone};
 use gather::{Gathered, Gathering, Held, Numbers, number};
 pub(super) use submission::{Contact, Outage, Submission, Written};
 
@@ -44,9 +46,17 @@ pub(super) struct Writer {
     pub(super) connection: Option<Connection>,
 }
 
+/// What became of each slot's part of a group; or of each queue's by itself, after the group was refused.
+type Answers = Result<GroupWritten, HashMap<QueueId, Written>>;
+
+/// A leaf of the log that the group's dead letters need is locked by somebody else. Nothing is written.
+struct LockedOut;
+
 /// A job for the writer.
 enum Next {
     Submission(Submission),
+    /// A part that stood aside, by itself.
+    Alone(Submission),
     /// Nothing for a while.
     Idle,
     /// Every sender is gone.
@@ -105,32 +115,77 @@ impl Writer {
         };
         let mut numbers = Numbers::new();
         let mut held = Held::default();
+        let mut aside = Aside::default();
         loop {
-            let first = match held.take() {
-                Some(first) => first,
-                None => match self.next().await {
-                    Next::Submission(first) => first,
-                    Next::Over => return,
-                    Next::Idle => {
-                        let probe = Group::default();
-                        if self.write_known(&mut session, &probe).await.is_none() {
-                            return;
-                        }
-                        continue;
-                    }
-                },
+            let gathered = match self.next(&mut held, &mut aside).await {
+                Next::Submission(first) => self.gather(first, &mut numbers, &mut held, &aside),
+                Next::Alone(part) => alone(part, &mut numbers),
+                Next::Over => return,
+                Next::Idle => Gathered::default(),
             };
-            let gathered = self.gather(first, &mut numbers, &mut held);
+            if self
+                .write_all(&mut session, gathered, &mut numbers, &mut aside)
+                .await
+                .is_none()
+            {
+                // Told to stop while Postgres is away. Who waits learns that the outcome is not known.
+                return;
+            }
+        }
+    }
+
+    /// The next job: what stands aside and what has just come by turns, and chunks of checkpoints when there is nothing else.
+    async fn next(&mut self, held: &mut Held, aside: &mut Aside) -> Next {
+        let now = tokio::time::Instant::now();
+        let was_aside = std::mem::replace(&mut held.was_aside, false);
+        if let Some(first) = held.take() {
+            return Next::Submission(first);
+        }
+        if was_aside && let Ok(first) = self.submissions.try_recv() {
+            return Next::Submission(first);
+        }
+        if let Some(part) = aside.take(now) {
+            held.was_aside = true;
+            return Next::Alone(part);
+        }
+        let idle_at = now + HEARTBEAT;
+        let wake_at = aside.due_at(now).map_or(idle_at, |at| at.min(idle_at));
+        tokio::select! {
+            biased;
+            first = self.submissions.recv() => first.map_or(Next::Over, Next::Submission),
+            Some(first) = self.folds.recv() => Next::Submission(first),
+            () = tokio::time::sleep_until(wake_at) => match aside.take(wake_at) {
+                Some(part) => Next::Alone(part),
+                None => Next::Idle,
+            }
+        }
+    }
+
+    /// Writes the group and answers who waits for it, but for parts that are locked out: those stand aside. None when told to stop while
+    /// Postgres is away.
+    async fn write_all(
+        &self,
+        session: &mut Session,
+        gathered: Gathered,
+        numbers: &mut Numbers,
+        aside: &mut Aside,
+    ) -> Option<()> {
+        let mut next = Some(gathered);
+        while let Some(gathered) = next.take() {
+            let answers = match self.write(session, &gathered.group, numbers).await? {
+                Ok(answers) => answers,
+                Err(LockedOut) => {
+                    let now = tokio::time::Instant::now();
+                    next = aside.put(gathered, numbers, now, self.supervisor.is_stopping());
+                    continue;
+                }
+            };
+            aside.written();
             let Gathered {
                 group,
                 waiting,
                 probes,
             } = gathered;
-            let answers = self.write(&mut session, &group, &mut numbers).await;
-            let Some(answers) = answers else {
-                // Told to stop while Postgres is away. Who waits learns that the outcome is not known.
-                return;
-            };
             for (queue, slot, done) in waiting {
                 let written = match &answers {
                     Ok(written) if written.unknown.contains(&slot) => Written::Unknown,
@@ -144,13 +199,29 @@ impl Writer {
                 let _ = probe.send(());
             }
         }
+        Some(())
     }
 
     /// Puts a group together from the parts that have arrived, and one part of a checkpoint.
-    fn gather(&mut self, first: Submission, numbers: &mut Numbers, held: &mut Held) -> Gathered {
+    fn gather(
+        &mut self,
+        first: Submission,
+        numbers: &mut Numbers,
+        held: &mut Held,
+        aside: &Aside,
+    ) -> Gathered {
+        // One that may be locked out makes nobody wait.
+        let is_apart = |submission: &Submission| !aside.is_empty() && submission.has_letters();
+        if is_apart(&first) {
+            return alone(first, numbers);
+        }
         let mut gathering = Gathering::default();
         let mut next = Some(first);
         while let Some(submission) = next.take() {
+            if is_apart(&submission) {
+                held.part = Some(submission);
+                break;
+            }
             if let Err(submission) = gathering.add(submission, numbers) {
                 held.part = Some(submission);
                 break;
@@ -173,41 +244,33 @@ impl Writer {
         gathered
     }
 
-    /// The next job: chunks of checkpoints when there is nothing else.
-    async fn next(&mut self) -> Next {
-        tokio::select! {
-            biased;
-            first = self.submissions.recv() => first.map_or(Next::Over, Next::Submission),
-            Some(first) = self.folds.recv() => Next::Submission(first),
-            () = tokio::time::sleep(HEARTBEAT) => Next::Idle,
-        }
-    }
-
-    /// Writes until the outcome is known. Err holds what became of each part by itself, after the group as a whole was
+    /// Writes until the outcome is known. Holds what became of each part by itself, after the group as a whole was
     /// refused. None when told to stop while Postgres is away.
     async fn write(
         &self,
         session: &mut Session,
         group: &Group,
         numbers: &mut Numbers,
-    ) -> Option<Result<GroupWritten, HashMap<QueueId, Written>>> {
-        match self.write_known(session, group).await? {
-            Ok(written) => Some(Ok(written)),
+    ) -> Option<Result<Answers, LockedOut>> {
+        let answers = match self.write_known(session, group).await? {
+            Ok(written) => Ok(written),
+            Err(error) if error.is_held() => return Some(Err(LockedOut)),
             Err(error) if group.parts.len() <= 1 => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
                     "the journal of a queue was refused"
                 );
-                Some(Err(HashMap::new()))
+                Err(HashMap::new())
             }
             Err(error) => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
                     "a group commit of several queues was refused; writing each queue alone"
                 );
-                Some(Err(self.write_each(session, group, numbers).await?))
+                Err(self.write_each(session, group, numbers).await?)
             }
-        }
+        };
+        Some(Ok(answers))
     }
 
     /// Writes each part by itself, so that a refused one fails nobody else. Each has its own number: a used number stands for a
@@ -265,6 +328,9 @@ impl Writer {
                 Err(error) if error.retry() == Retry::Never && !error.is_connection_lost() => {
                     return Some(Err(error));
                 }
+                // A group that may still be under way on a lost connection keeps its number, and so waits for the lock: under another one
+                // it could be written twice.
+                Err(error) if error.is_held() && repeats == 0 => return Some(Err(error)),
                 Err(error) => {
                     session.connection = None;
                     repeats += 1;

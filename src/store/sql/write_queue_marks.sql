@@ -4,10 +4,7 @@ insert into postroad_broker.queue_mark as k (queue_id, generation, "offset", sou
 select p.queue_id, p.generation, p."offset", m.source, m.id
 from unnest($1::bigint[], $2::bigint[], $3::bigint[]) p (queue_id, generation, "offset")
 join postroad_broker.queue q on q.id = p.queue_id and q.generation = p.generation
-cross join lateral (
-    select m.source, m.id from postroad_broker.message m
-    where m.stream_id = q.stream_id and m."offset" = p."offset" limit 1
-) m
+cross join lateral postroad_broker.messages_at(q.stream_id, array[p."offset"]) m
 order by p.queue_id
 on conflict (queue_id) do update
     set generation = excluded.generation, "offset" = excluded."offset", source = excluded.source, id = excluded.id

@@ -8,6 +8,7 @@ mod drain;
 mod fence;
 mod letters;
 mod life;
+mod locked;
 mod matrix;
 mod message;
 mod order;

@@ -258,6 +258,8 @@ async fn who_looks_for_the_ends_of_streams_locks_few_leaves() {
         where l.pid = pg_backend_pid() and c.relkind = 'r' and c.relname like 'message\\_%\\_%'";
     for (statement, most) in [
         ("select * from postroad_broker.stream_last(1)", 3),
+        ("select postroad_broker.log_end(1)", 3),
+        ("select * from postroad_broker.messages_at(1, '{18}')", 1),
         (
             "select * from postroad_broker.begin_history(array(select salt from postroad_broker.history))",
             0,
