@@ -16,6 +16,8 @@ enum Settings {
     Plain,
     Reader,
     SharedReader,
+    Tail,
+    Catalogue,
     Duty,
     Appender { is_lane: bool },
 }
@@ -45,6 +47,18 @@ impl Link {
     #[must_use]
     pub fn of_shared_reader(database: &Database) -> Self {
         Self::set_up(database, Settings::SharedReader)
+    }
+
+    /// For the tails of all streams: see [`stream::connect_tail`].
+    #[must_use]
+    pub fn of_tail(database: &Database) -> Self {
+        Self::set_up(database, Settings::Tail)
+    }
+
+    /// For changes of streams, and looks at all of them: see [`stream::connect_catalogue`].
+    #[must_use]
+    pub fn of_catalogue(database: &Database) -> Self {
+        Self::set_up(database, Settings::Catalogue)
     }
 
     /// For a duty on the log: see [`stream::connect_duty`].
@@ -123,6 +137,8 @@ impl Link {
             Settings::Plain => database.connect().await,
             Settings::Reader => stream::connect_reader(database).await,
             Settings::SharedReader => stream::connect_shared_reader(database).await,
+            Settings::Tail => stream::connect_tail(database).await,
+            Settings::Catalogue => stream::connect_catalogue(database).await,
             Settings::Duty => stream::connect_duty(database).await,
             Settings::Appender { is_lane } => stream::connect_appender(database, is_lane).await,
         }

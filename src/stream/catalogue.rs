@@ -2,19 +2,23 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Error;
 use super::handle::{Handle, State};
 use super::settings::{Declared, Description, Found, SCHEDULED_AHEAD, ScheduledState, Settings};
 use crate::domain::id::{Offset, StreamId};
 use crate::domain::name::StreamName;
-use crate::store::stream::{self as sql, DeclareOutcome, DeleteOutcome, NextScheduled};
-use crate::store::{Link, Patience};
+use crate::store::stream::{self as sql, DeclareOutcome, DeleteOutcome, NextScheduled, StreamRow};
+use crate::store::{self, Connection, Link, Patience};
 use crate::supervisor::{Closed, Work};
 
 /// The most scheduled messages of a stream that are counted for its description.
 const WAITING_COUNTED_MAX: i64 = 100_000;
+
+/// A change waits so long for locks that somebody else has, with a pause between two tries.
+const HELD_UP: Duration = Duration::from_secs(5);
+const HELD_PAUSE: Duration = Duration::from_millis(100);
 
 /// Up to where every queue of a stream has settled, as the queue engine tells it.
 #[derive(Debug, Default)]
@@ -40,6 +44,8 @@ impl Watermarks {
 pub(super) struct Catalogue {
     pub(super) link: Link,
     pub(super) state: Arc<State>,
+    /// Bytes of streams when they could last be measured.
+    pub(super) sizes: HashMap<StreamId, i64>,
 }
 
 impl Handle {
@@ -129,7 +135,7 @@ impl Catalogue {
             retention,
             is_keyed,
         } = settings;
-        let mut patience = Patience::default();
+        let (mut patience, held) = (Patience::default(), HeldUp::default());
         let outcome = loop {
             // Done once more it finds what it declared.
             let declared = match self.link.get().await {
@@ -143,7 +149,7 @@ impl Catalogue {
                 Err(error) => {
                     // On another connection.
                     self.link.cut();
-                    patience.again(error).await?;
+                    held.again(error, &mut patience).await?;
                 }
             }
         };
@@ -212,8 +218,7 @@ impl Catalogue {
         let state = Arc::clone(&self.state);
         let connection = self.link.get().await?;
         let streams = sql::load_catalogue(connection).await?.streams;
-        let sizes: HashMap<StreamId, i64> =
-            sql::read_sizes(connection).await?.into_iter().collect();
+        measure(connection, &streams, &mut self.sizes).await?;
         let scheduled =
             sql::next_scheduled(connection, SCHEDULED_AHEAD, state.witness.now()).await?;
         let scheduled: HashMap<StreamId, ScheduledState> = scheduled
@@ -228,7 +233,7 @@ impl Catalogue {
             };
             let floor = head.floor;
             let hint = state.tails.last(stream.id).max(floor);
-            let top = sql::read_top(connection, stream.id, hint).await?;
+            let top = skip_held(sql::read_top(connection, stream.id, hint).await)?.flatten();
             descriptions.push(Description {
                 id: stream.id,
                 name: stream.name,
@@ -239,7 +244,8 @@ impl Catalogue {
                 scheduled: scheduled.get(&stream.id).copied(),
                 first_offset: floor.next(),
                 last_offset: top.unwrap_or(hint),
-                message_bytes: sizes
+                message_bytes: self
+                    .sizes
                     .get(&stream.id)
                     .map_or(0, |&bytes| bytes.unsigned_abs()),
                 created_at: stream.created_at,
@@ -254,7 +260,7 @@ impl Catalogue {
             return Err(Error::MainIsKept);
         }
         let stream = self.describe(name).await?.id;
-        let mut patience = Patience::default();
+        let (mut patience, held) = (Patience::default(), HeldUp::default());
         let outcome = loop {
             // By its number, which no other stream gets.
             let deleted = match self.link.get().await {
@@ -266,7 +272,7 @@ impl Catalogue {
                 Err(error) => {
                     // On another connection.
                     self.link.cut();
-                    patience.again(error).await?;
+                    held.again(error, &mut patience).await?;
                 }
             }
         };
@@ -281,6 +287,64 @@ impl Catalogue {
         self.state.keys.forget(stream);
         self.state.cache.forget(stream);
         self.state.maintain.notify_one();
+        Ok(())
+    }
+}
+
+/// Measures the streams. One whose log is locked keeps the size that it had.
+async fn measure(
+    connection: &mut Connection,
+    streams: &[StreamRow],
+    sizes: &mut HashMap<StreamId, i64>,
+) -> Result<(), store::Error> {
+    if let Some(all) = skip_held(sql::read_sizes(connection).await)? {
+        *sizes = all.into_iter().collect();
+        return Ok(());
+    }
+    sizes.retain(|id, _| streams.iter().any(|stream| stream.id == *id));
+    for stream in streams {
+        let leaves = sql::read_leaf_sizes(connection, stream.id).await;
+        if let Some(leaves) = skip_held(leaves)? {
+            let bytes: u64 = leaves.iter().map(|(_, bytes)| bytes).sum();
+            sizes.insert(stream.id, i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
+    }
+    Ok(())
+}
+
+/// None, if somebody has what was to be looked at locked.
+fn skip_held<T>(looked: Result<T, store::Error>) -> Result<Option<T>, store::Error> {
+    match looked {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.is_held() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A change that does not get its locks is tried again: each try holds the heads of all streams, so it is a short one.
+#[derive(Debug)]
+struct HeldUp {
+    until: Instant,
+}
+
+impl Default for HeldUp {
+    fn default() -> Self {
+        Self {
+            until: Instant::now() + HELD_UP,
+        }
+    }
+}
+
+impl HeldUp {
+    async fn again(
+        &self,
+        error: store::Error,
+        patience: &mut Patience,
+    ) -> Result<(), store::Error> {
+        if !error.is_held() || Instant::now() >= self.until {
+            return patience.again(error).await;
+        }
+        tokio::time::sleep(HELD_PAUSE).await;
         Ok(())
     }
 }

@@ -382,7 +382,7 @@ impl Maintenance {
         Ok(())
     }
 
-    /// Drops the logs of deleted streams, in steps, until one is locked. The next pass does the rest.
+    /// Drops the logs of deleted streams, in steps, each until something of it cannot be had. What is left is a later pass's.
     async fn drop_orphans(&mut self, connection: &mut Connection) -> Result<(), store::Error> {
         let mut steps = DROP_STEPS;
         let mut failure = None;
@@ -401,7 +401,7 @@ impl Maintenance {
                     }
                     Err(error) if error.is_held() => {
                         self.drop_at = Instant::now() + DROP_PAUSE;
-                        break 'streams;
+                        break;
                     }
                     Err(error) if error.is_connection_spent() => return Err(error),
                     // Another deleted stream is not held up by this one.

@@ -133,7 +133,7 @@ pub async fn start(
     supervisor: &Supervisor,
     registry: &mut Registry,
 ) -> Result<Handle, Error> {
-    let mut connection = store::stream::connect_reader(&db).await?;
+    let mut connection = store::stream::connect_tail(&db).await?;
     store::stream::create_main(&mut connection, &options.main_retention).await?;
     let state = Arc::new(State {
         tails: tail::Tails::default(),
@@ -153,7 +153,7 @@ pub async fn start(
     witness::register(registry, &state, &cluster);
     registry.register_collector(Box::new(metrics::OpenKeys(Arc::clone(&state))));
     scheduled::register(registry, &state, &cluster);
-    let lasts = start_tails(&mut connection, &state).await?;
+    let (lasts, held) = start_tails(&mut connection, &state).await?;
     let streams = store::stream::load_catalogue(&mut connection)
         .await?
         .streams;
@@ -179,13 +179,14 @@ pub async fn start(
     supervisor.spawn("stream appender", OnEnd::StopProcess, appender.run());
     let tail = tail::TailTask {
         options: options.clone(),
-        link: Link::of_reader(&db).with(connection),
+        link: Link::of_tail(&db).with(connection),
         report: supervisor.report("stream tail", None),
         cluster: cluster.clone(),
         state: Arc::clone(&state),
         supervisor: supervisor.clone(),
         appended,
         published,
+        held,
     };
     supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
     let teller = hints::Teller {
@@ -208,7 +209,8 @@ pub async fn start(
         let _ = reads.try_send(reader::Job::CountKeys { stream });
     }
     let catalogue = catalogue::Catalogue {
-        link: Link::of_reader(&db),
+        link: Link::of_catalogue(&db),
+        sizes: HashMap::new(),
         state: Arc::clone(&state),
     };
     let catalogue = Desk::open(supervisor, "stream catalogue", JOBS_MAX, catalogue);
@@ -243,20 +245,26 @@ pub async fn start(
     })
 }
 
-/// Starts every tail at the end of its stream.
-async fn start_tails(
-    connection: &mut Connection,
-    state: &State,
-) -> Result<HashMap<StreamId, Offset>, Error> {
-    let mut lasts = HashMap::new();
+/// Where the streams end, and those that nobody can look at just now.
+type Tops = (HashMap<StreamId, Offset>, HashMap<StreamId, tail::Held>);
+
+/// Starts every tail at the end of its stream. One whose log is locked begins when the lock is gone.
+async fn start_tails(connection: &mut Connection, state: &State) -> Result<Tops, Error> {
+    let (mut lasts, mut held) = (HashMap::new(), HashMap::new());
     for (stream, floor) in store::stream::list_heads(connection).await? {
-        let top = store::stream::read_top(connection, stream, floor).await?;
-        let last = top.unwrap_or(floor);
-        state.tails.start(stream, last);
         state.raise_floor(stream, floor);
+        let last = match store::stream::read_top(connection, stream, floor).await {
+            Ok(top) => top.unwrap_or(floor),
+            Err(error) if error.is_held() => {
+                held.insert(stream, tail::Held::since_start());
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        state.tails.start(stream, last);
         lasts.insert(stream, last);
     }
-    Ok(lasts)
+    Ok((lasts, held))
 }
 
 /// Starts the duty that publishes scheduled messages, and the desk where they are asked for.

@@ -1,8 +1,11 @@
 //! Passes on appended entries in offset order without a gap: own appends from memory, other nodes' from the log.
+//!
+//! A lock that somebody holds on one stream's log holds up that stream's tail alone. What is passed on of it meanwhile is dropped,
+//! and read from the log once the lock is gone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use tokio::sync::{broadcast, mpsc, watch};
@@ -24,6 +27,8 @@ use crate::supervisor::{Backoff, Report, Supervisor};
 const TAIL_MAX_BATCHES: usize = 256;
 /// Offsets read from the log at a time for a gap.
 const GAP_PAGE: i64 = 1_000;
+/// A stream whose log is locked is looked at again after so long: each look may wait for 50 ms.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// The pause before a gap is read again.
 const READ_AGAIN: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
 
@@ -157,6 +162,26 @@ pub(super) struct Appended {
     pub(super) messages: Vec<Message>,
 }
 
+/// A stream whose log was locked when it was last looked at.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    /// Up to here it is known to be committed.
+    through: Offset,
+    again_at: Instant,
+    /// It has been locked since the start: where its tail begins is not known.
+    is_unknown: bool,
+}
+
+impl Held {
+    pub(super) fn since_start() -> Self {
+        Self {
+            through: Offset(0),
+            again_at: Instant::now() + LOOK_AGAIN,
+            is_unknown: true,
+        }
+    }
+}
+
 /// The task that passes batches on. The only one that does, so order holds; that is why it is a loop of its own and not a duty beside
 /// another.
 pub(super) struct TailTask {
@@ -169,6 +194,7 @@ pub(super) struct TailTask {
     pub(super) published: mpsc::Receiver<(StreamId, Offset)>,
     pub(super) link: Link,
     pub(super) report: Report,
+    pub(super) held: HashMap<StreamId, Held>,
 }
 
 impl TailTask {
@@ -195,7 +221,8 @@ impl TailTask {
                 () = self.state.appended_elsewhere.notified() => self.look().await,
                 _ = poll.tick() => {
                     // Alone, it looks half as often: only for those who have not been seen yet.
-                    was_passed_over = !was_passed_over && !self.cluster.view().has_peers();
+                    let is_alone = !self.cluster.view().has_peers() && self.held.is_empty();
+                    was_passed_over = !was_passed_over && is_alone;
                     if !was_passed_over {
                         self.look().await;
                     }
@@ -222,7 +249,11 @@ impl TailTask {
         let stream = appended.stream;
         let first = appended.first;
         let last = Offset(first.0 + appended.messages.len() as i64 - 1);
-        self.fill(stream, Offset(first.0 - 1)).await;
+        if !self.fill(stream, Offset(first.0 - 1)).await {
+            // Read from the log with what is missing before it.
+            self.hold(stream, last);
+            return;
+        }
         let passed = self.state.tails.last(stream);
         if passed >= last {
             return;
@@ -243,24 +274,73 @@ impl TailTask {
         });
     }
 
-    /// Reads the log up to an offset that is known to be committed, for as long as it takes.
-    async fn fill(&mut self, stream: StreamId, through: Offset) {
+    /// Reads the log up to an offset that is known to be committed, for as long as it takes. Whether all of it is passed on: not if
+    /// somebody has the log locked, which [`TailTask::poll`] waits for.
+    async fn fill(&mut self, stream: StreamId, through: Offset) -> bool {
         let mut backoff = READ_AGAIN;
+        if self.held.get(&stream).is_some_and(|held| held.is_unknown) {
+            return false;
+        }
         while self.state.tails.last(stream) < through {
+            if self.is_waiting(stream) {
+                self.hold(stream, through);
+                return false;
+            }
             match self.read_gap(stream, through).await {
                 Ok(()) => {}
+                Err(error) if error.is_held() => {
+                    self.found_held(stream, through);
+                    return false;
+                }
                 Err(error) => {
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
                         "reading other nodes' appends failed"
                     );
                     if self.supervisor.is_stopping() {
-                        return;
+                        return false;
                     }
                     let pause = backoff.next_pause();
                     self.report.failed(chain(&error), pause);
                     tokio::time::sleep(pause).await;
                 }
+            }
+        }
+        true
+    }
+
+    /// Whether the stream's log was locked a moment ago.
+    fn is_waiting(&self, stream: StreamId) -> bool {
+        let held = self.held.get(&stream);
+        held.is_some_and(|held| Instant::now() < held.again_at)
+    }
+
+    /// Notes what is committed of a stream that is held.
+    fn hold(&mut self, stream: StreamId, through: Offset) {
+        if let Some(held) = self.held.get_mut(&stream) {
+            held.through = held.through.max(through);
+        }
+    }
+
+    /// The stream's log is locked: it is left alone for a moment.
+    fn found_held(&mut self, stream: StreamId, through: Offset) {
+        let again_at = Instant::now() + LOOK_AGAIN;
+        match self.held.entry(stream) {
+            hash_map::Entry::Occupied(mut held) => {
+                let held = held.get_mut();
+                held.through = held.through.max(through);
+                held.again_at = again_at;
+            }
+            hash_map::Entry::Vacant(place) => {
+                tracing::warn!(
+                    stream = stream.0,
+                    "another session holds a lock on the log of a stream: its queues wait for it, other streams do not"
+                );
+                place.insert(Held {
+                    through,
+                    again_at,
+                    is_unknown: false,
+                });
             }
         }
     }
@@ -271,15 +351,27 @@ impl TailTask {
         let after = self.state.tails.last(stream);
         let last = Offset(through.0.min(after.0 + GAP_PAGE));
         let offsets: Vec<Offset> = (after.0 + 1..=last.0).map(Offset).collect();
-        let entries = fetch(&mut connection, &self.state.topics, stream, &offsets).await?;
-        self.link.keep(connection);
+        let fetched = fetch(&mut connection, &self.state.topics, stream, &offsets).await;
+        if fetched.as_ref().err().is_none_or(store::Error::is_held) {
+            self.link.keep(connection);
+        }
         self.publish(Batch {
             stream,
             first: after.next(),
             last,
-            entries,
+            entries: fetched?,
         });
         Ok(())
+    }
+
+    /// Begins the tail of a stream that could not be looked at before: whoever follows it reads the log up to here.
+    fn begin(&self, stream: StreamId, top: Offset) {
+        self.publish(Batch {
+            stream,
+            first: top.next(),
+            last: top,
+            entries: Vec::new(),
+        });
     }
 
     async fn look(&mut self) {
@@ -304,14 +396,35 @@ impl TailTask {
         let heads = sql::list_heads(&mut connection).await?;
         let mut tops = Vec::with_capacity(heads.len());
         for &(stream, floor) in &heads {
+            if self.is_waiting(stream) {
+                continue;
+            }
             let passed = self.state.tails.last(stream);
-            let top = sql::read_top(&mut connection, stream, passed).await?;
-            tops.push((stream, top.unwrap_or(floor)));
+            match sql::read_top(&mut connection, stream, passed).await {
+                Ok(top) => tops.push((stream, top.unwrap_or(floor))),
+                Err(error) if error.is_held() => self.found_held(stream, floor),
+                Err(error) => return Err(error),
+            }
         }
         self.link.keep(connection);
         for (stream, top) in tops {
-            self.fill(stream, top).await;
+            let held = self.held.get(&stream).copied();
+            let is_there = match held {
+                Some(held) if held.is_unknown => {
+                    self.begin(stream, top);
+                    true
+                }
+                held => {
+                    let through = held.map_or(top, |held| top.max(held.through));
+                    self.fill(stream, through).await
+                }
+            };
+            if held.is_some() && is_there {
+                self.held.remove(&stream);
+            }
         }
+        self.held
+            .retain(|stream, _| heads.iter().any(|(there, _)| there == stream));
         for &(stream, floor) in &heads {
             self.state.raise_floor(stream, floor);
         }

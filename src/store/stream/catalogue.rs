@@ -256,6 +256,7 @@ async fn begin<'c>(
     let mut transaction = sqlx::Connection::begin(connection)
         .await
         .map_err(Error::query(doing))?;
+    wait_for_locks(&mut transaction, "2s", doing).await?;
     sqlx::query("select from postroad_broker.catalogue for no key update")
         .execute(&mut *transaction)
         .await
@@ -268,7 +269,8 @@ async fn end(transaction: Transaction<'_>, doing: &'static str) -> Result<(), Er
     transaction.rollback().await.map_err(Error::query(doing))
 }
 
-/// Ends a change: the new version, then every head, so that no append is on its way by the old one.
+/// Ends a change: the new version, then every head, so that no append is on its way by the old one. Under the heads' locks no other
+/// lock is waited for any longer than a moment: all publishing waits meanwhile.
 async fn raise_version(
     transaction: &mut Transaction<'_>,
     doing: &'static str,
@@ -278,6 +280,20 @@ async fn raise_version(
         .await
         .map_err(Error::query(doing))?;
     sqlx::query("select from postroad_broker.stream_head order by stream_id for no key update")
+        .execute(&mut **transaction)
+        .await
+        .map_err(Error::query(doing))?;
+    wait_for_locks(transaction, "50ms", doing).await
+}
+
+/// How long the rest of a transaction waits for a lock.
+async fn wait_for_locks(
+    transaction: &mut Transaction<'_>,
+    bound: &str,
+    doing: &'static str,
+) -> Result<(), Error> {
+    sqlx::query("select set_config('lock_timeout', $1, true)")
+        .bind(bound)
         .execute(&mut **transaction)
         .await
         .map_err(Error::query(doing))?;

@@ -215,8 +215,8 @@ pub async fn drop_leaf(
     Ok(())
 }
 
-/// The next step of dropping a deleted stream's log: takes it out of the log of all streams, then drops `leaves` of its leaves at
-/// most, at last what is left. Whether all is gone. Fails as [`Error::is_held`] after 50 ms behind anybody who has what it needs open.
+/// The next step of dropping a deleted stream's log: drops `leaves` of its leaves at most, at last what is left. Whether all is gone.
+/// Fails as [`Error::is_held`] after 50 ms behind anybody who has what it needs open.
 ///
 /// # Errors
 /// The database's.

@@ -36,4 +36,7 @@ pub use log::{
 };
 pub use scheduled::*;
 pub use schedules::*;
-pub use session::{connect_appender, connect_duty, connect_reader, connect_shared_reader};
+pub use session::{
+    connect_appender, connect_catalogue, connect_duty, connect_reader, connect_shared_reader,
+    connect_tail,
+};

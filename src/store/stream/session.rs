@@ -26,8 +26,33 @@ pub async fn connect_reader(database: &Database) -> Result<Connection, Error> {
 /// # Errors
 /// The server cannot be reached or refuses.
 pub async fn connect_shared_reader(database: &Database) -> Result<Connection, Error> {
-    let mut connection = connect_reader(database).await?;
-    let setting_up = connection.execute("set lock_timeout = '1s'");
+    let connection = connect_reader(database).await?;
+    waiting_for(connection, "set lock_timeout = '50ms'").await
+}
+
+/// The reader that passes on what is appended to all streams: it waits for no lock for long, as those that serve.
+///
+/// # Errors
+/// The server cannot be reached or refuses.
+pub async fn connect_tail(database: &Database) -> Result<Connection, Error> {
+    connect_shared_reader(database).await
+}
+
+/// The session that changes streams and looks at all of them. A look at a stream that is locked is given up in a moment; for how long a
+/// change waits, its transaction says.
+///
+/// # Errors
+/// The server cannot be reached or refuses.
+pub async fn connect_catalogue(database: &Database) -> Result<Connection, Error> {
+    let connection = connect_reader(database).await?;
+    waiting_for(connection, "set lock_timeout = '200ms'").await
+}
+
+async fn waiting_for(
+    mut connection: Connection,
+    setting: &'static str,
+) -> Result<Connection, Error> {
+    let setting_up = connection.execute(setting);
     bounded("setting up a reader's session", STATEMENT, setting_up).await?;
     Ok(connection)
 }

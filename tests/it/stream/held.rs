@@ -16,8 +16,16 @@ struct Holder(PgConnection);
 
 impl Holder {
     async fn lock(db: &TestDatabase, table: &str, mode: &str) -> Self {
+        Self::run(
+            db,
+            &format!("lock table postroad_broker.{table} in {mode} mode"),
+        )
+        .await
+    }
+
+    async fn run(db: &TestDatabase, statement: &str) -> Self {
         let mut session = db.connect().await;
-        let text = format!("begin; lock table postroad_broker.{table} in {mode} mode");
+        let text = format!("begin; {statement}");
         session.execute(AssertSqlSafe(text)).await.unwrap();
         Self(session)
     }
@@ -47,47 +55,104 @@ fn is_quick(took: &[Duration]) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lock_on_one_streams_leaf_holds_up_no_other_stream() {
+    for statement in [
+        "lock table postroad_broker.{} in share mode",
+        "lock table postroad_broker.{} in access exclusive mode",
+        "reindex table postroad_broker.{}",
+    ] {
+        let db = support::database().await;
+        let node = Arc::new(node(&db).await);
+        let main = node.main().await;
+        let name = StreamName::parse("held").unwrap();
+        let declared = settings(&["held.>"], Retention::default());
+        let (held, _) = node.stream.declare(name, declared).await.unwrap();
+        publish_all(&node, "held.before", 1).await;
+        publish_all(&node, "free", 1).await;
+        let leaf = format!("message_{}_1", held.id.0);
+        let holder = Holder::run(&db, &statement.replace("{}", &leaf)).await;
+        let waiting: Vec<_> = (0..4)
+            .map(|n| {
+                let node = Arc::clone(&node);
+                tokio::spawn(async move {
+                    let mut messages = vec![message("held.a", &format!("w{n}"), "1")];
+                    if n == 3 {
+                        messages.push(message("free.too", "w", "1"));
+                    }
+                    node.publish(messages, true).await
+                })
+            })
+            .collect();
+        let took = publish_all(&node, "free.b", 200).await;
+        println!(
+            "beside {statement}: median {:?}, slowest {:?}",
+            took[100], took[199]
+        );
+        assert!(is_quick(&took), "{statement}: {took:?}");
+        assert!(took[199] < Duration::from_secs(4), "{:?}", took[199]);
+        // And what is published there is passed on.
+        let mut last = node.stream.last_offset(main);
+        last.wait_for(|last| last.0 >= 201).await.unwrap();
+        assert!(waiting.iter().all(|one| !one.is_finished()), "{statement}");
+        holder.release().await;
+        let mut placed = Vec::new();
+        for one in waiting {
+            placed.extend(offsets(&one.await.unwrap().unwrap()[..1]));
+        }
+        placed.sort_unstable();
+        assert_eq!(placed, [2, 3, 4, 5], "each once");
+        // The lane has nothing to do any more, and what comes next goes behind.
+        for n in 6..30 {
+            let one = vec![message("held.a", &format!("n{n}"), "1")];
+            assert_eq!(offsets(&node.publish(one, true).await.unwrap()), [n]);
+        }
+        assert_eq!(node.ids(held.id, 29).await.len(), 29);
+        node.stop().await;
+    }
+}
+
+/// Whoever starts meanwhile serves the others too, and shows all of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_starts_and_changes_streams_beside_a_lock_on_ones_leaf() {
     let db = support::database().await;
-    let node = Arc::new(node(&db).await);
+    let node = node(&db).await;
+    let main = node.main().await;
     let name = StreamName::parse("held").unwrap();
     let declared = settings(&["held.>"], Retention::default());
-    let (held, _) = node.stream.declare(name, declared).await.unwrap();
-    publish_all(&node, "held.before", 1).await;
-    publish_all(&node, "free", 1).await;
+    let (held, _) = node.stream.declare(name.clone(), declared).await.unwrap();
+    publish_all(&node, "held.before", 3).await;
+    node.stop().await;
     let leaf = format!("message_{}_1", held.id.0);
-    let holder = Holder::lock(&db, &leaf, "share").await;
-    let waiting: Vec<_> = (0..4)
-        .map(|n| {
-            let node = Arc::clone(&node);
-            tokio::spawn(async move {
-                let mut messages = vec![message("held.a", &format!("w{n}"), "1")];
-                if n == 3 {
-                    messages.push(message("free.too", "w", "1"));
-                }
-                node.publish(messages, true).await
-            })
-        })
-        .collect();
-    let took = publish_all(&node, "free.b", 200).await;
-    println!(
-        "beside a lock: median {:?}, slowest {:?}",
-        took[100], took[199]
+    let holder = Holder::lock(&db, &leaf, "access exclusive").await;
+    let node = super::node(&db).await;
+    let mut tail = node.stream.tail(held.id);
+    let other = StreamName::parse("other").unwrap();
+    let declared = settings(&["other.>"], Retention::default());
+    let (other, _) = node.stream.declare(other, declared).await.unwrap();
+    publish_all(&node, "other.a", 3).await;
+    publish_all(&node, "free", 3).await;
+    for stream in [other.id, main] {
+        let mut last = node.stream.last_offset(stream);
+        last.wait_for(|last| last.0 == 3).await.unwrap();
+    }
+    let shown = node.stream.list().await.unwrap();
+    let ends = shown
+        .iter()
+        .map(|stream| (stream.name.as_str(), stream.last_offset.0));
+    assert_eq!(
+        ends.collect::<Vec<_>>(),
+        [("held", 0), ("main", 3), ("other", 3)]
     );
-    assert!(is_quick(&took), "{took:?}");
-    assert!(took[199] < Duration::from_secs(4), "{:?}", took[199]);
-    assert!(waiting.iter().all(|one| !one.is_finished()));
+    node.stream.delete(&other.name, false).await.unwrap();
     holder.release().await;
-    let mut placed = Vec::new();
-    for one in waiting {
-        placed.extend(offsets(&one.await.unwrap().unwrap()[..1]));
-    }
-    placed.sort_unstable();
-    assert_eq!(placed, [2, 3, 4, 5], "each once");
-    // The lane has nothing to do any more, and what comes next goes behind.
-    for n in 6..30 {
-        let one = vec![message("held.a", &format!("n{n}"), "1")];
-        assert_eq!(offsets(&node.publish(one, true).await.unwrap()), [n]);
-    }
+    let mut last = node.stream.last_offset(held.id);
+    last.wait_for(|last| last.0 == 3).await.unwrap();
+    // Who follows is told that it has to read the log so far, and what comes then.
+    let first = tail.recv().await.unwrap();
+    assert_eq!((first.first.0, first.entries.len()), (4, 0));
+    publish_all(&node, "held.after", 1).await;
+    let second = tail.recv().await.unwrap();
+    assert_eq!((second.first.0, second.entries.len()), (4, 1));
+    assert_eq!(node.ids(held.id, 4).await.len(), 4);
     node.stop().await;
 }
 
@@ -140,46 +205,52 @@ async fn a_lock_on_one_streams_leaf_holds_up_what_is_due_in_no_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_stream_of_many_leaves_goes_in_steps_and_in_nobodys_way() {
-    const LEAVES: i64 = 70;
+    const LEAVES: i64 = 120;
     let db = support::database().await;
     let node = node(&db).await;
-    let name = StreamName::parse("gone").unwrap();
-    let declared = settings(&["gone.>"], Retention::default());
-    let (gone, _) = node.stream.declare(name.clone(), declared).await.unwrap();
+    let mut ids = Vec::new();
+    for name in ["gone", "too"] {
+        let declared = settings(&[name], Retention::default());
+        let name = StreamName::parse(name).unwrap();
+        let (stream, _) = node.stream.declare(name, declared).await.unwrap();
+        ids.push(stream.id.0);
+    }
     node.stop().await;
     let mut owner = db.connect().await;
     let text = format!(
-        "select postroad_broker.extend_log({}, {LEAVES}, 1); delete from postroad_broker.stream where id = {0}",
-        gone.id.0
+        "select postroad_broker.extend_log({0}, {LEAVES}, 1); select postroad_broker.extend_log({1}, 12, 1);
+        delete from postroad_broker.stream where id in ({0}, {1})",
+        ids[0], ids[1]
     );
     owner.execute(AssertSqlSafe(text)).await.unwrap();
-    // The locks of each step, until all is gone.
+    // The locks of each step, until all is gone; and of the log of all streams, which is in the way of others.
     let mut steps = 0;
-    loop {
+    let mut is_gone = false;
+    while !is_gone {
         owner.execute("begin").await.unwrap();
-        let step = format!("select postroad_broker.drop_stream_log({}, 10)", gone.id.0);
-        let is_gone: bool = sqlx::query_scalar(AssertSqlSafe(step))
+        let step = format!("select postroad_broker.drop_stream_log({}, 10)", ids[0]);
+        is_gone = sqlx::query_scalar(AssertSqlSafe(step))
             .fetch_one(&mut owner)
             .await
             .unwrap();
-        let locks: i64 =
-            sqlx::query_scalar("select count(*) from pg_locks where pid = pg_backend_pid()")
-                .fetch_one(&mut owner)
-                .await
-                .unwrap();
-        assert!(locks < 200, "{locks} locks in a step");
-        steps += 1;
-        // The first steps alone: the rest is the node's.
+        let (locks, of_all): (i64, i64) = sqlx::query_as(
+            "select count(*), count(*) filter (where l.mode = 'AccessExclusiveLock' and l.relation = 'postroad_broker.message'::regclass)
+            from pg_locks l where l.pid = pg_backend_pid()",
+        )
+        .fetch_one(&mut owner)
+        .await
+        .unwrap();
+        assert!(locks < 100, "{locks} locks in step {steps}");
+        assert_eq!(of_all, i64::from(is_gone), "step {steps}");
         owner.execute("commit").await.unwrap();
-        if is_gone || steps == 2 {
-            break;
-        }
+        steps += 1;
     }
+    assert_eq!(steps, LEAVES / 10 + 1);
     let node = super::node(&db).await;
     eventually("the log to be dropped", async || {
         let text = "select count(*) from pg_class where relname like $1";
         let left: i64 = sqlx::query_scalar(text)
-            .bind(format!("message_{}%", gone.id.0))
+            .bind(format!("message_{}%", ids[1]))
             .fetch_one(&db.pool(1))
             .await
             .unwrap();
