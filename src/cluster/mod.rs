@@ -114,6 +114,8 @@ struct Shared {
     histories: Vec<History>,
     /// The database's clock and this process's, read together.
     started: (DateTime<Utc>, Instant),
+    /// How far the clock has been moved on since, in microseconds: both clocks said that it was behind.
+    moved_on: AtomicI64,
     ttl: Duration,
     heartbeat: Duration,
     pulse: Mutex<Pulse>,
@@ -219,6 +221,7 @@ pub async fn start(
             identity,
             histories,
             started,
+            moved_on: AtomicI64::new(0),
             ttl: options.ttl,
             heartbeat: options.heartbeat,
             pulse: Mutex::new(Pulse {
@@ -245,11 +248,42 @@ pub async fn start(
 /// The database's clock, unless it is more than a minute ahead of this process's: then one of the two is wrong, and what comes early by it
 /// cannot be taken back.
 fn believed(clock: DateTime<Utc>) -> DateTime<Utc> {
-    let lead = TimeDelta::seconds(crate::failpoint::limit("clock-lead-seconds", 0));
-    let own = Utc::now() + lead;
-    match clock > own + TimeDelta::minutes(1) {
+    let own = own_clock();
+    match clock > own + APART {
         true => own,
         false => clock,
+    }
+}
+
+/// Between two clocks that are further apart, one is wrong.
+const APART: TimeDelta = TimeDelta::minutes(1);
+
+fn own_clock() -> DateTime<Utc> {
+    let lead = TimeDelta::seconds(crate::failpoint::limit("clock-lead-seconds", 0));
+    Utc::now() + lead
+}
+
+impl Shared {
+    fn now(&self) -> DateTime<Utc> {
+        let (at, instant) = self.started;
+        let since = TimeDelta::from_std(instant.elapsed()).unwrap_or(TimeDelta::MAX);
+        at + since + TimeDelta::microseconds(self.moved_on.load(Ordering::Acquire))
+    }
+
+    /// Moves the clock on to the earlier of the database's and this process's own, if these agree and it is behind both: one of them was
+    /// wrong at the start.
+    fn meet_clock(&self, clock: DateTime<Utc>) {
+        let own = own_clock();
+        let behind = clock.min(own) - self.now();
+        if (clock - own).abs() > APART || behind <= APART {
+            return;
+        }
+        tracing::warn!(
+            seconds = behind.num_seconds(),
+            "the clock that this node started by was behind: it goes by the present one from now on"
+        );
+        let behind = behind.num_microseconds().unwrap_or_default();
+        self.moved_on.fetch_add(behind, Ordering::AcqRel);
     }
 }
 
@@ -273,11 +307,10 @@ impl Handle {
     }
 
     /// The database's clock, read once, plus the monotonic time since; this process's own where the database's was more than a minute
-    /// ahead of it. Never steps back, whatever either clock does.
+    /// ahead of it. Never steps back, whatever either clock does. Where it turns out to have been behind, it is moved on once.
     #[must_use]
     pub fn now(&self) -> DateTime<Utc> {
-        let (at, instant) = self.shared.started;
-        at + TimeDelta::from_std(instant.elapsed()).unwrap_or(TimeDelta::MAX)
+        self.shared.now()
     }
 
     /// Whether the node row is surely not expired: the last renewal was asked for less than the ttl ago.

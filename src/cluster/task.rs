@@ -184,6 +184,7 @@ impl Heartbeat {
                 at: Instant::now(),
                 why: None,
             };
+            self.shared.meet_clock(seen.clock);
             if seen.is_renewed {
                 self.db.note_beat(incarnation, beat);
                 self.shared.state().trusted_until = asked + ttl;

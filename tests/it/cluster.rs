@@ -90,6 +90,35 @@ async fn slots_are_shared_out_and_an_orderly_end_hands_them_over_at_once() {
     stop(&two_tasks).await;
 }
 
+/// By the clock of the start nothing would get old for as long as the process lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_was_behind_at_the_start_is_moved_on_once_both_agree() {
+    let db = support::database().await;
+    support::clock::settable(&db.url).await;
+    support::clock::set(&db.url, "-1 day").await;
+    let (node, tasks) = node(&db, "http://one", LONG).await;
+    let real = chrono::Utc::now;
+    let minutes = chrono::TimeDelta::minutes;
+    // For as long as they do not agree, the earlier one counts.
+    let mut views = node.views();
+    for _ in 0..3 {
+        views.changed().await.unwrap();
+    }
+    assert!(node.now() < real() - minutes(23 * 60));
+    support::clock::set(&db.url, "0").await;
+    support::eventually("the clock to be moved on", async || {
+        (node.now() > real() - minutes(1)).then_some(())
+    })
+    .await;
+    // A database that is ahead moves nothing.
+    support::clock::set(&db.url, "1 day").await;
+    for _ in 0..3 {
+        views.changed().await.unwrap();
+    }
+    assert!(node.now() < real() + minutes(1));
+    stop(&tasks).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_that_does_not_finish_loses_its_lease_all_the_same() {
     let db = support::database().await;
