@@ -59,6 +59,9 @@ pub enum Error {
     /// The write may be carried out or not: the connection was lost, and no other came about in time. A repeat is safe.
     #[error("it is unknown whether the write happened")]
     OutcomeUnknown(#[source] Box<Error>),
+    /// Somebody has locked what is asked for, as was found out a moment ago.
+    #[error("another session holds a lock on what is asked for")]
+    Held,
     /// A row holds what no version of Postroad has written.
     #[error("{doing} found a value that is not valid: {what}")]
     Corrupt {
@@ -140,7 +143,9 @@ impl Error {
             | Self::MigrationHeld { .. } => Retry::Never,
             // An edited migration, say.
             Self::Migrate(_) if self.driver().is_none() || self.is_right_missing() => Retry::Never,
-            Self::Migrate(_) | Self::Connect(_) | Self::OutcomeUnknown(_) => Retry::Backoff,
+            Self::Migrate(_) | Self::Connect(_) | Self::OutcomeUnknown(_) | Self::Held => {
+                Retry::Backoff
+            }
             Self::Query { source, .. } => match source {
                 sqlx::Error::Database(error) => match error.code().as_deref().unwrap_or_default() {
                     "40001" | "40P01" | "55P03" => Retry::Now,
@@ -328,7 +333,7 @@ impl Error {
     /// Whether a lock was not to be had in time. Nothing was done.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        self.sqlstate().as_deref() == Some("55P03")
+        matches!(self, Self::Held) || self.sqlstate().as_deref() == Some("55P03")
     }
 
     /// Whether no leaf (partition) takes the row. A check of the schema has a name; the bounds of a leaf have none.

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, Semaphore, broadcast, mpsc, oneshot, watch};
 
 use super::cache::Cache;
 use super::catalogue::{Catalogue, Watermarks};
+use super::held::HeldStreams;
 use super::inbox::{Inbox, Pending};
 use super::keys::Keys;
 use super::leaf_sizes::LeafSizes;
@@ -67,6 +68,7 @@ pub(super) struct State {
     pub(super) appended_elsewhere: Notify,
     pub(super) schedule: scheduled::Schedule,
     pub(super) witness: Witness,
+    pub(super) held: HeldStreams,
     pub(super) metrics: Metrics,
 }
 

@@ -16,6 +16,7 @@ mod catalogue;
 mod error;
 mod group;
 mod handle;
+mod held;
 mod hints;
 mod history;
 mod inbox;
@@ -148,6 +149,7 @@ pub async fn start(
         appended_elsewhere: Notify::new(),
         schedule: scheduled::Schedule::default(),
         witness: witness::Witness::new(options.clock_lead),
+        held: held::HeldStreams::default(),
         metrics: metrics::Metrics::new(registry),
     });
     witness::register(registry, &state, &cluster);
@@ -314,6 +316,7 @@ fn start_readers(
             state: Arc::clone(state),
             supervisor: supervisor.clone(),
             jobs: Arc::clone(&jobs),
+            serving: None,
         };
         let name = format!("stream reader {number}");
         supervisor.spawn(name, OnEnd::StopProcess, reader.run());

@@ -66,6 +66,40 @@ pub(super) enum Job {
     },
 }
 
+impl Job {
+    fn stream(&self) -> StreamId {
+        match self {
+            Self::Read { read, .. } => read.stream,
+            Self::Scan { scan, .. } => scan.stream,
+            Self::Key { read, .. } => read.stream,
+            Self::Keys { read, .. } => read.stream,
+            Self::Search { search, .. } => search.stream,
+            Self::Fetch { stream, .. }
+            | Self::Attributes { stream, .. }
+            | Self::CountKeys { stream }
+            | Self::OffsetAt { stream, .. } => *stream,
+        }
+    }
+
+    /// Answers that it was not done.
+    fn refuse(self) {
+        fn held<T>(reply: Reply<T>) {
+            let _ = reply.send(Err(Error::Store(store::Error::Held)));
+        }
+        match self {
+            Self::Read { reply, .. } => held(reply),
+            Self::Scan { reply, .. } => held(reply),
+            Self::Fetch { reply, .. } => held(reply),
+            Self::Attributes { reply, .. } => held(reply),
+            Self::Key { reply, .. } => held(reply),
+            Self::Keys { reply, .. } => held(reply),
+            Self::Search { reply, .. } => held(reply),
+            Self::OffsetAt { reply, .. } => held(reply),
+            Self::CountKeys { .. } => {}
+        }
+    }
+}
+
 /// Offsets that one scan examines at most before it answers.
 const SCAN_MAX_EXAMINED: i64 = 2_000_000;
 /// Offsets that one page of a replay examines at most: the next page goes on.
@@ -84,6 +118,8 @@ const EVENT_OVERHEAD_BYTES: usize = 256;
 /// One of the tasks that read.
 pub(super) struct Reader {
     pub(super) link: Link,
+    /// The stream that it is asked of just now.
+    pub(super) serving: Option<StreamId>,
     pub(super) state: Arc<State>,
     pub(super) supervisor: Supervisor,
     pub(super) jobs: Arc<tokio::sync::Mutex<mpsc::Receiver<Job>>>,
@@ -109,7 +145,17 @@ impl Reader {
                 () = self.supervisor.stopping() => return,
             };
             match job {
-                Some(job) => self.serve(job).await,
+                Some(job) => {
+                    let state = Arc::clone(&self.state);
+                    let stream = job.stream();
+                    // Of streams that somebody has locked, one reader at a time: the others have work that they can do.
+                    let Some(_turn) = state.held.turn(stream) else {
+                        job.refuse();
+                        continue;
+                    };
+                    self.serving = Some(stream);
+                    self.serve(job).await;
+                }
                 None => return,
             }
         }
@@ -151,7 +197,10 @@ impl Reader {
             }
             Job::CountKeys { stream } => {
                 if let Err(error) = self.count_keys(stream).await {
-                    self.link.cut();
+                    match &error {
+                        Error::Store(error) if error.is_held() => self.state.held.note(stream),
+                        _ => self.link.cut(),
+                    }
                     tracing::warn!(
                         stream = stream.0,
                         error = &error as &dyn std::error::Error,
@@ -173,7 +222,13 @@ impl Reader {
     }
 
     fn answer<T>(&mut self, reply: Reply<T>, answer: Result<T, Error>) {
-        if let Err(Error::Store(_)) = &answer {
+        if let Err(Error::Store(error)) = &answer
+            && error.is_held()
+        {
+            if let Some(stream) = self.serving {
+                self.state.held.note(stream);
+            }
+        } else if let Err(Error::Store(_)) = &answer {
             // Cheap to make anew, and whatever state it is in is gone with it.
             self.link.cut();
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::mpsc;
@@ -21,6 +21,8 @@ use crate::supervisor::{Backoff, Duty, Lease, Next, Routine, Supervisor};
 pub(in crate::stream) const LEASE: &str = "duty/scheduled";
 /// How often what other nodes accepted is looked for.
 const POLL: Duration = Duration::from_secs(1);
+/// A stream that failed is tried again after so long: while its log is locked each try keeps all others waiting.
+const RETRY: Duration = Duration::from_secs(1);
 /// How far ahead of the clock is looked.
 const AHEAD: Duration = Duration::from_secs(60);
 /// The most messages in one commit: other appends to the stream wait for it.
@@ -50,6 +52,8 @@ pub(in crate::stream) struct Knows {
     filed: Option<(DateTime<Utc>, DateTime<Utc>)>,
     /// By stream: the last offset known, and up to where its log has leaves.
     ends: HashMap<StreamId, (Offset, Offset)>,
+    /// Streams that failed, and until when they are left alone.
+    failed: HashMap<StreamId, Instant>,
     recurring: Recurring,
 }
 
@@ -85,12 +89,21 @@ impl Duty for Publisher {
                 pause = pause.min((due_at - one.clock).to_std().unwrap_or_default());
                 continue;
             }
+            let again_at = self.known.failed.get(&one.stream);
+            if again_at.is_some_and(|&at| Instant::now() < at) {
+                continue;
+            }
+            self.known.failed.remove(&one.stream);
             let publishing = self.publish(&mut connection, one);
             match publishing.await {
                 Ok(true) => pause = Duration::ZERO,
                 Ok(false) => {}
                 // A refusal of one stream, or a lock on its log, is in no other's way.
-                Err(error) if is_of_stream(&error) => self.note_failure(&error),
+                Err(error) if is_of_stream(&error) => {
+                    self.note_failure(&error);
+                    let again_at = Instant::now() + RETRY;
+                    self.known.failed.insert(one.stream, again_at);
+                }
                 Err(error) => return Err(error),
             }
         }

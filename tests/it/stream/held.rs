@@ -203,9 +203,148 @@ async fn a_lock_on_one_streams_leaf_holds_up_what_is_due_in_no_other() {
     node.stop().await;
 }
 
+/// Reads of a held stream wait for a moment: many of them leave readers to the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_what_is_held_leaves_readers_to_the_others() {
+    let db = support::database().await;
+    // Nothing is read from memory.
+    let options = postroad::stream::Options {
+        cache_bytes: 0,
+        ..super::quick()
+    };
+    let node = Arc::new(super::node_with(&db.database, "http://one", options).await);
+    let main = node.main().await;
+    let name = StreamName::parse("held").unwrap();
+    let declared = settings(&["held.>"], Retention::default());
+    let (held, _) = node.stream.declare(name, declared).await.unwrap();
+    publish_all(&node, "held.before", 1).await;
+    publish_all(&node, "free", 1).await;
+    let leaf = format!("message_{}_1", held.id.0);
+    let holder = Holder::lock(&db, &leaf, "access exclusive").await;
+    let first = vec![postroad::domain::id::Offset(1)];
+    let waiting: Vec<_> = (0..12)
+        .map(|_| {
+            let (node, first) = (Arc::clone(&node), first.clone());
+            tokio::spawn(async move {
+                while node.stream.fetch(held.id, first.clone()).await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            })
+        })
+        .collect();
+    let mut took = Vec::new();
+    for _ in 0..100 {
+        let began = Instant::now();
+        let found = node.stream.fetch(main, first.clone()).await.unwrap();
+        assert_eq!(found.len(), 1);
+        took.push(began.elapsed());
+    }
+    took.sort();
+    println!("beside: median {:?}, slowest {:?}", took[50], took[99]);
+    assert!(is_quick(&took), "{took:?}");
+    assert!(waiting.iter().all(|one| !one.is_finished()));
+    holder.release().await;
+    for one in waiting {
+        one.await.unwrap();
+    }
+    node.stop().await;
+}
+
+/// Each try of a held stream keeps what is due in the others waiting, so there are not many.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_due_messages_does_not_wait_for_held_streams_in_each_pass() {
+    const BATCHES: usize = 6;
+    let db = support::database().await;
+    let node = node(&db).await;
+    let names = ["a", "b", "c", "d", "e"];
+    let at = node.cluster.now() + TimeDelta::hours(1);
+    let mut holders = Vec::new();
+    for name in names {
+        let declared = settings(&[name], Retention::default());
+        let stream = StreamName::parse(name).unwrap();
+        node.stream.declare(stream, declared).await.unwrap();
+        publish_all(&node, name, 1).await;
+        let mut due = super::scheduled::due(name, at);
+        due.topic = postroad::domain::name::Topic::parse(name).unwrap();
+        node.publish(vec![due], true).await.unwrap();
+    }
+    for part in 0..BATCHES {
+        let messages = (0..2_000).map(|n| super::scheduled::due(&format!("{part}-{n}"), at));
+        node.publish(messages.collect(), false).await.unwrap();
+    }
+    node.stop().await;
+    // All is due by now.
+    let mut owner = db.connect().await;
+    owner
+        .execute(
+            "update postroad_broker.scheduled_message set due_at = due_at - interval '2 hours'",
+        )
+        .await
+        .unwrap();
+    let ids: Vec<i32> = sqlx::query_scalar(
+        "select id from postroad_broker.stream where name <> 'main' order by id",
+    )
+    .fetch_all(&mut owner)
+    .await
+    .unwrap();
+    for id in ids {
+        holders.push(Holder::lock(&db, &format!("message_{id}_1"), "share").await);
+    }
+    let node = super::node(&db).await;
+    let main = node.main().await;
+    let mut last = node.stream.last_offset(main);
+    let all = i64::try_from(BATCHES * 2_000).unwrap();
+    last.wait_for(|last| last.0 == all).await.unwrap();
+    let took: f64 = sqlx::query_scalar(
+        "select extract(epoch from max(published_at) - min(published_at))::float8 from postroad_broker.scheduled_publication where stream_id = $1",
+    )
+    .bind(main.0)
+    .fetch_one(&mut owner)
+    .await
+    .unwrap();
+    println!("{BATCHES} batches in {took} s");
+    // Once a second each of five may take 0.2 s; in each pass it were 5 s.
+    assert!(took < 4.0, "{took} s");
+    for holder in holders {
+        holder.release().await;
+    }
+    node.stop().await;
+}
+
+/// A head that somebody has for a while is waited for in line: that is a slow commit, not a stream that is held.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_a_commit_of_somebody_else_stays_in_line() {
+    let db = support::database().await;
+    let node = Arc::new(node(&db).await);
+    let main = node.main().await;
+    publish_all(&node, "a", 1).await;
+    let mut other = db.connect().await;
+    let text = format!(
+        "begin; select from postroad_broker.stream_head where stream_id = {} for no key update",
+        main.0
+    );
+    other.execute(AssertSqlSafe(text)).await.unwrap();
+    let waiting = {
+        let node = Arc::clone(&node);
+        tokio::spawn(async move { publish_all(&node, "b", 1).await })
+    };
+    let pool = db.pool(1);
+    eventually("one append to have waited for long", async || {
+        let text = "select exists (
+            select from pg_stat_activity a where a.datname = current_database() and a.wait_event_type = 'Lock'
+                and a.query like '%append%' and clock_timestamp() - a.query_start > interval '600 ms')";
+        let is_so: bool = sqlx::query_scalar(text).fetch_one(&pool).await.unwrap();
+        is_so.then_some(())
+    })
+    .await;
+    other.execute("rollback").await.unwrap();
+    waiting.await.unwrap();
+    node.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_stream_of_many_leaves_goes_in_steps_and_in_nobodys_way() {
-    const LEAVES: i64 = 120;
+    const LEAVES: i64 = 200;
     let db = support::database().await;
     let node = node(&db).await;
     let mut ids = Vec::new();
@@ -240,7 +379,7 @@ async fn a_deleted_stream_of_many_leaves_goes_in_steps_and_in_nobodys_way() {
         .fetch_one(&mut owner)
         .await
         .unwrap();
-        assert!(locks < 100, "{locks} locks in step {steps}");
+        assert!(locks < 160, "{locks} locks in step {steps}");
         assert_eq!(of_all, i64::from(is_gone), "step {steps}");
         owner.execute("commit").await.unwrap();
         steps += 1;
