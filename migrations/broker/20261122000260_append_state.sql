@@ -37,7 +37,8 @@ create table postroad_broker.partition_topic (
     primary key (stream_id, first_offset, topic_id)
 );
 
--- Ids of published messages, for at least 24 hours: five buckets of 12 hours, emptied by TRUNCATE in rotation. The identity
+-- Ids of published messages, for at least 24 hours: five buckets of 12 hours, emptied by TRUNCATE in rotation. While the server's clock and
+-- a node's are apart, an id is in the bucket of either: whichever is right, it is kept for as long. The identity
 -- is a hash of stream, source and id; content one of what the message says, where it goes and when; both 128 bits of SHA-256.
 create table postroad_broker.recent_id (
     bucket smallint not null,
@@ -98,12 +99,43 @@ create function postroad_broker.ten_minutes(p_at timestamptz) returns bigint
 language sql stable strict parallel safe
 return floor(extract(epoch from p_at) / 600)::bigint;
 
--- The clock to act by: the server's, unless that is more than a minute ahead of a node's (p_witness). Then the node's: nothing is
--- published, and nobody's time is over, by a clock that jumped. Looked up by name, so not as `return`.
+-- When the server's clock and a node's last agreed, as nodes note each minute: what a node goes by whose own clock is behind. No
+-- clock that is wrong alone gets in here.
+create table postroad_broker.clock_agreement (
+    singleton boolean primary key default true,
+    agreed_at timestamptz not null default '-infinity',
+    constraint clock_agreement_is_one_row check (singleton)
+);
+insert into postroad_broker.clock_agreement default values;
+
+-- Notes that they agree, if they do. Also after both were ahead: then it goes back.
+create function postroad_broker.note_clocks(p_witness timestamptz) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    v_now timestamptz := clock_timestamp();
+begin
+    if p_witness between v_now - interval '1 minute' and v_now + interval '1 minute' then
+        update postroad_broker.clock_agreement c set agreed_at = least(v_now, p_witness)
+        where c.agreed_at not between v_now - interval '30 seconds' and v_now;
+    end if;
+end
+$$;
+
+-- The time to act by when the server's clock says p_clock: that, unless it is more than a minute ahead of a node's (p_witness). Then the
+-- node's, but no time before the two last agreed: nothing is published, and nobody's time is over, by a clock that jumped; and by one
+-- that is behind nothing is as old as it says.
+create function postroad_broker.agreed_time(p_clock timestamptz, p_witness timestamptz) returns timestamptz
+language sql stable set search_path = pg_catalog, pg_temp as $$
+    select case when p_clock > p_witness + interval '1 minute'
+        then least(p_clock, greatest(p_witness, (select c.agreed_at from postroad_broker.clock_agreement c)))
+        else p_clock
+    end
+$$;
+
+-- The same for the server's clock as it is now. Looked up by name, so not as `return`.
 create function postroad_broker.agreed_clock(p_witness timestamptz) returns timestamptz
 language sql volatile set search_path = pg_catalog, pg_temp as $$
-    select case when c.now > p_witness + interval '1 minute' then p_witness else c.now end
-    from (select clock_timestamp() as now offset 0) c
+    select postroad_broker.agreed_time(clock_timestamp(), p_witness)
 $$;
 
 -- Topics to numbers. New ones are inserted under a lock, so that their numbers commit in order: who has read all topics up

@@ -7,6 +7,9 @@
 -- snapshot of its own, younger than the wait for the locks: it sees all that was appended before. (In one statement with
 -- CTEs the snapshot would be older than the wait, and two appends would take the same offsets.)
 --
+-- For leases and heads it waits in line, as long as commits of others take. What it waits for after that is a lock that somebody has on a
+-- table, which it gives up in a moment: others wait for the heads.
+--
 -- Leases are locked FOR NO KEY UPDATE, not FOR SHARE: a relay's lease has one writer, so sharing gains nothing, and two
 -- sharers would cost a multixact each time. Either keeps out a taker, who updates the row.
 --
@@ -96,6 +99,7 @@ set search_path = pg_catalog, pg_temp
 -- Kept plans: with the lengths of the arrays in hand the planner takes plans made for them to be better, and makes them anew in
 -- every group.
 set plan_cache_mode = force_generic_plan
+set lock_timeout = '3s'
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
@@ -103,6 +107,8 @@ as $$
 #variable_conflict use_column
 declare
     v_at timestamptz;
+    v_is_apart boolean := false;
+    v_wait text;
     v_tier smallint[];
     v_bucket smallint := postroad_broker.ten_minutes(p_born_at) % 4;
     v_rank integer[] := m_rank;
@@ -131,9 +137,14 @@ begin
     end if;
     perform from postroad_broker.stream_head h where h.stream_id = any (s_id) order by h.stream_id for no key update;
     get diagnostics v_count = row_count;
+    v_wait := set_config('lock_timeout', '100ms', true);
 
     clock := clock_timestamp();
-    v_at := case when clock > p_witness + interval '1 minute' then p_witness else clock end;
+    v_at := clock;
+    if p_witness not between clock - interval '1 minute' and clock + interval '1 minute' then
+        v_is_apart := true;
+        v_at := postroad_broker.agreed_time(clock, p_witness);
+    end if;
     if p_is_repeat then
         select 'appended', j.stream_first, j.stream_at, j.refused_member, j.refused_found,
             j.seen_message, j.seen_offset, j.seen_conflict, j.conflict_message, j.conflict_version, j.seen_due,
@@ -201,10 +212,12 @@ begin
             v_refused || coalesce(array_agg(distinct s.member) filter (where s.is_conflict), '{}')
         into seen_message, seen_offset, seen_conflict, seen_due, v_refused
         from (
-            select u.place::integer as place, u.member, i."offset" as first_use, i.due_at,
+            -- It can be in two buckets.
+            select distinct on (u.place) u.place::integer as place, u.member, i."offset" as first_use, i.due_at,
                 i.content <> u.content as is_conflict
             from unnest(m_identity, m_content, m_member) with ordinality as u (identity, content, member, place)
             join postroad_broker.recent_id i on i.identity = u.identity
+            order by u.place
         ) s;
     end if;
 
@@ -355,6 +368,16 @@ begin
         from unnest(m_stream, v_rank, m_identity, m_content, scheduled_number, m_due)
             as m (stream, rank, identity, content, number, due)
         where (m.rank is not null or m.number is not null) and m.identity is not null;
+        if v_is_apart then
+            insert into postroad_broker.recent_id (bucket, identity, content, "offset", due_at)
+            select b.bucket, i.identity, i.content, i."offset", i.due_at
+            from postroad_broker.recent_id i
+            cross join (
+                select distinct postroad_broker.half_day(t.at) % 5 as bucket from unnest(array[clock, p_witness]) as t (at)
+            ) b
+            where i.bucket = postroad_broker.half_day(v_at) % 5 and i.identity = any (m_identity) and b.bucket <> i.bucket
+            on conflict do nothing;
+        end if;
     end if;
 
     if cardinality(r_lease) > 0 then

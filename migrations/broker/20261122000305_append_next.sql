@@ -57,6 +57,7 @@ create function postroad_broker.append_next(
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
+set lock_timeout = '3s'
 set enable_seqscan = off
 as $$
 #variable_conflict use_column
@@ -64,7 +65,7 @@ declare
     v_floor bigint;
     v_is_so boolean;
     v_segment smallint;
-    v_at timestamptz;
+    v_wait text;
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'append must run at read committed' using errcode = 'invalid_transaction_state';
@@ -79,10 +80,12 @@ begin
         end if;
     end if;
     select h.floor into v_floor from postroad_broker.stream_head h where h.stream_id = p_stream for no key update;
+    v_wait := set_config('lock_timeout', '100ms', true);
     clock := clock_timestamp();
-    v_at := case when clock > p_witness + interval '1 minute' then p_witness else clock end;
     if v_floor is null or v_floor >= p_last
         or p_born_at not between clock - interval '5 minutes' and clock + interval '5 minutes'
+        -- Nobody knows the time.
+        or p_witness not between clock - interval '1 minute' and clock + interval '1 minute'
     then
         return;
     end if;
@@ -120,7 +123,7 @@ begin
         end if;
     end if;
 
-    appended_at := greatest(v_at, p_last_at);
+    appended_at := greatest(clock, p_last_at);
     insert into postroad_broker.message (
         stream_id, "offset", topic_id, key_hash, appended_at, key, id, source, type, subject, event_time,
         data_content_type, data_schema, extensions, data_kind, priority, data, origin_id
@@ -130,7 +133,7 @@ begin
     from generate_series(1, cardinality(m_topic)) as i;
     if p_checks_ids then
         insert into postroad_broker.recent_id (bucket, identity, content, "offset")
-        select postroad_broker.half_day(v_at) % 5, m.identity, m.content, p_last + m.place
+        select postroad_broker.half_day(clock) % 5, m.identity, m.content, p_last + m.place
         from unnest(m_identity, m_content) with ordinality as m (identity, content, place)
         where m.identity is not null;
     end if;

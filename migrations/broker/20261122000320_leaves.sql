@@ -73,6 +73,9 @@ $$;
 -- when the leaf is too young, or -1 when its keys have to be folded first. Fails at once, with lock_not_available, when somebody
 -- reads the leaf.
 --
+-- When the watermark was told is known by the node's clock, and by how long ago that is: a queue that went back since is told of by the
+-- server's clock, which may have been set back or ahead meanwhile.
+--
 -- Messages that bear a time yet to come were appended by a clock that was ahead. They are as old as it is known that the leaf ends there.
 --
 -- The head is locked first, as an append does, then the leaf; what decides is looked at only after that, in new statements.
@@ -190,9 +193,10 @@ begin
 end
 $$;
 
--- One step of dropping the log of a deleted stream, each a transaction of few locks, however many leaves it has: first it is taken out
--- of the log of all streams, the one step that others can notice; then p_leaves of its leaves go at a time; at last what is left.
--- Returns true once all is gone. Fails after 50 ms, with lock_not_available, behind any session that has these tables open.
+-- One step of dropping the log of a deleted stream, each a transaction of few locks, however many leaves it has: p_leaves of its leaves
+-- go at a time, at last what is left. The leaves first, and where they hang: to detach or drop a partition locks all that is below it.
+-- Only the last step takes a lock of the log of all streams. Returns true once all is gone. Fails after 50 ms, with
+-- lock_not_available, behind any session that has these tables open.
 create function postroad_broker.drop_stream_log(p_stream integer, p_leaves integer) returns boolean
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -206,12 +210,6 @@ declare
 begin
     if exists (select from postroad_broker.stream s where s.id = p_stream) then
         raise exception 'stream % is not deleted', p_stream;
-    end if;
-    if exists (
-        select from pg_inherits i where i.inhrelid = v_log and i.inhparent = 'postroad_broker.message'::regclass
-    ) then
-        execute format('alter table postroad_broker.message detach partition postroad_broker.%I', 'message_' || p_stream);
-        return false;
     end if;
     for v_leaf in
         select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid

@@ -188,6 +188,8 @@ $$;
 -- payload, but always one. One commit: what it appended lies between the old horizon and the new one. Called at read committed
 -- and outside of a transaction, by any number of nodes; when the outcome of a call is unknown, the next call goes by the stored state.
 --
+-- It waits in line for the head, and no longer than a moment for anything else, as `append` does.
+--
 -- `agreed_clock` decides which messages are due. Statuses: published (which can be 0 messages, all cancelled); idle, nothing is due; gone, there is
 -- no such stream.
 create function postroad_broker.publish_scheduled(
@@ -202,6 +204,7 @@ create function postroad_broker.publish_scheduled(
 )
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '3s'
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
@@ -219,6 +222,7 @@ declare
     v_floor_at timestamptz;
     v_top bigint;
     v_top_at timestamptz;
+    v_wait text;
 begin
     if current_setting('transaction_isolation') <> 'read committed' then
         raise exception 'publish_scheduled must run at read committed' using errcode = 'invalid_transaction_state';
@@ -229,6 +233,7 @@ begin
         status := 'gone';
         return;
     end if;
+    v_wait := set_config('lock_timeout', '200ms', true);
     v_clock := postroad_broker.agreed_clock(p_witness);
     select h.due_at, h.number into v_due, v_number from postroad_broker.scheduled_horizon(p_stream) h;
     -- A clock that went back does not bring the horizon back.

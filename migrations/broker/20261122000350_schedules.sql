@@ -99,8 +99,9 @@ create function postroad_broker.fire_schedule(
     p_witness timestamptz,
     out status text
 )
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set lock_timeout = '3s' as $$
 declare
+    v_wait text;
     v_clock timestamptz;
     v_due timestamptz;
 begin
@@ -112,6 +113,7 @@ begin
     if not found then
         return;
     end if;
+    v_wait := set_config('lock_timeout', '200ms', true);
     perform from postroad_broker.catalogue c where c.version = p_catalogue;
     if not found then
         return;

@@ -189,6 +189,7 @@ pub async fn start(
         appended,
         published,
         held,
+        clocks_noted: None,
     };
     supervisor.spawn("stream tail", OnEnd::StopProcess, tail.run());
     let teller = hints::Teller {

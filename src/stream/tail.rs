@@ -29,6 +29,8 @@ const TAIL_MAX_BATCHES: usize = 256;
 const GAP_PAGE: i64 = 1_000;
 /// A stream whose log is locked is looked at again after so long: each look may wait for 50 ms.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// So often it is noted that the clocks agree.
+const NOTE_CLOCKS: Duration = Duration::from_secs(45);
 /// The pause before a gap is read again.
 const READ_AGAIN: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
 
@@ -195,6 +197,8 @@ pub(super) struct TailTask {
     pub(super) link: Link,
     pub(super) report: Report,
     pub(super) held: HashMap<StreamId, Held>,
+    /// When it was last noted that the clocks agree, while they do.
+    pub(super) clocks_noted: Option<Instant>,
 }
 
 impl TailTask {
@@ -376,7 +380,11 @@ impl TailTask {
 
     async fn look(&mut self) {
         self.report.begins();
-        match self.poll().await {
+        let looked = match self.poll().await {
+            Ok(()) => self.note_clocks().await,
+            failed => failed,
+        };
+        match looked {
             Ok(()) => self.report.passed(Some(self.options.poll), None),
             Err(error) => {
                 self.report.failed(chain(&error), self.options.poll);
@@ -386,6 +394,26 @@ impl TailTask {
                 );
             }
         }
+    }
+
+    /// Notes, on each node by itself, that its clock and the database's agree: see `agreed_time` in `migrations/broker`.
+    async fn note_clocks(&mut self) -> Result<(), store::Error> {
+        if self.state.witness.is_apart(&self.cluster) {
+            self.clocks_noted = None;
+        } else if self
+            .clocks_noted
+            .is_none_or(|at| at.elapsed() >= NOTE_CLOCKS)
+        {
+            self.clocks_noted = Some(Instant::now());
+            let mut connection = self.link.lend().await?;
+            let noted = sql::note_clocks(&mut connection, self.state.witness.now()).await;
+            if noted.as_ref().err().is_none_or(store::Error::is_held) {
+                self.link.keep(connection);
+                return Ok(());
+            }
+            return noted;
+        }
+        Ok(())
     }
 
     /// Looks for what other nodes appended, and for streams that came and went.

@@ -254,6 +254,22 @@ pub async fn correct_leaves(connection: &mut Connection, now: DateTime<Utc>) -> 
     Ok(())
 }
 
+/// Notes that the node's clock and the server's agree, if they do.
+///
+/// # Errors
+/// The database's.
+pub async fn note_clocks(connection: &mut Connection, witness: DateTime<Utc>) -> Result<(), Error> {
+    bounded(
+        "noting that the clocks agree",
+        STATEMENT,
+        sqlx::query("select postroad_broker.note_clocks($1)")
+            .bind(witness)
+            .execute(connection),
+    )
+    .await?;
+    Ok(())
+}
+
 /// Empties what is out of date of the recent ids and of the append results, unless the node's clock and the server's are too far apart.
 /// Fails as [`Error::is_held`] when somebody holds it.
 ///

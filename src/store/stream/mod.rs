@@ -27,7 +27,7 @@ pub use keys::{
 };
 pub use leaf::{
     Emptied, EmptyLeaf, Leaf, correct_leaves, drop_leaf, drop_stream_log, empty_leaf, extend_log,
-    list_leaves, list_orphans, rotate_buckets, summarise_leaf,
+    list_leaves, list_orphans, note_clocks, rotate_buckets, summarise_leaf,
 };
 pub use log::{
     AttributesRow, Head, MatchRange, Row, Slice, SliceItem, are_dense, fetch_attributes,

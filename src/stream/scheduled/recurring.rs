@@ -27,6 +27,10 @@ const RELOAD: Duration = Duration::from_secs(1);
 /// How long one that the database refuses waits to be tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// A schedule that is further ahead of the clocks than this begins anew. A day, so that no clock that is set back by hours has occurrences
+/// published twice.
+const FAR: TimeDelta = TimeDelta::days(1);
+
 type Answer = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 type Check = dyn Fn(Message) -> Answer + Send + Sync;
 
@@ -200,7 +204,12 @@ impl Recurring {
         let is_there = |id: &i64| rows.iter().any(|row| row.id == *id);
         self.loaded.retain(|id, _| is_there(id));
         self.unreadable.retain(|id, _| is_there(id));
-        for row in rows {
+        for mut row in rows {
+            if is_far_ahead(row.through_at, clock, witness)
+                && begin_anew(connection, &row, clock).await?
+            {
+                row.through_at = clock;
+            }
             match self.loaded.get_mut(&row.id) {
                 Some(one) if one.revision == row.revision => {
                     if one.through != row.through_at {
@@ -229,6 +238,35 @@ impl Recurring {
         }
         Ok(())
     }
+}
+
+/// Whether a schedule is dealt with so far ahead of both clocks that they must have been ahead when it was.
+fn is_far_ahead(through: DateTime<Utc>, clock: DateTime<Utc>, witness: DateTime<Utc>) -> bool {
+    let is_agreed = (clock - witness).abs() <= TimeDelta::minutes(1);
+    is_agreed && through > clock + FAR
+}
+
+/// Has a schedule go on from now on: it would be silent until the time that the clocks were ahead. What it published by their time it
+/// publishes again when that comes.
+async fn begin_anew(
+    connection: &mut Connection,
+    row: &ScheduleRow,
+    clock: DateTime<Utc>,
+) -> Result<bool, store::Error> {
+    let pass = Pass {
+        schedule: row.id,
+        revision: row.revision,
+        from: row.through_at,
+        to: clock,
+        failed: 0,
+        failure: None,
+    };
+    tracing::warn!(
+        schedule = row.name,
+        through = %row.through_at,
+        "a schedule has published by clocks that were far ahead; it begins anew from now on"
+    );
+    sql::pass_schedule(connection, &pass).await
 }
 
 fn next_of(declaration: &Declaration, through: DateTime<Utc>) -> Option<DateTime<Utc>> {

@@ -255,7 +255,8 @@ async fn who_reads_what_is_held_leaves_readers_to_the_others() {
 async fn a_backlog_of_due_messages_does_not_wait_for_held_streams_in_each_pass() {
     const BATCHES: usize = 6;
     let db = support::database().await;
-    let node = node(&db).await;
+    support::clock::settable(&db.url).await;
+    let node = super::node_with(&db.database, "http://one", super::leading()).await;
     let names = ["a", "b", "c", "d", "e"];
     let at = node.cluster.now() + TimeDelta::hours(1);
     let mut holders = Vec::new();
@@ -274,13 +275,8 @@ async fn a_backlog_of_due_messages_does_not_wait_for_held_streams_in_each_pass()
     }
     node.stop().await;
     // All is due by now.
+    support::clock::set(&db.url, "2 hours").await;
     let mut owner = db.connect().await;
-    owner
-        .execute(
-            "update postroad_broker.scheduled_message set due_at = due_at - interval '2 hours'",
-        )
-        .await
-        .unwrap();
     let ids: Vec<i32> = sqlx::query_scalar(
         "select id from postroad_broker.stream where name <> 'main' order by id",
     )
@@ -290,7 +286,7 @@ async fn a_backlog_of_due_messages_does_not_wait_for_held_streams_in_each_pass()
     for id in ids {
         holders.push(Holder::lock(&db, &format!("message_{id}_1"), "share").await);
     }
-    let node = super::node(&db).await;
+    let node = super::node_with(&db.database, "http://two", super::leading()).await;
     let main = node.main().await;
     let mut last = node.stream.last_offset(main);
     let all = i64::try_from(BATCHES * 2_000).unwrap();

@@ -196,3 +196,170 @@ async fn retention_goes_on_after_clocks_that_were_years_ahead() {
     assert_ne!(is_of_now, Some(false));
     node.stop().await;
 }
+
+/// A node that started with its clock behind neither makes messages old, which retention would drop, nor publishes them late.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_clock_is_behind_makes_no_message_old() {
+    const DAYS: u64 = 30 * 86_400;
+    let db = support::database().await;
+    clock::settable(&db.url).await;
+    clock::set(&db.url, "30 days").await;
+    let right = Options {
+        clock_lead: Duration::from_secs(DAYS),
+        ..quick()
+    };
+    let right = node_with(&db.database, "http://right", right).await;
+    let pool = db.pool(1);
+    support::eventually("the clocks to agree", async || {
+        let text =
+            "select agreed_at > now() + interval '29 days' from postroad_broker.clock_agreement";
+        let is_noted: bool = sqlx::query_scalar(text).fetch_one(&pool).await.unwrap();
+        is_noted.then_some(())
+    })
+    .await;
+    let behind = node_with(&db.database, "http://behind", quick()).await;
+    let name = StreamName::parse("new").unwrap();
+    let retention = Retention {
+        unsettled: Some(Duration::from_secs(14 * 86_400)),
+        ..Retention::default()
+    };
+    let declared = settings(&["new"], retention);
+    let (stream, _) = behind.stream.declare(name, declared).await.unwrap();
+    behind
+        .publish(vec![message("new", "one", "1")], true)
+        .await
+        .unwrap();
+    let text = "select max(appended_at) - now() > interval '29 days' from postroad_broker.message";
+    let is_of_now: bool = sqlx::query_scalar(text).fetch_one(&pool).await.unwrap();
+    assert!(is_of_now);
+    right.stream.set_watermark(stream.id, Offset(0));
+    for node in [right, behind] {
+        assert_eq!(node.ids(stream.id, 1).await, ["one"]);
+        node.stop().await;
+    }
+}
+
+/// By so much behind, an id would be in the bucket that is emptied next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_was_behind_has_no_id_forgotten() {
+    let ahead = Options {
+        clock_lead: Duration::from_secs(36 * 3_600),
+        ..quick()
+    };
+    // The database's clock is behind, then the node's.
+    for (database, then, other) in [("-36 hours", "0", quick()), ("36 hours", "36 hours", ahead)] {
+        let db = support::database().await;
+        clock::settable(&db.url).await;
+        clock::set(&db.url, database).await;
+        let node = node_with(&db.database, "http://one", quick()).await;
+        let once = vec![message("a", "once", "1")];
+        // The second by the quick way, if it were taken.
+        let placed = node.publish(once.clone(), true).await.unwrap();
+        assert_eq!(offsets(&placed), [1]);
+        let twice = vec![message("a", "twice", "1")];
+        assert_eq!(
+            offsets(&node.publish(twice.clone(), true).await.unwrap()),
+            [2]
+        );
+        // Known already while they are apart, in each of its places.
+        assert!(node.publish(once.clone(), true).await.unwrap()[0].duplicate);
+        node.stop().await;
+        clock::set(&db.url, then).await;
+        let lead = TimeDelta::from_std(other.clock_lead).unwrap();
+        let mut duty = sql::connect_duty(&db.database).await.unwrap();
+        sql::rotate_buckets(&mut duty, Utc::now() + lead)
+            .await
+            .unwrap();
+        let node = node_with(&db.database, "http://two", other).await;
+        for again in [once, twice] {
+            let placed = node.publish(again, true).await.unwrap();
+            assert!(placed[0].duplicate, "{database}");
+        }
+        node.stop().await;
+    }
+}
+
+/// Both clocks were a year ahead, and a schedule with them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schedule_goes_on_after_clocks_that_were_far_ahead() {
+    const YEAR: u64 = 400 * 86_400;
+    let db = support::database().await;
+    clock::settable(&db.url).await;
+    clock::set(&db.url, "400 days").await;
+    let options = Options {
+        clock_lead: Duration::from_secs(YEAR),
+        ..quick()
+    };
+    let node = node_with(&db.database, "http://one", options).await;
+    let declaration = Declaration {
+        topic: postroad::domain::name::Topic::parse("ticks").unwrap(),
+        cadence: Cadence::parse("* * * * *", "UTC", Utc::now()).unwrap(),
+        misfire: Misfire::All,
+        is_paused: false,
+        event: "{}".to_owned(),
+    };
+    let name = postroad::domain::name::ScheduleName::parse("often").unwrap();
+    let declared = node
+        .stream
+        .declare_schedule(name.clone(), declaration)
+        .await;
+    declared.unwrap();
+    node.stop().await;
+    let days = TimeDelta::days;
+    let schedule = async |node: &crate::stream::Node| node.stream.schedule(&name).await.unwrap();
+    // Behind by hours it waits: what it published is not to come twice.
+    clock::set(&db.url, "399 days 12 hours").await;
+    let options = Options {
+        clock_lead: Duration::from_secs(YEAR - 12 * 3_600),
+        ..quick()
+    };
+    let node = node_with(&db.database, "http://one", options).await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(schedule(&node).await.through > Utc::now() + days(399) + TimeDelta::hours(20));
+    node.stop().await;
+    clock::set(&db.url, "0").await;
+    let node = node_with(&db.database, "http://two", quick()).await;
+    support::eventually("the schedule to begin anew", async || {
+        (schedule(&node).await.through < Utc::now() + days(1)).then_some(())
+    })
+    .await;
+    node.stop().await;
+}
+
+/// A queue went back by a clock that was ahead: its stream would drop nothing that is settled until then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_of_a_clock_that_was_ahead_does_not_stop_retention() {
+    let db = support::database().await;
+    clock::settable(&db.url).await;
+    let node = node(&db).await;
+    let name = StreamName::parse("short").unwrap();
+    let retention = Retention {
+        settled: Some(Duration::from_millis(1)),
+        unsettled: None,
+        ..Retention::default()
+    };
+    let declared = settings(&["short"], retention);
+    let (stream, _) = node.stream.declare(name.clone(), declared).await.unwrap();
+    let mut owner = db.connect().await;
+    let text = "insert into postroad_broker.queue (name, stream_id, slot, settings, start_offset, renewed_at)
+        values ('late', $1, 0, '{}', 1, now() + interval '1000 days')";
+    sqlx::query(text)
+        .bind(stream.id.0)
+        .execute(&mut owner)
+        .await
+        .unwrap();
+    node.publish(vec![message("short", "one", "1")], false)
+        .await
+        .unwrap();
+    node.stop().await;
+    // Whose first pass corrects it.
+    let node = node_with(&db.database, "http://two", quick()).await;
+    support::eventually("what is settled to be dropped", async || {
+        // As the queues' engine tells it again and again.
+        node.stream.set_watermark(stream.id, Offset(i64::MAX));
+        let stream = node.stream.describe(&name).await.unwrap();
+        (stream.first_offset == Offset(2)).then_some(())
+    })
+    .await;
+    node.stop().await;
+}
