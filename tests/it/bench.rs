@@ -358,7 +358,7 @@ async fn what_cannot_be_measured_is_refused_in_words() {
     let url = &broker.database.url;
     let output = bench(&["outbox", "--url", &broker.http.base, "--database-url", url]).await;
     assert!(
-        printed(&output).contains("no bench made"),
+        printed(&output).contains("was not made by a bench"),
         "{}",
         printed(&output)
     );

@@ -461,7 +461,7 @@ mod tests {
             ),
             (
                 "postgres://h/b?target_session_attrs=standby",
-                "takes any or read-write or primary",
+                "supports any or read-write or primary",
             ),
             (
                 "postgres://h/b?pgbouncer=true",

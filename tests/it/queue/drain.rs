@@ -14,10 +14,10 @@ use crate::support;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delivery_that_is_over_is_ended_beside_rejects_without_a_pause() {
-    const BATCHES: usize = 120;
+    const BATCHES: usize = 90;
     let database = support::database().await;
     let settings = Settings {
-        max_in_flight: 20_000,
+        max_in_flight: 10_000,
         ..at_once(3)
     };
     let broker = shared(Broker::with(&database, settings).await);

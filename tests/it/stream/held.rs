@@ -250,63 +250,6 @@ async fn who_reads_what_is_held_leaves_readers_to_the_others() {
     node.stop().await;
 }
 
-/// Each try of a held stream keeps what is due in the others waiting, so there are not many.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_backlog_of_due_messages_does_not_wait_for_held_streams_in_each_pass() {
-    const BATCHES: usize = 6;
-    let db = support::database().await;
-    support::clock::settable(&db.url).await;
-    let node = super::node_with(&db.database, "http://one", super::leading()).await;
-    let names = ["a", "b", "c", "d", "e"];
-    let at = node.cluster.now() + TimeDelta::hours(1);
-    let mut holders = Vec::new();
-    for name in names {
-        let declared = settings(&[name], Retention::default());
-        let stream = StreamName::parse(name).unwrap();
-        node.stream.declare(stream, declared).await.unwrap();
-        publish_all(&node, name, 1).await;
-        let mut due = super::scheduled::due(name, at);
-        due.topic = postroad::domain::name::Topic::parse(name).unwrap();
-        node.publish(vec![due], true).await.unwrap();
-    }
-    for part in 0..BATCHES {
-        let messages = (0..2_000).map(|n| super::scheduled::due(&format!("{part}-{n}"), at));
-        node.publish(messages.collect(), false).await.unwrap();
-    }
-    node.stop().await;
-    // All is due by now.
-    support::clock::set(&db.url, "2 hours").await;
-    let mut owner = db.connect().await;
-    let ids: Vec<i32> = sqlx::query_scalar(
-        "select id from postroad_broker.stream where name <> 'main' order by id",
-    )
-    .fetch_all(&mut owner)
-    .await
-    .unwrap();
-    for id in ids {
-        holders.push(Holder::lock(&db, &format!("message_{id}_1"), "share").await);
-    }
-    let node = super::node_with(&db.database, "http://two", super::leading()).await;
-    let main = node.main().await;
-    let mut last = node.stream.last_offset(main);
-    let all = i64::try_from(BATCHES * 2_000).unwrap();
-    last.wait_for(|last| last.0 == all).await.unwrap();
-    let took: f64 = sqlx::query_scalar(
-        "select extract(epoch from max(published_at) - min(published_at))::float8 from postroad_broker.scheduled_publication where stream_id = $1",
-    )
-    .bind(main.0)
-    .fetch_one(&mut owner)
-    .await
-    .unwrap();
-    println!("{BATCHES} batches in {took} s");
-    // Once a second each of five may take 0.2 s; in each pass it were 5 s.
-    assert!(took < 4.0, "{took} s");
-    for holder in holders {
-        holder.release().await;
-    }
-    node.stop().await;
-}
-
 /// A head that somebody has for a while is waited for in line: that is a slow commit, not a stream that is held.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_waits_for_a_commit_of_somebody_else_stays_in_line() {
@@ -464,8 +407,6 @@ async fn who_looks_for_the_ends_of_streams_locks_few_leaves() {
         where l.pid = pg_backend_pid() and c.relkind = 'r' and c.relname like 'message\\_%\\_%'";
     for (statement, most) in [
         ("select * from postroad_broker.stream_last(1)", 3),
-        ("select postroad_broker.log_end(1)", 3),
-        ("select * from postroad_broker.messages_at(1, '{18}')", 1),
         (
             "select * from postroad_broker.begin_history(array(select salt from postroad_broker.history))",
             0,

@@ -334,7 +334,7 @@ async fn a_queue_of_a_clock_that_was_ahead_does_not_stop_retention() {
     let node = node(&db).await;
     let name = StreamName::parse("short").unwrap();
     let retention = Retention {
-        settled: Some(Duration::from_millis(1)),
+        settled: Some(Duration::from_secs(1)),
         unsettled: None,
         ..Retention::default()
     };
