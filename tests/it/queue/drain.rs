@@ -35,7 +35,7 @@ async fn a_delivery_that_is_over_is_ended_beside_rejects_without_a_pause() {
         )
         .await
         .unwrap();
-    let last = broker.take(1, Duration::from_millis(500)).await;
+    let last = broker.take(1, Duration::from_secs(1)).await;
     let done = Arc::new(AtomicUsize::new(0));
     let room = Arc::new(Semaphore::new(5));
     let rejecting = {
@@ -65,6 +65,10 @@ async fn a_delivery_that_is_over_is_ended_beside_rejects_without_a_pause() {
     rejecting.await.unwrap();
     support::eventually("all letters", || async {
         (broker.status().await.dead_letters == (BATCHES * 100) as u64).then_some(())
+    })
+    .await;
+    support::eventually("the last of those that reject to end", || async {
+        (Arc::strong_count(&broker) == 1).then_some(())
     })
     .await;
     Arc::into_inner(broker).unwrap().stop().await;

@@ -341,8 +341,8 @@ async fn a_queue_of_a_clock_that_was_ahead_does_not_stop_retention() {
     let declared = settings(&["short"], retention);
     let (stream, _) = node.stream.declare(name.clone(), declared).await.unwrap();
     let mut owner = db.connect().await;
-    let text = "insert into postroad_broker.queue (name, stream_id, slot, settings, start_offset, renewed_at)
-        values ('late', $1, 0, '{}', 1, now() + interval '1000 days')";
+    let text = "insert into postroad_broker.queue (name, stream_id, patterns, slot, settings, start, start_offset, version, renewed_at)
+        values ('late', $1, array['>'], 0, '{}', '{}', 1, 1, now() + interval '1000 days')";
     sqlx::query(text)
         .bind(stream.id.0)
         .execute(&mut owner)
