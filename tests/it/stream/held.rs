@@ -295,12 +295,25 @@ async fn a_deleted_stream_of_many_leaves_goes_in_steps_and_in_nobodys_way() {
     }
     node.stop().await;
     let mut owner = db.connect().await;
+    // Behind those that the node has made meanwhile.
     let text = format!(
-        "select postroad_broker.extend_log({0}, {LEAVES}, 1); select postroad_broker.extend_log({1}, 12, 1);
+        "select postroad_broker.extend_log(s.id, s.through + s.leaves, 1) from (
+            select id, case id when {0} then {LEAVES} else 12 end as leaves,
+                (select coalesce(max(l.last_offset), 0) from postroad_broker.message_leaf l where l.stream_id = id) as through
+            from postroad_broker.stream
+        ) as s;
         delete from postroad_broker.stream where id in ({0}, {1})",
         ids[0], ids[1]
     );
     owner.execute(AssertSqlSafe(text)).await.unwrap();
+    let leaves: i64 = sqlx::query_scalar(
+        "select count(*) from postroad_broker.message_leaf where stream_id = $1",
+    )
+    .bind(ids[0])
+    .fetch_one(&mut owner)
+    .await
+    .unwrap();
+    assert!(leaves >= LEAVES);
     // The locks of each step, until all is gone; and of the log of all streams, which is in the way of others.
     let mut steps = 0;
     let mut is_gone = false;
@@ -323,7 +336,9 @@ async fn a_deleted_stream_of_many_leaves_goes_in_steps_and_in_nobodys_way() {
         owner.execute("commit").await.unwrap();
         steps += 1;
     }
-    assert_eq!(steps, LEAVES / 10 + 1);
+    // What is left at the end takes a step or two.
+    let expected = leaves / 10..=leaves / 10 + 3;
+    assert!(expected.contains(&steps), "{steps} steps for {leaves}");
     let node = super::node(&db).await;
     eventually("the log to be dropped", async || {
         let text = "select count(*) from pg_class where relname like $1";
