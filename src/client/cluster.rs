@@ -105,7 +105,7 @@ pub struct Duty {
     pub name: String,
     /// The lease that the duty runs under, as in [`Cluster::leases`]; None if every node runs the duty.
     pub lease: Option<String>,
-    /// What the duty is doing.
+    /// The duty's state.
     pub state: DutyState,
     /// When the duty came to this state.
     pub since: DateTime<Utc>,
@@ -125,7 +125,7 @@ pub struct Duty {
     pub next_pass_at: Option<DateTime<Utc>>,
 }
 
-/// What a duty is doing.
+/// The state of a duty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

@@ -62,7 +62,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the same call may succeed later: the broker is unreachable, starting or overloaded.
+    /// True if the same call may succeed later: the broker is unreachable, starting or overloaded.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {

@@ -217,7 +217,7 @@ impl Client {
     }
 }
 
-/// Whether a URL leads to this machine, where no proxy of the environment (`HTTP_PROXY`) leads.
+/// True if a URL leads to this machine. A proxy of the environment (`HTTP_PROXY`) does not lead there.
 fn is_of_this_machine(base_url: &str) -> bool {
     let rest = base_url
         .split_once("://")

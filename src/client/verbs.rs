@@ -161,7 +161,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Whether the delivery no longer belongs to this consumer, so that work on it is in vain.
+    /// True if the delivery no longer belongs to this consumer. Work on it is in vain.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         !matches!(self, Self::Blocked | Self::Other(_))

@@ -46,7 +46,7 @@ impl fmt::Display for Host<'_> {
 }
 
 impl Host<'_> {
-    /// Whether it means the caller's own machine without any DNS: `localhost`, names that end in `.localhost` (RFC 6761),
+    /// True if it means the caller's own machine without any DNS: `localhost`, names that end in `.localhost` (RFC 6761),
     /// 127.0.0.0/8 and `[::1]`.
     #[must_use]
     pub fn is_loopback(&self) -> bool {

@@ -23,7 +23,7 @@ macro_rules! words {
                 match self { $(Self::$variant => $word,)* }
             }
 
-            /// What the word says; None for another word.
+            /// The value of the word; None for another word.
             #[must_use]
             $vis fn of(word: &str) -> Option<Self> {
                 Self::ALL.iter().copied().find(|known| known.as_str() == word)

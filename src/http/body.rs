@@ -118,7 +118,7 @@ impl Outgoing {
         }
     }
 
-    /// Whether answers are subject to the client's window.
+    /// True if answers are subject to the client's window.
     pub(in crate::http) const fn has_windows(&self) -> bool {
         self.has_windows
     }
@@ -251,7 +251,7 @@ impl Outgoing {
         hidden.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether to hide the end of the client's bytes until later.
+    /// True to hide the end of the client's bytes until later.
     pub(in crate::http) fn hides_end(&self, cx: &Context<'_>) -> bool {
         // Under the lock that `waits` takes after it, or neither would wake the connection.
         let mut hidden = self.hidden_end();

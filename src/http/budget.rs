@@ -115,7 +115,7 @@ impl Budget {
         Full(self.0.what)
     }
 
-    /// Whether there is room for this many more bytes now.
+    /// True if there is room for this many more bytes now.
     pub(in crate::http) fn has_room(&self, bytes: usize) -> bool {
         let free = self.0.large.available_permits() + self.0.small.available_permits();
         bytes <= SMALL_BYTES || units(bytes) as usize <= free
@@ -156,7 +156,7 @@ impl Budget {
 }
 
 impl Share {
-    /// Whether others wait for room.
+    /// True if others wait for room.
     pub(in crate::http) fn is_wanted(&self) -> bool {
         self.budget.0.waiting.load(Ordering::Relaxed) > 0
     }
@@ -306,7 +306,7 @@ fn carried(held: Held, outgoing: Option<&Outgoing>, response: Response, bytes: u
 /// A body whose bytes hold its share.
 struct Carried {
     inner: Body,
-    /// What is left of a frame that is given out in pieces.
+    /// The rest of a frame that is given out in pieces.
     rest: Option<Bytes>,
     held: Arc<Held>,
     /// The connection, where what its client takes is seen by the pieces alone.

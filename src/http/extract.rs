@@ -76,7 +76,7 @@ fn is_json_suffixed(essence: &str) -> bool {
 ///
 /// serde_json stops at 128 levels of nesting, so a deep body is refused without recursing further.
 pub(in crate::http) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
-    // Where a fault is, is only looked for when there is one.
+    // The place of a fault is looked for only when there is one.
     let mut plain = serde_json::Deserializer::from_slice(bytes);
     if let Ok(value) = T::deserialize(Objects(&mut plain))
         && plain.end().is_ok()
@@ -97,7 +97,7 @@ pub(in crate::http) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T
         let detail = format!("the body is not valid JSON: {error}");
         return Err(Problem::new(Kind::MalformedRequest, detail));
     }
-    // Where it is, the pointer says; serde_json says it in lines and columns, and always last.
+    // The pointer says where it is; serde_json says it in lines and columns, and always last.
     let text = error.to_string();
     let position = format!(" at line {} column {}", error.line(), error.column());
     let detail = text.strip_suffix(&position).unwrap_or(&text);

@@ -73,7 +73,7 @@ pub(in crate::http) struct Document<'a> {
     title: &'static str,
     /// The HTTP status.
     status: u16,
-    /// What went wrong in this request.
+    /// The fault of this request.
     detail: &'a str,
     /// The request's path.
     instance: &'a str,

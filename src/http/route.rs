@@ -30,7 +30,7 @@ pub(in crate::http) struct Nature {
     pub(in crate::http) forward: Forward,
     /// The largest body, in bytes, of one that goes there.
     pub(in crate::http) body_max_bytes: usize,
-    /// Whether an empty body is refused.
+    /// True if an empty body is refused.
     needs_body: bool,
 }
 

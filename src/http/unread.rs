@@ -1,6 +1,6 @@
 //! Answers that a connection's client has not taken yet, and how long it may take for them.
 //!
-//! What an answer holds is given back with its last byte, so a client that takes none of it would keep it from others. Three times bound
+//! An answer's memory is given back with its last byte, so a client that takes none of it would keep it from others. Three times bound
 //! that. An answer is to be taken within a patience and at a rate; those that are under way beside it on the same connection count into
 //! its own time, since they share the way. A client that takes nothing at all for the patience loses its connection, and for a third of it
 //! while others wait for room.
@@ -18,7 +18,7 @@ use super::budget::Share;
 
 /// How long a client may take nothing, and how long an answer may take besides its time at the rate.
 pub(in crate::http) const PATIENCE: Duration = Duration::from_secs(30);
-/// What is taken in a second, at least.
+/// The bytes taken in a second, at least.
 const BYTES_PER_SECOND: f64 = 65_536.0;
 /// The longest that answers beside it can make an answer's time.
 const LONGEST: Duration = Duration::from_secs(30 * 60);
@@ -27,12 +27,12 @@ const PRESSED_PART: u32 = 3;
 /// How often a client that takes nothing is looked at anew, since others may begin to wait: so many times in the patience.
 const LOOKS: u32 = 30;
 
-/// What an answer holds until its last byte is in the kernel's hands.
+/// The memory that an answer holds until its last byte is in the kernel's hands.
 #[derive(Debug, Default)]
 pub(in crate::http) struct Held(pub(in crate::http) Option<Arc<Share>>);
 
 impl Held {
-    /// Whether others wait for what it holds.
+    /// True if others wait for the memory that it holds.
     fn is_wanted(&self) -> bool {
         self.0.as_ref().is_some_and(|share| share.is_wanted())
     }
@@ -59,7 +59,7 @@ pub(in crate::http) struct Unread {
 #[derive(Debug)]
 struct State {
     answers: Vec<Answer>,
-    /// When the client last took something.
+    /// The time when the client last took something.
     moved_at: Instant,
 }
 

@@ -232,7 +232,7 @@ mod tests {
         assert!(all - budget.free() < 1_600_000);
         drop(body);
         assert_eq!(budget.free(), all);
-        // What is announced counts as it comes.
+        // The announced length counts as the bytes come.
         let mut growing = Growing::new(budget.share(), 8 << 20);
         growing.push(&[7; 100_000]).unwrap();
         assert!(all - budget.free() < 110_000);

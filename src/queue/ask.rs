@@ -1,4 +1,4 @@
-//! What is asked of the engine and of one queue's task, and their last words: no behaviour but the refusal of a command.
+//! Requests to the engine and to one queue's task, and their last words: no behaviour but the refusal of a command.
 
 use tokio::sync::oneshot;
 

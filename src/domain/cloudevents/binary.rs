@@ -45,7 +45,7 @@ pub(super) fn parse(request: &Request<'_>, context: &Context<'_>) -> Result<Vec<
     let place = || Place::Header("content-type".to_owned());
     attributes.set("datacontenttype", content_type.into(), place(), &mut faults);
     attributes.check_together(Place::Header("ce-expectedversion".to_owned()), &mut faults);
-    // What is too large is refused for that, and costs no look at it.
+    // A payload that is too large is refused before it is read.
     let data = match request.body.len() > context.limits.message_bytes {
         true => Data::Binary(request.body.clone()),
         false => data(content_type, request, &mut faults),

@@ -135,7 +135,7 @@ pub(super) fn checked(body: &Bytes) -> Result<&str, Error> {
     }
 }
 
-/// Whether a fault refuses its event when that is read, too.
+/// True if the fault also refuses its event when the event is read.
 fn is_found_again(error: &json::Error) -> bool {
     match error {
         json::Error::TooDeep { .. } => true,

@@ -364,7 +364,7 @@ fn limits_hold() {
         Err(Error::UnsupportedFormat { .. })
     ));
     let deep = "[".repeat(100_000) + &"]".repeat(100_000);
-    // What is larger than a message may be is refused for that.
+    // An event that is larger than a message may be is refused first.
     assert!(matches!(
         run(None, &[], deep.as_bytes()),
         Err(Error::TooLarge { size: 200_016, .. })

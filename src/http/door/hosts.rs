@@ -60,7 +60,7 @@ impl Hosts {
         }
     }
 
-    /// Whether a name is one of them. `is_of_page` says whether a page of a browser asks; it is asked when that matters.
+    /// True if a name is one of them. `is_of_page` says whether a page of a browser asks; it is asked when that matters.
     pub(super) fn has(&self, host: &Host<'_>, is_of_page: impl FnOnce() -> bool) -> bool {
         self.takes_all
             || host.is_loopback()

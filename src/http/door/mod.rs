@@ -140,7 +140,7 @@ fn is_page_opened(request: &Request) -> bool {
         && (is(FETCH_DEST, "document") || !headers.contains_key(FETCH_DEST))
 }
 
-/// Whether a page of a browser asks, as far as it says so. `Sec-Fetch-Mode` alone is no sign of one: the `fetch` of Node.js sends it.
+/// True if a browser's page sent the request, as far as the browser says so. `Sec-Fetch-Mode` alone is no sign of one: the `fetch` of Node.js sends it.
 fn is_of_page(headers: &HeaderMap) -> bool {
     headers.contains_key(FETCH_SITE)
         || headers.contains_key(FETCH_DEST)

@@ -78,7 +78,7 @@ impl Kept {
         let mut request = Request::from_parts(self.parts.clone(), Body::from(self.body.clone()));
         let extensions = request.extensions_mut();
         extensions.insert(Waited(self.since.elapsed()));
-        // Whoever reads it here takes it as it is, without a copy and a second share of the memory.
+        // A reader here takes it as it is, without a copy and a second share of the memory.
         extensions.insert(Whole(self.body.clone()));
         if let Some(acked) = &self.acked {
             extensions.insert(acked.clone());

@@ -59,7 +59,7 @@ const EPOCH: HeaderName = HeaderName::from_static("x-postroad-epoch");
 const NODE: HeaderName = HeaderName::from_static("x-postroad-node");
 /// How long the request has waited already, in milliseconds.
 const WAITED: HeaderName = HeaderName::from_static("x-postroad-waited");
-/// What an owner adds to its answer to a receive that was passed on: how many deliveries it has.
+/// An owner's header on its answer to a receive that was passed on: how many deliveries the answer has.
 const DELIVERIES: HeaderName = HeaderName::from_static("x-postroad-deliveries");
 /// A look at the nodes is not repeated sooner.
 const LOOK: Duration = Duration::from_millis(40);
@@ -148,7 +148,7 @@ pub(in crate::http) fn is_from_node(state: &State, headers: &HeaderMap) -> bool 
     is_passed_on(headers) && forwarded(state, headers).is_some()
 }
 
-/// Whether to ask other nodes for their part of the answer, too: there are some, and the request does not come from one.
+/// True if other nodes must be asked for their part of the answer, too: there are some, and the request does not come from one.
 pub(in crate::http) fn has_others(state: &State, headers: &HeaderMap) -> bool {
     state.parts.cluster.view().has_peers() && forwarded(state, headers).is_none()
 }

@@ -15,7 +15,7 @@ pub struct Renewed {
     pub ahead: bool,
 }
 
-/// Whether a queue whose log was restored without it may go on.
+/// Says if a queue whose log was restored without it may go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnLoss {
     /// It stays as it is: [`Error::LogBehind`](super::Error::LogBehind).

@@ -29,7 +29,7 @@ impl Handle {
         self.ask(|reply| Job::Find { name, reply }).await
     }
 
-    /// Whether the queue's task runs here.
+    /// True if the queue's task runs here.
     #[must_use]
     pub fn is_here(&self, name: &QueueName) -> bool {
         let known = self.shared.find(name);

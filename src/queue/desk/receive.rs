@@ -159,7 +159,7 @@ impl Receiving {
             Err(Error::InFlightFull { .. }) if !acked.is_empty() => {
                 Received::nothing(EmptyReason::InFlightFull)
             }
-            // What was acknowledged must be told; the next receive finds the new owner.
+            // The result of the acknowledgement must be told; the next receive finds the new owner.
             Err(Error::NotOwner { .. }) if !acked.is_empty() => {
                 Received::nothing(EmptyReason::Empty)
             }

@@ -148,7 +148,7 @@ async fn compare_with_logs(
     Ok(())
 }
 
-/// The queues whose logs are behind them, and those whose logs nobody can look at for now. Those of other streams do not wait for that.
+/// Finds the queues whose logs are behind them, and those whose logs are locked. Queues of other streams do not wait for a locked log.
 async fn find_logs_behind(
     database: &Database,
     places: &[Place],
